@@ -1,0 +1,130 @@
+"""Real processes: the deepspeed launcher with two ranks on this machine, and signals to a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from video_mae.config import load_config
+from video_mae.schema import save_config
+
+RUNS = Path(__file__).parent / "launched" / "runs.py"
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29613"]
+CURVE = ["optim.steps=30", "optim.warmup_steps=5", "objective.contrastive_weight=0.1"]
+GLOBAL_BATCH = 8
+
+pytestmark = pytest.mark.launcher
+
+
+def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420) -> str:
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else dict(os.environ)
+    result = subprocess.run([*(LAUNCHER if launcher else [sys.executable]), *command], capture_output=True, text=True, timeout=seconds,
+                            env=environment, check=False)
+    assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout + result.stderr
+
+
+def losses(run: Path, file: str = "metrics.jsonl") -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / file).read_text().splitlines()]
+
+
+def batch(accumulation: int, ranks: int) -> list[str]:
+    return [f"optim.accumulation={accumulation}", f"optim.micro_batch={GLOBAL_BATCH // accumulation // ranks}"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs of two ranks in one launch, their single-process twins in another."""
+    folder = tmp_path_factory.mktemp("runs")
+    modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
+    single = [{"name": f"single_{dual}_{accumulation}", "overrides": [*CURVE, *batch(accumulation, 1), f"mask.decoder_mask_ratio={dual}"]}
+              for dual, accumulation in modes]
+    double = [{"name": f"stage{stage}_{dual}_{accumulation}",
+               "overrides": [*CURVE, *batch(accumulation, 2), f"mask.decoder_mask_ratio={dual}", f"engine.zero_stage={stage}"]}
+              for stage in range(4) for dual, accumulation in modes]
+    double += [{"name": f"resumed{stage}_{precision}", "crash_after": 3,
+                "overrides": ["optim.steps=5", "journal.checkpoint_interval=3", "optim.clip_grad=0.5", "optim.accumulation=2",
+                              f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
+               for stage in range(4) for precision in ("fp32", "bf16")]
+    for name, specs, launcher in (("single", single, False), ("double", double, True)):
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(specs))
+        launch(str(RUNS), str(tiny_file), str(file), str(folder), launcher=launcher)
+    return folder
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("dual", [0.0, 0.5])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_two_ranks_follow_the_curve_of_one_process(finished: Path, stage: int, dual: float, accumulation: int) -> None:
+    one, two = losses(finished / f"single_{dual}_{accumulation}"), losses(finished / f"stage{stage}_{dual}_{accumulation}")
+    assert len(one) == len(two) == 30
+    assert one[-1] < one[0] - 0.02  # it learns, so that equality says something
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, precision: str) -> None:
+    run = finished / f"resumed{stage}_{precision}"
+    resumed, uninterrupted = (load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted"))
+    assert resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
+    assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(shared_videos: Path, tiny_file: Path, tmp_path: Path) -> None:
+    files = sorted([*(shared_videos / "real").iterdir(), *(shared_videos / "broken").iterdir()])
+    videos = tmp_path / "videos.txt"
+    videos.write_text("".join(f"{file}\n" for file in files))
+    launch("--module", "video_mae", "pretrain", str(tiny_file), f"data.source={videos}", f"output={tmp_path / 'run'}", "optim.steps=24",
+           "engine.zero_stage=2", "data.max_bad_share=0.6", "data.num_workers=1", "data.clips_per_video=2", "optim.warmup_steps=2")
+    entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    named = [Path(entry["path"]).name for entry in entries]
+    assert len(named) == len(set(named))
+    # Of broken/, flip_mp4_03 and noise decode to the last frame (the codec conceals the damage) and unordered.mov is whole.
+    readable = {"flip_mp4_03.mp4", "noise.mp4", "unordered.mov"}
+    partly = {"zeroed_mid.mp4", "reschange.ts"}  # clips from their intact start decode
+    must = {file.name for file in (shared_videos / "broken").iterdir()} - readable - partly
+    assert must <= set(named)
+    assert set(named) <= must | partly | {"av1_video.mkv", "editlist.mp4"}  # decord has no AV1 decoder and trips over edit lists
+    assert all(entry["reason"] and entry["decoder"] == "decord" for entry in entries)
+
+
+def test_a_wrong_key_under_the_launcher_is_one_line_and_status_2(tiny_file: Path) -> None:
+    output = launch("--module", "video_mae", "pretrain", str(tiny_file), "model.dept=3", status=2)
+    lines = [line for line in output.splitlines() if line.startswith("video-mae")]
+    assert lines == [f"video-mae pretrain: {tiny_file}: unknown key model.dept (did you mean depth?)"]
+    assert "Traceback" not in output
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tiny_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "video_mae", "pretrain", str(tiny_file), f"output={run}", "optim.steps=100000", "data.num_workers=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "start the same command again" in output
+    done = len(losses(run))
+    checkpoint = (run / "checkpoints" / "latest").read_text().strip()
+    assert checkpoint == f"step_{done:08d}"
+    changed = load_config(run / "config.yaml", [f"optim.steps={done + 2}"])
+    save_config(changed, run / "config.yaml")  # a shorter run, so that the test ends
+    launch("-m", "video_mae", "pretrain", str(run / "config.yaml"), launcher=False)
+    assert len(losses(run)) == done + 2
+    assert (run / "model" / "model.safetensors").is_file()

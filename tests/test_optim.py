@@ -1,0 +1,173 @@
+"""Learning rates, parameter groups, and the optimizer that refuses a step that is not finite."""
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from video_mae import ModelConfig, ObjectiveConfig, VideoMAE
+from video_mae.config import OptimConfig
+from video_mae.optim import GuardedAdamW, Schedule, make_optimizer, make_schedule, parameter_groups
+
+MODEL = ModelConfig(num_frames=4, height=16, width=16, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
+                    decoder_num_heads=2)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (0, 10), (1, 10), (4, 10), (10, 10), (40, 1600)])
+def test_schedule_warms_up_linearly_and_ends_near_its_floor(warmup, total):
+    schedule = Schedule(1e-3, 1e-5, warmup, total)
+    rates = [schedule.lr(step) for step in range(total)]
+    assert rates[:warmup] == pytest.approx([1e-3 * (step + 1) / warmup for step in range(warmup)])
+    assert rates[min(warmup, total - 1)] == pytest.approx(1e-3)
+    assert all(later <= earlier for earlier, later in zip(rates[warmup:], rates[warmup + 1:], strict=False))
+    assert min(rates[warmup:], default=1e-5) >= 1e-5
+    assert schedule.lr(total) == pytest.approx(1e-5 if warmup < total else 1e-3)
+
+
+def test_schedule_is_half_a_cosine():
+    schedule = Schedule(1.0, 0.2, 10, 110)
+    assert schedule.lr(60) == pytest.approx(0.6)
+    assert schedule.lr(35) == pytest.approx(0.2 + 0.4 * (1 + math.cos(math.pi / 4)))
+    assert schedule.lr(10**9) == pytest.approx(0.2)
+
+
+# (base rate, ranks, micro-batch, published learning rate) of VideoMAE's and VideoMAE V2's pretraining scripts
+PUBLISHED = [(3e-4, 8, 24, 2.25e-4), (1.5e-4, 64, 32, 1.2e-3), (1.5e-4, 32, 32, 6e-4), (1.5e-4, 64, 8, 3e-4), (6e-4, 64, 32, 4.8e-3)]
+
+
+@pytest.mark.parametrize(("base", "ranks", "micro_batch", "published"), PUBLISHED)
+def test_learning_rate_follows_the_global_batch_as_published(base, ranks, micro_batch, published):
+    config = OptimConfig(base_lr=base, micro_batch=micro_batch)
+    schedule, line = make_schedule(config, 240_000, ranks, clips_per_video=4)
+    assert schedule.peak_lr == pytest.approx(published)
+    assert schedule.final_lr == pytest.approx(1e-5 * ranks * micro_batch / 256)
+    assert f"{published:.4g} = {base:.4g} x global batch {ranks * micro_batch} / 256" in line
+    assert "\n" not in line
+    assert f"micro-batch {micro_batch} x {ranks} ranks x 1 accumulated;" in line
+
+
+def test_clips_of_a_video_count_only_on_request():
+    config = OptimConfig(micro_batch=4, accumulation=3)
+    schedule, line = make_schedule(config, 10_000, 2, clips_per_video=4)
+    counting, counting_line = make_schedule(replace(config, lr_counts_clips=True), 10_000, 2, clips_per_video=4)
+    assert (schedule.peak_lr, counting.peak_lr) == pytest.approx((1.5e-4 * 24 / 256, 1.5e-4 * 96 / 256))
+    assert "global batch 24 " in line
+    assert "clips a video" not in line
+    assert "global batch 96 " in counting_line
+    assert "x 4 clips a video" in counting_line
+    assert counting.total_steps == schedule.total_steps
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs", "videos", "batch", "steps", "warmup_steps"),
+                         [(800, 40, 9537, 192, 39737, 1986), (10, 1, 8, 8, 10, 1), (1.5, 0.5, 10, 4, 3, 1), (3, 0, 5, 15, 1, 0)])
+def test_epochs_become_steps_by_videos_seen(epochs, warmup_epochs, videos, batch, steps, warmup_steps):
+    config = OptimConfig(epochs=epochs, warmup_epochs=warmup_epochs, micro_batch=batch)
+    schedule, _ = make_schedule(config, videos, 1, 1)
+    assert (schedule.total_steps, schedule.warmup_steps) == (steps, warmup_steps)
+
+
+def test_steps_win_over_epochs():
+    schedule, line = make_schedule(OptimConfig(steps=100, warmup_steps=7), 50, 1, 1)
+    assert (schedule.total_steps, schedule.warmup_steps) == (100, 7)
+    assert "7 warm-up steps of 100" in line
+
+
+def test_run_shorter_than_a_step_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.micro_batch") as error:
+        make_schedule(OptimConfig(epochs=1, warmup_epochs=0, micro_batch=32), 8, 1, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_every_parameter_is_in_exactly_one_group_and_vectors_do_not_decay():
+    model = VideoMAE(MODEL, ObjectiveConfig(contrastive_weight=0.1, learn_temperature=True))
+    groups = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names.values())
+    decays = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, decay in decays.items():
+        free = name.endswith((".bias", "_bias", "mask_token", "temperature_logit")) or "norm" in name
+        assert decay == (0.0 if free else 0.05), name
+    assert set(decays.values()) == {0.0, 0.05}
+
+
+def test_frozen_parameters_are_not_optimized():
+    model = VideoMAE(MODEL)
+    model.encoder.requires_grad_(False)
+    assert sum(len(group["params"]) for group in parameter_groups(model, 0.05)) == sum(1 for _ in model.decoder.parameters())
+
+
+def two_layers() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def fill_gradients(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+OPTIONS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+def test_guarded_steps_are_bit_for_bit_those_of_adamw():
+    ours, theirs = two_layers(), two_layers()
+    guarded = GuardedAdamW(parameter_groups(ours, 0.05), 0.0, **OPTIONS)
+    plain = torch.optim.AdamW(parameter_groups(theirs, 0.05), **OPTIONS)
+    for step in range(5):
+        for model, optimizer in ((ours, guarded), (theirs, plain)):
+            fill_gradients(model, step)
+            optimizer.step()
+        assert not guarded.overflow
+        assert guarded._global_grad_norm == pytest.approx(nn.utils.get_total_norm([p.grad for p in theirs.parameters()]).item())
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_step_that_is_not_finite_leaves_weights_and_state_alone(bad):
+    model = two_layers()
+    optimizer = GuardedAdamW(parameter_groups(model, 0.05), 1.0, **OPTIONS)
+    fill_gradients(model, 0)
+    optimizer.step()
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    fill_gradients(model, 1)
+    model[2].weight.grad[1, 2] = bad
+    optimizer.step()
+    assert optimizer.overflow
+    assert not math.isfinite(optimizer._global_grad_norm)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    for before, after in zip(state["state"].values(), optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    fill_gradients(model, 2)
+    optimizer.step()
+    assert not optimizer.overflow
+    assert any(not torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_clipping_is_that_of_torch(scale):
+    ours, theirs = two_layers(), two_layers()
+    optimizer = GuardedAdamW(parameter_groups(ours, 0.05), 0.5, **OPTIONS)
+    fill_gradients(ours, 0, scale)
+    fill_gradients(theirs, 0, scale)
+    norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    optimizer.step()
+    assert optimizer._global_grad_norm == pytest.approx(norm.item())
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_optimizer_has_the_configured_numbers(guarded):
+    config = OptimConfig(weight_decay=0.3, betas=(0.8, 0.9), eps=1e-7, clip_grad=2.0)
+    optimizer = make_optimizer(VideoMAE(MODEL), config, guarded=guarded, fused=False)
+    assert isinstance(optimizer, GuardedAdamW) == guarded
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-7 for group in optimizer.param_groups)
+    assert not isinstance(optimizer, GuardedAdamW) or optimizer.clip_grad == 2.0

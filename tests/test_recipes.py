@@ -1,0 +1,175 @@
+"""The recipes load, reproduce the published learning rates and lengths, and tell how to run them; the documents name what exists."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from video_mae.config import ModelConfig, PretrainConfig, load_config
+from video_mae.masking import mask_counts
+from video_mae.optim import make_schedule
+from video_mae.schema import flatten
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRETRAIN = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
+PUBLISHED = [path for path in PRETRAIN if path.stem != "demo"]
+DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
+
+# name: videos of the list, videos a step, (V, M), peak and final learning rate, warm-up steps, steps; by hand from the sources' scripts.
+# 240,000 stands for Kinetics-400, of which everybody has another part; the lists of the others are fixed or named by their authors.
+BY_HAND = {
+    "kinetics400_small": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 375_000),
+    "kinetics400_base": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_687, 93_750),
+    "kinetics400_base_contrastive": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_687, 93_750),
+    "kinetics400_large": (240_000, 512, (160, 1408), 3e-4, 2e-5, 18_750, 750_000),
+    "kinetics400_huge": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 375_000),
+    "ssv2_base": (168_913, 2048, (160, 1408), 1.2e-3, 8e-5, 3_299, 65_981),
+    "ucf101_base": (9_537, 192, (392, 1176), 2.25e-4, 7.5e-6, 1_986, 158_950),
+    "v2_base_dual": (1_350_000, 1024, (160, 704), 4e-3, 4e-5, 26_367, 263_671),
+    "v2_giant_dual": (1_350_000, 2048, (208, 920), 4.8e-3, 8e-5, 19_775, 197_753),
+}
+
+
+def header(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    end = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
+
+
+def command(path: Path) -> list[str]:
+    match = re.search(r"^Command: (.*)$", header(path), re.MULTILINE)
+    assert match, f"{path.name} has no Command"
+    return shlex.split(match[1])
+
+
+def num_gpus(path: Path) -> int:
+    words = command(path)
+    return int(words[words.index("--num_gpus") + 1])
+
+
+def named(path: Path) -> Any:
+    return pytest.param(path, id=path.stem)
+
+
+@pytest.mark.parametrize("path", map(named, PRETRAIN))
+def test_a_recipe_loads(path: Path) -> None:
+    config = load_config(path, schema=PretrainConfig)
+    assert config.output.startswith("runs/")
+    assert config.data.source
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_a_header_tells_source_result_hardware_batch_and_command(path: Path) -> None:
+    for key in ("Source", "Expected", "Hardware", "Batch", "Command"):
+        assert len(re.findall(rf"^{key}: \S", header(path), re.MULTILINE)) == 1, key
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_the_command_of_a_recipe_starts_this_very_file_into_a_folder_of_its_own(path: Path) -> None:
+    words = command(path)
+    assert words[0] == "deepspeed"
+    assert words[-4:] == ["--module", "video_mae", "pretrain", str(path.relative_to(REPOSITORY))]
+    assert load_config(path).output == f"runs/{path.stem}"
+
+
+def test_every_published_recipe_is_checked_by_hand() -> None:
+    assert {path.stem for path in PUBLISHED} == set(BY_HAND)
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_the_command_reaches_the_published_batch_rate_length_and_mask(path: Path) -> None:
+    num_videos, batch, counts, peak, final, warmup, steps = BY_HAND[path.stem]
+    config = load_config(path)
+    assert config.optim.micro_batch * config.optim.accumulation * num_gpus(path) == batch
+    schedule, line = make_schedule(config.optim, num_videos, num_gpus(path), config.data.clips_per_video)
+    assert schedule.peak_lr == pytest.approx(peak)
+    assert schedule.final_lr == pytest.approx(final)
+    assert (schedule.warmup_steps, schedule.total_steps) == (warmup, steps)
+    assert f"global batch {batch} / 256" in line
+    assert mask_counts(config.model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio) == counts
+    assert re.search(rf"^Batch: {batch} videos", header(path), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_the_overrides_that_a_header_offers_are_accepted(path: Path) -> None:
+    offers = re.findall(r"`([\w.]+=[^`]+)`", header(path))
+    assert offers
+    for offer in offers:
+        load_config(path, offer.split())
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_the_overrides_for_another_number_of_gpus_keep_the_batch(path: Path) -> None:
+    offers = re.findall(r"`(optim\.[^`]+)` on (\d+)", header(path))
+    assert offers
+    for offer, gpus in offers:
+        optim = load_config(path, offer.split()).optim
+        assert optim.micro_batch * optim.accumulation * int(gpus) == BY_HAND[path.stem][1], offer
+
+
+@pytest.mark.parametrize("name", ["v2_base_dual", "v2_giant_dual"])
+def test_counting_clips_with_the_base_rate_of_the_header_gives_the_same_schedule(name: str) -> None:
+    path = REPOSITORY / "configs" / "pretrain" / f"{name}.yaml"
+    match = re.search(r"`(optim\.lr_counts_clips=true [^`]+)`", header(path))
+    assert match
+    overrides = match[1].split()
+    by_videos, by_clips = (make_schedule(load_config(path, more).optim, 1_350_000, 8, 4)[0] for more in ([], overrides))
+    assert by_clips.peak_lr == pytest.approx(by_videos.peak_lr)
+    assert by_clips.final_lr == pytest.approx(by_videos.final_lr)
+
+
+def test_the_contrastive_recipe_is_the_base_recipe_with_another_objective() -> None:
+    folder = REPOSITORY / "configs" / "pretrain"
+    base, ours = (flatten(load_config(folder / f"kinetics400_base{more}.yaml")) for more in ("", "_contrastive"))
+    assert {key for key in base if base[key] != ours[key]} == {"output", "objective.contrastive_weight"}
+    assert ours["objective.contrastive_weight"] > 0
+
+
+@pytest.mark.parametrize("path", map(named, DOCUMENTS))
+def test_a_document_names_functions_that_exist(path: Path) -> None:
+    for name in re.findall(r"`(video_mae(?:\.\w+)+)`", path.read_text()):
+        assert resolves(name), f"{path.name}: `{name}` does not exist"
+
+
+def resolves(name: str) -> bool:
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[cut:]:
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("path", map(named, DOCUMENTS))
+def test_a_document_links_and_points_to_files_that_exist(path: Path) -> None:
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        assert (path.parent / target).exists(), f"{path.name}: {target} does not exist"
+    for target in re.findall(r"`((?:configs|docs|video_mae|tests|benchmarks)/[\w./]+\.\w+)`", text):
+        assert (REPOSITORY / target).exists(), f"{path.name}: {target} does not exist"
+
+
+def test_the_objective_document_names_keys_that_exist() -> None:
+    sections = "|".join({key.split(".")[0] for key in flatten(PretrainConfig()) if "." in key})
+    keys = re.findall(rf"`((?:{sections})\.\w+)`", (REPOSITORY / "docs" / "objective.md").read_text())
+    assert "objective.contrastive_weight" in keys
+    assert set(keys) <= set(flatten(PretrainConfig()))
+
+
+def test_the_objective_document_counts_tokens_as_the_masks_do() -> None:
+    rows = re.findall(r"^\| (\d+) x (\d+) x (\d+) \| (\d+) x (\d+) x \d+ \| (\w+) ([\d.]+)(?:, decoder ([\d.]+))? "
+                      r"\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", (REPOSITORY / "docs" / "objective.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for frames, height, width, tubelet, patch, kind, ratio, skipped, *expected in rows:
+        model = ModelConfig(num_frames=int(frames), height=int(height), width=int(width), tubelet_size=int(tubelet), patch_size=int(patch))
+        counts = mask_counts(model.grid, kind, float(ratio), float(skipped or 0))
+        assert [model.num_tokens, model.tubelet_values, *counts] == [int(number) for number in expected]

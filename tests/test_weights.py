@@ -1,0 +1,165 @@
+"""Model folders: what goes in comes out, and nothing in them is ever executed."""
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, load_pretrained, save_model_folder, tube_mask, weights
+
+MODEL = ModelConfig(num_frames=4, height=16, width=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, decoder_embed_dim=8,
+                    decoder_depth=1, decoder_num_heads=2, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4), drop_path=0.1)
+OBJECTIVE = ObjectiveConfig(contrastive_weight=0.25, learn_temperature=True, negatives="batch", normalize="tubelet")
+
+
+def make(seed: int = 0) -> VideoMAE:
+    torch.manual_seed(seed)
+    return VideoMAE(MODEL, OBJECTIVE)
+
+
+def assert_same(ours: VideoMAE, theirs: VideoMAE) -> None:
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model_folder(tmp_path / "deep" / "model", make())
+    return tmp_path / "deep" / "model"
+
+
+def test_model_comes_back_bit_for_bit_with_the_same_outputs(folder):
+    model, loaded = make().eval(), load_pretrained(folder)
+    assert not loaded.training
+    assert (loaded.config, loaded.objective_config) == (MODEL, OBJECTIVE)
+    assert_same(model, loaded)
+    clip = torch.randint(0, 256, (2, 4, 16, 32, 2), dtype=torch.uint8)
+    mask = tube_mask(torch.arange(2), model.grid, 0.6)
+    assert all(torch.equal(a, b) for a, b in zip(model(clip, mask), loaded(clip, mask), strict=True))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_given_state_is_written_in_float32(tmp_path):
+    state = {name: tensor.bfloat16() for name, tensor in make(seed=1).state_dict().items()}
+    save_model_folder(tmp_path / "model", make(), state)
+    for name, tensor in load_pretrained(tmp_path / "model").state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, state[name].float())
+
+
+def test_earlier_folder_is_replaced_whole(folder):
+    (folder / "stale").write_text("")
+    save_model_folder(folder, make(seed=1))
+    assert_same(load_pretrained(folder), make(seed=1))
+    assert not (folder / "stale").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_failing_save_leaves_the_old_folder_and_nothing_else(folder, monkeypatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_model_folder(folder, make(seed=1))
+    assert_same(load_pretrained(folder), make())
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load_pretrained(folder)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_pretrained(tmp_path / "nowhere")
+
+
+class Bomb:
+    """A pickle of it would touch a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path(self.path),)  # pyright: ignore[reportReturnType]
+
+
+def test_pickle_in_disguise_executes_nothing(folder, tmp_path):
+    content = pickle.dumps(Bomb(tmp_path / "executed"))
+    pickle.loads(content)
+    assert (tmp_path / "executed").exists()  # it does work
+    (tmp_path / "executed").unlink()
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_pretrained(folder)
+    torch.save({"x": Bomb(tmp_path / "executed")}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_pretrained(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"{}", struct.pack("<Q", 2**62), struct.pack("<Q", 2) + b"{]"])
+def test_file_that_is_no_safetensors_is_named(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: "):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_truncated_weights_are_named(folder, share):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:int(share * len(content))])
+    with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: cannot be read"):
+        load_pretrained(folder)
+
+
+def rename(state: dict[str, torch.Tensor]) -> None:
+    state["decoder.head.wieght"] = state.pop("decoder.head.weight")
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda state: state.pop("encoder.norm.bias"), ["encoder.norm.bias", "missing"]),
+    (lambda state: state.update(more=torch.zeros(1)), ["more", "not part"]),
+    (lambda state: state.update({"decoder.head.bias": torch.zeros(3)}), ["decoder.head.bias", "(3,)", "(256,)"]),
+    (lambda state: state.update({"decoder.mask_token": torch.zeros(1, 1, 8)}), ["decoder.mask_token", "(1, 1, 8)", "(8,)"]),
+    (rename, ["decoder.head.weight", "1 more"])])
+def test_weights_that_do_not_fit_are_named(folder, change, said):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: [^\n]*$") as error:
+        load_pretrained(folder)
+    assert all(part in str(error.value) for part in said)
+
+
+@pytest.mark.parametrize(("section", "key", "value", "said"), [
+    ("model", "dept", 2, "did you mean depth"), ("model", "depth", "many", "depth"), ("model", "depth", 0, "model.depth"),
+    ("model", "num_heads", 5, "num_heads"), ("model", "mean", [0.1, 0.2, 0.3], "mean"), ("model", "std", "x", "std"),
+    ("model", "depth", None, "depth"), ("model", "in_channels", True, "in_channels"),
+    ("objective", "normalize", "chanel", "normalize"), ("objective", "tau", 1, "tau")])
+def test_wrong_key_or_value_in_the_configuration_is_named(folder, section, key, value, said):
+    description = json.loads((folder / "config.json").read_text())
+    description[section][key] = value
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"^[^\n]*config\.json: [^\n]*$") as error:
+        load_pretrained(folder)
+    assert section in str(error.value)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"model": {}}',
+                                  '{"model": 3, "objective": {}}', '{"model": [1], "objective": {}}',
+                                  '{"model": {}, "objective": "clip"}'])
+def test_file_that_is_no_configuration_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^[^\n]*config\.json: "):
+        load_pretrained(folder)

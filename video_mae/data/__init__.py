@@ -1,0 +1,25 @@
+"""The data path: annotations -> sampler -> decoding and crops in workers -> batches of uint8 clips."""
+
+from video_mae.data.annotations import class_names, read_annotations
+from video_mae.data.dataset import Batch, ClipDataset, Failure, Sample, collate
+from video_mae.data.decoding import VideoDecodeError, decode
+from video_mae.data.loader import make_loader
+from video_mae.data.sampling import StepSampler, clip_indices, epoch_order, sample_rng, sample_seed
+
+__all__ = [
+    "Batch",
+    "ClipDataset",
+    "Failure",
+    "Sample",
+    "StepSampler",
+    "VideoDecodeError",
+    "class_names",
+    "clip_indices",
+    "collate",
+    "decode",
+    "epoch_order",
+    "make_loader",
+    "read_annotations",
+    "sample_rng",
+    "sample_seed",
+]

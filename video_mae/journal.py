@@ -1,0 +1,270 @@
+"""What a run tells: metrics.jsonl, log.txt, quarantine.jsonl, the console, throughput, data wait, MFU."""
+
+import fcntl
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from tqdm import tqdm
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Event = tuple[str, float, int]
+
+# Dense bf16/fp16 tensor-core FLOP/s by device name (a whole-word pattern; the first match counts). Source: NVIDIA's data sheets,
+# halved where a sheet quotes 2:4 sparsity; RTX 4090: fp16 with fp32 accumulation, Ada whitepaper. V100 has no bf16.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200 NVL": 835e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
+    "V100": 125e12, "L40S": 362e12, "RTX 4090$": 165e12, "A10": 125e12,
+}
+
+
+class Failure(Protocol):
+    """A video that could not be decoded."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def decoder(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+
+def peak_flops(device_name: str, precision: Precision) -> float | None:
+    """Dense FLOP/s that a GPU's data sheet promises; None where it is unknown (fp32 runs without TF32 here: no figure)."""
+    if precision == "fp32" or (precision == "bf16" and "V100" in device_name):
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line that a crash tore."""
+    if not path.exists():
+        return []
+    return list(_objects(path.read_bytes()))
+
+
+class Quarantine:
+    """RUN/quarantine.jsonl: every video that could not be decoded, once.
+
+    All ranks of a run may hold one: the file is the truth, read on under a lock before each write.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.file = run_folder / "quarantine.jsonl"
+        self._paths: set[str] = set()
+        self._bytes_read = 0
+
+    def add(self, failures: Iterable[Failure]) -> None:
+        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of the run has written."""
+        failures = list(failures)
+        if not failures:
+            return
+        with self.file.open("ab+") as stream:
+            with suppress(OSError):  # a file system without locks: two ranks may then both write a path, which is no reason to stop
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            self._read_on(stream.fileno())
+            if stream.seek(0, os.SEEK_END) > self._bytes_read:  # a crash tore the last line: end it, so that it spoils no other
+                stream.write(b"\n")
+                stream.flush()
+                self._read_on(stream.fileno())
+            new = {failure.path: failure for failure in failures if failure.path not in self._paths}
+            stream.writelines(_line({"path": path, "decoder": failure.decoder, "reason": failure.reason, "time": time.time()})
+                              for path, failure in new.items())
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """All paths in the file, whoever wrote them."""
+        if self.file.exists():
+            with self.file.open("rb") as stream:
+                self._read_on(stream.fileno())
+        return frozenset(self._paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _read_on(self, descriptor: int) -> None:
+        new = os.pread(descriptor, max(0, os.fstat(descriptor).st_size - self._bytes_read), self._bytes_read)
+        new = new[: new.rfind(b"\n") + 1]
+        self._paths.update(entry["path"] for entry in _objects(new))
+        self._bytes_read += len(new)
+
+
+class Journal:
+    """Measures the steps of a run and writes them to RUN/metrics.jsonl, RUN/log.txt and the console.
+
+    Every rank makes one and calls `step`; the main rank alone writes. clips_per_step counts all ranks, flops_per_clip is a
+    forward and backward pass. With resumed_step = k, lines of later steps are cut off metrics.jsonl: that work was lost.
+    reduce_mean averages a tensor over ranks; every rank calls it at the same steps.
+    """
+
+    def __init__(self, run_folder: Path, *, is_main: bool, total_steps: int, log_interval: int, clips_per_step: int,
+                 flops_per_clip: float | None, num_devices: int, device: torch.device, precision: Precision,
+                 write_events: Callable[[list[Event]], None] | None = None,
+                 reduce_mean: Callable[[torch.Tensor], torch.Tensor] = lambda values: values, resumed_step: int = 0) -> None:
+        self.is_main, self.total_steps, self.log_interval, self.clips_per_step = is_main, total_steps, log_interval, clips_per_step
+        self.device, self.write_events, self.reduce_mean = device, write_events, reduce_mean
+        self.metrics_file, self.log_file = run_folder / "metrics.jsonl", run_folder / "log.txt"
+        self.quarantine = Quarantine(run_folder)
+        peak = peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+        self._flops_share = None if peak is None or flops_per_clip is None else flops_per_clip / (peak * num_devices)  # of one clip/s
+        self._bar: tqdm[Any] | None = None
+        self._has_begun = False
+        self._clear(time.perf_counter())
+        run_folder.mkdir(parents=True, exist_ok=True)
+        if is_main:
+            _cut(self.metrics_file, resumed_step)
+            if sys.stdout.isatty():
+                self._bar = tqdm(total=total_steps, initial=resumed_step, file=sys.stdout, dynamic_ncols=True, unit="step")
+
+    def say(self, message: str) -> None:
+        """Prints a message once, on the main rank, and keeps it in log.txt."""
+        if not self.is_main:
+            return
+        if self._bar is None:
+            print(message, flush=True)
+        else:
+            self._bar.write(message, file=sys.stdout)
+        self._log(message)
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Wraps the fetching of a batch: the time inside counts as waiting for data.
+
+        It is the host's wait. A GPU that is still busy with earlier steps hides some of it, so it bounds the loss from above.
+        """
+        begin = time.perf_counter()
+        if not self._has_begun:
+            self._begin, self._has_begun = begin, True  # what came before the first batch (building the model) is no part of a step
+        yield
+        self._wait_seconds += time.perf_counter() - begin
+
+    def step(self, step: int, epoch: float, loss: torch.Tensor, reconstruction_loss: torch.Tensor | float,
+             contrastive_loss: torch.Tensor | float, lr: float, grad_norm: torch.Tensor | float, skipped_steps: int) -> None:
+        """Takes in optimizer step number `step` (the first is 1); writes a line every log_interval steps and after the last.
+
+        Losses and gradient norm stay on the device until a line is due, and the line holds their means over its steps (NaN in
+        one step makes the mean null). lr and skipped_steps (a count since the start) are those of the step itself.
+        """
+        values = (loss, reconstruction_loss, contrastive_loss, grad_norm)
+        self._sums = self._sums + torch.stack([self._scalar(value) for value in values])
+        self._num_steps += 1
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        if step % self.log_interval != 0 and step != self.total_steps:
+            return
+        local = torch.cat([self._sums / self._num_steps, self._scalar(self._wait_seconds)[None]])
+        *means, wait_seconds = self.reduce_mean(local).tolist()  # the only host sync of an interval
+        now = time.perf_counter()
+        if self.is_main:
+            seconds = max(now - self._begin, 1e-9)
+            clips_per_second = self.clips_per_step * self._num_steps / seconds
+            line = {
+                "step": step, "epoch": epoch, "loss": means[0], "reconstruction_loss": means[1], "contrastive_loss": means[2],
+                "lr": lr, "grad_norm": means[3], "clips_per_second": clips_per_second, "data_wait": min(1.0, wait_seconds / seconds),
+                "mfu": None if self._flops_share is None else clips_per_second * self._flops_share, "memory_gb": self._memory_gb(),
+                "skipped_steps": int(skipped_steps), "bad_videos": len(self.quarantine), "time": time.time(),
+            }
+            self._write({key: value if isinstance(value, int) or _is_finite(value) else None for key, value in line.items()},
+                        seconds / self._num_steps)
+        self._clear(now)
+
+    def close(self) -> None:
+        """Ends the progress bar; the files are complete after every line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _clear(self, now: float) -> None:
+        self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+
+    def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
+        # full() fills on the device; as_tensor() would copy from the host and wait for the stream
+        if not isinstance(value, torch.Tensor):
+            return torch.full((), value, dtype=torch.float64, device=self.device)
+        return value.detach().to(self.device, torch.float64).reshape(())
+
+    def _memory_gb(self) -> float:
+        """Peak so far in 10^9 bytes: allocated by PyTorch on a GPU, resident on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+    def _write(self, line: dict[str, Any], seconds_per_step: float) -> None:
+        with self.metrics_file.open("ab") as stream:
+            stream.write(_line(line))
+        parts = _describe(line)
+        text = f"step {line['step']}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in parts.items())
+        if self._bar is None:
+            self.say(f"{text}  ETA {timedelta(seconds=round((self.total_steps - line['step']) * seconds_per_step))}")
+        else:
+            self._bar.set_postfix(parts)
+            self._log(text)
+        if self.write_events is not None:
+            self.write_events([(f"train/{key}", float(value), line["step"]) for key, value in line.items()
+                               if value is not None and key not in ("step", "time")])
+
+    def _log(self, message: str) -> None:
+        with self.log_file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
+
+
+def _describe(line: dict[str, Any]) -> dict[str, str]:
+    """The console's words for a line of metrics; what is zero or unknown is left out."""
+
+    def number(value: float | None, form: str) -> str:
+        return "not finite" if value is None else format(value, form)
+
+    parts = {"epoch": number(line["epoch"], ".2f"), "loss": number(line["loss"], ".4f")}
+    if line["contrastive_loss"] != 0:
+        parts |= {"reconstruction": number(line["reconstruction_loss"], ".4f"), "contrastive": number(line["contrastive_loss"], ".4f")}
+    parts |= {"lr": number(line["lr"], ".2e"), "grad norm": number(line["grad_norm"], ".3g"),
+              "clips/s": number(line["clips_per_second"], ".1f"), "data wait": number(line["data_wait"], ".0%"),
+              "memory": f"{line['memory_gb']:.1f} GB"}
+    if line["mfu"] is not None:
+        parts["MFU"] = format(line["mfu"], ".1%")
+    for key in ("skipped_steps", "bad_videos"):
+        if line[key]:
+            parts[key.replace("_", " ")] = str(line[key])
+    return parts
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    return (json.dumps(entry, allow_nan=False) + "\n").encode()
+
+
+def _objects(text: bytes) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # torn by a crash
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Keeps the lines up to a step; the file is replaced in one move, so a crash here loses nothing."""
+    if not path.exists():
+        return
+    new = path.with_name(path.name + ".new")
+    with new.open("wb") as stream:
+        stream.writelines(_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(path)

@@ -1,0 +1,116 @@
+"""Which tokens the encoder sees and which the decoder predicts, as sorted index tensors with static shapes.
+
+A mask depends on its sample's own 64-bit seed alone (integer mixing, then a sort), never on batch, rank or device.
+Letters: B samples, N tokens of the grid (time, height, width) in raster order, V visible, M masked (to be predicted).
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Grid = tuple[int, int, int]
+Kind = Literal["tube", "random", "frame"]
+
+CELL = 4  # places of the 2 x 2 cell that runs over time in decoder masking
+
+
+class TokenMask(NamedTuple):
+    """Sorted, disjoint int64 token indices: what the encoder sees, what the decoder predicts."""
+
+    visible_BV: torch.Tensor
+    masked_BM: torch.Tensor
+
+
+def tube_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
+    """Hides the same int(ratio * H * W) places in every frame.
+
+    seeds_B: int64; the mask is made on its device. Raises: ValueError where nothing or everything would be hidden.
+    Source: VideoMAE (Tong et al., 2022).
+    """
+    time, height, width = grid
+    hidden_BP, shown_BP = _split(seeds_B, height * width, _count(ratio, height * width, "tokens a frame"))
+    start_T = torch.arange(time, device=seeds_B.device) * (height * width)
+    return TokenMask((start_T[:, None] + shown_BP[:, None]).flatten(1), (start_T[:, None] + hidden_BP[:, None]).flatten(1))
+
+
+def random_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
+    """Hides int(ratio * N) tokens anywhere. Source: MAE (He et al., 2021), mae_st (Feichtenhofer et al., 2022)."""
+    num_tokens = grid[0] * grid[1] * grid[2]
+    hidden_BM, shown_BV = _split(seeds_B, num_tokens, _count(ratio, num_tokens, "tokens"))
+    return TokenMask(shown_BV, hidden_BM)
+
+
+def frame_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
+    """Hides int(ratio * T) whole frames of tokens. Source: the ablation of VideoMAE (Tong et al., 2022)."""
+    time, height, width = grid
+    hidden_BT, shown_BT = _split(seeds_B, time, _count(ratio, time, "frames of tokens"))
+    place_P = torch.arange(height * width, device=seeds_B.device)
+    return TokenMask(*((frames_BT[..., None] * (height * width) + place_P).flatten(1) for frames_BT in (shown_BT, hidden_BT)))
+
+
+def running_cell(seeds_B: torch.Tensor, grid: Grid, ratio: float, masked_BM: torch.Tensor) -> torch.Tensor:
+    """Keeps those masked tokens that the running cell lets the decoder predict.
+
+    A 2 x 2 cell tiles every frame; int(4 * ratio) of its places are skipped, and they move on by one from frame to frame, from
+    a random start. Over every 4 frames of tokens each place is predicted equally often, so under tube masking the kept
+    tokens are exactly the official ones. Elsewhere their number varies by sample: it is fixed here at M - int(ratio * M) by
+    dropping tokens at random, or adding some that the cell skips.
+    Returns: int64 [B, M - int(ratio * M)], sorted. Source: VideoMAE V2 (Wang et al., 2023).
+    """
+    _, height, width = grid
+    num_kept = masked_BM.shape[1] - int(ratio * masked_BM.shape[1])
+    frame_BM, row_BM, column_BM = masked_BM // (height * width), masked_BM // width % height, masked_BM % width
+    start_B = _noise(seeds_B, 1, stream=1)[:, 0] % CELL
+    place_BM = (2 * (row_BM % 2) + column_BM % 2 + frame_BM + start_B[:, None] + 1) % CELL
+    skipped_BM = (place_BM < int(CELL * ratio)).long()
+    key_BM = (_noise(seeds_B, masked_BM.shape[1], stream=2) >> 2) + (skipped_BM << 62)
+    kept_BM = key_BM.argsort(dim=1, stable=True)[:, :num_kept]
+    return masked_BM.gather(1, kept_BM).sort(dim=1).values
+
+
+MASKS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
+
+
+def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> TokenMask:
+    """The mask that a configuration asks for; `decoder_mask_ratio` > 0 leaves to predict what the running cell keeps."""
+    mask = MASKS[kind](seeds_B, grid, ratio)
+    if decoder_mask_ratio == 0:
+        return mask
+    return TokenMask(mask.visible_BV, running_cell(seeds_B, grid, decoder_mask_ratio, mask.masked_BM))
+
+
+def mask_counts(grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> tuple[int, int]:
+    """(V, M) of every mask with these settings. Raises: ValueError for a mask that hides nothing or everything."""
+    mask = token_mask(torch.zeros(1, dtype=torch.int64), grid, kind, ratio, decoder_mask_ratio)
+    return mask.visible_BV.shape[1], mask.masked_BM.shape[1]
+
+
+def _count(ratio: float, available: int, unit: str) -> int:
+    hidden = int(ratio * available)
+    if not 0 < hidden < available:
+        raise ValueError(f"mask.ratio: {ratio} of {available} {unit} hides {hidden}; it must hide at least 1 and leave at least 1")
+    return hidden
+
+
+def _split(seeds_B: torch.Tensor, available: int, num_hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted (hidden, shown) among `available` places, the choice random in the seed."""
+    order = _noise(seeds_B, available, stream=0).argsort(dim=1, stable=True)
+    return order[:, :num_hidden].sort(dim=1).values, order[:, num_hidden:].sort(dim=1).values
+
+
+def _noise(seeds_B: torch.Tensor, count: int, stream: int) -> torch.Tensor:
+    """int64 [B, count]: the SplitMix64 generator of Steele et al. (2014), started at each seed (int64 arithmetic wraps)."""
+    counter = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64) + (stream << 32)
+    x = seeds_B[:, None] + counter * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical shift: torch's >> on int64 copies the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

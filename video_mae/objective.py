@@ -1,0 +1,53 @@
+"""L_total = L_rec + lambda * L_con: the method is told step by step in docs/objective.md.
+
+Letters: B clips, T frames, H W pixels, C channels, M masked tubelets, P values of a tubelet.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from video_mae.config import ObjectiveConfig
+from video_mae.kernels.contrastive import contrastive_loss
+from video_mae.kernels.reconstruction import reconstruction_loss_and_targets
+
+COLDEST = 0.01  # a learned temperature stays between this and 1
+
+
+class Losses(NamedTuple):
+    """Scalars, float32; `contrastive_loss` is 0 where lambda is 0."""
+
+    loss: torch.Tensor
+    reconstruction_loss: torch.Tensor
+    contrastive_loss: torch.Tensor
+
+
+class Objective(nn.Module):
+    """Both losses of the predicted tubelets; their targets come from the clip itself.
+
+    `impl` chooses the kernels. A learned temperature is tau = COLDEST ** sigmoid(parameter), so it cannot leave (COLDEST, 1) nor
+    get stuck at a clamp.
+    """
+
+    def __init__(self, config: ObjectiveConfig, tubelet: tuple[int, int, int], impl: str = "auto") -> None:
+        super().__init__()
+        self.config, self.tubelet, self.impl = config, tubelet, impl
+        if config.learn_temperature:
+            share = math.log(config.temperature) / math.log(COLDEST)
+            self.temperature_logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))  # DeepSpeed wants a dimension
+
+    def temperature(self) -> float | torch.Tensor:
+        if not self.config.learn_temperature:
+            return self.config.temperature
+        return (math.log(COLDEST) * self.temperature_logit[0].float().sigmoid()).exp()
+
+    def forward(self, predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, masked_BM: torch.Tensor) -> Losses:
+        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM: int64."""
+        reconstruction, target_BMP = reconstruction_loss_and_targets(
+            predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, self.config.normalize, self.impl)
+        if self.config.contrastive_weight == 0:
+            return Losses(reconstruction, reconstruction, torch.zeros_like(reconstruction))
+        contrastive = contrastive_loss(predicted_BMP, target_BMP, self.temperature(), self.config.negatives, self.impl)
+        return Losses(reconstruction + self.config.contrastive_weight * contrastive, reconstruction, contrastive)

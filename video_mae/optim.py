@@ -1,0 +1,87 @@
+"""What is optimized and how fast: parameter groups, the learning rate of a step, AdamW that refuses a step that is not finite."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from video_mae.config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, biases, tokens and scalars do not (as the official code groups them)."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from 0, then half a cosine from `peak_lr` to `final_lr`, computed for any step.
+
+    The warm-up reaches `peak_lr` in its last step, as the official table does; its first step is not wasted on a rate of 0.
+    """
+
+    peak_lr: float
+    final_lr: float
+    warmup_steps: int
+    total_steps: int
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step 0, 1, ... total_steps - 1."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_schedule(config: OptimConfig, num_videos: int, world_size: int, clips_per_video: int) -> tuple[Schedule, str]:
+    """The schedule, and one line that tells its factors: lr = base_lr * global batch / 256."""
+    videos = config.micro_batch * config.accumulation * world_size
+    counted = videos * (clips_per_video if config.lr_counts_clips else 1)
+    total = config.steps if config.steps is not None else int(config.epochs * num_videos / videos)
+    warmup = config.warmup_steps if config.steps is not None else int(config.warmup_epochs * num_videos / videos)
+    if total < 1:
+        raise ValueError(f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step of {videos} videos; "
+                         "raise it, or lower optim.micro_batch or optim.accumulation")
+    schedule = Schedule(config.base_lr * counted / 256, config.min_lr * counted / 256, warmup, total)
+    clips = f" x {clips_per_video} clips a video" if config.lr_counts_clips else ""
+    return schedule, (f"learning rate {schedule.peak_lr:.4g} = {config.base_lr:.4g} x global batch {counted} / 256; global batch = "
+                      f"micro-batch {config.micro_batch} x {world_size} ranks x {config.accumulation} accumulated{clips}; "
+                      f"{warmup} warm-up steps of {total}, then a cosine to {schedule.final_lr:.4g}")
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that skips a step whose gradients are not finite, and clips the others.
+
+    DeepSpeed does both for every mode but ZeRO stage 0 in float32, where this stands in; it reads `overflow` and
+    `_global_grad_norm` from the optimizer as it does from its own.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], clip_grad: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.clip_grad = clip_grad
+        self.overflow = False
+        self._global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self._global_grad_norm = norm.item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if self.overflow:
+            return
+        if self.clip_grad > 0:
+            torch._foreach_mul_(gradients, min(1.0, self.clip_grad / (self._global_grad_norm + 1e-6)))
+        super().step(closure)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig, *, guarded: bool, fused: bool) -> torch.optim.Optimizer:
+    """torch's AdamW (nothing to compile at run time); `guarded` where DeepSpeed would neither skip nor report."""
+    options: dict[str, Any] = {"lr": config.base_lr, "betas": config.betas, "eps": config.eps, "fused": fused}
+    groups = parameter_groups(model, config.weight_decay)
+    return GuardedAdamW(groups, config.clip_grad, **options) if guarded else torch.optim.AdamW(groups, **options)

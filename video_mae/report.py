@@ -1,0 +1,129 @@
+"""A run on one page: RUN/report.html and RUN/curves.png, made from the files of the run folder alone."""
+
+import re
+import statistics
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from video_mae.journal import read_jsonl
+
+NUM_PICTURES = 3
+NUM_BAD_VIDEOS = 50  # rows of the table; the file has all
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; } th { font-weight: 600; }
+th, td { text-align: left; vertical-align: top; padding: .2em 1.2em .2em 0; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; height: auto; } td { overflow-wrap: anywhere; }
+pre { background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes report.html and curves.png into a run folder and returns the page's path: images by relative links, no scripts.
+
+    Reads metrics.jsonl, config.yaml, reconstructions/*.png and quarantine.jsonl; any of them may be missing or short.
+    Raises: FileNotFoundError where the folder itself is missing.
+    """
+    if not run_folder.is_dir():
+        raise FileNotFoundError(f"{run_folder}: no such run folder")
+    lines, bad_videos = read_jsonl(run_folder / "metrics.jsonl"), read_jsonl(run_folder / "quarantine.jsonl")
+    draw_curves(lines, run_folder / "curves.png")
+    config_file = run_folder / "config.yaml"
+    config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else "(no config.yaml in this folder)"
+    pictures = sorted((run_folder / "reconstructions").glob("*.png"), key=_step_of, reverse=True)[:NUM_PICTURES]
+    name = run_folder.resolve().name
+    body = [f"<h1>{escape(name)}</h1>", "<h2>Summary</h2>", _table(summarize(lines, len(bad_videos))),
+            "<h2>Curves</h2>", '<p><img src="curves.png" alt="loss, learning rate, gradient norm and throughput by step"></p>']
+    if pictures:
+        body.append("<h2>Reconstructions</h2>")
+    for picture in pictures:
+        body.append(f'<p>{escape(picture.stem)}</p>\n<p><img src="reconstructions/{quote(picture.name)}" alt="{escape(picture.stem)}"></p>')
+    if bad_videos:
+        more = f", the last {NUM_BAD_VIDEOS} of {len(bad_videos)}" if len(bad_videos) > NUM_BAD_VIDEOS else ""
+        body.append(f"<h2>Videos that could not be decoded{more}</h2>")
+        body.append(_table([(entry["path"], f"{entry['decoder']}: {entry['reason']}") for entry in bad_videos[-NUM_BAD_VIDEOS:]]))
+    body += ["<h2>Configuration</h2>", f"<pre>{escape(config)}</pre>"]
+    page = run_folder / "report.html"
+    page.write_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+                    f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    return page
+
+
+def summarize(lines: list[dict[str, Any]], num_bad_videos: int) -> list[tuple[str, str]]:
+    """The rows (name, text) of a report's first table, from the lines of metrics.jsonl."""
+    if not lines:
+        return [("steps", "none logged yet"), ("bad videos", str(num_bad_videos))]
+    last = lines[-1]
+    rows = [("steps", str(last["step"])), ("epochs", f"{last['epoch']:.2f}"), ("final loss", _number(last["loss"], ".4f"))]
+    if any(line["contrastive_loss"] for line in lines):
+        rows += [("final reconstruction loss", _number(last["reconstruction_loss"], ".4f")),
+                 ("final contrastive loss", _number(last["contrastive_loss"], ".4f"))]
+    rows += [("clips/s, median", _median(lines, "clips_per_second", ".1f")), ("data wait, median", _median(lines, "data_wait", ".1%"))]
+    if any(line["mfu"] is not None for line in lines):
+        rows.append(("MFU, median", _median(lines, "mfu", ".1%")))
+    rows += [("peak memory", _number(max(line["memory_gb"] or 0.0 for line in lines), ".1f") + " GB"),
+             ("hours between the first and the last line", f"{(last['time'] - lines[0]['time']) / 3600:.2f} (pauses included)"),
+             ("skipped steps", str(last["skipped_steps"])), ("bad videos", str(num_bad_videos))]
+    return rows
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draws losses, learning rate, gradient norm, and throughput with data wait, by optimizer step, as a PNG."""
+    figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot: no global state, no display
+    loss, lr, grad_norm, speed = figure.subplots(2, 2).flat
+    _plot(loss, lines, "loss", "total", "C0")
+    if any(line["contrastive_loss"] for line in lines):
+        _plot(loss, lines, "reconstruction_loss", "reconstruction", "C1")
+        _plot(loss, lines, "contrastive_loss", "contrastive (before its weight)", "C2")
+        loss.legend()
+    _plot(lr, lines, "lr", "learning rate", "C0")
+    _plot(grad_norm, lines, "grad_norm", "gradient norm", "C0")
+    _plot(speed, lines, "clips_per_second", "clips/s", "C0")
+    wait = speed.twinx()
+    _plot(wait, lines, "data_wait", "data wait", "C1")
+    for axes, label in ((loss, "loss (mean of an interval)"), (lr, "learning rate"), (grad_norm, "gradient norm (L2)"),
+                        (speed, "throughput (clips/s)")):
+        axes.set(xlabel="optimizer step", ylabel=label)
+        axes.grid(alpha=0.3)
+    if any(line["grad_norm"] for line in lines):
+        grad_norm.set_yscale("log")
+    speed.set_ylim(bottom=0)
+    speed.yaxis.label.set_color("C0")
+    wait.set_ylabel("step time spent waiting for data (%)", color="C1")
+    wait.set_ylim(0, 1)
+    wait.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    if not lines:
+        figure.suptitle("no step logged yet")
+    figure.savefig(path, dpi=100)
+
+
+def _plot(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str) -> None:
+    """One curve; null (a value that was not finite) leaves a gap."""
+    values = [float("nan") if line[key] is None else line[key] for line in lines]
+    axes.plot([line["step"] for line in lines], values, label=label, color=color, marker="." if len(lines) < 40 else "", linewidth=1.2)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "<table>\n" + "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows) + "\n</table>"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _median(lines: list[dict[str, Any]], key: str, form: str) -> str:
+    known = [line[key] for line in lines if line[key] is not None]
+    return format(statistics.median(known), form) if known else "unknown"
+
+
+def _step_of(picture: Path) -> tuple[int, str]:
+    """Orders pictures by the number in their name, however many zeros it has."""
+    number = re.search(r"\d+", picture.stem)
+    return int(number.group()) if number else -1, picture.name
