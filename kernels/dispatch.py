@@ -1,39 +1,60 @@
-"""What every operation shares: the choice of an implementation, and checks of a clip."""
+"""What every operation shares: the choice of an implementation, and checks of its arguments."""
 
 import torch
 
-# What `auto` picks. An operation lists its implementations with the one for `auto` first.
+from .launch import INTERPRETED
+
+# What there is for an operation; on a CPU `auto` takes the first, on CUDA triton (attention: up to AUTO_MAX_TOKENS).
 IMPLEMENTATIONS = {
-    "gather_tubelets": ("reference",),
-    "packed_attention": ("sdpa", "reference"),
-    "reconstruction_loss": ("reference",),
-    "contrastive_loss": ("reference",),
+    "gather_tubelets": ("reference", "triton"),
+    "packed_attention": ("sdpa", "reference", "triton"),
+    "reconstruction_loss": ("reference", "triton"),
+    "contrastive_loss": ("reference", "triton"),
 }
 
+# Compute capability -> the most tokens for which `auto` runs the Triton attention (float16, bfloat16); beyond them, and on other GPUs,
+# SDPA. An estimate, not yet measured on a GPU: up to 256 tokens attention is bound by memory, where reading the packed qkv in place
+# and writing dqkv without a copy should win (1.4 to 2.4 times at 160 tokens on an H100); from about 784 tokens cuDNN should.
+AUTO_MAX_TOKENS = {(8, 0): 256, (9, 0): 256}
 
-def choose(operation: str, impl: str) -> str:
-    """The implementation to run. Raises: ValueError for one that does not exist; nothing falls back silently."""
+
+@torch.compiler.assume_constant_result
+def attention_limit(device: torch.device) -> int:
+    """The entry of AUTO_MAX_TOKENS for a CUDA device, else 0."""
+    return AUTO_MAX_TOKENS.get(torch.cuda.get_device_capability(device), 0)
+
+
+def choose(operation: str, impl: str, device: torch.device) -> str:
+    """The implementation to run on a device. Raises: ValueError for one that does not exist there; nothing falls back silently."""
     available = IMPLEMENTATIONS[operation]
     if impl == "auto":
-        return available[0]
+        return "triton" if device.type == "cuda" else available[0]
     if impl not in available:
         raise ValueError(f"{operation}: impl {impl} is not one of auto, {', '.join(available)}")
+    if impl == "triton" and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"{operation}: impl triton needs a CUDA device, not {device.type}; use auto (or, to test, set TRITON_INTERPRET=1)")
     return impl
 
 
-def describe(impl: str) -> str:
+def describe(impl: str, device: torch.device) -> str:
     """One line for the start of a run: what each operation will run. Raises: ValueError as `choose`."""
-    return ", ".join(f"{operation} = {choose(operation, impl)}" for operation in IMPLEMENTATIONS)
+    chosen = {operation: choose(operation, impl, device) for operation in IMPLEMENTATIONS}
+    if impl == "auto" and device.type == "cuda":
+        limit = attention_limit(device)
+        chosen["packed_attention"] = f"triton for 16-bit clips of up to {limit} tokens else sdpa" if limit else "sdpa"
+    return ", ".join(f"{operation} = {implementation}" for operation, implementation in chosen.items())
 
 
 def check_clip(clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str) -> None:
     """Raises: ValueError naming the argument that does not fit."""
     if clip_BTHWC.ndim != 5:
         raise ValueError(f"{operation}: clip_BTHWC has shape {tuple(clip_BTHWC.shape)}, not (B, T, H, W, C)")
-    if clip_BTHWC.dtype != torch.uint8 and not clip_BTHWC.is_floating_point():
-        raise ValueError(f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, or floating point in [0, 1]")
+    if clip_BTHWC.dtype not in (torch.uint8, torch.uint16) and not clip_BTHWC.is_floating_point():
+        raise ValueError(f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating point in [0, 1]")
     if any(side % unit for side, unit in zip(clip_BTHWC.shape[1:4], tubelet, strict=True)):
         raise ValueError(f"{operation}: clip_BTHWC of {tuple(clip_BTHWC.shape[1:4])} is not a multiple of the tubelet {tubelet}")
     if index_BN.ndim != 2 or index_BN.shape[0] != clip_BTHWC.shape[0] or index_BN.dtype != torch.int64:
         raise ValueError(f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
                          f"not ({clip_BTHWC.shape[0]}, tokens) of int64")
+    if index_BN.device != clip_BTHWC.device:
+        raise ValueError(f"{operation}: index is on {index_BN.device}, clip_BTHWC on {clip_BTHWC.device}")

@@ -33,8 +33,8 @@ def take_tubelets(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tup
 
 
 def pixel_range(dtype: torch.dtype) -> float:
-    """What a white pixel is stored as: 255 for uint8, 1 for floating point."""
-    return 255.0 if dtype == torch.uint8 else 1.0
+    """What a white pixel is stored as: 255 for uint8, 65535 for uint16, 1 for floating point."""
+    return {torch.uint8: 255.0, torch.uint16: 65535.0}.get(dtype, 1.0)
 
 
 def gather_tubelets(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tuple[int, int, int], mean: tuple[float, ...],
@@ -67,11 +67,34 @@ def tubelet_targets(clip_BTHWC: torch.Tensor, index_BM: torch.Tensor, tubelet: t
     return pixels.flatten(2)
 
 
+def weighted_mean(error_BM: torch.Tensor, weight_BM: torch.Tensor | None) -> torch.Tensor:
+    """sum(w * e) / sum(w), the mean where no weights are given, and 0 where nothing counts."""
+    if weight_BM is None:
+        return error_BM.sum() / max(error_BM.numel(), 1)
+    return (weight_BM * error_BM).sum() / total_weight(weight_BM)
+
+
+def total_weight(weight_BM: torch.Tensor) -> torch.Tensor:
+    """The sum of the weights, 1 where it is 0: a batch in which no token counts has loss 0, not NaN."""
+    total = weight_BM.sum()
+    return torch.where(total == 0, 1.0, total)
+
+
 def reconstruction_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_BM: torch.Tensor, tubelet: tuple[int, int, int],
-                        normalize: Normalize) -> tuple[torch.Tensor, torch.Tensor]:
+                        normalize: Normalize, weight_BM: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean squared error, targets_BMP)."""
     targets_BMP = tubelet_targets(clip_BTHWC, index_BM, tubelet, normalize)
-    return F.mse_loss(predicted_BMP.to(targets_BMP.dtype), targets_BMP), targets_BMP
+    error_BM = (predicted_BMP.to(targets_BMP.dtype) - targets_BMP).square().mean(-1)
+    return weighted_mean(error_BM, weight_BM), targets_BMP
+
+
+def joint_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_BM: torch.Tensor, tubelet: tuple[int, int, int],
+               normalize: Normalize, temperature: float | torch.Tensor, negatives: Negatives,
+               contrastive_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(L_rec + contrastive_weight * L_con, L_rec, L_con), the gradient in the first alone."""
+    reconstruction, target_BMP = reconstruction_loss(predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize)
+    contrastive = contrastive_loss(predicted_BMP, target_BMP, temperature, negatives)
+    return reconstruction + contrastive_weight * contrastive, reconstruction.detach(), contrastive.detach()
 
 
 def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature: float | torch.Tensor,
@@ -84,7 +107,8 @@ def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temp
         predicted_BMP, target_BMP = predicted_BMP.flatten(0, 1)[None], target_BMP.flatten(0, 1)[None]
     compute = torch.promote_types(predicted_BMP.dtype, torch.float32)
     predicted_BMP, target_BMP = (F.normalize(x.to(compute), dim=-1, eps=NORM_FLOOR) for x in (predicted_BMP, target_BMP))
-    logits_BMM = predicted_BMP @ target_BMP.transpose(1, 2) / temperature
+    with torch.autocast(predicted_BMP.device.type, enabled=False):
+        logits_BMM = predicted_BMP @ target_BMP.transpose(1, 2) / temperature
     loss_BM = logits_BMM.logsumexp(-1) - logits_BMM.diagonal(dim1=1, dim2=2)
     has_direction_BM = target_BMP.any(dim=-1)
     return torch.where(has_direction_BM, loss_BM, 0.0).sum() / has_direction_BM.sum().clamp(min=1)

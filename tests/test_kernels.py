@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from video_mae.kernels import dispatch, reference
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.contrastive import contrastive_loss
+from video_mae.kernels.launch import INTERPRETED
 from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction_loss_and_targets
 from video_mae.kernels.tubelets import gather_tubelets
 
+CPU = torch.device("cpu")
 TUBELET, MEAN, STD = (2, 4, 3), (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
 GRID = (2, 3, 5)  # of the clips below
 
@@ -242,15 +244,18 @@ def test_argument_that_does_not_fit_is_named(call, named):
     ("reconstruction_loss", lambda impl: reconstruction_loss(PREDICTED, CLIP, INDEX, TUBELET, impl=impl)),
     ("contrastive_loss", lambda impl: contrastive_loss(PREDICTED, PREDICTED, 0.1, impl=impl))])
 def test_every_listed_implementation_runs_on_a_cpu_or_says_why_not(operation, call):
-    assert torch.equal(torch.as_tensor(call("auto")), call(dispatch.choose(operation, "auto")))
+    assert torch.equal(torch.as_tensor(call("auto")), call(dispatch.choose(operation, "auto", CPU)))
     call("reference")
     with pytest.raises(ValueError, match=rf"^{operation}: impl cuda is not one of auto, .*reference"):
         call("cuda")
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match=rf"^{operation}: impl triton needs a CUDA device, not cpu"):
+            call("triton")
 
 
 def test_description_tells_what_auto_picked():
-    line = dispatch.describe("auto")
+    line = dispatch.describe("auto", CPU)
     assert "\n" not in line
     for operation in dispatch.IMPLEMENTATIONS:
-        assert f"{operation} = {dispatch.choose(operation, 'auto')}" in line
+        assert f"{operation} = {dispatch.choose(operation, 'auto', CPU)}" in line
         assert hasattr(reference, operation)

@@ -24,8 +24,8 @@ GLOBAL_BATCH = 8
 pytestmark = pytest.mark.launcher
 
 
-def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420) -> str:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else dict(os.environ)
+def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420, **variables: str) -> str:
+    environment = {**os.environ, **variables, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
     result = subprocess.run([*(LAUNCHER if launcher else [sys.executable]), *command], capture_output=True, text=True, timeout=seconds,
                             env=environment, check=False)
     assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -80,6 +80,21 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu trains with the kernels themselves")
+def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(tiny_file: Path, tmp_path: Path) -> None:
+    common = ["optim.steps=5", "optim.micro_batch=2", "optim.accumulation=2", "objective.contrastive_weight=0.1",
+              "objective.learn_temperature=true", "mask.decoder_mask_ratio=0.5", "engine.activation_checkpointing=true"]
+    for kernels, variables in (("reference", {}), ("triton", {"TRITON_INTERPRET": "1"})):
+        runs = [{"name": f"{kernels}{stage}", "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"]}
+                for stage in (2, 3)]
+        (tmp_path / f"{kernels}.yaml").write_text(yaml.safe_dump(runs))
+        launch(str(RUNS), str(tiny_file), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), **variables)
+    for stage in (2, 3):
+        reference, kernels = losses(tmp_path / f"reference{stage}"), losses(tmp_path / f"triton{stage}")
+        assert reference[-1] < reference[0]
+        assert kernels == pytest.approx(reference, rel=1e-4)
 
 
 def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(shared_videos: Path, tiny_file: Path, tmp_path: Path) -> None:

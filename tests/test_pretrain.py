@@ -88,6 +88,14 @@ def test_activation_checkpointing_changes_nothing_but_memory(tiny: Tiny, tmp_pat
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
 
 
+def test_compiling_changes_the_speed_and_not_the_curve(tiny: Tiny, tmp_path: Path) -> None:
+    plain, compiled = (tiny(f"engine.compile={flag}", "optim.steps=2", "engine.zero_stage=2", f"output={tmp_path / flag}")
+                       for flag in ("false", "true"))
+    run(prepare(plain))
+    run(prepare(compiled))
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     """Makes the loss of some forward passes NaN, as a broken kernel or an overflow would."""
     healthy, calls = Objective.forward, [0]
@@ -162,6 +170,15 @@ def test_a_run_folder_belongs_to_one_run(tiny: Tiny, tmp_path: Path) -> None:
         prepare(tiny(f"output={tmp_path / 'mine'}"))
 
 
+def test_a_finished_run_stays_as_it_is(tiny: Tiny) -> None:
+    config = tiny("optim.steps=2")
+    run(prepare(config))
+    files = [Path(config.output) / name for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/latest")]
+    before = [file.read_bytes() for file in files]
+    assert run(prepare(config)) == DONE
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_another_number_of_ranks_cannot_resume_and_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     run(prepare(tiny("engine.zero_stage=1", "optim.steps=2")))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -186,8 +203,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> N
 @pytest.mark.parametrize(("override", "message"), [
     ("data.source=/nowhere/list.txt", "no such list file or folder: /nowhere/list.txt"),
     ("mask.ratio=0.01", "mask.ratio: 0.01 of 16 tokens a frame hides 0"),
-    ("engine.kernels=triton", "impl triton is not one of"),
+    ("engine.kernels=triton", "engine.kernels: gather_tubelets: impl triton needs a CUDA device"),
     ("engine.extra={zero_optimisation: {stage: 3}}", r"zero_optimisation: DeepSpeed has no such key \(did you mean zero_optimization"),
+    ("journal.wandb_project=mine", "journal.wandb_project: mine needs Weights & Biases, which is not installed; pip install wandb"),
     ("engine.extra={gradient_clipping: 1.0}", "engine.extra.gradient_clipping: is set by this program"),
     ("engine.extra={zero_optimization: {stage: 3}}", "engine.extra.zero_optimization.stage: is set by this program"),
 ])

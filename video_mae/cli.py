@@ -43,6 +43,14 @@ def _pretrain(options: argparse.Namespace) -> Callable[[], int]:
     return go
 
 
+def _reconstruct(options: argparse.Namespace) -> Callable[[], int]:
+    from video_mae.reconstruct import ReconstructConfig, reconstruct
+
+    reconstruct(options.model, options.video, options.picture, parse(None, options.overrides, ReconstructConfig))
+    print(f"picture {options.picture}")
+    return lambda: 0
+
+
 def _demo(options: argparse.Namespace) -> Callable[[], int]:
     from video_mae.demo import DemoConfig, make_demo_data
 
@@ -51,7 +59,7 @@ def _demo(options: argparse.Namespace) -> Callable[[], int]:
     return lambda: 0
 
 
-STAGES: dict[str, Callable[[argparse.Namespace], Callable[[], int]]] = {"pretrain": _pretrain, "demo": _demo}
+STAGES: dict[str, Callable[[argparse.Namespace], Callable[[], int]]] = {"pretrain": _pretrain, "reconstruct": _reconstruct, "demo": _demo}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,9 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     pretrain = _stage(stages, "pretrain", "pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices",
                       lambda: PretrainConfig)
     pretrain.add_argument("config", metavar="CONFIG.yaml")
+    reconstruct = _stage(stages, "reconstruct", "draw what a pretrained model makes of the hidden parts of a video", _reconstruct_schema)
+    for name in ("model", "video", "picture"):
+        reconstruct.add_argument(name, metavar={"model": "MODEL_FOLDER", "video": "VIDEO", "picture": "PICTURE.png"}[name])
     demo = _stage(stages, "demo", "render the embedded demo data set into a folder", _demo_schema)
     demo.add_argument("folder", metavar="FOLDER")
-    for stage in (pretrain, demo):
+    for stage in (pretrain, reconstruct, demo):
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="any key below, dotted: optim.micro_batch=8")
     return parser
 
@@ -72,6 +83,12 @@ def _demo_schema() -> type:
     from video_mae.demo import DemoConfig
 
     return DemoConfig
+
+
+def _reconstruct_schema() -> type:
+    from video_mae.reconstruct import ReconstructConfig
+
+    return ReconstructConfig
 
 
 def _stage(stages: Any, name: str, meaning: str, schema: Callable[[], type]) -> argparse.ArgumentParser:

@@ -225,7 +225,7 @@ class JournalConfig:
     checkpoint_interval: int = knob(500, "resumable checkpoints; the last step always writes one")
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept")
     picture_interval: int = knob(500, "reconstruction pictures; the last step always draws one")
-    picture_clips: int = knob(4, "clips on a picture, the first ones of the list")
+    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list")
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
 

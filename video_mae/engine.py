@@ -1,6 +1,7 @@
 """DeepSpeed in one place: its configuration, start, step, checkpoints, signals. The only file that imports it."""
 
 import difflib
+import importlib.util
 import os
 import shutil
 import signal
@@ -47,6 +48,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalC
     if journal.tensorboard:
         config["tensorboard"] = {"enabled": True, "output_path": str(run_folder), "job_name": "tensorboard"}
     if journal.wandb_project:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError(f"journal.wandb_project: {journal.wandb_project} needs Weights & Biases, which is not installed; "
+                             "pip install wandb")
         config["wandb"] = {"enabled": True, "project": journal.wandb_project, "group": run_folder.name}
     for key in engine.extra:
         if key not in EXTRA_KEYS and key not in config:

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from video_mae.config import ObjectiveConfig
-from video_mae.kernels.contrastive import contrastive_loss
-from video_mae.kernels.reconstruction import reconstruction_loss_and_targets
+from video_mae.kernels.joint import joint_loss
 
 COLDEST = 0.01  # a learned temperature stays between this and 1
 
@@ -44,10 +43,7 @@ class Objective(nn.Module):
         return (math.log(COLDEST) * self.temperature_logit[0].float().sigmoid()).exp()
 
     def forward(self, predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, masked_BM: torch.Tensor) -> Losses:
-        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM: int64."""
-        reconstruction, target_BMP = reconstruction_loss_and_targets(
-            predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, self.config.normalize, self.impl)
-        if self.config.contrastive_weight == 0:
-            return Losses(reconstruction, reconstruction, torch.zeros_like(reconstruction))
-        contrastive = contrastive_loss(predicted_BMP, target_BMP, self.temperature(), self.config.negatives, self.impl)
-        return Losses(reconstruction + self.config.contrastive_weight * contrastive, reconstruction, contrastive)
+        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM: int64. The sum alone has a gradient."""
+        c = self.config
+        return Losses(*joint_loss(predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, c.normalize, self.temperature(), c.negatives,
+                                  c.contrastive_weight, self.impl))

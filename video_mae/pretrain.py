@@ -59,7 +59,10 @@ def prepare(config: PretrainConfig) -> Plan:
     run_folder = Path(config.output)
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
-    describe(config.engine.kernels)
+    try:
+        describe(config.engine.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise ValueError(f"engine.kernels: {error}") from None
     mask = config.mask
     num_visible, num_masked = mask_counts(config.model.grid, mask.kind, mask.ratio, mask.decoder_mask_ratio)
     if config.objective.contrastive_weight > 0 and num_masked < 2 and config.objective.negatives == "clip":
@@ -185,9 +188,9 @@ class _Training:
 
     def _draw(self, done: int) -> None:
         if self.examples is None:
-            num = min(self.config.journal.picture_clips, len(self.plan.videos))
+            videos, num = len(self.plan.videos), min(self.config.journal.picture_clips, len(self.plan.videos))
             dataset = self._dataset(replace(self.config.data, clips_per_video=1))
-            self.examples = collate([dataset[(0, index)] for index in range(num)]).to(self.engine.device)
+            self.examples = collate([dataset[(0, i * videos // num)] for i in range(num)]).to(self.engine.device)
         clip_BTHWC, mask = self.examples.clip_BTHWC, self._mask(self.examples.seeds_B, whole=True)
         predicted_BMP = self.engine.evaluate(clip_BTHWC, mask).predicted_BMP
         if self.engine.rank == 0:
@@ -209,7 +212,7 @@ class _Training:
         say(f"{len(plan.videos)} videos, {parameters / 1e6:.1f} million parameters, {plan.num_visible} of {config.model.num_tokens} tokens "
             f"visible, {plan.num_masked} predicted")
         say(plan.schedule_line)
-        say(f"kernels: {describe(config.engine.kernels)}; device {self.engine.device}, {config.engine.precision}, "
+        say(f"kernels: {describe(config.engine.kernels, self.engine.device)}; device {self.engine.device}, {config.engine.precision}, "
             f"ZeRO stage {config.engine.zero_stage}")
 
     def _conclude(self, report: Path) -> None:

@@ -1,0 +1,172 @@
+"""Attention over at most 256 tokens: one program does a head of a clip, forward (all its keys and values at hand, exact softmax)
+and backward (two phases, so that no two programs write the same gradient: no atomics, equal bits every time).
+
+Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), K0 + K1 >= N keys, BM query rows, BN key rows.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention_tiles import (
+    LOG2_E,
+    accumulate,
+    compile_case,
+    has_hopper_products,
+    head_constants,
+    head_offset,
+    inner,
+    key_gradient,
+    last_stride_one,
+    load_tile,
+    query_gradient,
+    split,
+    store_tile,
+    width_class,
+    zero_tile,
+)
+from .launch import on_device
+
+if TYPE_CHECKING:
+    from .compile_check import Case
+
+MAX_TOKENS = 256
+FORWARD_ROWS = 64  # the least that a Hopper product takes
+
+# (Hopper products, width class) -> (BM, BN, warps) of the backward kernel: the largest tiles without spills by the compile check; not
+# yet timed on a GPU. One stage: more of them spill.
+BACKWARD_TILES = {
+    (True, 64): (64, 64, 4), (True, 96): (64, 64, 4), (True, 128): (64, 64, 8),
+    (False, 64): (32, 64, 8), (False, 96): (32, 32, 8), (False, 128): (32, 64, 8),
+}
+
+
+@triton.jit
+def forward_kernel(
+    qkv,  # [B, N, 3, H, D], strides given, the last one 1
+    out,  # [B, N, H, D]
+    lse,  # [B, H, N] float32
+    stride_b, stride_3, stride_h, N, scale,
+    stride_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    BM: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """out and lse of one head of one clip."""
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    q = qkv + head_offset(b, h, stride_b, stride_h)
+    k = q + stride_3
+    v = k + stride_3
+    out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
+    lse_head = lse + tl.cast(tl.program_id(0), tl.int64) * N
+    # K1 > 0 is chosen only where the first K0 keys all exist
+    k00, k01 = load_tile(k, 0, stride_n, N, D, D0, D1, K0, K1 == 0)
+    v00, v01 = load_tile(v, 0, stride_n, N, D, D0, D1, K0, K1 == 0)
+    if K1 > 0:
+        k10, k11 = load_tile(k, K0, stride_n, N, D, D0, D1, K1, True)
+        v10, v11 = load_tile(v, K0, stride_n, N, D, D0, D1, K1, True)
+    for start in range(0, N, BM):
+        q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, True)
+        scores0 = inner(q0, q1, k00, k01, D1, PRECISION)
+        if K1 > 0:
+            scores1 = inner(q0, q1, k10, k11, D1, PRECISION)
+            scores1 = tl.where((K0 + tl.arange(0, K1) < N)[None, :], scores1, float("-inf"))
+            top = tl.maximum(tl.max(scores0, 1), tl.max(scores1, 1)) * scale
+        else:
+            scores0 = tl.where((tl.arange(0, K0) < N)[None, :], scores0, float("-inf"))
+            top = tl.max(scores0, 1) * scale
+        weights0 = tl.math.exp2(scores0 * scale - top[:, None])
+        total = tl.sum(weights0, 1)
+        acc0, acc1 = zero_tile(D0, D1, BM)
+        acc0, acc1 = accumulate(weights0, v00, v01, acc0, acc1, D1, PRECISION)
+        if K1 > 0:
+            weights1 = tl.math.exp2(scores1 * scale - top[:, None])
+            total += tl.sum(weights1, 1)
+            acc0, acc1 = accumulate(weights1, v10, v11, acc0, acc1, D1, PRECISION)
+        store_tile(out_head, start, H * D, N, acc0 / total[:, None], acc1 / total[:, None], D, D0, D1, BM)
+        rows = start + tl.arange(0, BM)
+        tl.store(lse_head + rows, top + tl.math.log2(total), mask=rows < N)
+
+
+@triton.jit
+def backward_kernel(
+    qkv,  # [B, N, 3, H, D], strides given, the last one 1
+    out,  # [B, N, H, D]
+    lse,  # [B, H, N] float32
+    dout,  # [B, N, H, D], strides given, the last one 1
+    dqkv,  # [B, N, 3, H, D]
+    stride_b, stride_3, stride_h, dout_b, dout_h, N, scale,
+    stride_n: tl.constexpr, dout_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """dqkv of one head of one clip: first all dq, then all dk and dv; the weights are computed in both."""
+    b, h = tl.program_id(0) // H, tl.program_id(0) % H
+    q = qkv + head_offset(b, h, stride_b, stride_h)
+    k = q + stride_3
+    v = k + stride_3
+    dout_head = dout + head_offset(b, h, dout_b, dout_h)
+    out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
+    lse_head = lse + tl.cast(tl.program_id(0), tl.int64) * N
+    dq = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D
+    dk = dq + H * D
+    dv = dk + H * D
+    for start in range(0, N, BM):
+        query_gradient(q, k, v, out_head, dout_head, lse_head, lse_head, dq, start, stride_n, H * D, dout_n, 3 * H * D, N, scale,
+                       D, D0, D1, BM, BN, False, PRECISION)
+    for start in range(0, N, BN):
+        key_gradient(q, k, v, out_head, dout_head, lse_head, lse_head, dk, dv, start, stride_n, H * D, dout_n, 3 * H * D, N, scale,
+                     D, D0, D1, BM, BN, False, PRECISION)
+
+
+def forward_tiles(tokens: int, width: int) -> tuple[int, int, int]:
+    """(K0, K1, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
+    if width_class(width) == 128:
+        return max(16, triton.next_power_of_2(tokens)), 0, 8
+    low, high = split(tokens)
+    return low, high, 8 if low == 256 and sum(split(width)) > 80 else 4
+
+
+def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out_BNHD, lse_BHN)."""
+    qkv = last_stride_one(qkv_BN3HD)
+    batch, tokens, _, heads, width = qkv.shape
+    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
+    low, high, warps = forward_tiles(tokens, width)
+    with on_device(qkv):
+        forward_kernel[(batch * heads,)](qkv, out, lse, qkv.stride(0), qkv.stride(2), qkv.stride(3), tokens, LOG2_E * width**-0.5,
+                                         **head_constants(qkv), K0=low, K1=high, BM=FORWARD_ROWS, num_warps=warps, num_stages=1)
+    return out, lse
+
+
+def backward(qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor) -> torch.Tensor:
+    """dqkv_BN3HD, contiguous."""
+    qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
+    batch, tokens, _, heads, width = qkv.shape
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    rows, keys, warps = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(width)]
+    with on_device(qkv):
+        backward_kernel[(batch * heads,)](qkv, out_BNHD, lse_BHN, dout, dqkv, qkv.stride(0), qkv.stride(2), qkv.stride(3), dout.stride(0),
+                                          dout.stride(2), tokens, LOG2_E * width**-0.5, dout_n=dout.stride(1), **head_constants(qkv),
+                                          BM=rows, BN=keys, num_warps=warps, num_stages=1)
+    return dqkv
+
+
+def compile_cases() -> "list[Case]":
+    """The encoders of all model sizes, other lengths where they make other tiles, and every width class."""
+    cases = []
+    for dtype, tokens, heads, width in [
+        ("bf16", 160, 12, 64), ("fp16", 160, 12, 64), ("bf16", 160, 16, 80), ("bf16", 160, 16, 88), ("bf16", 160, 8, 128),
+        ("bf16", 16, 12, 64), ("bf16", 192, 12, 64), ("bf16", 192, 16, 80), ("bf16", 192, 16, 88),
+        ("bf16", 256, 12, 64), ("fp16", 256, 12, 64), ("bf16", 256, 16, 80), ("bf16", 256, 16, 88), ("bf16", 256, 8, 128),
+    ]:
+        low, high, warps = forward_tiles(tokens, width)
+        constants = {"K0": low, "K1": high, "BM": FORWARD_ROWS}
+        cases.append(compile_case("short forward", forward_kernel, dtype, tokens, heads, width, constants, warps, 1, (90, 80)))
+        if tokens == 160:
+            for arch in (90, 80):
+                rows, keys, warps = BACKWARD_TILES[arch == 90, width_class(width)]
+                constants = {"BM": rows, "BN": keys}
+                cases.append(compile_case("short backward", backward_kernel, dtype, tokens, heads, width, constants, warps, 1, (arch,)))
+    return cases

@@ -1,0 +1,212 @@
+"""The contrastive loss at full speed: the products by the BLAS, a chunk of rows at a time in bounded scratch, and between them one kernel
+that turns similarities into gradients. The gradient is made in the forward pass, so nothing is computed twice.
+
+Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, inverse_norms, mean_of_terms
+from .launch import on_device, register
+
+if TYPE_CHECKING:
+    from .compile_check import Case
+
+SCRATCH_BYTES = 32 << 20  # of a chunk: similarities, softmax weights and gradients; about what stays in the cache of a GPU
+SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}  # (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
+SCALE_BLOCK = 2048
+
+
+@triton.jit(do_not_specialize=["first"])
+def softmax_gradient_kernel(
+    products,  # [R, M] float32: predictions times targets, as they are
+    weights,  # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
+    inverse_predicted, inverse_target,  # [N] float32
+    temperature,  # [1] float32
+    terms,  # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    first, M, N, GRADIENT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row of a chunk that starts at row `first` of the N; logits are to the base 2."""
+    row = first + tl.program_id(0)
+    own = row % M
+    rivals = inverse_target + (row - own)
+    products += tl.program_id(0).to(tl.int64) * M
+    weights += tl.program_id(0).to(tl.int64) * M
+    scale = tl.load(inverse_predicted + row) * (LOG2E / tl.load(temperature))
+    own_inverse = tl.load(rivals + own)
+    own_logit = tl.load(products + own) * own_inverse * scale
+    largest = own_logit
+    total = own_logit * 0
+    weighted = total
+    for start in range(0, M, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(products + column, mask=column < M, other=0.0) * tl.load(rivals + column, mask=column < M, other=0.0) * scale
+        larger = tl.maximum(largest, tl.max(tl.where(column < M, logit, float("-inf")), 0))
+        share = tl.where(column < M, tl.math.exp2(logit - larger), 0.0)
+        shrink = tl.math.exp2(largest - larger)
+        total = total * shrink + tl.sum(share, 0)
+        weighted = weighted * shrink + tl.sum(share * (logit - own_logit), 0)
+        largest = larger
+    has_term = own_inverse > 0
+    tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0))
+    tl.store(terms + N + row, tl.where(has_term, LN2 * weighted / total, 0.0))
+    if GRADIENT:
+        row_weight = tl.where(has_term, SCALE, 0.0)
+        for start in range(0, M, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inverse = tl.load(rivals + column, mask=column < M, other=0.0)
+            logit = tl.load(products + column, mask=column < M, other=0.0) * inverse * scale
+            share = tl.math.exp2(logit - largest) / total - (column == own).to(tl.float32)
+            tl.store(weights + column, (share * inverse * row_weight).to(weights.dtype.element_ty), mask=column < M)
+
+
+@triton.jit(do_not_specialize=["first"])
+def through_cosine_kernel(
+    pulls,  # [R, P] float32: SCALE * gradient by the normalised prediction
+    predicted,  # [N, P]
+    inverse_predicted,  # [N] float32
+    terms,  # [2, N] float32, see softmax_gradient_kernel
+    temperature, weight,  # [1] float32
+    gradient,  # [N, P]; the result is added to it, times weight, if ADD, else it is overwritten
+    first, R, P, N, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """Takes some rows through the normalisation: (g - (g . x^) x^) / |x|. The product g . x^ is known: SCALE * tau * terms[1]."""
+    here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = first + here
+    inverse = tl.load(inverse_predicted + row, mask=here < R, other=0.0)
+    pull = tl.load(terms + N + row, mask=here < R, other=0.0)
+    radial = tl.where(inverse < SHORT, SCALE * tl.load(temperature) * pull * inverse, 0.0)
+    for start in range(0, P, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = (here < R)[:, None] & (column < P)[None, :]
+        at = row.to(tl.int64)[:, None] * P + column[None, :]
+        x = tl.load(predicted + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(pulls + here.to(tl.int64)[:, None] * P + column[None, :], mask=inside, other=0.0)
+        result = (g - radial[:, None] * x) * inverse[:, None]
+        if ADD:
+            result = result * tl.load(weight) + tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_kernel(
+    x, out,  # [length]
+    factor,  # [1] float32
+    length, BLOCK: tl.constexpr,
+):
+    """out = factor * x, in float32 until it is stored: torch would round the factor to the dtype of x."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + at, mask=at < length, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < length)
+
+
+def matmul(a_BRK: torch.Tensor, b_BKC: torch.Tensor, out_BRC: torch.Tensor) -> None:
+    """out = a @ b, with a float32 `out` of 16-bit factors, which torch has on CUDA alone."""
+    if a_BRK.is_cuda:
+        torch.bmm(a_BRK, b_BKC, out_dtype=out_BRC.dtype, out=out_BRC)
+    else:
+        torch.bmm(a_BRK.float(), b_BKC.float(), out=out_BRC)
+
+
+def chunks(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> list[tuple[slice, slice]]:
+    """(clips, rows of each) pieces of about equal size that fit the scratch: some whole clips, or a part of one; at least a row."""
+    fit = max(1, scratch_bytes // bytes_per_row)
+    num_clips, num_rows = max(1, min(B, fit // M)), min(M, fit)
+    num_clips = triton.cdiv(B, triton.cdiv(B, num_clips))
+    num_rows = triton.cdiv(M, triton.cdiv(M, num_rows))
+    return [(slice(clip, min(clip + num_clips, B)), slice(row, min(row + num_rows, M)))
+            for clip in range(0, B, num_clips) for row in range(0, M, num_rows)]
+
+
+def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, gradient_BMP: torch.Tensor | None,
+             gradient_scale: float | None, scratch_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its derivative by tau, 1 / (terms * tau * GRADIENT_SCALE)); adds to gradient_BMP, or without a gradient_scale fills it with
+    the gradient over that last factor, which float16 can hold."""
+    B, M, P = predicted_BMP.shape
+    block, warps = SOFTMAX_BLOCKS[M > 256]
+    bytes_per_row = 4 * M if gradient_BMP is None else 4 * max(M, P) + target_BMP.element_size() * M
+    pieces = chunks(B, M, bytes_per_row, scratch_bytes)
+    rows = max((clips.stop - clips.start) * (part.stop - part.start) for clips, part in pieces)
+    products = torch.empty(rows * (M if gradient_BMP is None else max(M, P)), dtype=torch.float32, device=predicted_BMP.device)
+    weights = torch.empty(rows * M if gradient_BMP is not None else 1, dtype=target_BMP.dtype, device=predicted_BMP.device)
+    terms_2N = torch.empty(2, B * M, dtype=torch.float32, device=predicted_BMP.device)
+    with on_device(predicted_BMP):
+        inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
+        weight_1 = (gradient_scale or 1.0) / ((inverse_target_N > 0).sum().clamp(min=1) * temperature_1 * GRADIENT_SCALE)
+        for clips, part in pieces:
+            x_BRP, t_BMP = predicted_BMP[clips, part], target_BMP[clips]
+            num_clips, num_rows, first = x_BRP.shape[0], x_BRP.shape[1], clips.start * M + part.start
+            shape, length = (num_clips, num_rows, M), num_clips * num_rows * M
+            matmul(x_BRP, t_BMP.transpose(1, 2), products[:length].view(shape))
+            softmax_gradient_kernel[(num_clips * num_rows,)](
+                products, weights, inverse_predicted_N, inverse_target_N, temperature_1, terms_2N, first, M, B * M,
+                gradient_BMP is not None, GRADIENT_SCALE, block, num_warps=warps)  # pyright: ignore
+            if gradient_BMP is not None:
+                matmul(weights[:length].view(shape), t_BMP, products[:x_BRP.numel()].view(x_BRP.shape))  # the products are spent
+                through_cosine_kernel[(triton.cdiv(num_clips * num_rows, ROWS),)](
+                    products, predicted_BMP, inverse_predicted_N, terms_2N, temperature_1, weight_1, gradient_BMP, first,
+                    num_clips * num_rows, P, B * M, gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
+                    num_warps=4)  # pyright: ignore
+    loss, dtemperature_1, _ = mean_of_terms(terms_2N, inverse_target_N, temperature_1)
+    return loss, dtemperature_1, weight_1
+
+
+def _loss_and_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
+                       scratch_bytes: int) -> tuple[torch.Tensor, ...]:
+    gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else None
+    found = _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, None, scratch_bytes)
+    return *found, predicted_BMP.new_empty(0) if gradient_BMP is None else gradient_BMP
+
+
+def _loss_and_gradient_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
+                            scratch_bytes: int) -> tuple[torch.Tensor, ...]:
+    gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else predicted_BMP.new_empty(0)
+    return *_scalars(predicted_BMP), torch.empty_like(temperature_1), gradient_BMP
+
+
+def _scalars(predicted_BMP: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1))  # pyright: ignore
+
+
+def _add_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, gradient_BMP: torch.Tensor,
+                  gradient_scale: float, scratch_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, gradient_scale, scratch_bytes)[:2]
+
+
+def _scaled(x: torch.Tensor, factor_1: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    with on_device(x):
+        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, out, factor_1, x.numel(), SCALE_BLOCK, num_warps=8)  # pyright: ignore
+    return out
+
+
+loss_and_gradient = register(
+    "contrastive_chunked(Tensor predicted, Tensor target, Tensor temperature, bool with_gradient, int scratch_bytes) -> "
+    "(Tensor, Tensor, Tensor, Tensor)", _loss_and_gradient, _loss_and_gradient_fake)
+add_gradient = register(
+    "contrastive_chunked_add(Tensor predicted, Tensor target, Tensor temperature, Tensor(a!) gradient, float gradient_scale, "
+    "int scratch_bytes) -> (Tensor, Tensor)", _add_gradient, _scalars)
+scaled = register("contrastive_scaled(Tensor x, Tensor factor) -> Tensor", _scaled, lambda x, factor: torch.empty_like(x))
+
+
+def compile_cases() -> list["Case"]:
+    """Every kernel here, in every configuration that the launchers can pick."""
+    from .compile_check import Case
+    floats = ("products", "inverse_predicted", "inverse_target", "temperature", "terms", "pulls", "weight", "factor")
+    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "P"), "i32"), "length": "i64"}
+    cases = []
+    for kind in ("bf16", "fp16", "fp32"):
+        types = {**shared, **dict.fromkeys(("weights", "predicted", "gradient", "x", "out"), "*" + kind)}
+        for block, warps in SOFTMAX_BLOCKS.values():
+            for gradient in (True,) if kind != "bf16" else (True, False):  # without a gradient, the dtype is of nothing
+                cases.append(Case(f"contrastive.softmax_gradient {kind} {block} gradient={gradient}", softmax_gradient_kernel, types,
+                                  {"GRADIENT": gradient, "SCALE": GRADIENT_SCALE, "BLOCK": block}, warps, aligned=("M", "N")))
+        for add in (False, True):
+            cases.append(Case(f"contrastive.through_cosine {kind} add={add}", through_cosine_kernel, types,
+                              {"ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}, aligned=("P", "N")))
+        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8, aligned=("length",)))
+    return cases

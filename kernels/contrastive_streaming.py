@@ -1,0 +1,296 @@
+"""The contrastive loss in the least memory: a streaming softmax whose M x M similarities never exist; and the norms of both ways.
+
+The forward pass keeps a few floats a row; the backward pass computes the similarities again, a tile at a time. No atomics: every
+program owns what it writes, so results repeat bit for bit. Logarithms inside the kernels are to the base 2.
+
+Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S splits of the columns, BM BN BK BP lengths of a tile
+along rows, columns, P (of a similarity) and P (of a gradient).
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import dot, on_device, register
+from .reference import NORM_FLOOR
+
+if TYPE_CHECKING:
+    from .compile_check import Case
+
+LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
+GRADIENT_SCALE = 32.0  # softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely subnormal
+COMBINE_BLOCK = 128
+ENOUGH_PROGRAMS = 1024  # the columns of a row tile are split between programs until there are so many: several waves of any GPU
+FLOOR = tl.constexpr(NORM_FLOOR)
+LEAST = tl.constexpr(-1e30)  # below every logit, and finite: it may meet a factor of 0
+SHORT = tl.constexpr(0.9999 / NORM_FLOOR)  # an inverse norm below this is of a vector longer than the floor
+ROWS, ROW_BLOCK = 8, 256  # that a row kernel takes at once, and values of each: two rows a warp, 16 bytes a thread
+
+
+class Tiles(NamedTuple):
+    """Launch options of the two product kernels: (BM, BN, BK, warps, stages) forward, (BM, BN, BK, BP, warps, stages) backward."""
+
+    forward: tuple[int, int, int, int, int]
+    backward: tuple[int, int, int, int, int, int]
+
+
+# By bytes a value. From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
+TILES = {
+    2: Tiles((128, 128, 64, 8, 3), (64, 64, 64, 256, 8, 2)),
+    4: Tiles((64, 64, 16, 8, 1), (32, 32, 32, 64, 8, 1)),
+}
+
+
+def precision(x: torch.Tensor) -> str:
+    """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def inverse_norm_kernel(
+    x,  # [N, P]
+    inverse,  # [N] float32
+    N, P, OF_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """1 / max(|x|, floor) of some rows; OF_ZERO for a row of zeros."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_at = x + row.to(tl.int64)[:, None] * P
+    squares = tl.zeros([ROWS, BLOCK], tl.float32)
+    nonzero = tl.zeros([ROWS, BLOCK], tl.int32)
+    for start in range(0, P, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(row_at + column[None, :], mask=(row < N)[:, None] & (column < P)[None, :], other=0.0).to(tl.float32)
+        squares += value * value
+        nonzero |= (value != 0).to(tl.int32)
+    norm = tl.sqrt(tl.sum(squares, 1))
+    tl.store(inverse + row, tl.where(tl.sum(nonzero, 1) != 0, 1.0 / tl.maximum(norm, FLOOR), OF_ZERO), mask=row < N)
+
+
+def inverse_norms(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its row is known to be no term."""
+    found = []
+    for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
+        inverse_N = torch.empty(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
+        inverse_norm_kernel[(triton.cdiv(inverse_N.numel(), ROWS),)](
+            x, inverse_N, inverse_N.numel(), x.shape[2], of_zero, ROWS, ROW_BLOCK, num_warps=4)  # pyright: ignore
+        found.append(inverse_N)
+    return found[0], found[1]
+
+
+def mean_of_terms(terms_2N: torch.Tensor, inverse_target_N: torch.Tensor,
+                  temperature_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its derivative by tau [1], 1 / (terms * tau) [1]); terms are counted on the device."""
+    count = (inverse_target_N > 0).sum().clamp(min=1)
+    loss, pull = terms_2N.sum(1) / count
+    weight_1 = 1 / (count * temperature_1)
+    return loss.clone(), -pull / temperature_1, weight_1
+
+
+@triton.jit
+def logits(
+    x, t,  # [BM, P], [BN, P], pointers to the first row of a tile: offsets inside of it fit 32 bits
+    rows, columns,  # how many of them exist; those beyond are copies of the last one, which need no mask, for the caller to ignore
+    row_scale_BM, column_scale_BN, P, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """A tile of logits [BM, BN] to the base 2: products of rows and columns, times both scales."""
+    row, column = tl.minimum(tl.arange(0, BM), rows - 1), tl.minimum(tl.arange(0, BN), columns - 1)
+    k = tl.arange(0, BK)
+    x_at, t_at = x + (row[:, None] * P + k[None, :]), t + (column[None, :] * P + k[:, None])
+    product = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, P, BK):
+        x_tile = tl.load(x_at + start, mask=(start + k < P)[None, :], other=0.0)
+        t_tile = tl.load(t_at + start, mask=(start + k < P)[:, None], other=0.0)
+        product = dot(x_tile, t_tile, product, PRECISION)
+    return product * row_scale_BM[:, None] * column_scale_BN[None, :]
+
+
+@triton.jit
+def partial_softmax_kernel(
+    predicted, target,  # [B, M, P]
+    inverse_predicted, inverse_target,  # [N] float32
+    temperature,  # [1] float32
+    partial,  # [3, S, N] float32: largest logit, sum of 2 ** (logit - largest), the same weighted by (logit - largest)
+    own,  # [N] float32: the logit of a prediction and its own target
+    M, P, N, splits, tiles_per_split,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """One row tile against one split of the columns."""
+    split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
+    row_tiles = tl.cdiv(M, BM)
+    clip = (tile // row_tiles).to(tl.int64)
+    top = tile % row_tiles * BM
+    row = top + tl.arange(0, BM)
+    first = clip * M
+    row_scale = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0) * (LOG2E / tl.load(temperature))
+    largest = tl.full([BM], LEAST, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    weighted = tl.zeros([BM], tl.float32)
+    for start in range(split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN):
+        column = start + tl.arange(0, BN)
+        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
+        logit = logits(predicted + (first + top) * P, target + (first + start) * P, M - top, M - start, row_scale, column_scale, P,
+                       BM, BN, BK, PRECISION)
+        is_own = row[:, None] == column[None, :]
+        tl.store(own + first + row, tl.sum(tl.where(is_own, logit, 0.0), 1), mask=(row >= start) & (row < start + BN) & (row < M))
+        logit += tl.where(column < M, 0.0, LEAST)[None, :]
+        larger = tl.maximum(largest, tl.max(logit, 1))
+        logit -= larger[:, None]
+        share = tl.math.exp2(logit)
+        shrink = tl.math.exp2(largest - larger)
+        weighted = (weighted + total * (largest - larger)) * shrink + tl.sum(share * logit, 1)
+        total = total * shrink + tl.sum(share, 1)
+        largest = larger
+    at = partial + tl.cast(split, tl.int64) * N + first + row
+    parts = tl.cast(splits, tl.int64) * N
+    tl.store(at, largest, mask=row < M)
+    tl.store(at + parts, total, mask=row < M)
+    tl.store(at + 2 * parts, weighted, mask=row < M)
+
+
+@triton.jit
+def combine_kernel(
+    partial,  # [3, S, N] float32
+    own,  # [N] float32
+    inverse_target,  # [N] float32
+    lse,  # [N] float32, base 2
+    own_weight,  # [N] float32: softmax of the own target - 1, of which a later exp2(logit - lse) - 1 would leave little
+    terms,  # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    N, splits, BLOCK: tl.constexpr,
+):
+    """Joins the splits of a block of rows, in order."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < N
+    parts = tl.cast(splits, tl.int64) * N
+    largest = tl.full([BLOCK], LEAST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        at = partial + tl.cast(split, tl.int64) * N + row
+        new = tl.load(at, mask=inside, other=0.0)
+        larger = tl.maximum(largest, new)
+        shrink, grow = tl.math.exp2(largest - larger), tl.math.exp2(new - larger)
+        new_total = tl.load(at + parts, mask=inside, other=1.0)
+        new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
+        weighted = (weighted + total * (largest - larger)) * shrink + (new_weighted + new_total * (new - larger)) * grow
+        total = total * shrink + new_total * grow
+        largest = larger
+    own_logit = tl.load(own + row, mask=inside, other=0.0)
+    has_term = tl.load(inverse_target + row, mask=inside, other=0.0) > 0
+    tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
+    tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0), mask=inside)
+    tl.store(terms + N + row, tl.where(has_term, LN2 * (weighted / total + (largest - own_logit)), 0.0), mask=inside)
+    tl.store(own_weight + row, tl.math.exp2(own_logit - largest) / total - 1, mask=inside)
+
+
+@triton.jit
+def streamed_gradient_kernel(
+    predicted, target,  # [B, M, P]
+    inverse_predicted, inverse_target,  # [N] float32
+    lse, own_weight,  # [N] float32, see combine_kernel
+    pull,  # [N] float32: (mean logit under the softmax) - (own logit)
+    temperature, weight,  # [1] float32; weight is the gradient of the loss over (terms * tau)
+    gradient,  # [B, M, P]
+    M, P, SCALE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """BP columns of the gradient of one row tile; the similarities are computed again for each such slice."""
+    slices, row_tiles = tl.cdiv(P, BP), tl.cdiv(M, BM)
+    tile = tl.program_id(0) // slices
+    value = tl.program_id(0) % slices * BP + tl.arange(0, BP)
+    top = tile % row_tiles * BM
+    row = top + tl.arange(0, BM)
+    first = (tile // row_tiles).to(tl.int64) * M
+    tau = tl.load(temperature)
+    inverse = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0)
+    row_lse = tl.load(lse + first + row, mask=row < M, other=0.0)
+    row_own = tl.load(own_weight + first + row, mask=row < M, other=0.0)
+    row_scale = inverse * (LOG2E / tau)
+    has_term = tl.where(tl.load(inverse_target + first + row, mask=row < M, other=0.0) > 0, SCALE, 0.0)
+    sum_BMBP = tl.zeros([BM, BP], tl.float32)
+    for start in range(0, M, BN):
+        column = start + tl.arange(0, BN)
+        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
+        logit = logits(predicted + (first + top) * P, target + (first + start) * P, M - top, M - start, row_scale, column_scale, P,
+                       BM, BN, BK, PRECISION)
+        share = tl.where(row[:, None] == column[None, :], row_own[:, None], tl.math.exp2(logit - row_lse[:, None]))
+        share = share * column_scale[None, :] * has_term[:, None]
+        t = tl.load(target + (first + start) * P + (tl.arange(0, BN)[:, None] * P + value[None, :]),
+                    mask=(column < M)[:, None] & (value < P)[None, :], other=0.0)
+        sum_BMBP = dot(share.to(t.dtype), t, sum_BMBP, PRECISION)
+    at = (first + top) * P + (tl.arange(0, BM)[:, None] * P + value[None, :])
+    inside = (row < M)[:, None] & (value < P)[None, :]
+    x = tl.load(predicted + at, mask=inside, other=0.0).to(tl.float32)
+    # What points along the prediction does not change its cosine. It needs no product: its length is tau * pull.
+    radial = tl.where(inverse < SHORT, tau * tl.load(pull + first + row, mask=row < M, other=0.0) * inverse, 0.0)
+    result = (sum_BMBP * (1 / SCALE) - radial[:, None] * x) * (inverse * tl.load(weight))[:, None]
+    tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
+
+
+def _forward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    B, M, P = predicted_BMP.shape
+    BM, BN, BK, warps, stages = TILES[predicted_BMP.element_size()].forward
+    row_tiles, column_tiles = B * triton.cdiv(M, BM), triton.cdiv(M, BN)
+    tiles_per_split = triton.cdiv(column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles)))
+    splits = triton.cdiv(column_tiles, tiles_per_split)
+    empty = {"dtype": torch.float32, "device": predicted_BMP.device}
+    partial_3SN, own_N = torch.empty(3, splits, B * M, **empty), torch.empty(B * M, **empty)
+    lse_N, own_weight_N, terms_2N = (torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,)))
+    with on_device(predicted_BMP):
+        inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
+        partial_softmax_kernel[(row_tiles * splits,)](
+            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, temperature_1, partial_3SN, own_N, M, P, B * M, splits,
+            tiles_per_split, BM, BN, BK, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+        combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
+            partial_3SN, own_N, inverse_target_N, lse_N, own_weight_N, terms_2N, B * M, splits, COMBINE_BLOCK,
+            num_warps=4)  # pyright: ignore
+    loss, dtemperature_1, weight_1 = mean_of_terms(terms_2N, inverse_target_N, temperature_1)
+    return loss, dtemperature_1, weight_1, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, terms_2N[1].clone()
+
+
+def _forward_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    N = predicted_BMP.shape[0] * predicted_BMP.shape[1]
+    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1, 1, N, N, N, N, N))
+
+
+def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, weight_1: torch.Tensor,
+              inverse_predicted_N: torch.Tensor, inverse_target_N: torch.Tensor, lse_N: torch.Tensor,
+              own_weight_N: torch.Tensor, pull_N: torch.Tensor) -> torch.Tensor:
+    B, M, P = predicted_BMP.shape
+    BM, BN, BK, BP, warps, stages = TILES[predicted_BMP.element_size()].backward
+    gradient_BMP = torch.empty_like(predicted_BMP)
+    with on_device(predicted_BMP):
+        streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
+            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, pull_N, temperature_1, weight_1,
+            gradient_BMP, M, P, GRADIENT_SCALE, BM, BN, BK, BP, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+    return gradient_BMP
+
+
+forward = register("contrastive_streaming(Tensor predicted, Tensor target, Tensor temperature) -> "
+                   "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
+backward = register("contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
+                    "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor", _backward,
+                    lambda predicted, *_: torch.empty_like(predicted))
+
+
+def compile_cases() -> list["Case"]:
+    """Every kernel here, in every configuration of TILES."""
+    from .compile_check import Case
+    types = {**dict.fromkeys(("inverse", "inverse_predicted", "inverse_target", "temperature", "partial", "own", "lse", "own_weight",
+                              "terms", "pull", "weight"), "*fp32"),
+             **dict.fromkeys(("M", "P", "N", "splits", "tiles_per_split"), "i32")}
+    cases = [Case("contrastive.combine", combine_kernel, types, {"BLOCK": COMBINE_BLOCK})]
+    for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        types = {**types, **dict.fromkeys(("x", "predicted", "target", "gradient"), "*" + kind)}
+        cases.append(Case(f"contrastive.inverse_norm {kind}", inverse_norm_kernel, types,
+                          {"OF_ZERO": 0.0, "ROWS": ROWS, "BLOCK": ROW_BLOCK}, aligned=("P",)))
+        BM, BN, BK, warps, stages = TILES[size].forward
+        shape = {"PRECISION": "ieee" if size == 4 else "tf32", "BM": BM, "BN": BN, "BK": BK}
+        cases.append(Case(f"contrastive.partial_softmax {kind} {BM}x{BN}x{BK}", partial_softmax_kernel, types, shape, warps, stages,
+                          size == 2, ("P",)))
+        BM, BN, BK, BP, warps, stages = TILES[size].backward
+        shape = {**shape, "SCALE": GRADIENT_SCALE, "BM": BM, "BN": BN, "BK": BK, "BP": BP}
+        cases.append(Case(f"contrastive.streamed_gradient {kind} {BM}x{BN}x{BK}x{BP}", streamed_gradient_kernel, types, shape, warps,
+                          stages, size == 2, ("P",)))
+    return cases

@@ -1,0 +1,32 @@
+"""The two-sided rule for what a kernel computes in low precision; test files load this with runpy.
+
+No value may be further from float64 than twice what PyTorch's own arithmetic of that precision is (FlashAttention's rule: catches
+single wrong rows), and the error as a whole must be small (flash-linear-attention's rule: does not depend on luck in tiny tensors).
+"""
+
+import torch
+
+RMSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}  # of the root mean square of the exact values
+
+
+def rounding_noise(exact: torch.Tensor, dtype: torch.dtype) -> float:
+    """What two roundings to the dtype do to values of this size; 16 units in the last place of float32, as 2 ** x is not e ** x there."""
+    if dtype == torch.float32:
+        return 2**-20 * exact.abs().max().item()
+    rounded = exact.to(dtype)
+    return 2 * ((rounded + 0.3) - 0.3 - rounded).abs().max().item()
+
+
+def assert_close(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, what: str = "", times: float = 2.0, slack: float = 0.0,
+                 rmse: float | None = None) -> None:
+    """ours and low: two results in the same dtype (for float32, low may be exact.float()); exact: float64."""
+    assert ours.dtype == low.dtype
+    assert ours.shape == exact.shape
+    assert ours.isfinite().all(), f"{what}: {(~ours.isfinite()).sum()} values are not finite"
+    error, noise = (ours - exact).abs().max().item(), rounding_noise(exact, ours.dtype)
+    allowed = times * (low - exact).abs().max().item() + noise + slack
+    assert error <= allowed, f"{what}: off by up to {error:.2e}, allowed {allowed:.2e}"
+    size = exact.square().mean().sqrt().item()
+    ratio = (ours - exact).square().mean().sqrt().item() / (size + 1e-300)
+    limit = RMSE[ours.dtype] if rmse is None else rmse
+    assert ratio <= limit or error <= noise, f"{what}: relative error {ratio:.2e}, allowed {limit:.2e}"

@@ -1,0 +1,65 @@
+"""The reconstruction stage: a pretrained model folder, a video, a picture of what the model makes of the hidden tubelets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from video_mae.augment import crop_box, crop_clip
+from video_mae.config import DataConfig, MaskConfig
+from video_mae.data.decoding import VideoDecodeError, decode
+from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
+from video_mae.masking import mask_counts, token_mask
+from video_mae.picture import Statistics, draw_reconstruction
+from video_mae.schema import knob, require, section
+from video_mae.weights import load_pretrained
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
+
+    seed: int = knob(0, "of the clips, boxes and masks")
+    num_clips: int = knob(2, "clips drawn from the video")
+    stride: int = knob(4, "video frames from one frame of the clip to the next; take that of the training")
+    statistics: Statistics = knob("visible", "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
+                                  "hidden ones, which a model does not have")
+    mask: MaskConfig = section(MaskConfig, "masking")
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
+        require(self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1")
+        require(self.stride >= 1, "stride", self.stride, "must be at least 1")
+
+
+def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig) -> None:
+    """Draws clips of a video, their visible tubelets and the model's predictions.
+
+    Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video that cannot be decoded.
+    """
+    model = load_pretrained(model_folder)
+    size = (model.config.height, model.config.width)
+    mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
+    data = DataConfig(crop="center")
+    clips = []
+    for draw in range(config.num_clips):
+        rng = sample_rng(config.seed, 0, 0, draw)
+
+        def choose(num_video_frames: int, rng: np.random.Generator = rng) -> np.ndarray:
+            return clip_indices(num_video_frames, model.config.num_frames, config.stride, rng)
+
+        try:
+            frames_THWC = torch.from_numpy(decode(str(video), choose))
+        except VideoDecodeError as error:
+            raise ValueError(str(error)) from None
+        box = crop_box(data, frames_THWC.shape[1], frames_THWC.shape[2], *size, rng)
+        clips.append(crop_clip(frames_THWC, box, size, flip=False))
+    clip_BTHWC = torch.stack(clips)
+    seeds_B = torch.tensor([sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)])
+    mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
+    with torch.no_grad():
+        predicted_BMP = model.predict(clip_BTHWC, mask)
+    titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]
+    draw_reconstruction(Path(picture), clip_BTHWC, mask.visible_BV, mask.masked_BM, predicted_BMP, model.config.tubelet,
+                        model.objective_config.normalize, titles, config.statistics)
