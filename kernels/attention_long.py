@@ -40,7 +40,7 @@ TILES = {
     "query_gradient": {(True, 64): (64, 64, 4, 2), (True, 96): (64, 64, 4, 2), (True, 128): (128, 64, 8, 2),
                        (False, 64): (128, 64, 8, 2), (False, 96): (64, 32, 4, 2), (False, 128): (64, 64, 8, 2)},
     "key_gradient": {(True, 64): (64, 128, 8, 2), (True, 96): (64, 128, 8, 2), (True, 128): (64, 64, 8, 2),
-                     (False, 64): (32, 64, 4, 2), (False, 96): (32, 64, 8, 2), (False, 128): (32, 64, 8, 2)},
+                     (False, 64): (32, 64, 4, 2), (False, 96): (32, 32, 8, 2), (False, 128): (32, 64, 8, 2)},
 }
 EXACT_TILES = (16, 16, 8, 1)  # of float32, whose unrounded products run outside the tensor cores, and hold their operands in registers
 

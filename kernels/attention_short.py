@@ -39,7 +39,7 @@ FORWARD_ROWS = 64  # the least that a Hopper product takes
 # (Hopper products, width class) -> (BM, BN, warps) of the backward kernel: the largest tiles without spills by the compile check; not
 # yet timed on a GPU. One stage: more of them spill.
 BACKWARD_TILES = {
-    (True, 64): (64, 64, 4), (True, 96): (64, 64, 4), (True, 128): (64, 64, 8),
+    (True, 64): (64, 64, 4), (True, 96): (64, 64, 8), (True, 128): (64, 64, 8),
     (False, 64): (32, 64, 8), (False, 96): (32, 32, 8), (False, 128): (32, 64, 8),
 }
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, inverse_norms, mean_of_terms
+from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, VECTOR, in_units, inverse_norms, mean_of_terms
 from .launch import on_device, register
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}  # (columns at once, warps) 
 SCALE_BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "N"])
 def softmax_gradient_kernel(
     products,  # [R, M] float32: predictions times targets, as they are
     weights,  # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
@@ -33,38 +33,42 @@ def softmax_gradient_kernel(
     """One row of a chunk that starts at row `first` of the N; logits are to the base 2."""
     row = first + tl.program_id(0)
     own = row % M
-    rivals = inverse_target + (row - own)
+    inverse_target += row - own
     products += tl.program_id(0).to(tl.int64) * M
     weights += tl.program_id(0).to(tl.int64) * M
     scale = tl.load(inverse_predicted + row) * (LOG2E / tl.load(temperature))
-    own_inverse = tl.load(rivals + own)
+    own_inverse = tl.load(inverse_target + own)
     own_logit = tl.load(products + own) * own_inverse * scale
     largest = own_logit
-    total = own_logit * 0
-    weighted = total
+    rivals = own_logit * 0
+    weighted = rivals
     for start in range(0, M, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(products + column, mask=column < M, other=0.0) * tl.load(rivals + column, mask=column < M, other=0.0) * scale
-        larger = tl.maximum(largest, tl.max(tl.where(column < M, logit, float("-inf")), 0))
-        share = tl.where(column < M, tl.math.exp2(logit - larger), 0.0)
+        inverse = tl.load(inverse_target + column, mask=column < M, other=0.0)
+        logit = tl.load(products + column, mask=column < M, other=0.0) * inverse * scale
+        is_rival = (column < M) & (column != own)
+        larger = tl.maximum(largest, tl.max(tl.where(is_rival, logit, own_logit), 0))
+        share = tl.where(is_rival, tl.math.exp2(logit - larger), 0.0)
         shrink = tl.math.exp2(largest - larger)
-        total = total * shrink + tl.sum(share, 0)
+        rivals = rivals * shrink + tl.sum(share, 0)
         weighted = weighted * shrink + tl.sum(share * (logit - own_logit), 0)
         largest = larger
+    total = rivals + tl.math.exp2(own_logit - largest)
     has_term = own_inverse > 0
     tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0))
     tl.store(terms + N + row, tl.where(has_term, LN2 * weighted / total, 0.0))
     if GRADIENT:
-        row_weight = tl.where(has_term, SCALE, 0.0)
+        row_weight = tl.where(has_term, SCALE, 0.0) / total
         for start in range(0, M, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inverse = tl.load(rivals + column, mask=column < M, other=0.0)
+            inverse = tl.load(inverse_target + column, mask=column < M, other=0.0)
             logit = tl.load(products + column, mask=column < M, other=0.0) * inverse * scale
-            share = tl.math.exp2(logit - largest) / total - (column == own).to(tl.float32)
+            # softmax - 1 of the own target, as minus its rivals': where it is almost 0 it is still exact
+            share = tl.where(column == own, -rivals, tl.math.exp2(logit - largest))
             tl.store(weights + column, (share * inverse * row_weight).to(weights.dtype.element_ty), mask=column < M)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "R", "N", "units"])
 def through_cosine_kernel(
     pulls,  # [R, P] float32: SCALE * gradient by the normalised prediction
     predicted,  # [N, P]
@@ -72,9 +76,10 @@ def through_cosine_kernel(
     terms,  # [2, N] float32, see softmax_gradient_kernel
     temperature, weight,  # [1] float32
     gradient,  # [N, P]; the result is added to it, times weight, if ADD, else it is overwritten
-    first, R, P, N, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    first, R, N, units, UNIT: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Takes some rows through the normalisation: (g - (g . x^) x^) / |x|. The product g . x^ is known: SCALE * tau * terms[1]."""
+    P = units * UNIT
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = first + here
     inverse = tl.load(inverse_predicted + row, mask=here < R, other=0.0)
@@ -92,7 +97,7 @@ def through_cosine_kernel(
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def scale_kernel(
     x, out,  # [length]
     factor,  # [1] float32
@@ -136,7 +141,8 @@ def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
     terms_2N = torch.empty(2, B * M, dtype=torch.float32, device=predicted_BMP.device)
     with on_device(predicted_BMP):
         inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
-        weight_1 = (gradient_scale or 1.0) / ((inverse_target_N > 0).sum().clamp(min=1) * temperature_1 * GRADIENT_SCALE)
+        count = (inverse_target_N > 0).sum().clamp(min=1)
+        weight_1 = (1.0 if gradient_scale is None else gradient_scale) / (count * temperature_1 * GRADIENT_SCALE)
         for clips, part in pieces:
             x_BRP, t_BMP = predicted_BMP[clips, part], target_BMP[clips]
             num_clips, num_rows, first = x_BRP.shape[0], x_BRP.shape[1], clips.start * M + part.start
@@ -149,7 +155,7 @@ def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
                 matmul(weights[:length].view(shape), t_BMP, products[:x_BRP.numel()].view(x_BRP.shape))  # the products are spent
                 through_cosine_kernel[(triton.cdiv(num_clips * num_rows, ROWS),)](
                     products, predicted_BMP, inverse_predicted_N, terms_2N, temperature_1, weight_1, gradient_BMP, first,
-                    num_clips * num_rows, P, B * M, gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
+                    num_clips * num_rows, B * M, *in_units(P), gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
                     num_warps=4)  # pyright: ignore
     loss, dtemperature_1, _ = mean_of_terms(terms_2N, inverse_target_N, temperature_1)
     return loss, dtemperature_1, weight_1
@@ -197,16 +203,16 @@ def compile_cases() -> list["Case"]:
     """Every kernel here, in every configuration that the launchers can pick."""
     from .compile_check import Case
     floats = ("products", "inverse_predicted", "inverse_target", "temperature", "terms", "pulls", "weight", "factor")
-    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "P"), "i32"), "length": "i64"}
+    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "units"), "i32"), "length": "i64"}
     cases = []
     for kind in ("bf16", "fp16", "fp32"):
         types = {**shared, **dict.fromkeys(("weights", "predicted", "gradient", "x", "out"), "*" + kind)}
         for block, warps in SOFTMAX_BLOCKS.values():
             for gradient in (True,) if kind != "bf16" else (True, False):  # without a gradient, the dtype is of nothing
                 cases.append(Case(f"contrastive.softmax_gradient {kind} {block} gradient={gradient}", softmax_gradient_kernel, types,
-                                  {"GRADIENT": gradient, "SCALE": GRADIENT_SCALE, "BLOCK": block}, warps, aligned=("M", "N")))
+                                  {"GRADIENT": gradient, "SCALE": GRADIENT_SCALE, "BLOCK": block}, warps, aligned=("M",)))
         for add in (False, True):
             cases.append(Case(f"contrastive.through_cosine {kind} add={add}", through_cosine_kernel, types,
-                              {"ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}, aligned=("P", "N")))
-        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8, aligned=("length",)))
+                              {"UNIT": VECTOR, "ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
+        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8))
     return cases

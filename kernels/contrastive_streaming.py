@@ -7,6 +7,7 @@ Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S
 along rows, columns, P (of a similarity) and P (of a gradient).
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 GRADIENT_SCALE = 32.0  # softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely subnormal
 COMBINE_BLOCK = 128
+VECTOR = 8  # values: rows are read in units of so many where they can be, 16 bytes of a 16-bit type
 ENOUGH_PROGRAMS = 1024  # the columns of a row tile are split between programs until there are so many: several waves of any GPU
 FLOOR = tl.constexpr(NORM_FLOOR)
 LEAST = tl.constexpr(-1e30)  # below every logit, and finite: it may meet a factor of 0
@@ -43,18 +45,25 @@ TILES = {
 }
 
 
+def in_units(P: int) -> tuple[int, int]:
+    """P as (units, unit): Triton knows by itself of multiples of 16 alone, and P = 1176 (giant) would be read value by value."""
+    unit = math.gcd(P, VECTOR)
+    return P // unit, unit
+
+
 def precision(x: torch.Tensor) -> str:
     """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "units"])
 def inverse_norm_kernel(
     x,  # [N, P]
     inverse,  # [N] float32
-    N, P, OF_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N, units, UNIT: tl.constexpr, OF_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """1 / max(|x|, floor) of some rows; OF_ZERO for a row of zeros."""
+    P = units * UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_at = x + row.to(tl.int64)[:, None] * P
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -74,7 +83,7 @@ def inverse_norms(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor) -> tupl
     for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
         inverse_N = torch.empty(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         inverse_norm_kernel[(triton.cdiv(inverse_N.numel(), ROWS),)](
-            x, inverse_N, inverse_N.numel(), x.shape[2], of_zero, ROWS, ROW_BLOCK, num_warps=4)  # pyright: ignore
+            x, inverse_N, inverse_N.numel(), *in_units(x.shape[2]), of_zero, ROWS, ROW_BLOCK, num_warps=4)  # pyright: ignore
         found.append(inverse_N)
     return found[0], found[1]
 
@@ -106,17 +115,18 @@ def logits(
     return product * row_scale_BM[:, None] * column_scale_BN[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "units", "splits", "tiles_per_split"])
 def partial_softmax_kernel(
     predicted, target,  # [B, M, P]
     inverse_predicted, inverse_target,  # [N] float32
     temperature,  # [1] float32
-    partial,  # [3, S, N] float32: largest logit, sum of 2 ** (logit - largest), the same weighted by (logit - largest)
+    partial,  # [3, S, N] float32, of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same times (logit - largest)
     own,  # [N] float32: the logit of a prediction and its own target
-    M, P, N, splits, tiles_per_split,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    M, N, units, splits, tiles_per_split,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """One row tile against one split of the columns."""
+    P = units * UNIT
     split, tile = tl.program_id(0) % splits, tl.program_id(0) // splits
     row_tiles = tl.cdiv(M, BM)
     clip = (tile // row_tiles).to(tl.int64)
@@ -125,7 +135,7 @@ def partial_softmax_kernel(
     first = clip * M
     row_scale = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0) * (LOG2E / tl.load(temperature))
     largest = tl.full([BM], LEAST, tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    rivals = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM], tl.float32)
     for start in range(split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN):
         column = start + tl.arange(0, BN)
@@ -134,28 +144,27 @@ def partial_softmax_kernel(
                        BM, BN, BK, PRECISION)
         is_own = row[:, None] == column[None, :]
         tl.store(own + first + row, tl.sum(tl.where(is_own, logit, 0.0), 1), mask=(row >= start) & (row < start + BN) & (row < M))
-        logit += tl.where(column < M, 0.0, LEAST)[None, :]
+        logit = tl.where(is_own, LEAST, logit + tl.where(column < M, 0.0, LEAST)[None, :])
         larger = tl.maximum(largest, tl.max(logit, 1))
         logit -= larger[:, None]
         share = tl.math.exp2(logit)
         shrink = tl.math.exp2(largest - larger)
-        weighted = (weighted + total * (largest - larger)) * shrink + tl.sum(share * logit, 1)
-        total = total * shrink + tl.sum(share, 1)
+        weighted = (weighted + rivals * (largest - larger)) * shrink + tl.sum(share * logit, 1)
+        rivals = rivals * shrink + tl.sum(share, 1)
         largest = larger
     at = partial + tl.cast(split, tl.int64) * N + first + row
     parts = tl.cast(splits, tl.int64) * N
     tl.store(at, largest, mask=row < M)
-    tl.store(at + parts, total, mask=row < M)
+    tl.store(at + parts, rivals, mask=row < M)
     tl.store(at + 2 * parts, weighted, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
-    partial,  # [3, S, N] float32
-    own,  # [N] float32
+    partial, own,  # [3, S, N], [N] float32, see partial_softmax_kernel
     inverse_target,  # [N] float32
     lse,  # [N] float32, base 2
-    own_weight,  # [N] float32: softmax of the own target - 1, of which a later exp2(logit - lse) - 1 would leave little
+    own_weight,  # [N] float32: softmax of the own target - 1, as minus that of its rivals: where it is almost 0 it is still exact
     terms,  # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
     N, splits, BLOCK: tl.constexpr,
 ):
@@ -163,28 +172,30 @@ def combine_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < N
     parts = tl.cast(splits, tl.int64) * N
-    largest = tl.full([BLOCK], LEAST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    own_logit = tl.load(own + row, mask=inside, other=0.0)
+    largest = own_logit
+    rivals = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
         at = partial + tl.cast(split, tl.int64) * N + row
         new = tl.load(at, mask=inside, other=0.0)
+        new_rivals = tl.load(at + parts, mask=inside, other=0.0)
+        new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
         larger = tl.maximum(largest, new)
         shrink, grow = tl.math.exp2(largest - larger), tl.math.exp2(new - larger)
-        new_total = tl.load(at + parts, mask=inside, other=1.0)
-        new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
-        weighted = (weighted + total * (largest - larger)) * shrink + (new_weighted + new_total * (new - larger)) * grow
-        total = total * shrink + new_total * grow
+        weighted = (weighted + rivals * (largest - larger)) * shrink + (new_weighted + new_rivals * (new - larger)) * grow
+        rivals = rivals * shrink + new_rivals * grow
         largest = larger
-    own_logit = tl.load(own + row, mask=inside, other=0.0)
+    total = rivals + tl.math.exp2(own_logit - largest)
     has_term = tl.load(inverse_target + row, mask=inside, other=0.0) > 0
     tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
+    tl.store(own_weight + row, -rivals / total, mask=inside)
     tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0), mask=inside)
-    tl.store(terms + N + row, tl.where(has_term, LN2 * (weighted / total + (largest - own_logit)), 0.0), mask=inside)
-    tl.store(own_weight + row, tl.math.exp2(own_logit - largest) / total - 1, mask=inside)
+    pull = (weighted + rivals * (largest - own_logit)) / total
+    tl.store(terms + N + row, tl.where(has_term, LN2 * pull, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "units"])
 def streamed_gradient_kernel(
     predicted, target,  # [B, M, P]
     inverse_predicted, inverse_target,  # [N] float32
@@ -192,10 +203,11 @@ def streamed_gradient_kernel(
     pull,  # [N] float32: (mean logit under the softmax) - (own logit)
     temperature, weight,  # [1] float32; weight is the gradient of the loss over (terms * tau)
     gradient,  # [B, M, P]
-    M, P, SCALE: tl.constexpr,
+    M, units, SCALE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """BP columns of the gradient of one row tile; the similarities are computed again for each such slice."""
+    P = units * UNIT
     slices, row_tiles = tl.cdiv(P, BP), tl.cdiv(M, BM)
     tile = tl.program_id(0) // slices
     value = tl.program_id(0) % slices * BP + tl.arange(0, BP)
@@ -234,14 +246,15 @@ def _forward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
     row_tiles, column_tiles = B * triton.cdiv(M, BM), triton.cdiv(M, BN)
     tiles_per_split = triton.cdiv(column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles)))
     splits = triton.cdiv(column_tiles, tiles_per_split)
+    units, unit = in_units(P)
     empty = {"dtype": torch.float32, "device": predicted_BMP.device}
     partial_3SN, own_N = torch.empty(3, splits, B * M, **empty), torch.empty(B * M, **empty)
     lse_N, own_weight_N, terms_2N = (torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,)))
     with on_device(predicted_BMP):
         inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
         partial_softmax_kernel[(row_tiles * splits,)](
-            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, temperature_1, partial_3SN, own_N, M, P, B * M, splits,
-            tiles_per_split, BM, BN, BK, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, temperature_1, partial_3SN, own_N, M, B * M,
+            units, splits, tiles_per_split, unit, BM, BN, BK, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
         combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
             partial_3SN, own_N, inverse_target_N, lse_N, own_weight_N, terms_2N, B * M, splits, COMBINE_BLOCK,
             num_warps=4)  # pyright: ignore
@@ -259,11 +272,12 @@ def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature
               own_weight_N: torch.Tensor, pull_N: torch.Tensor) -> torch.Tensor:
     B, M, P = predicted_BMP.shape
     BM, BN, BK, BP, warps, stages = TILES[predicted_BMP.element_size()].backward
+    units, unit = in_units(P)
     gradient_BMP = torch.empty_like(predicted_BMP)
     with on_device(predicted_BMP):
         streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
             predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, pull_N, temperature_1, weight_1,
-            gradient_BMP, M, P, GRADIENT_SCALE, BM, BN, BK, BP, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+            gradient_BMP, M, units, GRADIENT_SCALE, unit, BM, BN, BK, BP, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
     return gradient_BMP
 
 
@@ -279,18 +293,18 @@ def compile_cases() -> list["Case"]:
     from .compile_check import Case
     types = {**dict.fromkeys(("inverse", "inverse_predicted", "inverse_target", "temperature", "partial", "own", "lse", "own_weight",
                               "terms", "pull", "weight"), "*fp32"),
-             **dict.fromkeys(("M", "P", "N", "splits", "tiles_per_split"), "i32")}
+             **dict.fromkeys(("M", "N", "units", "splits", "tiles_per_split"), "i32")}
     cases = [Case("contrastive.combine", combine_kernel, types, {"BLOCK": COMBINE_BLOCK})]
     for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         types = {**types, **dict.fromkeys(("x", "predicted", "target", "gradient"), "*" + kind)}
         cases.append(Case(f"contrastive.inverse_norm {kind}", inverse_norm_kernel, types,
-                          {"OF_ZERO": 0.0, "ROWS": ROWS, "BLOCK": ROW_BLOCK}, aligned=("P",)))
+                          {"UNIT": VECTOR, "OF_ZERO": 0.0, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
         BM, BN, BK, warps, stages = TILES[size].forward
-        shape = {"PRECISION": "ieee" if size == 4 else "tf32", "BM": BM, "BN": BN, "BK": BK}
+        shape = {"UNIT": VECTOR, "PRECISION": "ieee" if size == 4 else "tf32", "BM": BM, "BN": BN, "BK": BK}
         cases.append(Case(f"contrastive.partial_softmax {kind} {BM}x{BN}x{BK}", partial_softmax_kernel, types, shape, warps, stages,
-                          size == 2, ("P",)))
+                          size == 2))
         BM, BN, BK, BP, warps, stages = TILES[size].backward
         shape = {**shape, "SCALE": GRADIENT_SCALE, "BM": BM, "BN": BN, "BK": BK, "BP": BP}
         cases.append(Case(f"contrastive.streamed_gradient {kind} {BM}x{BN}x{BK}x{BP}", streamed_gradient_kernel, types, shape, warps,
-                          stages, size == 2, ("P",)))
+                          stages, size == 2))
     return cases

@@ -17,3 +17,5 @@ micro_batch=$((videos_per_step > ranks ? videos_per_step / ranks : 1))
 SECONDS=0
 deepspeed "${devices[@]}" --module video_mae pretrain configs/pretrain/demo.yaml "optim.micro_batch=$micro_batch" "$@"
 echo "trained in $SECONDS s"
+unseen=$(find data/demo/val/roll_clockwise -name '*.mp4' | sort | sed -n 3p)
+video-mae reconstruct runs/demo/model "$unseen" runs/demo/unseen.png mask.ratio=0.75 stride=2
