@@ -24,8 +24,9 @@ GLOBAL_BATCH = 8
 pytestmark = pytest.mark.launcher
 
 
-def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420, **variables: str) -> str:
-    environment = {**os.environ, **variables, **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
+def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420,
+           variables: dict[str, str] | None = None) -> str:
+    environment = {**os.environ, **(variables or {}), **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
     result = subprocess.run([*(LAUNCHER if launcher else [sys.executable]), *command], capture_output=True, text=True, timeout=seconds,
                             env=environment, check=False)
     assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -90,7 +91,7 @@ def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(tiny_fil
         runs = [{"name": f"{kernels}{stage}", "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"]}
                 for stage in (2, 3)]
         (tmp_path / f"{kernels}.yaml").write_text(yaml.safe_dump(runs))
-        launch(str(RUNS), str(tiny_file), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), **variables)
+        launch(str(RUNS), str(tiny_file), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), variables=variables)
     for stage in (2, 3):
         reference, kernels = losses(tmp_path / f"reference{stage}"), losses(tmp_path / f"triton{stage}")
         assert reference[-1] < reference[0]

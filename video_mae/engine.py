@@ -120,6 +120,8 @@ class Engine:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         optimizer = make_optimizer(model, optim, guarded=is_guarded(engine), fused=on_cuda and engine.offload == "none")
+        # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the decoders, and are compiled on first use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
         self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]  # pyright: ignore[reportArgumentType]
         if engine.compile:
@@ -263,4 +265,5 @@ def _prepare_environment() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # as torchrun or deepspeed calls it
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
