@@ -1,6 +1,7 @@
 """Pretraining runs in this process: what a run leaves, how it goes on, what stops it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from video_mae import load_pretrained
 from video_mae.checkpoint import step_name
 from video_mae.config import PretrainConfig, load_config
-from video_mae.engine import deepspeed_config
+from video_mae.engine import deepspeed_config, prepare_environment
 from video_mae.objective import Losses, Objective
 from video_mae.pretrain import DONE, STOPPED_BY_POLICY, prepare, run
 
@@ -94,6 +95,17 @@ def test_compiling_changes_the_speed_and_not_the_curve(tiny: Tiny, tmp_path: Pat
     run(prepare(plain))
     run(prepare(compiled))
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks on GPUs do not share cores out")
+@pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_ranks_of_a_launcher_share_the_cores(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    run(prepare(tiny("optim.steps=1")))  # the process group of these tests exists, whatever the variables say next
+    for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "2")
+    prepare_environment()
+    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:

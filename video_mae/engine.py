@@ -109,7 +109,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, engine: EngineConfig, optim: OptimConfig, config: dict[str, Any], run_folder: Path) -> None:
-        _prepare_environment()
+        prepare_environment()
         import deepspeed
 
         self.checkpoints = run_folder / "checkpoints"
@@ -255,7 +255,7 @@ def check_resumable(run_folder: Path, engine: EngineConfig, world_size: int) -> 
                              "output folder")
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the cores."""
     if "RANK" not in os.environ:
         with socket.socket() as probe:
