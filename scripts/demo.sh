@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains a small model on the embedded data set: with 2 processes on a CPU, or on every GPU. Arguments are passed on as key=value.
+# Pretrains a small model on the embedded data set: with 2 processes on a CPU, or on every GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -15,7 +15,7 @@ else
 fi
 micro_batch=$((videos_per_step > ranks ? videos_per_step / ranks : 1))
 SECONDS=0
-deepspeed "${devices[@]}" --module video_mae pretrain configs/pretrain/demo.yaml "optim.micro_batch=$micro_batch" "$@"
+deepspeed "${devices[@]}" --module video_mae pretrain configs/pretrain/demo.yaml "optim.micro_batch=$micro_batch"
 echo "trained in $SECONDS s"
 unseen=$(find data/demo/val/roll_clockwise -name '*.mp4' | sort | sed -n 3p)
 video-mae reconstruct runs/demo/model "$unseen" runs/demo/unseen.png mask.ratio=0.75 stride=2

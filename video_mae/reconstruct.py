@@ -41,21 +41,17 @@ def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path
     model = load_pretrained(model_folder)
     size = (model.config.height, model.config.width)
     mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
-    data = DataConfig(crop="center")
-    clips = []
-    for draw in range(config.num_clips):
-        rng = sample_rng(config.seed, 0, 0, draw)
+    rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]
 
-        def choose(num_video_frames: int, rng: np.random.Generator = rng) -> np.ndarray:
-            return clip_indices(num_video_frames, model.config.num_frames, config.stride, rng)
+    def choose(num_video_frames: int) -> np.ndarray:  # all clips from one pass over the file
+        return np.concatenate([clip_indices(num_video_frames, model.config.num_frames, config.stride, rng) for rng in rngs])
 
-        try:
-            frames_THWC = torch.from_numpy(decode(str(video), choose))
-        except VideoDecodeError as error:
-            raise ValueError(str(error)) from None
-        box = crop_box(data, frames_THWC.shape[1], frames_THWC.shape[2], *size, rng)
-        clips.append(crop_clip(frames_THWC, box, size, flip=False))
-    clip_BTHWC = torch.stack(clips)
+    try:
+        frames_THWC = torch.from_numpy(decode(str(video), choose))
+    except VideoDecodeError as error:
+        raise ValueError(str(error)) from None
+    box = crop_box(DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0])
+    clip_BTHWC = torch.stack(crop_clip(frames_THWC, box, size, flip=False).chunk(config.num_clips))
     seeds_B = torch.tensor([sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)])
     mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
     with torch.no_grad():
