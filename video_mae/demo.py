@@ -72,6 +72,13 @@ class DemoConfig:
         require(self.fps >= 1, "fps", self.fps, "must be at least 1")
 
 
+def start(folder: str, config: DemoConfig) -> int:
+    """The stage as the command line starts it."""
+    make_demo_data(folder, config)
+    print(f"demo data {folder}")
+    return 0
+
+
 def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
     """Renders the data set into `folder`, all of it or nothing; a folder that holds the same data set is left as it is.
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from video_mae.data.annotations import read_annotations
 from video_mae.data.dataset import Batch, ClipDataset, collate
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
-from video_mae.engine import Engine, check_resumable, deepspeed_config, world_from_environment
+from video_mae.engine import Engine, check_resumable, deepspeed_config, leave, world_from_environment
 from video_mae.journal import Journal
 from video_mae.kernels.dispatch import describe
 from video_mae.masking import TokenMask, mask_counts, token_mask
@@ -48,6 +48,18 @@ class Plan:
     num_visible: int
     num_masked: int
     deepspeed: dict[str, Any]
+
+
+def start(config: PretrainConfig) -> Callable[[], int]:
+    """The stage as the command line starts it: a mistake is raised here, the training is what is returned."""
+    plan = prepare(config)
+
+    def train() -> int:
+        status = run(plan)
+        leave()
+        return status
+
+    return train
 
 
 def prepare(config: PretrainConfig) -> Plan:

@@ -33,6 +33,13 @@ class ReconstructConfig:
         require(self.stride >= 1, "stride", self.stride, "must be at least 1")
 
 
+def start(model_folder: str, video: str, picture: str, config: ReconstructConfig) -> int:
+    """The stage as the command line starts it."""
+    reconstruct(model_folder, video, picture, config)
+    print(f"picture {picture}")
+    return 0
+
+
 def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig) -> None:
     """Draws clips of a video, their visible tubelets and the model's predictions.
 
