@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from video_mae import ModelConfig, ObjectiveConfig, TokenMask, VideoClassifier, VideoMAE, token_mask
+from video_mae import ClassifierConfig, ModelConfig, ObjectiveConfig, TokenMask, VideoClassifier, VideoMAE, token_mask
 from video_mae.masking import mask_counts
 from video_mae.model import PackedProjection, pretraining_macs, sinusoid_positions
 
@@ -111,7 +111,7 @@ def test_predictions_losses_and_gradients_equal_the_second_implementation(case, 
 
 
 def test_classifier_is_mean_pooling_then_norm_then_head():
-    model = shaken(VideoClassifier(SMALL, 7, head_init_scale=1.0)).double()
+    model = shaken(VideoClassifier(SMALL, ClassifierConfig(num_classes=7, head_init_scale=1.0))).double()
     clip = random_clip(SMALL)
     state = second.official_state(model, (SMALL.in_channels, *SMALL.tubelet))
     x = second.embed(official_video(clip, SMALL, torch.float64), state)
@@ -269,7 +269,7 @@ def test_keys_have_no_bias():
 
 def test_classifier_starts_from_normal_weights_and_a_small_head():
     torch.manual_seed(0)
-    model = VideoClassifier(replace(SMALL, embed_dim=96), 50, head_init_scale=0.001)
+    model = VideoClassifier(replace(SMALL, embed_dim=96), 50)
     weights = dict(model.named_parameters())
     assert weights["encoder.blocks.0.attn.qkv.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.05)

@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, load_pretrained, save_model_folder, tube_mask, weights
+from video_mae import (
+    ClassifierConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    VideoClassifier,
+    VideoMAE,
+    load_pretrained,
+    save_model_folder,
+    tube_mask,
+    weights,
+)
 
 MODEL = ModelConfig(num_frames=4, height=16, width=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, decoder_embed_dim=8,
                     decoder_depth=1, decoder_num_heads=2, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4), drop_path=0.1)
@@ -33,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_model_comes_back_bit_for_bit_with_the_same_outputs(folder):
-    model, loaded = make().eval(), load_pretrained(folder)
+    model, loaded = make().eval(), load_pretrained(folder, VideoMAE)
     assert not loaded.training
     assert (loaded.config, loaded.objective_config) == (MODEL, OBJECTIVE)
     assert_same(model, loaded)
@@ -47,15 +57,29 @@ def test_model_comes_back_bit_for_bit_with_the_same_outputs(folder):
 def test_given_state_is_written_in_float32(tmp_path):
     state = {name: tensor.bfloat16() for name, tensor in make(seed=1).state_dict().items()}
     save_model_folder(tmp_path / "model", make(), state)
-    for name, tensor in load_pretrained(tmp_path / "model").state_dict().items():
+    for name, tensor in load_pretrained(tmp_path / "model", VideoMAE).state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, state[name].float())
+
+
+def test_a_classifier_comes_back_with_its_classes(tmp_path):
+    head = ClassifierConfig(num_classes=3, class_names=("run", "swim", "fly"), sampling="uniform", head_init_scale=1.0)
+    torch.manual_seed(0)
+    model = VideoClassifier(MODEL, head).eval()
+    save_model_folder(tmp_path / "model", model)
+    loaded = load_pretrained(tmp_path / "model", VideoClassifier)
+    assert (loaded.config, loaded.classifier_config) == (MODEL, head)
+    clip = torch.randint(0, 256, (2, 4, 16, 32, 2), dtype=torch.uint8)
+    assert torch.equal(model(clip), loaded(clip))
+    assert isinstance(load_pretrained(tmp_path / "model"), VideoClassifier)
+    with pytest.raises(ValueError, match=r"model: holds a VideoClassifier, a VideoMAE is wanted"):
+        load_pretrained(tmp_path / "model", VideoMAE)
 
 
 def test_earlier_folder_is_replaced_whole(folder):
     (folder / "stale").write_text("")
     save_model_folder(folder, make(seed=1))
-    assert_same(load_pretrained(folder), make(seed=1))
+    assert_same(load_pretrained(folder, VideoMAE), make(seed=1))
     assert not (folder / "stale").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -67,7 +91,7 @@ def test_failing_save_leaves_the_old_folder_and_nothing_else(folder, monkeypatch
     monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_model_folder(folder, make(seed=1))
-    assert_same(load_pretrained(folder), make())
+    assert_same(load_pretrained(folder, VideoMAE), make())
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -75,7 +99,7 @@ def test_failing_save_leaves_the_old_folder_and_nothing_else(folder, monkeypatch
 def test_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
 
 
 def test_missing_folder_is_named(tmp_path):
@@ -100,10 +124,10 @@ def test_pickle_in_disguise_executes_nothing(folder, tmp_path):
     (tmp_path / "executed").unlink()
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
     torch.save({"x": Bomb(tmp_path / "executed")}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors"):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
     assert not (tmp_path / "executed").exists()
 
 
@@ -111,7 +135,7 @@ def test_pickle_in_disguise_executes_nothing(folder, tmp_path):
 def test_file_that_is_no_safetensors_is_named(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: "):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
@@ -119,7 +143,7 @@ def test_truncated_weights_are_named(folder, share):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:int(share * len(content))])
     with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: cannot be read"):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
 
 
 def rename(state: dict[str, torch.Tensor]) -> None:
@@ -137,7 +161,7 @@ def test_weights_that_do_not_fit_are_named(folder, change, said):
     change(state)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: [^\n]*$") as error:
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
     assert all(part in str(error.value) for part in said)
 
 
@@ -151,7 +175,7 @@ def test_wrong_key_or_value_in_the_configuration_is_named(folder, section, key, 
     description[section][key] = value
     (folder / "config.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json: [^\n]*$") as error:
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)
     assert section in str(error.value)
     assert said in str(error.value)
 
@@ -162,4 +186,4 @@ def test_wrong_key_or_value_in_the_configuration_is_named(folder, section, key, 
 def test_file_that_is_no_configuration_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json: "):
-        load_pretrained(folder)
+        load_pretrained(folder, VideoMAE)

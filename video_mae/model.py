@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from video_mae.config import ModelConfig, ObjectiveConfig
+from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.tubelets import gather_tubelets
 from video_mae.masking import TokenMask
@@ -198,21 +198,23 @@ class VideoMAE(nn.Module):
 class VideoClassifier(nn.Module):
     """Action recognition: encoder without its last norm, mean over all tokens, `fc_norm`, a linear head.
 
+    `VideoClassifier(config, ClassifierConfig(...))`, or `VideoClassifier(config, K)` for K classes without names.
     Source: the official fine-tuning model of VideoMAE; linear layers start from a normal distribution of 0.02.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, *, head_init_scale: float = 0.001, head_dropout: float = 0.0,
-                 impl: str = "auto", checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, classifier: ClassifierConfig | int, *, impl: str = "auto", checkpointing: bool = False) -> None:
         super().__init__()
+        self.config = config
+        self.classifier_config = classifier = ClassifierConfig(num_classes=classifier) if isinstance(classifier, int) else classifier
         self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=False)
         self.fc_norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
-        self.head_dropout = nn.Dropout(head_dropout)
-        self.head = nn.Linear(config.embed_dim, num_classes)
+        self.head_dropout = nn.Dropout(classifier.head_dropout)
+        self.head = nn.Linear(config.embed_dim, classifier.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear | PackedProjection) and module is not self.encoder.patch_embed:
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.head.weight.data.mul_(head_init_scale)
+        self.head.weight.data.mul_(classifier.head_init_scale)
 
     def forward(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
         """Logits [B, K]."""

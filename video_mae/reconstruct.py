@@ -11,6 +11,7 @@ from video_mae.config import DataConfig, MaskConfig
 from video_mae.data.decoding import VideoDecodeError, decode
 from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
 from video_mae.masking import mask_counts, token_mask
+from video_mae.model import VideoMAE
 from video_mae.picture import Statistics, draw_reconstruction
 from video_mae.schema import knob, require, section
 from video_mae.weights import load_pretrained
@@ -45,7 +46,7 @@ def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path
 
     Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video that cannot be decoded.
     """
-    model = load_pretrained(model_folder)
+    model = load_pretrained(model_folder, VideoMAE)
     size = (model.config.height, model.config.width)
     mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
     rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]

@@ -1,4 +1,4 @@
-"""How a configuration is declared as dataclasses, read from YAML, checked key by key, written and explained. config.py has the keys."""
+"""How a configuration is declared as dataclasses, read from YAML, checked key by key, written and explained. config/ has the keys."""
 
 import dataclasses
 import difflib
