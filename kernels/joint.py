@@ -1,4 +1,4 @@
-"""L_rec + lambda * L_con in one operation: one read of the clip, one buffer for the gradient of the prediction.
+"""L_rec + lambda * L_con: one read of the clip; on the fast way one operation with one buffer for the gradient of the prediction.
 
 The residuals of the reconstruction are that buffer: L_con adds its gradient to them in the same unit, 2 / (B M P).
 Letters: B clips, T frames, H W pixels, C channels, M masked, P values of a tubelet.
@@ -9,25 +9,29 @@ from typing import Any
 import torch
 
 from . import contrastive, reference
+from .contrastive import Memory, contrastive_loss
 from .dispatch import choose
 from .launch import register
-from .reconstruction import check_arguments, reconstruction_loss, scale_tokens, token_errors
+from .reconstruction import check_arguments, reconstruction_loss, reconstruction_loss_and_targets, scale_tokens, token_errors
 from .reference import Negatives, Normalize
 from .tubelets import check_dtypes
 
 
 def joint_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_BM: torch.Tensor, tubelet: tuple[int, int, int],
                normalize: Normalize, temperature: float | torch.Tensor, negatives: Negatives, contrastive_weight: float,
-               impl: str = "auto") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+               impl: str = "auto", memory: Memory = "fast") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(L_rec + contrastive_weight * L_con, L_rec, L_con) as float32 scalars; the first alone has a gradient, the others tell its parts.
 
     Arguments as in `reconstruction_loss` and `contrastive_loss`; `temperature` gets a gradient where it is a tensor that needs one.
+    memory (of the kernels): "least" streams the similarities instead of keeping chunks of them, and computes them twice.
     With contrastive_weight = 0 no contrastive loss is computed: it is 0. The kernels compare predictions with targets of the
     prediction's dtype. Raises: ValueError for a shape, dtype or index that does not fit.
     """
     check_arguments("joint_loss", predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize)
     if negatives not in ("clip", "batch"):
         raise ValueError(f"joint_loss: negatives {negatives} is not one of clip, batch")
+    if memory not in ("fast", "least"):
+        raise ValueError(f"joint_loss: memory {memory} is not one of fast, least")
     if isinstance(temperature, torch.Tensor) and (temperature.numel() != 1 or temperature.device != predicted_BMP.device):
         raise ValueError(f"joint_loss: temperature has shape {tuple(temperature.shape)} on {temperature.device}, not one value on "
                          f"{predicted_BMP.device}")
@@ -39,6 +43,11 @@ def joint_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_BM: 
             temperature = temperature.reshape(())
         return reference.joint_loss(predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize, temperature, negatives, contrastive_weight)
     check_dtypes("joint_loss", clip_BTHWC.dtype, predicted_BMP.dtype)
+    if memory == "least":
+        reconstruction, target_BMP = reconstruction_loss_and_targets(predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize, "triton",
+                                                                     target_dtype=predicted_BMP.dtype)
+        contrastive_part = contrastive_loss(predicted_BMP, target_BMP, temperature, negatives, "triton", "least")
+        return reconstruction + contrastive_weight * contrastive_part, reconstruction.detach(), contrastive_part.detach()
     if not isinstance(temperature, torch.Tensor):
         temperature = torch.full((), temperature, dtype=torch.float32, device=predicted_BMP.device)
     with_gradient = torch.is_grad_enabled() and (predicted_BMP.requires_grad or temperature.requires_grad)

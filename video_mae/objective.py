@@ -46,4 +46,4 @@ class Objective(nn.Module):
         """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM: int64. The sum alone has a gradient."""
         c = self.config
         return Losses(*joint_loss(predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, c.normalize, self.temperature(), c.negatives,
-                                  c.contrastive_weight, self.impl))
+                                  c.contrastive_weight, self.impl, c.contrastive_memory))

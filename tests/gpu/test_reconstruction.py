@@ -78,12 +78,13 @@ def test_flat_tubelets_give_exactly_zero(shape, normalize):
 
 
 @pytest.mark.parametrize("dtype", list(RMSE))
+@pytest.mark.parametrize("memory", ["fast", "least"])
 @pytest.mark.parametrize("negatives", ["clip", "batch"])
-def test_joint_loss_and_gradients_are_those_of_the_references(negatives, dtype):
+def test_joint_loss_and_gradients_are_those_of_the_references(negatives, memory, dtype):
     predicted, clip, index, tubelet = arguments(dtype=dtype)
     tau = torch.tensor(0.1, device="cuda", requires_grad=True)
     scale = predicted.numel()
-    losses = joint_loss(predicted, clip, index, tubelet, "channel", tau, negatives, 0.5)
+    losses = joint_loss(predicted, clip, index, tubelet, "channel", tau, negatives, 0.5, memory=memory)
     gradient, tau_gradient = torch.autograd.grad(scale * losses[0], (predicted, tau))
     exact, exact_tau = predicted.detach().double().requires_grad_(), tau.detach().double().requires_grad_()
     expected = reference.joint_loss(exact, clip.double() / 255, index, tubelet, "channel", exact_tau, negatives, 0.5)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from video_mae.kernels import joint, reference
+from video_mae.config import ObjectiveConfig
+from video_mae.kernels import contrastive_streaming, joint, reference
 from video_mae.kernels.joint import joint_loss
 from video_mae.kernels.reconstruction import reconstruction_loss
+from video_mae.objective import Objective
 
 OPCHECK: Any = torch.library.opcheck
 TUBELET, GRID = (2, 4, 3), (2, 3, 5)
@@ -26,12 +28,13 @@ def arguments(dtype=torch.float32, count=7, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory", ["fast", "least"])
 @pytest.mark.parametrize("negatives", ["clip", "batch"])
 @pytest.mark.parametrize(("normalize", "temperature"), [("channel", 0.1), ("tubelet", 1.0), ("none", 0.05)])
-def test_losses_and_gradients_are_those_of_the_references(normalize, temperature, negatives, dtype):
+def test_losses_and_gradients_are_those_of_the_references(normalize, temperature, negatives, memory, dtype):
     predicted, clip, index, tubelet = arguments(dtype)
     tau = torch.tensor([temperature], requires_grad=True)
-    losses = joint_loss(predicted, clip, index, tubelet, normalize, tau, negatives, 0.7, "triton")
+    losses = joint_loss(predicted, clip, index, tubelet, normalize, tau, negatives, 0.7, "triton", memory)
     gradient, tau_gradient = torch.autograd.grad(1000 * losses[0], (predicted, tau))
     exact, exact_tau = predicted.detach().double().requires_grad_(), tau.detach().double().requires_grad_()
     expected = reference.joint_loss(exact, clip, index, tubelet, normalize, exact_tau[0], negatives, 0.7)
@@ -46,12 +49,11 @@ def test_losses_and_gradients_are_those_of_the_references(normalize, temperature
 
 
 def test_only_the_sum_has_a_gradient_and_it_is_the_sum():
-    for impl in ("triton", "reference"):
-        loss, reconstruction, contrastive = joint_loss(*arguments(), "channel", 0.1, "clip", 0.3, impl)
-        assert loss.requires_grad
-        assert not reconstruction.requires_grad
-        assert not contrastive.requires_grad
-        torch.testing.assert_close(loss.detach(), reconstruction + 0.3 * contrastive)
+    for losses in (joint_loss(*arguments(), "channel", 0.1, "clip", 0.3, "triton", "fast"),
+                   joint_loss(*arguments(), "channel", 0.1, "clip", 0.3, "triton", "least"),
+                   joint_loss(*arguments(), "channel", 0.1, "clip", 0.3, "reference")):
+        assert [x.requires_grad for x in losses] == [True, False, False]
+        torch.testing.assert_close(losses[0].detach(), losses[1] + 0.3 * losses[2])
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -97,21 +99,22 @@ def test_a_frozen_prediction_still_teaches_the_temperature():
 
 @pytest.mark.filterwarnings("ignore:var_mean")
 @pytest.mark.parametrize("size", [(0, 5), (2, 0)])
-@pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_nothing_masked_costs_nothing(size, impl):
+@pytest.mark.parametrize(("impl", "memory"), [("triton", "fast"), ("triton", "least"), ("reference", "fast")])
+def test_nothing_masked_costs_nothing(size, impl, memory):
     _, clip, _, tubelet = arguments()
     predicted, index = torch.zeros(*size, 72, requires_grad=True), torch.zeros(size, dtype=torch.int64)
-    losses = joint_loss(predicted, clip[:size[0]], index, tubelet, "channel", 0.1, "clip", 0.3, impl)
+    losses = joint_loss(predicted, clip[:size[0]], index, tubelet, "channel", 0.1, "clip", 0.3, impl, memory)
     assert [x.item() for x in losses] == [0, 0, 0]
     assert torch.autograd.grad(losses[0], predicted)[0].shape == predicted.shape
 
 
-def test_compiling_checkpointing_and_repeating_change_nothing():
+@pytest.mark.parametrize("memory", ["fast", "least"])
+def test_compiling_checkpointing_and_repeating_change_nothing(memory):
     predicted, clip, index, tubelet = arguments()
     tau = torch.tensor(0.2, requires_grad=True)
 
     def losses_of(predicted, tau):
-        return joint_loss(predicted, clip, index, tubelet, "channel", tau, "clip", 0.3, "triton")
+        return joint_loss(predicted, clip, index, tubelet, "channel", tau, "clip", 0.3, "triton", memory)
 
     expected = losses_of(predicted, tau)
     gradients = torch.autograd.grad(expected[0], (predicted, tau))
@@ -120,6 +123,18 @@ def test_compiling_checkpointing_and_repeating_change_nothing():
         losses = other(predicted, tau)
         assert all(torch.equal(x, y) for x, y in zip(losses, expected, strict=True))
         assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(losses[0], (predicted, tau)), gradients, strict=True))
+
+
+@pytest.mark.parametrize(("memory", "streams"), [("fast", 0), ("least", 1)])
+def test_the_configuration_chooses_how_the_contrastive_loss_is_computed(memory, streams, monkeypatch):
+    calls, forward = [], contrastive_streaming.forward
+    monkeypatch.setattr(contrastive_streaming, "forward", lambda *given: calls.append(given) or forward(*given))
+    predicted, clip, index, tubelet = arguments()
+    objective = Objective(ObjectiveConfig(contrastive_weight=0.3, contrastive_memory=memory), tubelet, "triton")
+    losses = objective(predicted, clip, index)
+    expected = joint_loss(predicted, clip, index, tubelet, "channel", 0.1, "clip", 0.3, "reference")
+    assert [x.item() for x in losses] == pytest.approx([x.item() for x in expected], rel=1e-5)
+    assert len(calls) == streams
 
 
 def test_is_a_proper_torch_operation():
@@ -133,6 +148,8 @@ def test_arguments_that_do_not_fit_are_named():
     predicted, clip, index, tubelet = arguments()
     with pytest.raises(ValueError, match=r"joint_loss: negatives rank is not one of clip, batch"):
         joint_loss(predicted, clip, index, tubelet, "channel", 0.1, "rank", 0.3, "triton")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"joint_loss: memory little is not one of fast, least"):
+        joint_loss(predicted, clip, index, tubelet, "channel", 0.1, "clip", 0.3, "triton", "little")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"joint_loss: predicted_BMP has shape \(2, 6, 72\), not \(2, 7, 72\)"):
         joint_loss(predicted[:, 1:], clip, index, tubelet, "channel", 0.1, "clip", 0.3, "triton")
     with pytest.raises(ValueError, match=r"joint_loss: temperature has shape \(2,\)"):

@@ -17,6 +17,8 @@ class ObjectiveConfig:
     temperature: float = knob(0.1, "tau of the contrastive softmax (its start value where it is learned)")
     learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
     negatives: Literal["clip", "batch"] = knob("clip", "which masked tubelets compete: of the same clip, or of the rank's micro-batch")
+    contrastive_memory: Literal["fast", "least"] = knob("fast", "how the kernels compute it: with the similarities of some tubelets at a "
+                                                        "time in memory, or streamed and computed twice")
 
     def __post_init__(self) -> None:
         require(0 <= self.contrastive_weight < math.inf, "objective.contrastive_weight", self.contrastive_weight,
