@@ -1,7 +1,7 @@
-"""A second VideoMAE, written from the description of the official one and sharing nothing with `video_mae.model`.
+"""A second VideoMAE, image MAE and mae_st, written from the description of the official ones and sharing nothing with `video_mae.model`.
 
-It does what the official code does: a float clip normalised by ImageNet statistics, a Conv3d over all tokens, boolean masks,
-state dict names of the official checkpoints. Slow and plain on purpose: it is what the real model is measured against.
+They do what the official code does: a float clip normalised by channel statistics, a Conv3d (or Conv2d) over all tokens, boolean
+masks, state dict names of the official checkpoints. Slow and plain on purpose: it is what the real model is measured against.
 Letters: B clips, C channels, T frames, H W pixels, N tokens, M masked and decoded, P values of a tubelet.
 """
 
@@ -38,15 +38,37 @@ def sinusoid_table(num_positions: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.where(j % 2 == 0, np.sin(angle), np.cos(angle)).astype(np.float32))
 
 
-def norm(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
+def place_table(grid: tuple[int, int, int], width: int) -> torch.Tensor:
+    """Rows in raster order: sin and cos of the column, sin and cos of the row (a quarter each), plus the time's minus those of time 0."""
+    def waves(position: int, width: int) -> np.ndarray:
+        angle = position * np.power(10000.0, -np.arange(width // 2, dtype=np.float64) / (width // 2))
+        return np.concatenate([np.sin(angle), np.cos(angle)])
+
+    rows = [np.concatenate([waves(column, width // 2), waves(row, width // 2)]) + waves(time, width) - waves(0, width)
+            for time in range(grid[0]) for row in range(grid[1]) for column in range(grid[2])]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def norm(x: torch.Tensor, state: State, prefix: str, eps: float = 1e-6) -> torch.Tensor:
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[f"{prefix}.weight"] + state[f"{prefix}.bias"]
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * state[f"{prefix}.weight"] + state[f"{prefix}.bias"]
+
+
+def projections(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
+    """Queries, keys and values, one behind the other, of any of the official layouts."""
+    if f"{prefix}.q.weight" in state:  # mae_st
+        return torch.cat([x @ state[f"{prefix}.{letter}.weight"].T + state[f"{prefix}.{letter}.bias"] for letter in "qkv"], dim=-1)
+    product = x @ state[f"{prefix}.qkv.weight"].T
+    if f"{prefix}.qkv.bias" in state:  # MAE
+        return product + state[f"{prefix}.qkv.bias"]
+    if f"{prefix}.q_bias" in state:  # VideoMAE
+        return product + torch.cat([state[f"{prefix}.q_bias"], torch.zeros_like(x[0, 0]), state[f"{prefix}.v_bias"]])
+    return product
 
 
 def attention(x: torch.Tensor, state: State, prefix: str, num_heads: int) -> torch.Tensor:
     batch, tokens, width = x.shape
-    bias = torch.cat([state[f"{prefix}.q_bias"], torch.zeros(width, dtype=x.dtype), state[f"{prefix}.v_bias"]])
-    qkv = (x @ state[f"{prefix}.qkv.weight"].T + bias).reshape(batch, tokens, 3, num_heads, width // num_heads)
+    qkv = projections(x, state, prefix).reshape(batch, tokens, 3, num_heads, width // num_heads)
     heads = []
     for head in range(num_heads):
         q, k, v = (qkv[:, :, which, head] for which in range(3))
@@ -61,10 +83,11 @@ def mlp(x: torch.Tensor, state: State, prefix: str) -> torch.Tensor:
     return hidden @ state[f"{prefix}.fc2.weight"].T + state[f"{prefix}.fc2.bias"]
 
 
-def blocks(x: torch.Tensor, state: State, prefix: str, depth: int, num_heads: int) -> torch.Tensor:
+def blocks(x: torch.Tensor, state: State, prefix: str, depth: int, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
     for i in range(depth):
-        x = x + attention(norm(x, state, f"{prefix}.{i}.norm1"), state, f"{prefix}.{i}.attn", num_heads)
-        x = x + mlp(norm(x, state, f"{prefix}.{i}.norm2"), state, f"{prefix}.{i}.mlp")
+        gamma_1, gamma_2 = (state.get(f"{prefix}.{i}.{name}", 1.0) for name in ("gamma_1", "gamma_2"))
+        x = x + gamma_1 * attention(norm(x, state, f"{prefix}.{i}.norm1", eps), state, f"{prefix}.{i}.attn", num_heads)
+        x = x + gamma_2 * mlp(norm(x, state, f"{prefix}.{i}.norm2", eps), state, f"{prefix}.{i}.mlp")
     return x
 
 
@@ -76,18 +99,18 @@ def embed(video_BCTHW: torch.Tensor, state: State) -> torch.Tensor:
 
 
 def pretraining_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, decoded_BN: torch.Tensor, depths: tuple[int, int],
-                        heads: tuple[int, int]) -> torch.Tensor:
-    """Predictions [B, M, P] of the tokens that are hidden from the encoder and decoded."""
+                        heads: tuple[int, int], eps: tuple[float, float] = (1e-6, 1e-6)) -> torch.Tensor:
+    """Predictions [B, M, P] of the tokens that are hidden from the encoder and decoded; eps: of all norms but the last, of the last."""
     x = embed(video_BCTHW, state)
     batch, tokens, width = x.shape
     x = x[~hidden_BN].reshape(batch, -1, width)
-    x = norm(blocks(x, state, "encoder.blocks", depths[0], heads[0]), state, "encoder.norm")
+    x = norm(blocks(x, state, "encoder.blocks", depths[0], heads[0], eps[0]), state, "encoder.norm", eps[0])
     x = x @ state["encoder_to_decoder.weight"].T
     positions = sinusoid_table(tokens, x.shape[2]).to(x.dtype).expand(batch, -1, -1)
     visible = x + positions[~hidden_BN].reshape(batch, -1, x.shape[2])
     masked = state["mask_token"].reshape(1, 1, -1) + positions[hidden_BN & decoded_BN].reshape(batch, -1, x.shape[2])
-    x = blocks(torch.cat([visible, masked], dim=1), state, "decoder.blocks", depths[1], heads[1])
-    return norm(x[:, -masked.shape[1]:], state, "decoder.norm") @ state["decoder.head.weight"].T + state["decoder.head.bias"]
+    x = blocks(torch.cat([visible, masked], dim=1), state, "decoder.blocks", depths[1], heads[1], eps[0])
+    return norm(x[:, -masked.shape[1]:], state, "decoder.norm", eps[1]) @ state["decoder.head.weight"].T + state["decoder.head.bias"]
 
 
 def targets(video_BCTHW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], tubelet: tuple[int, int, int],
@@ -119,3 +142,88 @@ def contrastive(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperatu
             weights = torch.exp(similarity / temperature)
             terms.append(-torch.log(weights[i] / weights.sum()))
     return torch.stack(terms).mean()
+
+
+MAE_NAMES = (("mlp.0.", "mlp.fc1."), ("mlp.2.", "mlp.fc2."), ("patch_embed.", "patch_embed.proj."), ("class_token", "cls_token"),
+             ("decoder_encoder_to_decoder.", "decoder_embed."), ("decoder_mask_token", "mask_token"), ("decoder_head.", "decoder_pred."),
+             ("positions.space", "pos_embed_spatial"), ("positions.time", "pos_embed_temporal"), ("positions.class_row", "pos_embed_class"))
+
+
+def mae_state(ours: State, kernel: tuple[int, ...], *, separate_linears: bool) -> State:
+    """Our parameters by the names of facebookresearch/mae, or mae_st (separate_linears); differentiable in ours.
+
+    kernel: (channels, rows, columns) of the Conv2d, or (channels, frames, rows, columns) of the Conv3d.
+    """
+    ours, theirs = dict(ours), {}
+    for prefix in [name.removesuffix("qkv.weight") for name in ours if name.endswith("qkv.weight")]:
+        weight, biases = ours.pop(f"{prefix}qkv.weight"), [ours.pop(f"{prefix}qkv.{letter}_bias") for letter in "qkv"]
+        if separate_linears:
+            for letter, part, bias in zip("qkv", weight.chunk(3), biases, strict=True):
+                ours.update({f"{prefix}{letter}.weight": part, f"{prefix}{letter}.bias": bias})
+        else:
+            ours.update({f"{prefix}qkv.weight": weight, f"{prefix}qkv.bias": torch.cat(biases)})
+    for side in ("encoder", "decoder"):
+        if f"{side}.positions.table" in ours:
+            rows = [ours.pop(f"{side}.positions.class_row")[None]] if f"{side}.positions.class_row" in ours else []
+            ours[f"{side}.pos_embed"] = torch.cat([*rows, ours.pop(f"{side}.positions.table")])
+    for name, tensor in ours.items():
+        name = name.removeprefix("encoder.").replace("decoder.", "decoder_", 1)
+        for word, official in MAE_NAMES:
+            name = name.replace(word, official)
+        theirs[name] = tensor.reshape(-1, *kernel) if name == "patch_embed.proj.weight" else \
+            tensor.reshape(1, -1, tensor.shape[-1]) if "token" in name or "pos_embed" in name else tensor
+    return theirs
+
+
+def mae_positions(state: State, under: str) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(the class token's row or None, the table [N, D]) of the encoder (under = "") or the decoder ("decoder_")."""
+    has_class = "cls_token" in state
+    if f"{under}pos_embed" in state:
+        table = state[f"{under}pos_embed"][0]
+        return (table[0], table[1:]) if has_class else (None, table)
+    space, time = state[f"{under}pos_embed_spatial"][0], state[f"{under}pos_embed_temporal"][0]
+    table = space.repeat(len(time), 1) + time.repeat_interleave(len(space), dim=0)
+    return (state[f"{under}pos_embed_class"][0, 0] if has_class else None), table
+
+
+def mae_encode(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, depth: int, num_heads: int, eps: float) -> torch.Tensor:
+    """Tokens before the last norm: the class token first where there is one, then what is not hidden, in raster order."""
+    weight, bias = state["patch_embed.proj.weight"], state["patch_embed.proj.bias"]
+    if weight.ndim == 4:
+        x = F.conv2d(video_BCTHW[:, :, 0], weight, bias, stride=weight.shape[2:])
+    else:
+        x = F.conv3d(video_BCTHW, weight, bias, stride=weight.shape[2:])
+    class_row, table = mae_positions(state, "")
+    x = x.flatten(2).transpose(1, 2) + table.to(x.dtype)
+    x = x[~hidden_BN].reshape(len(x), -1, x.shape[2])
+    if class_row is not None:
+        x = torch.cat([(state["cls_token"] + class_row).expand(len(x), -1, -1), x], dim=1)
+    return blocks(x, state, "blocks", depth, num_heads, eps)
+
+
+def mae_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, depths: tuple[int, int], heads: tuple[int, int],
+                eps: float = 1e-6) -> torch.Tensor:
+    """Predictions [B, M, P] of the hidden tokens: the decoder sees all tokens in raster order, after a class token where there is one."""
+    x = norm(mae_encode(video_BCTHW, state, hidden_BN, depths[0], heads[0], eps), state, "norm", eps)
+    x = x @ state["decoder_embed.weight"].T + state["decoder_embed.bias"]
+    class_row, table = mae_positions(state, "decoder_")
+    first = 0 if class_row is None else 1
+    every = state["mask_token"].repeat(*hidden_BN.shape, 1)
+    every[~hidden_BN] = x[:, first:].flatten(0, 1)
+    every = every + table.to(x.dtype)
+    if class_row is not None:
+        token = state["decoder_cls_token"].expand(len(x), -1, -1) if "decoder_cls_token" in state else x[:, :1]
+        every = torch.cat([token + class_row, every], dim=1)
+    every = norm(blocks(every, state, "decoder_blocks", depths[1], heads[1], eps), state, "decoder_norm", eps)
+    predicted = (every @ state["decoder_pred.weight"].T + state["decoder_pred.bias"])[:, first:]
+    return predicted[hidden_BN].reshape(len(x), -1, predicted.shape[2])
+
+
+def mae_classify(video_BCTHW: torch.Tensor, state: State, num_tokens: int, depth: int, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
+    """Logits: of the normed mean without the class token where there is an `fc_norm`, else of the first token after `norm`."""
+    x = mae_encode(video_BCTHW, state, torch.zeros(len(video_BCTHW), num_tokens, dtype=torch.bool), depth, num_heads, eps)
+    if "fc_norm.weight" in state:
+        x = norm(x[:, 1 if "cls_token" in state else 0:].mean(1), state, "fc_norm", eps)
+    else:
+        x = norm(x, state, "norm", eps)[:, 0]
+    return x @ state["head.weight"].T + state["head.bias"]

@@ -12,7 +12,8 @@ import torch
 
 from video_mae import ClassifierConfig, ModelConfig, ObjectiveConfig, TokenMask, VideoClassifier, VideoMAE, token_mask
 from video_mae.masking import mask_counts
-from video_mae.model import PackedProjection, pretraining_macs, sinusoid_positions
+from video_mae.model import PackedProjection, pretraining_macs
+from video_mae.positions import sinusoid_positions
 
 second = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_implementation.py"))))
 
@@ -37,6 +38,9 @@ CASES: dict[str, tuple[ModelConfig, tuple[Any, float, float], ObjectiveConfig]] 
                       ObjectiveConfig(normalize="tubelet", contrastive_weight=0.3, negatives="batch")),
     "odd heads, deep": (replace(SMALL, embed_dim=30, num_heads=5, depth=4, decoder_embed_dim=18, decoder_num_heads=9, decoder_depth=3),
                         ("random", 0.5, 0.0), CHANNEL),
+    "no bias of queries and values, layer scale": (replace(SMALL, qkv_bias="none", layer_scale=0.3), TUBE, CHANNEL),
+    "epsilons of Hugging Face": (replace(SMALL, norm_eps=1e-12, head_norm_eps=1e-5), TUBE, CHANNEL),
+    "large epsilons": (replace(SMALL, norm_eps=0.5, head_norm_eps=0.2), TUBE, CHANNEL),
     "learned temperature": (SMALL, TUBE, ObjectiveConfig(contrastive_weight=0.3, temperature=0.2, learn_temperature=True)),
 }
 
@@ -87,7 +91,7 @@ def test_predictions_losses_and_gradients_equal_the_second_implementation(case, 
     decoded = torch.zeros_like(hidden).scatter(1, mask.masked_BM, True)
     video = official_video(clip, config, dtype)
     predicted = second.pretraining_forward(video, state, hidden, decoded, (config.depth, config.decoder_depth),
-                                           (config.num_heads, config.decoder_num_heads))
+                                           (config.num_heads, config.decoder_num_heads), (config.norm_eps, config.head_norm_eps))
     target = second.targets(video, config.mean, config.std, config.tubelet, hidden & decoded, objective.normalize)
     reconstruction = (predicted.double() - target).square().mean()
     temperature: Any = objective.temperature
@@ -110,15 +114,18 @@ def test_predictions_losses_and_gradients_equal_the_second_implementation(case, 
         assert_close(parameter.grad.flatten(), gradient.flatten(), tolerance, name)
 
 
-def test_classifier_is_mean_pooling_then_norm_then_head():
-    model = shaken(VideoClassifier(SMALL, ClassifierConfig(num_classes=7, head_init_scale=1.0))).double()
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_classifier_is_mean_pooling_then_norm_then_head_or_norm_then_the_first_token(pooling):
+    config = replace(SMALL, norm_eps=1e-3, head_norm_eps=0.1)
+    model = shaken(VideoClassifier(config, ClassifierConfig(num_classes=7, head_init_scale=1.0, pooling=pooling))).double()
     clip = random_clip(SMALL)
     state = second.official_state(model, (SMALL.in_channels, *SMALL.tubelet))
     x = second.embed(official_video(clip, SMALL, torch.float64), state)
-    x = second.blocks(x, state, "encoder.blocks", SMALL.depth, SMALL.num_heads)
-    logits = second.norm(x.mean(1), state, "fc_norm") @ state["head.weight"].T + state["head.bias"]
-    assert_close(model(clip), logits, 1e-9, "logits")
-    assert not any(name.startswith("encoder.norm.") for name in model.state_dict())
+    x = second.blocks(x, state, "encoder.blocks", SMALL.depth, SMALL.num_heads, 1e-3)
+    pooled = second.norm(x.mean(1), state, "fc_norm", 0.1) if pooling == "mean" else second.norm(x, state, "encoder.norm", 1e-3)[:, 0]
+    assert_close(model(clip), pooled @ state["head.weight"].T + state["head.bias"], 1e-9, "logits")
+    absent = "encoder.norm." if pooling == "mean" else "fc_norm."
+    assert not any(name.startswith(absent) for name in model.state_dict())
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 2), (1568, 768), (392, 18)])

@@ -1,9 +1,10 @@
-"""The masked autoencoder, readable top to bottom: positions, Attention, Block, Encoder, Decoder, VideoMAE, VideoClassifier.
+"""The masked autoencoder, readable top to bottom: Attention, Block, Encoder, Decoder, VideoMAE, VideoClassifier.
 
 Semantics of the official VideoMAE (Tong et al., 2022), but only visible tubelets are ever embedded, clips stay uint8, and the
-decoder runs only the tokens that the loss needs.
-Letters: B clips, T frames, H W pixels, C channels, N tokens of the grid, V visible, M masked (predicted), S tokens of a
-sequence, D width of encoder or decoder, P values of a tubelet, K classes.
+decoder runs only the tokens that the loss needs. Options of the configuration make it image MAE (He et al., 2021) or mae_st
+(Feichtenhofer et al., 2022).
+Letters: B clips, T frames, H W pixels, C channels, N tokens of the grid, V visible, M masked (predicted), A class tokens, S tokens
+of a sequence, D width of encoder or decoder, P values of a tubelet, K classes.
 """
 
 from typing import NamedTuple
@@ -19,72 +20,81 @@ from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.tubelets import gather_tubelets
 from video_mae.masking import TokenMask
-from video_mae.objective import Objective
-
-NORM_EPS = 1e-6
-
-
-def sinusoid_positions(num_tokens: int, width: int) -> torch.Tensor:
-    """Fixed positions [N, D] over the flattened (time, height, width) index: sine in even columns, cosine in odd ones.
-
-    Source: Vaswani et al. (2017), as VideoMAE flattens it; computed in float64, returned in float32.
-    """
-    frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angle = torch.arange(num_tokens, dtype=torch.float64)[:, None] * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
+from video_mae.objective import Objective, target_clip
+from video_mae.positions import Grid, Positions
 
 
 class PackedProjection(nn.Module):
-    """Queries, keys and values in one product; keys have no bias (it would cancel in the softmax)."""
+    """Queries, keys and values in one product; `bias` is qv as in VideoMAE, qkv (a key's cancels in the softmax), or none."""
 
-    def __init__(self, width: int) -> None:
+    q_bias: nn.Parameter
+    k_bias: nn.Parameter
+    v_bias: nn.Parameter
+
+    def __init__(self, width: int, bias: str = "qv") -> None:
         super().__init__()
+        self.bias = bias
         self.weight = nn.Parameter(torch.empty(3 * width, width))
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        for letter in () if bias == "none" else bias:
+            self.register_parameter(f"{letter}_bias", nn.Parameter(torch.zeros(width)))
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_BSD, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        if self.bias == "none":
+            return F.linear(x_BSD, self.weight)
+        k_bias = self.k_bias if self.bias == "qkv" else torch.zeros_like(self.q_bias)
+        return F.linear(x_BSD, self.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
 
 
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
-    def __init__(self, width: int, num_heads: int, impl: str) -> None:
+    def __init__(self, width: int, num_heads: int, bias: str, impl: str) -> None:
         super().__init__()
         self.num_heads, self.impl = num_heads, impl
-        self.qkv = PackedProjection(width)
+        self.qkv = PackedProjection(width, bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
         qkv = rearrange(self.qkv(x_BSD), "b s (three h d) -> b s three h d", three=3, h=self.num_heads)
-        return self.proj(packed_attention(qkv, self.impl)[:, -last:].flatten(2))
+        return self.proj(_last(packed_attention(qkv, self.impl), last).flatten(2))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float, impl: str) -> None:
+    def __init__(self, config: ModelConfig, width: int, num_heads: int, mlp_ratio: float, drop_path: float, impl: str) -> None:
         super().__init__()
         hidden = round(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, num_heads, impl)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
+        self.attn = Attention(width, num_heads, config.qkv_bias, impl)
+        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path > 0 else nn.Identity()
+        self.gamma_1, self.gamma_2 = None, None
+        if config.layer_scale:
+            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), config.layer_scale)) for _ in range(2))
 
     def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
         """Returns the `last` tokens only: what no later layer reads stops being computed after the attention."""
-        x = x_BSD[:, -last:] + self.drop_path(self.attn(self.norm1(x_BSD), last))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = _last(x_BSD, last) + self.drop_path(_scale(self.attn(self.norm1(x_BSD), last), self.gamma_1))
+        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
+
+
+def _last(x_BSD: torch.Tensor, last: int) -> torch.Tensor:
+    return x_BSD if last == x_BSD.shape[1] else x_BSD[:, -last:]  # a slice that leaves nothing out would cost the backward pass a copy
+
+
+def _scale(x_BSD: torch.Tensor, gamma_D: torch.Tensor | None) -> torch.Tensor:
+    return x_BSD if gamma_D is None else x_BSD * gamma_D
 
 
 class Blocks(nn.ModuleList):
     """Blocks one after another, with stochastic depth growing linearly and activation checkpointing as an option."""
 
-    def __init__(self, depth: int, width: int, num_heads: int, mlp_ratio: float, drop_path: float, impl: str, checkpointing: bool) -> None:
-        super().__init__(Block(width, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1), impl) for i in range(depth))
+    def __init__(self, config: ModelConfig, depth: int, width: int, num_heads: int, mlp_ratio: float, drop_path: float, impl: str,
+                 checkpointing: bool) -> None:
+        super().__init__(Block(config, width, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1), impl) for i in range(depth))
         self.checkpointing = checkpointing
 
     def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
@@ -98,60 +108,80 @@ class Blocks(nn.ModuleList):
 
 
 class Encoder(nn.Module):
-    """A ViT over the visible tubelets of a clip."""
-
-    positions_ND: torch.Tensor
+    """A ViT over the visible tubelets of a clip, of the configured size or any other."""
 
     def __init__(self, config: ModelConfig, *, impl: str = "auto", checkpointing: bool = False, final_norm: bool = True) -> None:
         super().__init__()
-        self.config, self.impl = config, impl
-        self.patch_embed = nn.Linear(config.tubelet_values, config.embed_dim)
-        self.register_buffer("positions_ND", sinusoid_positions(config.num_tokens, config.embed_dim), persistent=False)
-        self.blocks = Blocks(config.depth, config.embed_dim, config.num_heads, config.mlp_ratio, config.drop_path, impl, checkpointing)
-        self.norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        c = self.config = config
+        self.impl = impl
+        self.patch_embed = nn.Linear(c.tubelet_values, c.embed_dim)
+        self.positions = Positions(c, c.embed_dim)
+        self.class_token = nn.Parameter(0.02 * torch.randn(c.embed_dim)) if c.class_tokens else None
+        self.blocks = Blocks(c, c.depth, c.embed_dim, c.num_heads, c.mlp_ratio, c.drop_path, impl, checkpointing)
+        self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps) if final_norm else nn.Identity()
         _xavier(self.blocks)  # patch_embed keeps PyTorch's default, as the official Conv3d does
 
-    def forward(self, clip_BTHWC: torch.Tensor, visible_BV: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens [B, V, D] of the chosen tubelets in the order given, or of all N in raster order.
+    def grid_of(self, clip_BTHWC: torch.Tensor) -> Grid:
+        """(time, height, width) of a clip in tokens: what the mask functions take. Raises: ValueError for a clip that has none."""
+        c, sides = self.config, tuple(clip_BTHWC.shape[1:])
+        if len(sides) != 4 or sides[3] != c.in_channels or any(n % unit or not n for n, unit in zip(sides, c.tubelet, strict=False)):
+            raise ValueError(f"clip_BTHWC: (frames, height, width, channels) is {sides}, the model takes multiples of {c.tubelet} with "
+                             f"{c.in_channels} channels")
+        return sides[0] // c.tubelet_size, sides[1] // c.patch_size, sides[2] // c.patch_size
 
-        clip_BTHWC: uint8 (or floating point in [0, 1]); visible_BV: int64. Raises: ValueError for a clip of another size.
+    def forward(self, clip_BTHWC: torch.Tensor, visible_BV: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [B, A + V, D]: A class tokens, then the chosen tubelets in the order given, or all N in raster order.
+
+        clip_BTHWC: uint8 (or floating point in [0, 1]) of any size that has a grid; visible_BV: int64 tokens of that grid.
+        Raises: ValueError for a clip that is no multiple of the tubelet.
         """
         c = self.config
-        if clip_BTHWC.shape[1:] != (c.num_frames, c.height, c.width, c.in_channels):
-            raise ValueError(f"clip_BTHWC: (frames, height, width, channels) is {tuple(clip_BTHWC.shape[1:])}, the model takes "
-                             f"{(c.num_frames, c.height, c.width, c.in_channels)}")
+        positions, class_position_D = self.positions(self.grid_of(clip_BTHWC))
         if visible_BV is None:
-            visible_BV = torch.arange(c.num_tokens, device=clip_BTHWC.device).expand(clip_BTHWC.shape[0], -1)
+            visible_BV = torch.arange(len(positions), device=clip_BTHWC.device).expand(clip_BTHWC.shape[0], -1)
+        else:
+            positions = positions[visible_BV]
         dtype = self.patch_embed.weight.dtype
         tubelets_BVP = gather_tubelets(clip_BTHWC, visible_BV, c.tubelet, c.mean, c.std, dtype, self.impl)
-        tokens_BVD = self.patch_embed(tubelets_BVP) + self.positions_ND[visible_BV].to(dtype)
-        return self.norm(self.blocks(tokens_BVD, last=visible_BV.shape[1]))
+        tokens_BSD = self.patch_embed(tubelets_BVP) + positions.to(dtype)
+        if self.class_token is not None:
+            class_BAD = (self.class_token + class_position_D).expand(tokens_BSD.shape[0], c.class_tokens, -1)
+            tokens_BSD = torch.cat([class_BAD, tokens_BSD], dim=1)
+        return self.norm(self.blocks(tokens_BSD, last=tokens_BSD.shape[1]))
 
 
 class Decoder(nn.Module):
     """A narrow ViT that predicts the masked tubelets from the encoded visible ones."""
 
-    positions_ND: torch.Tensor
-
     def __init__(self, config: ModelConfig, *, impl: str = "auto", checkpointing: bool = False) -> None:
         super().__init__()
-        width = config.decoder_embed_dim
-        self.encoder_to_decoder = nn.Linear(config.embed_dim, width, bias=False)
+        c, width = config, config.decoder_embed_dim
+        self.config = config
+        self.encoder_to_decoder = nn.Linear(c.embed_dim, width, bias=c.decoder_embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.register_buffer("positions_ND", sinusoid_positions(config.num_tokens, width), persistent=False)
-        self.blocks = Blocks(config.decoder_depth, width, config.decoder_num_heads, config.decoder_mlp_ratio, 0.0, impl, checkpointing)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.head = nn.Linear(width, config.tubelet_values)
+        self.positions = Positions(c, width)
+        self.class_token = nn.Parameter(0.02 * torch.randn(width)) if c.class_tokens and c.decoder_class_token == "own" else None
+        self.blocks = Blocks(c, c.decoder_depth, width, c.decoder_num_heads, c.decoder_mlp_ratio, 0.0, impl, checkpointing)
+        self.norm = nn.LayerNorm(width, eps=c.head_norm_eps)
+        self.head = nn.Linear(width, c.predicted_values)
         _xavier(self.blocks, self.head)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, encoded_BVD: torch.Tensor, mask: TokenMask) -> torch.Tensor:
-        """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel)."""
-        visible_BVD = self.encoder_to_decoder(encoded_BVD)
-        positions_ND = self.positions_ND.to(visible_BVD.dtype)
+    def forward(self, encoded_BSD: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> torch.Tensor:
+        """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel).
+
+        encoded_BSD: class tokens, then the visible ones; grid: of the clip, where it is not the model's.
+        """
+        num_class = self.config.class_tokens
+        visible_BSD = self.encoder_to_decoder(encoded_BSD)
+        positions_ND, class_position_D = self.positions(grid or self.config.grid)
+        positions_ND = positions_ND.to(visible_BSD.dtype)
         masked_BMD = self.mask_token + positions_ND[mask.masked_BM]
-        tokens_BSD = torch.cat([visible_BVD + positions_ND[mask.visible_BV], masked_BMD], dim=1)
-        return self.head(self.norm(self.blocks(tokens_BSD, last=mask.masked_BM.shape[1])))
+        parts = [visible_BSD[:, num_class:] + positions_ND[mask.visible_BV], masked_BMD]
+        if num_class:
+            class_BAD = visible_BSD[:, :num_class] if self.class_token is None else self.class_token.expand(len(visible_BSD), num_class, -1)
+            parts.insert(0, class_BAD + class_position_D)
+        return self.head(self.norm(self.blocks(torch.cat(parts, dim=1), last=mask.masked_BM.shape[1])))
 
 
 class VideoMAEOutput(NamedTuple):
@@ -175,28 +205,38 @@ class VideoMAE(nn.Module):
         super().__init__()
         self.config = config or ModelConfig()
         self.objective_config = objective or ObjectiveConfig()
-        self.encoder = Encoder(self.config, impl=impl, checkpointing=checkpointing)
+        self.encoder = Encoder(self.config, impl=impl, checkpointing=checkpointing, final_norm=self.config.encoder_norm)
         self.decoder = Decoder(self.config, impl=impl, checkpointing=checkpointing)
-        self.objective = Objective(self.objective_config, self.config.tubelet, impl)
+        self.objective = Objective(self.objective_config, self.config.predicted_tubelet, impl)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """(time, height, width) in tokens: what the mask functions take."""
         return self.config.grid
 
-    def predict(self, clip_BTHWC: torch.Tensor, mask: TokenMask) -> torch.Tensor:
-        """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel)."""
-        return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask)
+    def predict(self, clip_BTHWC: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> torch.Tensor:
+        """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel).
 
-    def forward(self, clip_BTHWC: torch.Tensor, mask: TokenMask) -> VideoMAEOutput:
-        """clip_BTHWC: uint8. Raises: ValueError for a clip of another size than the configuration's."""
-        predicted_BMP = self.predict(clip_BTHWC, mask)
-        losses = self.objective(predicted_BMP, clip_BTHWC, mask.masked_BM)
+        A mask belongs to a grid: name it where it is not the model's. Raises: ValueError for a clip of another grid.
+        """
+        grid = grid or self.grid
+        size = *(tokens * side for tokens, side in zip(grid, self.config.tubelet, strict=True)), self.config.in_channels
+        if clip_BTHWC.shape[1:] != size:
+            raise ValueError(f"clip_BTHWC: (frames, height, width, channels) is {tuple(clip_BTHWC.shape[1:])}, the mask is of a clip of "
+                             f"{size}; name the grid of another mask as `grid`")
+        return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask, grid)
+
+    def forward(self, clip_BTHWC: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> VideoMAEOutput:
+        """clip_BTHWC: uint8; grid: of the mask, where it is not the model's. Raises: ValueError for a clip of another grid."""
+        predicted_BMP = self.predict(clip_BTHWC, mask, grid)
+        losses = self.objective(predicted_BMP, target_clip(clip_BTHWC, self.config, self.objective_config), mask.masked_BM)
         return VideoMAEOutput(losses.loss, losses.reconstruction_loss, losses.contrastive_loss, predicted_BMP)
 
 
 class VideoClassifier(nn.Module):
-    """Action recognition: encoder without its last norm, mean over all tokens, `fc_norm`, a linear head.
+    """Action recognition: encoder, pooling, a linear head.
+
+    The mean over all tubelets leaves out the encoder's last norm and is normed by `fc_norm`; the first token has only the former.
 
     `VideoClassifier(config, ClassifierConfig(...))`, or `VideoClassifier(config, K)` for K classes without names.
     Source: the official fine-tuning model of VideoMAE; linear layers start from a normal distribution of 0.02.
@@ -206,8 +246,8 @@ class VideoClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.classifier_config = classifier = ClassifierConfig(num_classes=classifier) if isinstance(classifier, int) else classifier
-        self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=False)
-        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=NORM_EPS)
+        self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=classifier.pooling == "first")
+        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps) if classifier.pooling == "mean" else nn.Identity()
         self.head_dropout = nn.Dropout(classifier.head_dropout)
         self.head = nn.Linear(config.embed_dim, classifier.num_classes)
         for module in self.modules():
@@ -217,19 +257,29 @@ class VideoClassifier(nn.Module):
         self.head.weight.data.mul_(classifier.head_init_scale)
 
     def forward(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K]."""
-        return self.head(self.head_dropout(self.fc_norm(self.encoder(clip_BTHWC).mean(dim=1))))
+        """Logits [B, K] of clips of any size."""
+        tokens_BSD = self.encoder(clip_BTHWC)
+        is_mean = self.classifier_config.pooling == "mean"
+        pooled_BD = tokens_BSD[:, self.config.class_tokens:].mean(dim=1) if is_mean else tokens_BSD[:, 0]
+        return self.head(self.head_dropout(self.fc_norm(pooled_BD)))
 
 
 def pretraining_macs(config: ModelConfig, num_visible: int, num_masked: int) -> float:
     """Multiply-accumulates of one clip's forward pass; training costs about 6 floating point operations for each."""
-    def blocks(num_tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
-        return depth * (num_tokens * width**2 * (4 + 2 * mlp_ratio) + 2 * num_tokens**2 * width)
+    d, e, encoded = config.embed_dim, config.decoder_embed_dim, config.class_tokens + num_visible
+    return (encoder_macs(config, num_visible) + encoded * d * e
+            + _block_macs(encoded + num_masked, e, config.decoder_depth, config.decoder_mlp_ratio)
+            + num_masked * e * config.predicted_values)
 
-    d, e = config.embed_dim, config.decoder_embed_dim
-    return (num_visible * config.tubelet_values * d + blocks(num_visible, d, config.depth, config.mlp_ratio) + num_visible * d * e
-            + blocks(num_visible + num_masked, e, config.decoder_depth, config.decoder_mlp_ratio)
-            + num_masked * e * config.tubelet_values)
+
+def encoder_macs(config: ModelConfig, num_tokens: int) -> float:
+    """Multiply-accumulates of the encoder for num_tokens tubelets of a clip; a classifier sees config.num_tokens."""
+    return (num_tokens * config.tubelet_values * config.embed_dim
+            + _block_macs(config.class_tokens + num_tokens, config.embed_dim, config.depth, config.mlp_ratio))
+
+
+def _block_macs(num_tokens: int, width: int, depth: int, mlp_ratio: float) -> float:
+    return depth * (num_tokens * width**2 * (4 + 2 * mlp_ratio) + 2 * num_tokens**2 * width)
 
 
 def _xavier(*roots: nn.Module) -> None:

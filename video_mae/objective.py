@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from video_mae.config import ObjectiveConfig
+from video_mae.config import ModelConfig, ObjectiveConfig
 from video_mae.kernels.joint import joint_loss
+from video_mae.kernels.reference import pixel_range
 
 COLDEST = 0.01  # a learned temperature stays between this and 1
 
@@ -47,3 +48,31 @@ class Objective(nn.Module):
         c = self.config
         return Losses(*joint_loss(predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, c.normalize, self.temperature(), c.negatives,
                                   c.contrastive_weight, self.impl, c.contrastive_memory))
+
+
+def predicted_clip(clip_BTHWC: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """The frames that the decoder predicts: all, or config.predicted_frames of them, evenly spread from first to last (mae_st).
+
+    Cut by config.predicted_tubelet, they have the grid of the clip, which may be of any length.
+    """
+    if config.predicted_frames is None:
+        return clip_BTHWC
+    num_frames = clip_BTHWC.shape[1]
+    num_predicted = num_frames // config.tubelet_size * config.predicted_tubelet[0]
+    frames = torch.linspace(0, num_frames - 1, num_predicted, device="cpu").long().tolist()
+    return torch.stack([clip_BTHWC[:, frame] for frame in frames], dim=1)
+
+
+def pixel_scale(config: ModelConfig, objective: ObjectiveConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of the channels where a model predicts pixels that are normalised by them; None where they are in [0, 1]."""
+    return (config.mean, config.std) if objective.pixels == "normalized" else None
+
+
+def target_clip(clip_BTHWC: torch.Tensor, config: ModelConfig, objective: ObjectiveConfig) -> torch.Tensor:
+    """What the losses compare predictions with: the predicted frames, as they are or as floats (x - mean) / std."""
+    clip_BTHWC, scale = predicted_clip(clip_BTHWC, config), pixel_scale(config, objective)
+    if scale is None:
+        return clip_BTHWC
+    dtype = torch.float64 if clip_BTHWC.dtype == torch.float64 else torch.float32
+    mean_C, std_C = (torch.cat([clip_BTHWC.new_full((1,), value, dtype=dtype) for value in values]) for values in scale)  # no host sync
+    return (clip_BTHWC.to(dtype) / pixel_range(clip_BTHWC.dtype) - mean_C) / std_C

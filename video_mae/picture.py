@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 Tubelet = tuple[int, int, int]
 Normalize = Literal["channel", "tubelet", "none"]
 Statistics = Literal["visible", "truth"]
+PixelScale = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std) of the channels, where a model predicts pixels normalised by them
 
 GREY = 128  # of pixels that nobody saw or predicted
 TIME_SHARE = 0.5  # a step in time counts as half a step in height or width: neighbouring frames are alike
@@ -52,29 +53,36 @@ def untokenize(tubelets_BNP: torch.Tensor, grid: tuple[int, int, int], tubelet: 
 
 
 def reconstruction_frames(clip_BTHWC: torch.Tensor, visible_BV: torch.Tensor, masked_BM: torch.Tensor, predicted_BMP: torch.Tensor,
-                          tubelet: Tubelet, normalize: Normalize, statistics: Statistics = "visible") -> Frames:
+                          tubelet: Tubelet, normalize: Normalize, statistics: Statistics = "visible",
+                          pixel_scale: PixelScale | None = None) -> Frames:
     """The frames of a picture: the uint8 clip, its visible tubelets, and those with the predictions; the rest is grey.
 
     A prediction is of normalised pixels, so drawing it takes a mean and a deviation for each hidden tubelet. With
     statistics="visible" they come from the visible tubelets of the clip alone, weighted by 1 / distance^4 on the token grid:
     nothing of the hidden pixels reaches the last row. "truth" takes the hidden tubelets' own, as most published pictures do.
+    pixel_scale: of a model whose objective.pixels is normalized.
     On 5 real clips, tube-masked by 90 %, perfect predictions drawn with "visible" differ from the truth by 0.16 (rms, of 1).
     """
     clip_BTHWC, visible_BV, masked_BM = clip_BTHWC.cpu(), visible_BV.cpu(), masked_BM.cpu()
+    if clip_BTHWC.dtype == torch.uint16:  # a picture has 8 bits
+        clip_BTHWC = (clip_BTHWC.float() / 257).round().to(torch.uint8)
     _, T, H, W, C = clip_BTHWC.shape
     grid = T // tubelet[0], H // tubelet[1], W // tubelet[2]
     true_BNP = tokenize(clip_BTHWC, tubelet)
     pixels_BMP = predicted_BMP.detach().double().cpu()
+    mean_P, std_P = (torch.tensor(values, dtype=torch.float64).expand(C).repeat(math.prod(tubelet))
+                     for values in pixel_scale or ((0.0,), (1.0,)))
     if normalize != "none":
         num_groups = C if normalize == "channel" else 1
         if statistics == "truth":
-            mean_BMG, deviation_BMG = _statistics(_take(true_BNP, masked_BM), num_groups, normalize)
+            mean_BMG, deviation_BMG = _statistics((_take(true_BNP, masked_BM).double() / 255 - mean_P) / std_P, num_groups, normalize)
         else:
             weight_BMV = _weights(visible_BV, masked_BM, grid)
             mean_BMG, deviation_BMG = (weight_BMV @ of_visible for of_visible in
-                                       _statistics(_take(true_BNP, visible_BV), num_groups, normalize))
+                                       _statistics((_take(true_BNP, visible_BV).double() / 255 - mean_P) / std_P, num_groups, normalize))
         grouped = rearrange(pixels_BMP, "B M (S G) -> B M S G", G=num_groups)
         pixels_BMP = (grouped * deviation_BMG[:, :, None] + mean_BMG[:, :, None]).flatten(2)
+    pixels_BMP = pixels_BMP * std_P + mean_P
     # a prediction that is not finite has no colour: black
     bytes_BMP = (pixels_BMP.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8)
     seen_BNP = _put(torch.full_like(true_BNP, GREY), visible_BV, _take(true_BNP, visible_BV))
@@ -83,13 +91,13 @@ def reconstruction_frames(clip_BTHWC: torch.Tensor, visible_BV: torch.Tensor, ma
 
 def draw_reconstruction(path: Path, clip_BTHWC: torch.Tensor, visible_BV: torch.Tensor, masked_BM: torch.Tensor,
                         predicted_BMP: torch.Tensor, tubelet: Tubelet, normalize: Normalize, titles: list[str] | None = None,
-                        statistics: Statistics = "visible") -> None:
+                        statistics: Statistics = "visible", pixel_scale: PixelScale | None = None) -> None:
     """Writes a PNG with three rows of frames a clip: original, visible, predicted (see `reconstruction_frames`).
 
     clip_BTHWC: uint8; indices int64. Frames are shown pixel for pixel or enlarged by a whole factor: at most 8 a clip, evenly
     chosen, fewer where they would be wider than about 1,600 pixels. The first line says whose statistics were used.
     """
-    frames = reconstruction_frames(clip_BTHWC, visible_BV, masked_BM, predicted_BMP, tubelet, normalize, statistics)
+    frames = reconstruction_frames(clip_BTHWC, visible_BV, masked_BM, predicted_BMP, tubelet, normalize, statistics, pixel_scale)
     B, T, H, W, _ = clip_BTHWC.shape
     scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
     tile_width, tile_height = W * scale, H * scale
@@ -122,8 +130,8 @@ def draw_reconstruction(path: Path, clip_BTHWC: torch.Tensor, visible_BV: torch.
 
 
 def _statistics(tubelets_BMP: torch.Tensor, num_groups: int, normalize: Normalize) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and divisor [B, M, G] of each uint8 tubelet's target, in [0, 1] units, as the losses define them."""
-    values = rearrange(tubelets_BMP, "B M (S G) -> B M S G", G=num_groups).double() / 255
+    """Mean and divisor [B, M, G] of each tubelet's target, as the losses define them."""
+    values = rearrange(tubelets_BMP, "B M (S G) -> B M S G", G=num_groups)
     variance = values.var(dim=2, unbiased=True)
     return values.mean(dim=2), variance.sqrt() + 1e-6 if normalize == "channel" else (variance + 1e-6).sqrt()
 

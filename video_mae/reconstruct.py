@@ -12,6 +12,7 @@ from video_mae.data.decoding import VideoDecodeError, decode
 from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
 from video_mae.masking import mask_counts, token_mask
 from video_mae.model import VideoMAE
+from video_mae.objective import pixel_scale, predicted_clip
 from video_mae.picture import Statistics, draw_reconstruction
 from video_mae.schema import knob, require, section
 from video_mae.weights import load_pretrained
@@ -65,5 +66,6 @@ def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path
     with torch.no_grad():
         predicted_BMP = model.predict(clip_BTHWC, mask)
     titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]
-    draw_reconstruction(Path(picture), clip_BTHWC, mask.visible_BV, mask.masked_BM, predicted_BMP, model.config.tubelet,
-                        model.objective_config.normalize, titles, config.statistics)
+    draw_reconstruction(Path(picture), predicted_clip(clip_BTHWC, model.config), mask.visible_BV, mask.masked_BM, predicted_BMP,
+                        model.config.predicted_tubelet, model.objective_config.normalize, titles, config.statistics,
+                        pixel_scale(model.config, model.objective_config))

@@ -31,6 +31,23 @@ class ModelConfig:
     drop_path: float = knob(0.0, "stochastic depth of the last encoder block, growing linearly from 0")
     mean: tuple[float, ...] = knob(IMAGENET_MEAN, "channel means of the input in [0, 1]; one value serves all channels")
     std: tuple[float, ...] = knob(IMAGENET_STD, "channel standard deviations, likewise")
+    positions: Literal["sinusoid", "sincos", "learned", "separate"] = knob(
+        "sinusoid", "sinusoid of the flattened index (VideoMAE); sine and cosine of row and column (MAE), and of time where there are "
+        "more frames of tokens; a learned table; or learned tables of space and of time, added (mae_st)")
+    position_grid: tuple[int, int, int] | None = knob(None, "grid (time, height, width) in tokens that the positions were made for, "
+                                                      "where it is not the model's own")
+    resize_positions: Literal["interpolate", "compute"] = knob("interpolate", "how sinusoid and sincos meet a grid other than "
+                                                               "position_grid; learned tables are always interpolated")
+    class_tokens: int = knob(0, "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once inflated")
+    decoder_class_token: Literal["encoded", "own"] = knob("encoded", "the decoder's class token, where there is one: the encoder's as it "
+                                                          "comes out (MAE), or one of its own (mae_st)")
+    qkv_bias: Literal["none", "qv", "qkv"] = knob("qv", "which of query, key and value have a bias; a key's changes no output, MAE has one")
+    decoder_embed_bias: bool = knob(False, "a bias of the projection from encoder to decoder (MAE, mae_st)")
+    layer_scale: float = knob(0.0, "first value of a factor a channel on every residual branch; 0 has none")
+    norm_eps: float = knob(1e-6, "epsilon of the norms of all blocks, and of the encoder's last")
+    head_norm_eps: float = knob(1e-6, "epsilon of the norm before a head: decoder.norm and fc_norm")
+    encoder_norm: bool = knob(True, "a norm after the encoder's last block in pretraining; a classifier's pooling decides for itself")
+    predicted_frames: int | None = knob(None, "frames of a clip that the decoder predicts, spread evenly (mae_st: half); null: all")
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "num_frames", "height", "width", "tubelet_size", "patch_size", "embed_dim", "depth",
@@ -52,6 +69,18 @@ class ModelConfig:
             require(len(values) in (1, self.in_channels), f"model.{name}", values,
                     f"must have 1 value or one for each of model.in_channels = {self.in_channels}")
         require(min(self.std) > 0, "model.std", self.std, "must be above 0")
+        for name in ("embed_dim", "decoder_embed_dim"):
+            require(self.positions != "sincos" or getattr(self, name) % 4 == 0, f"model.{name}", getattr(self, name),
+                    "must be a multiple of 4 for model.positions = sincos")
+        require(self.position_grid is None or min(self.position_grid) >= 1, "model.position_grid", self.position_grid,
+                "must be at least 1 each")
+        require(self.class_tokens >= 0, "model.class_tokens", self.class_tokens, "must be at least 0")
+        for name in ("norm_eps", "head_norm_eps"):
+            require(0 < getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be between 0 and 1")
+        require(0 <= self.layer_scale < math.inf, "model.layer_scale", self.layer_scale, "must be at least 0, finite")
+        frames = self.predicted_frames
+        require(frames is None or (1 <= frames <= self.num_frames and frames % self.grid[0] == 0), "model.predicted_frames", frames,
+                f"must be a multiple of the {self.grid[0]} frames of tokens, at most model.num_frames = {self.num_frames}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -78,8 +107,18 @@ class ModelConfig:
 
     @property
     def tubelet_values(self) -> int:
-        """P: values of a tubelet, and outputs of the decoder's head."""
+        """P: values of a tubelet."""
         return self.tubelet_size * self.patch_size**2 * self.in_channels
+
+    @property
+    def predicted_tubelet(self) -> tuple[int, int, int]:
+        """(frames, height, width) that the decoder predicts of a tubelet: all of it, but for `predicted_frames`."""
+        return (self.predicted_frames or self.num_frames) // self.grid[0], self.patch_size, self.patch_size
+
+    @property
+    def predicted_values(self) -> int:
+        """Outputs of the decoder's head."""
+        return self.predicted_tubelet[0] * self.patch_size**2 * self.in_channels
 
 
 def _size(embed_dim: int, depth: int, num_heads: int, decoder: tuple[int, int, int], **more: Any) -> dict[str, Any]:
@@ -108,6 +147,8 @@ class ClassifierConfig:
     stride: int = knob(4, "video frames from one frame of a dense clip to the next")
     head_dropout: float = knob(0.0, "dropout before the head")
     head_init_scale: float = knob(0.001, "factor of the head's first weights")
+    pooling: Literal["mean", "first"] = knob("mean", "mean of the patch tokens, then fc_norm; or the encoder's norm, then the first token: "
+                                             "the class token where there is one")
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 1, "classifier.num_classes", self.num_classes, "must be at least 1")

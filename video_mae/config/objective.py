@@ -13,6 +13,8 @@ class ObjectiveConfig:
 
     normalize: Literal["channel", "tubelet", "none"] = knob("channel", "statistics that normalise a target: per channel of a "
                                                             "tubelet (VideoMAE), per tubelet (MAE, mae_st), or raw [0, 1] pixels")
+    pixels: Literal["unit", "normalized"] = knob("unit", "what a target is made of before that: pixels in [0, 1] (VideoMAE), or as the "
+                                                 "encoder sees them, normalised by model.mean and model.std (MAE, mae_st)")
     contrastive_weight: float = knob(0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss")
     temperature: float = knob(0.1, "tau of the contrastive softmax (its start value where it is learned)")
     learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
