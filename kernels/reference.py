@@ -3,7 +3,7 @@
 Letters: B clips, T frames, H W pixels, C channels, N tokens, V visible, M masked, P values of a tubelet, h heads, d head width.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,22 @@ def packed_attention(qkv_BN3HD: torch.Tensor) -> torch.Tensor:
     return rearrange(weights @ v, "b h n d -> b n h d")
 
 
-def take_tubelets(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tuple[int, int, int]) -> torch.Tensor:
-    """The chosen tubelets, untouched, as [B, V, t, p, q, C]: only these are read."""
+def take_rows(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tuple[int, int, int]) -> torch.Tensor:
+    """The rows of the chosen tubelets, untouched, as [B, V, t p, q C]: only these are read.
+
+    A row of a tubelet is one run of memory, which a CPU copies in one go and computes with at full width: pixel by pixel, three
+    values at a time, everything here would take several times as long.
+    """
     t, p, q = tubelet
-    cells = rearrange(clip_BTHWC, "b (f t) (h p) (w q) c -> b f t h p w q c", t=t, p=p, q=q)
-    height, width = cells.shape[3], cells.shape[5]
-    batch_B1 = torch.arange(cells.shape[0], device=index_BV.device)[:, None]
-    return cells[batch_B1, index_BV // (height * width), :, index_BV // width % height, :, index_BV % width]
+    _, frames, height, width, channels = clip_BTHWC.shape
+    grid_height, grid_width = height // p, width // q
+    rows = clip_BTHWC.reshape(-1, q * channels)  # of one frame after another, row by row, grid_width to a row of pixels
+    batch_B1 = torch.arange(clip_BTHWC.shape[0], device=index_BV.device)[:, None]
+    frame_BV, place_BV = index_BV // (grid_height * grid_width) * t, index_BV // grid_width % grid_height * p
+    first_BV = ((batch_B1 * frames + frame_BV) * height + place_BV) * grid_width + index_BV % grid_width
+    frame_t1, row_p = torch.arange(t, device=index_BV.device)[:, None], torch.arange(p, device=index_BV.device)
+    row_BVR = first_BV[:, :, None] + ((frame_t1 * height + row_p) * grid_width).flatten()
+    return rows.index_select(0, row_BVR.flatten()).view(*row_BVR.shape, q * channels)
 
 
 def pixel_range(dtype: torch.dtype) -> float:
@@ -41,30 +50,56 @@ def gather_tubelets(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: t
                     std: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
     """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as a Conv3d weight is."""
     compute = torch.promote_types(dtype, torch.float32)
-    mean_C, std_C = (torch.tensor(values, device=clip_BTHWC.device, dtype=compute) for values in (mean, std))
+    (t, p, q), channels = tubelet, clip_BTHWC.shape[-1]
+    mean_C, std_C = (torch.tensor(values, device=clip_BTHWC.device, dtype=compute).expand(channels) for values in (mean, std))
     scale_C = 1 / (pixel_range(clip_BTHWC.dtype) * std_C)
-    pixels = take_tubelets(clip_BTHWC, index_BV, tubelet).to(compute) * scale_C - mean_C / std_C
-    return rearrange(pixels, "b v t p q c -> b v (c t p q)").to(dtype)
+    rows = take_rows(clip_BTHWC, index_BV, tubelet).to(compute) * scale_C.repeat(q) - (mean_C / std_C).repeat(q)
+    return rearrange(rows, "b v (t p) (q c) -> b v (c t p q)", t=t, p=p, q=q, c=channels).to(dtype)
 
 
 def tubelet_targets(clip_BTHWC: torch.Tensor, index_BM: torch.Tensor, tubelet: tuple[int, int, int], normalize: Normalize) -> torch.Tensor:
     """What the decoder should predict: float [B, M, P], P ordered (frame, row, column, channel).
 
-    Statistics are taken in stored units (integers for uint8), so a flat tubelet gives exactly 0.
+    Statistics are taken in stored units, from the first pixel on, so a flat tubelet gives exactly 0 whatever the dtype.
     channel: (x - mean_c) / (sqrt(var_c) + eps), VideoMAE; tubelet: (x - mean) / sqrt(var + eps), MAE and mae_st; var unbiased.
     """
     compute = torch.float64 if clip_BTHWC.dtype == torch.float64 else torch.float32
-    white = pixel_range(clip_BTHWC.dtype)
-    pixels = rearrange(take_tubelets(clip_BTHWC, index_BM, tubelet), "b m t p q c -> b m (t p q) c").to(compute)
-    if normalize == "channel":
-        variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)
-        pixels = (pixels - mean) / (variance.sqrt() + EPSILON * white)
-    elif normalize == "tubelet":
-        variance, mean = torch.var_mean(pixels, dim=(2, 3), keepdim=True)
-        pixels = (pixels - mean) / (variance + EPSILON * white**2).sqrt()
-    else:
-        pixels = pixels / white
-    return pixels.flatten(2)
+    white, (t, p, q), channels = pixel_range(clip_BTHWC.dtype), tubelet, clip_BTHWC.shape[-1]
+    rows = take_rows(clip_BTHWC, index_BM, tubelet).to(compute)
+    if normalize == "none":
+        return (rows / white).flatten(2)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        """The sum over a tubelet for each of its channels, or over all of them, as long as a row."""
+        sums_BMC = values.sum(2).unflatten(2, (q, channels)).sum(2)
+        return (sums_BMC if normalize == "channel" else sums_BMC.sum(2, keepdim=True).expand_as(sums_BMC)).repeat(1, 1, q)[:, :, None]
+
+    count = t * p * q * (1 if normalize == "channel" else channels)
+    first = rows[:, :, :1, :channels] if normalize == "channel" else rows[:, :, :1, :1].expand(-1, -1, -1, channels)
+    rows -= first.repeat(1, 1, 1, q)
+    rows -= total(rows) / count
+    variance = total(rows.square()) / (count - 1)
+    rows /= variance.sqrt() + EPSILON * white if normalize == "channel" else (variance + EPSILON * white**2).sqrt()
+    return rows.flatten(2)
+
+
+class _SquaredLength(torch.autograd.Function):
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm(x, dim=-1).square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return 2 * gradients[0][..., None] * ctx.saved_tensors[0]
+
+
+def squared_length(x: torch.Tensor) -> torch.Tensor:
+    """x.square().sum(-1), for which autograd alone would make five more tensors of the size of x."""
+    return _SquaredLength.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def weighted_mean(error_BM: torch.Tensor, weight_BM: torch.Tensor | None) -> torch.Tensor:
@@ -84,7 +119,7 @@ def reconstruction_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, i
                         normalize: Normalize, weight_BM: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean squared error, targets_BMP)."""
     targets_BMP = tubelet_targets(clip_BTHWC, index_BM, tubelet, normalize)
-    error_BM = (predicted_BMP.to(targets_BMP.dtype) - targets_BMP).square().mean(-1)
+    error_BM = squared_length(predicted_BMP.to(targets_BMP.dtype) - targets_BMP) / targets_BMP.shape[-1]
     return weighted_mean(error_BM, weight_BM), targets_BMP
 
 
