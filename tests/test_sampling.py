@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from video_mae.data.sampling import StepSampler, clip_indices, epoch_order, sample_rng, sample_seed
+from video_mae.data.sampling import StepSampler, clip_indices, dense_indices, epoch_order, sample_rng, sample_seed, uniform_indices
 
 
 def sampler(rank: int = 0, world_size: int = 1, micro_batch: int = 4, first: int = 0, last: int = 9, num_videos: int = 7) -> list:
@@ -72,3 +72,32 @@ def test_two_ranks_share_the_micro_batches_of_one():
 
 def test_fewer_videos_than_a_micro_batch_come_again_in_the_next_epoch():
     assert [epoch for epoch, _ in sampler(num_videos=2, last=1)[0]] == [0, 0, 1, 1]
+
+
+def test_a_dense_clip_has_the_published_indices():
+    # 16 points from 0 to 64 are 64 / 15 = 4.27 apart; rounded down by hand.
+    by_hand = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    assert dense_indices(101, 16, 4).tolist() == [18 + index for index in by_hand]  # (101 - 64) // 2: the middle
+    assert dense_indices(65, 16, 4, sample_rng(0, 0, 0, 0)).tolist() == by_hand  # one place only
+    assert dense_indices(12, 1, 4).tolist() == [4]
+    starts = {int(dense_indices(80, 16, 4, sample_rng(0, 0, index, 0))[0]) for index in range(300)}
+    assert starts == set(range(80 - 64))
+
+
+@pytest.mark.parametrize(("num_video_frames", "expected"), [
+    (40, [0, 4, 8, 13, 17, 22, 26, 31, 35, 39, 39, 39, 39, 39, 39, 39]),  # 10 points from 0 to 40, 4.44 apart, then the last frame
+    (64, [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]), (9, [0, 8] + 14 * [8]), (3, 16 * [2]), (1, 16 * [0])])
+def test_a_video_not_longer_than_a_dense_clip_repeats_its_last_frame(num_video_frames, expected):
+    assert dense_indices(num_video_frames, 16, 4, sample_rng(0, 0, 0, 0)).tolist() == expected
+    assert dense_indices(num_video_frames, 16, 4).tolist() == expected
+
+
+def test_uniform_frames_are_one_of_each_equal_part():
+    assert uniform_indices(80, 8).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
+    assert uniform_indices(37, 4).tolist() == [4, 13, 23, 32]  # parts of 9.25 frames: 4.6, 13.9, 23.1, 32.4
+    assert uniform_indices(3, 8).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]  # parts of 0.375 frames
+    drawn = np.stack([uniform_indices(80, 8, sample_rng(0, 0, index, 0)) for index in range(400)])
+    for part in range(8):
+        assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))
+    assert uniform_indices(1, 8, sample_rng(0, 0, 0, 0)).tolist() == 8 * [0]
+    assert all(0 <= uniform_indices(n, 5, sample_rng(0, 0, n, 0)).min() <= uniform_indices(n, 5).max() < n for n in range(1, 40))

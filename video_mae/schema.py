@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,7 +47,8 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
         for override in overrides:
             if not re.match(r"^[\w.]+=", override):
                 raise ValueError(f"override `{override}` is not of the form key=value")
-        from_user = OmegaConf.merge(from_file, OmegaConf.from_dotlist(list(overrides)))
+        from_user = OmegaConf.merge(from_file, OmegaConf.from_dotlist(
+            [f"{override}''" if override.endswith("=") else override for override in overrides]))  # `key=` is the empty text, not null
         if "${" in OmegaConf.to_yaml(from_user):
             raise ValueError("`${...}` is not supported: write the value itself")
         has_preset = bool(presets) and "model" in from_user and OmegaConf.is_dict(from_user.model)
@@ -125,6 +126,13 @@ def _walk(schema: type, prefix: str) -> Iterable[tuple[str, Any, dataclasses.Fie
         yield f"{prefix}{f.name}", hints[f.name], f
         if is_dataclass(hints[f.name]):
             yield from _walk(hints[f.name], f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
+        elif named := _named_kind(hints[f.name]):
+            yield from _walk(named, f"{prefix}{f.name}.NAME.")
+
+
+def _named_kind(hint: Any) -> Any:
+    """What a knob of type dict[str, dataclass] holds under each name, else None."""
+    return get_args(hint)[1] if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]) else None
 
 
 def _yaml(value: Any) -> str:
@@ -154,6 +162,16 @@ def _first_mistake(config: Any, schema: Any, root: type, prefix: str = "") -> st
             found = _first_mistake(config[key], hints[key], root, f"{prefix}{key}.")
             if found:
                 return found
+            continue
+        if named := _named_kind(hints[key]):
+            if not OmegaConf.is_dict(config[key]):
+                return f"{prefix}{key}: must hold `key: value` lines"
+            for name, value in config[key].items():
+                if not OmegaConf.is_dict(value):
+                    return f"{prefix}{key}.{name}: must hold `key: value` lines"
+                found = _first_mistake(value, named, root, f"{prefix}{key}.{name}.")
+                if found:
+                    return found
             continue
         try:
             OmegaConf.merge(OmegaConf.structured(schema), {key: config[key]})

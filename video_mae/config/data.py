@@ -1,19 +1,71 @@
-"""Which videos, and how clips are cut out of them."""
+"""Which files, and how clips are cut out of them."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from video_mae.schema import knob, require
 
+ZYX_IS_THW = str.maketrans("ZYX", "THW")
+
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which videos, and how a clip is cut out of one."""
+class SourceConfig:
+    """Which files, and how they are read: videos, pictures, arrays (.npy, .npz) and TIFF stacks, by the endings of their names."""
 
-    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), or a folder with a folder per class")
+    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, or a folder of files")
     root: str = knob("", "where relative paths of a list start; empty: the folder of the list file")
+    stride: int = knob(4, "video frames (slices of a volume) from one frame of the clip to the next")
+    axes: str = knob("", "the axes of an array in their order, THWC or ZYXC; empty: HW, THW or THWC by their number. Of a TIFF the first "
+                     "is that of its pages; empty: pages are frames")
+    array: str = knob("", "name of the array in an .npz file; empty: its only one")
+    channels: tuple[int, ...] = knob((), "channels of a file that are used, from 0; empty: all")
+    value_range: tuple[float, float] | None = knob(None, "stored values that become black and white, others are clipped, NaN is black; "
+                                                   "clips then have 16 bits. null: files hold 8 bits")
+
+    def __post_init__(self) -> None:
+        self.check("data")
+
+    def check(self, key: str) -> None:
+        """Raises: ValueError naming `key`.field."""
+        require(self.stride >= 1, f"{key}.stride", self.stride, "must be at least 1")
+        axes = self.axes_thwc
+        require(axes == "" or ({"H", "W"} <= set(axes) <= set("THWC") and len(axes) == len(set(axes))), f"{key}.axes", self.axes,
+                "must hold H and W (or Y and X), may hold T (or Z) and C, each once")
+        require(all(channel >= 0 for channel in self.channels), f"{key}.channels", self.channels, "must be at least 0 each")
+        if self.value_range is not None:
+            low, high = self.value_range
+            require(math.isfinite(low) and math.isfinite(high) and low != high, f"{key}.value_range", self.value_range,
+                    "must be two different finite values")
+
+    @property
+    def axes_thwc(self) -> str:
+        """`axes` with T H W for Z Y X."""
+        return self.axes.translate(ZYX_IS_THW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedSourceConfig(SourceConfig):
+    """One of several sources of a run."""
+
+    weight: float | None = knob(None, "share of the samples, relative to the other sources; null for all: their numbers of files")
+
+    def __post_init__(self) -> None:
+        """Nothing: DataConfig checks it, and knows its name."""
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        require(self.weight is None or 0 < self.weight < math.inf, f"{key}.weight", self.weight, "must be above 0, finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
+    """Which files, and how a clip is cut out of one: one source, whose keys stand here, or `sources` instead."""
+
+    sources: dict[str, WeightedSourceConfig] = knob({}, "several sources of one run, `NAME: {source: ..., weight: ...}`, instead of the "
+                                                    "keys above")
     decoder: Literal["decord"] = knob("decord", "the library that reads videos")
-    stride: int = knob(4, "video frames from one frame of the clip to the next")
     clips_per_video: int = knob(1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)")
     crop: Literal["multiscale", "random_resized", "center"] = knob("multiscale", "how a box is drawn, one for all frames: fixed places "
                                                                    "and scales (VideoMAE), random area (MAE), or the middle")
@@ -25,10 +77,33 @@ class DataConfig:
     max_bad_share: float = knob(0.05, "the run stops when a larger share of the videos tried cannot be decoded")
 
     def __post_init__(self) -> None:
-        for name, least in (("stride", 1), ("clips_per_video", 1), ("num_workers", 0), ("prefetch_batches", 1)):
+        super().__post_init__()
+        for name, least in (("clips_per_video", 1), ("num_workers", 0), ("prefetch_batches", 1)):
             require(getattr(self, name) >= least, f"data.{name}", getattr(self, name), f"must be at least {least}")
         require(len(self.crop_scales) > 0 and all(0 < scale <= 1 for scale in self.crop_scales), "data.crop_scales", self.crop_scales,
                 "must be one or more values in (0, 1]")
         require(self.crop != "random_resized" or (len(self.crop_scales) == 2 and self.crop_scales[0] <= self.crop_scales[1]),
                 "data.crop_scales", self.crop_scales, "must be the smallest and the largest area for data.crop = random_resized")
         require(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "must be in [0, 1]")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        for name, source in self.sources.items():
+            source.check(f"data.sources.{name}")
+        for f in fields(SourceConfig):
+            require(not self.sources or getattr(self, f.name) == f.default, f"data.{f.name}", getattr(self, f.name),
+                    "does not reach data.sources; write it into those that it is for")
+        weighted = [name for name, source in self.sources.items() if source.weight is not None]
+        for name in self.sources:
+            require(len(weighted) in (0, len(self.sources)), f"data.sources.{name}.weight", self.sources[name].weight,
+                    "give every source a weight, or none")
+
+    @property
+    def by_name(self) -> Mapping[str, SourceConfig]:
+        """The sources with their keys (`data.sources.NAME`), sorted, so that their order in a file means nothing; or {"data": self}."""
+        return {f"data.sources.{name}": self.sources[name] for name in sorted(self.sources)} or {"data": self}
+
+    @property
+    def sixteen_bit(self) -> bool:
+        """Whether clips are uint16: where the values of one source are scaled, those of all are."""
+        return any(source.value_range is not None for source in self.by_name.values())

@@ -1,16 +1,18 @@
-"""The data path: annotations -> sampler -> decoding and crops in workers -> batches of uint8 clips."""
+"""The data path: sources -> annotations -> sampler -> decoding and crops in workers -> batches of uint8 clips."""
 
 from video_mae.data.annotations import class_names, read_annotations
 from video_mae.data.dataset import Batch, ClipDataset, Failure, Sample, collate
 from video_mae.data.decoding import VideoDecodeError, decode
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, clip_indices, epoch_order, sample_rng, sample_seed
+from video_mae.data.sources import Sources, read_sources
 
 __all__ = [
     "Batch",
     "ClipDataset",
     "Failure",
     "Sample",
+    "Sources",
     "StepSampler",
     "VideoDecodeError",
     "class_names",
@@ -20,6 +22,7 @@ __all__ = [
     "epoch_order",
     "make_loader",
     "read_annotations",
+    "read_sources",
     "sample_rng",
     "sample_seed",
 ]

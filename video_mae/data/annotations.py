@@ -9,30 +9,33 @@ from pathlib import Path
 
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
-from video_mae.config import DataConfig
+from video_mae.config.data import SourceConfig
+from video_mae.data import stills
+from video_mae.data.decoding import READERS, VIDEO_EXTENSIONS
 
-EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 STAT_THREADS = 16
 
 
-def read_annotations(data: DataConfig) -> LabeledVideoPaths:
+def read_annotations(data: SourceConfig, key: str = "data") -> LabeledVideoPaths:
     """Reads data.source into pytorchvideo's list of (path, label); a video without a label has -1.
 
     A list file has lines `PATH LABEL`: the path may contain spaces, blank lines do not count, relative paths start at data.root or at
-    the folder of the list. A folder has a folder per class (`class_names` gives their order), searched to any depth.
+    the folder of the list. A folder has a folder per class (`class_names` gives their order), searched to any depth, or files without
+    labels; all are videos, or none is. `key` is what the user calls `data`.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     source = Path(data.source)
     if data.source == "":
-        raise ValueError("data.source: (empty), name a list file with lines `PATH LABEL` or a folder with a folder per class")
+        raise ValueError(f"{key}.source: (empty), name a list file with lines `PATH LABEL` or a folder with a folder per class")
     if source.is_dir():
         return LabeledVideoPaths(_read_folder(source, class_names(data)))
     if source.is_file():
-        return LabeledVideoPaths(_read_list(source, data.root))
-    raise FileNotFoundError(f"data.source: no such list file or folder: {source}, check the path (this program runs in {Path.cwd()})")
+        return LabeledVideoPaths(_read_list(source, data.root, key))
+    raise FileNotFoundError(f"{key}.source: no such list file or folder: {source}, check the path (this program runs in {Path.cwd()})")
 
 
-def class_names(data: DataConfig) -> tuple[str, ...]:
+def class_names(data: SourceConfig) -> tuple[str, ...]:
     """The names of the labels 0, 1, ... where data.source is a folder with a folder per class; of a list file there are none."""
     source = Path(data.source)
     if not source.is_dir():
@@ -40,9 +43,9 @@ def class_names(data: DataConfig) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 
-def _read_list(source: Path, root: str) -> list[tuple[str, int | None]]:
+def _read_list(source: Path, root: str, key: str) -> list[tuple[str, int | None]]:
     if root and not Path(root).is_dir():
-        raise FileNotFoundError(f"data.root: no such folder: {root}, relative paths of {source} start there")
+        raise FileNotFoundError(f"{key}.root: no such folder: {root}, relative paths of {source} start there")
     folder = root or str(source.parent)
     lines = source.read_bytes().split(b"\n")
     videos: list[tuple[str, int | None]] = []
@@ -71,19 +74,34 @@ def _split(line: str) -> tuple[str, int]:
 
 
 def _read_folder(source: Path, classes: Sequence[str]) -> list[tuple[str, int | None]]:
-    for path in sorted(source.iterdir()):
-        if path.suffix.lower() in EXTENSIONS and not path.is_dir():
-            raise ValueError(f"{path}: the video is in no class folder, move it into one of {source}, or write a list file")
-    videos: list[tuple[str, int | None]] = [
-        (str(path), label)
-        for label, name in enumerate(classes)
-        for path in sorted((source / name).rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and not path.is_dir()
-    ]
+    labelled = [(path, label) for label, name in enumerate(classes) for path in _readable(source / name)]
+    stray = [(path, -1) for path in _readable(source, deep=False)]
+    videos: list[tuple[str, int | None]] = [*labelled, *stray]
+    endings = {_ending(path) for path, _ in videos}
+    if endings & set(VIDEO_EXTENSIONS):  # what else lies there are thumbnails and features
+        videos = [(path, label) for path, label in videos if _ending(path) in VIDEO_EXTENSIONS]
+    elif endings & set(stills.EXTENSIONS) and endings - set(stills.EXTENSIONS):
+        raise ValueError(f"{source}: holds pictures and arrays ({' '.join(sorted(endings))}), name those to use in a list file")
     if not videos:
-        raise ValueError(f"{source}: no videos in its folders, put files ({' '.join(EXTENSIONS)}) into a folder per class")
+        raise ValueError(f"{source}: no videos in its folders, put files ({' '.join(EXTENSIONS)}) into a folder per class, or into it")
+    if classes and videos[-1][1] == -1:
+        raise ValueError(f"{videos[-1][0]}: is in no class folder, move it into one of {source}, or write a list file")
     _check_files(videos, [str(source)] * len(videos))
     return videos
+
+
+def _readable(folder: Path, *, deep: bool = True) -> list[str]:
+    """The files of a folder that some reader takes by their name, sorted; not one of them is touched: there may be millions."""
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder):
+        found += [os.path.join(parent, name) for name in names if _ending(name) in EXTENSIONS]
+        if not deep:
+            folders.clear()
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _check_files(videos: Sequence[tuple[str, int | None]], places: Sequence[str]) -> None:

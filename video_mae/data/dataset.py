@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from torch.utils.data import Dataset
 
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
-from video_mae.data.decoding import VideoDecodeError, decode
+from video_mae.data.decoding import Choose, VideoDecodeError, decode
 from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
+from video_mae.data.sources import Sources
 
 MAX_ATTEMPTS = 20
 # Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video and the frames of each attempt.
@@ -43,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: clips uint8, mask seeds, labels and indices int64; the R crops of a video follow one another."""
+    """A micro-batch: clips uint8 (uint16 with data.value_range), mask seeds, labels and indices int64; a video's R crops are neighbours."""
 
     clip_BTHWC: torch.Tensor
     seeds_B: torch.Tensor
@@ -80,9 +82,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class ClipDataset(Dataset[Sample]):
     """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone, whatever the worker, rank and batch."""
 
-    def __init__(self, paths: LabeledVideoPaths, data: DataConfig, num_frames: int, height: int, width: int, seed: int) -> None:
-        self.paths = paths
+    def __init__(self, paths: LabeledVideoPaths | Sources, data: DataConfig, num_frames: int, height: int, width: int, seed: int,
+                 in_channels: int = 3) -> None:
+        self.paths = paths if isinstance(paths, Sources) else Sources([("data", data, paths)])
         self.data = data
+        self.in_channels = in_channels
         self.num_frames = num_frames
         self.height = height
         self.width = width
@@ -97,11 +101,10 @@ class ClipDataset(Dataset[Sample]):
         failures: list[Failure] = []
         for attempt in range(MAX_ATTEMPTS):
             rng = sample_rng(self.seed, epoch, index, FIRST_ATTEMPT + attempt)
-            used = int(rng.integers(len(self))) if attempt else index
-            path, info = self.paths[used]
-            choose = partial(clip_indices, num_frames=self.num_frames, stride=self.data.stride, rng=rng)
+            source = self.paths.at(index)
+            used = source.first + int(rng.integers(len(source.videos))) if attempt else index
             try:
-                frames_THWC = torch.from_numpy(decode(path, choose, self.data.decoder))
+                frames_THWC = self.read(used, self._choice(rng, source.config.stride))
             except VideoDecodeError as error:
                 failures.append(Failure(error.path, error.decoder, error.reason))
                 continue
@@ -109,14 +112,23 @@ class ClipDataset(Dataset[Sample]):
             return Sample(
                 clip_RTHWC=torch.stack([self._crop(frames_THWC, epoch, index, draw) for draw in draws]),
                 seeds_R=torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws]),
-                label=info["label"],  # pyright: ignore[reportIndexIssue]  (annotated as int, and is a dict)
+                label=self.paths[used][1]["label"],
                 index=used,
                 failures=tuple(failures),
             )
         raise RuntimeError(f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and the files; "
                            f"the last was {failures[-1].path}: {failures[-1].decoder}: {failures[-1].reason}")
 
+    def read(self, index: int, choose: Choose) -> torch.Tensor:
+        """The chosen frames of a video, frames_THWC, read as its source says. Raises: VideoDecodeError."""
+        return torch.from_numpy(decode(self.paths[index][0], choose, self.data.decoder, self.paths.at(index).config, self.in_channels))
+
+    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
+        return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng)
+
     def _crop(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
         rng = sample_rng(self.seed, epoch, index, draw)
         box = crop_box(self.data, frames_THWC.shape[1], frames_THWC.shape[2], self.height, self.width, rng)
-        return crop_clip(frames_THWC, box, (self.height, self.width), flip=self.data.flip and rng.random() < 0.5)
+        clip_THWC = crop_clip(frames_THWC, box, (self.height, self.width), flip=self.data.flip and rng.random() < 0.5)
+        # The clips of a run have one type; 257 = 65535 / 255.
+        return clip_THWC.to(torch.uint16) * 257 if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8 else clip_THWC

@@ -1,4 +1,4 @@
-"""From a video file to the wanted frames: `decode`, with one function per decoder behind it.
+"""From a file to the wanted frames: `decode`, for videos, pictures, arrays and TIFF stacks alike.
 
 T frames, H W pixels, C channels.
 """
@@ -8,18 +8,32 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Literal
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
+
+from video_mae.config.data import SourceConfig
+from video_mae.data import stills, tiff
+from video_mae.data.arrays import MAX_CLIP_BYTES, Open, Read, open_npy, open_npz
 
 Choose = Callable[[int], NDArray[np.int64]]
 """From the number of frames of a video to the indices [T] of the wanted ones."""
-Read = Callable[[NDArray[np.int64]], Iterator[NDArray[np.uint8]]]
-"""From increasing frame indices to those frames, HWC, one after another."""
+Clip = NDArray[Any]
+"""uint8, or uint16 where data.value_range says what is white: the kernels take both."""
 
-MAX_CLIP_BYTES = 2**31
-"""A small file can claim frames of gigabytes; 16 frames of 4K video take 0.4 GB."""
+VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+READERS: dict[str, tuple[str, Open]] = {
+    ".npy": ("numpy", open_npy),
+    ".npz": ("numpy", open_npz),
+    **dict.fromkeys(tiff.EXTENSIONS, ("tifffile", tiff.open_tiff)),
+    **dict.fromkeys(stills.EXTENSIONS, ("pillow", stills.open_still)),
+}
+"""What reads a file that is no video, by the ending of its name; any other ending is a video, for data.decoder."""
+WHITE = 65535
+AS_STORED = SourceConfig()
 
 
 class VideoDecodeError(Exception):
@@ -35,32 +49,91 @@ class VideoDecodeError(Exception):
         return f"{self.path}: {self.decoder}: {self.reason}"
 
 
-def decode(path: str, choose: Choose, decoder: Literal["decord"] = "decord") -> NDArray[np.uint8]:
-    """Reads the frames choose(number of frames) of a video: uint8 clip_THWC, RGB, at the size of the video.
+def is_video(path: str) -> bool:
+    """Whether a file is left to a video decoder."""
+    return Path(path).suffix.lower() not in READERS
 
-    The file is opened, read with one thread and closed in the calling process.
-    Raises: VideoDecodeError when the file is no regular file, no video container, cut off, or when a frame cannot be decoded.
+
+def decode(path: str, choose: Choose, decoder: Literal["decord"] = "decord", source: SourceConfig = AS_STORED,
+           in_channels: int = 3) -> Clip:
+    """Reads the frames choose(number of frames) of a video: clip_THWC at the size of the video, RGB where it is one.
+
+    A picture is a video of one frame, a volume one whose slices are frames. Arrays are read as `source` says; values are uint8, or
+    with source.value_range = (black, white) uint16: 65535 * (x - black) / (white - black), clipped, NaN as black.
+    One frame wanted T times is there once, with a stride of 0. The file is opened, read with one thread and closed in the calling
+    process.
+    Raises: VideoDecodeError when the file is not regular, not what its name says, cut off, has other values or not `in_channels`
+    channels, or when a frame cannot be decoded.
     """
-    with _as_decode_error(path, decoder):
-        _check_container(path)
-        num_video_frames, read = DECODERS[decoder](path)
-        if num_video_frames < 1:
-            raise ValueError("the video has no frames")
+    name, num_video_frames, read = _open(path, decoder, source, in_channels)
     indices_T = choose(num_video_frames)  # outside: an error in there is no fault of the video
     wanted, place_T = np.unique(indices_T, return_inverse=True)
     assert 0 <= wanted[0] <= wanted[-1] < num_video_frames
-    with _as_decode_error(path, decoder):
-        frames: list[NDArray[np.uint8]] = []
+    with _as_decode_error(path, name):
+        frames: list[Clip] = []
         for frame in read(wanted):
-            if frame.nbytes * len(indices_T) > MAX_CLIP_BYTES:
+            if frame.nbytes * (len(indices_T) if len(wanted) > 1 else 1) > MAX_CLIP_BYTES:
                 raise ValueError(f"{len(indices_T)} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB")
-            if frames and frame.shape != frames[0].shape:
+            if frames and frame.shape[:2] != frames[0].shape[:2]:
                 raise ValueError("the size of the picture changes within the clip")
-            frames.append(frame)
-    return np.stack(frames)[place_T]
+            frames.append(_pixels(frame, source, in_channels))
+        if len(frames) == 1:  # T times the same memory: of a large picture there may be none for T copies
+            frame = np.require(frames[0], requirements=["C", "W"])  # what lies in a file is copied
+            return as_strided(frame, (len(indices_T), *frame.shape), (0, *frame.strides))
+        return np.ascontiguousarray(np.stack(frames)[place_T])
 
 
-def _open_decord(path: str) -> tuple[int, Read]:
+def stream(path: str, choose: Choose, source: SourceConfig = AS_STORED, in_channels: int = 3) -> Iterator[Clip]:
+    """The frames choose(number of frames), of increasing indices, one after another, none kept: for videos of any length.
+
+    Yields: frame_HWC as in the clips of `decode`. Raises: as `decode`, when it comes to a frame that cannot be decoded.
+    """
+    name, num_video_frames, read = _open(path, "decord", source, in_channels)
+    wanted, size = choose(num_video_frames), None
+    with _as_decode_error(path, name):
+        for frame in read(wanted):
+            if frame.shape[:2] != (size or frame.shape[:2]):
+                raise ValueError("the size of the picture changes within the video")
+            size = frame.shape[:2]
+            yield _pixels(frame, source, in_channels)
+
+
+def _open(path: str, decoder: Literal["decord"], source: SourceConfig, in_channels: int) -> tuple[str, int, Read]:
+    """What reads a file, and how many frames it has."""
+    name, opener = READERS.get(Path(path).suffix.lower()) or (decoder, DECODERS[decoder])
+    with _as_decode_error(path, name):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("not a regular file")
+        num_video_frames, read = opener(path, source, in_channels)
+        if num_video_frames < 1:
+            raise ValueError("the video has no frames")
+    return name, num_video_frames, read
+
+
+def _pixels(frame_HWC: NDArray[Any], source: SourceConfig, in_channels: int) -> Clip:
+    """A frame as the model takes it. Raises: ValueError where it has other channels or values."""
+    channels = frame_HWC.shape[2]
+    if source.channels:
+        if max(source.channels) >= channels:
+            raise ValueError(f"has {channels} channels, data.channels asks for {max(source.channels)}, counted from 0")
+        frame_HWC = frame_HWC[:, :, list(source.channels)]
+        channels = len(source.channels)
+    if channels != in_channels:
+        raise ValueError(f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, model.in_channels is "
+                         f"{in_channels}; change it, data.channels, or data.axes")
+    if source.value_range is None:
+        if frame_HWC.dtype != np.uint8:
+            raise ValueError(f"holds {frame_HWC.dtype}; set data.value_range to the values that are black and white")
+        return np.asarray(frame_HWC)
+    low, high = source.value_range
+    values = frame_HWC.astype(np.result_type(frame_HWC.dtype, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (values - low) * (WHITE / (high - low))
+    return np.nan_to_num(values, nan=0.0).clip(0, WHITE).round().astype(np.uint16)
+
+
+def _open_decord(path: str, source: SourceConfig, in_channels: int) -> tuple[int, Read]:
+    _check_container(path)
     # Here and not at the top: the native library must be loaded after torch's, and only by who decodes.
     import decord
 
@@ -83,7 +156,7 @@ def _without_padding(frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return frame_HWC if channels == 3 else frame_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-DECODERS: dict[str, Callable[[str], tuple[int, Read]]] = {"decord": _open_decord}
+DECODERS: dict[str, Open] = {"decord": _open_decord}
 
 
 @contextmanager
@@ -110,9 +183,7 @@ _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 
 
 def _check_container(path: str) -> None:
-    """Raises ValueError for what a decoder would wait for, follow, or silently decode in part."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("not a regular file")
+    """Raises ValueError for what a decoder would follow, or silently decode in part."""
     with open(path, "rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
         head = file.read(16)

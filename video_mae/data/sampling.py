@@ -3,7 +3,7 @@
 T frames of a clip.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,32 @@ def clip_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.ra
     return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_step)
 
 
+def dense_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> NDArray[np.int64]:
+    """Frame indices [T] of a labelled clip: a random start, or the middle without rng, then on average every stride-th frame.
+
+    T points spread evenly over num_frames * stride frames, both ends included, rounded down: 4 4 ... 4 5 apart for 16 frames of stride 4.
+    A video that is not longer gives its frames from the start on, spread likewise, and then repeats its last one.
+    Source: VideoMAE's fine-tuning sampler.
+    """
+    length = num_frames * stride
+    if num_video_frames > length:
+        free = num_video_frames - length
+        start = free // 2 if rng is None else int(rng.integers(free))
+        return np.minimum(np.linspace(start, start + length, num_frames), start + length - 1).astype(np.int64)
+    shown = np.linspace(0, num_video_frames, num_video_frames // stride)
+    return np.minimum(np.pad(shown, (0, num_frames - len(shown)), constant_values=num_video_frames), num_video_frames - 1).astype(np.int64)
+
+
+def uniform_indices(num_video_frames: int, num_frames: int, rng: np.random.Generator | None = None) -> NDArray[np.int64]:
+    """Frame indices [T]: one of each of T equal parts of the video, drawn, or the part's middle without rng.
+
+    Where a part is shorter than a frame, frames repeat. Source: TSN (Wang et al., 2016), as VideoMAE reads Something-Something.
+    """
+    edges = np.arange(num_frames + 1) * (num_video_frames / num_frames)
+    within = 0.5 if rng is None else rng.random(num_frames)
+    return np.minimum(edges[:-1] + within * np.diff(edges), num_video_frames - 1).astype(np.int64)
+
+
 def sample_rng(seed: int, epoch: int, index: int, draw: int) -> np.random.Generator:
     """The random numbers of one draw of one sample: the same in every process, whatever was drawn before."""
     return np.random.default_rng(_sequence(seed, epoch, index, draw))
@@ -33,14 +59,34 @@ def sample_seed(seed: int, epoch: int, index: int, draw: int) -> int:
     return int(_sequence(seed, epoch, index, draw).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def epoch_order(seed: int, epoch: int, num_videos: int) -> NDArray[np.int64]:
-    """The order of the videos in an epoch, a permutation [num_videos]."""
-    return np.random.default_rng(_sequence(seed, epoch)).permutation(num_videos)
+def epoch_order(seed: int, epoch: int, num_videos: int, source: int | None = None) -> NDArray[np.int64]:
+    """The order of the videos in an epoch, a permutation [num_videos]; each of several sources has its own."""
+    return np.random.default_rng(_sequence(seed, epoch) if source is None else _sequence(seed, epoch, source)).permutation(num_videos)
+
+
+def block_order(seed: int, block: int, quotas: Sequence[int]) -> NDArray[np.int64]:
+    """Which source gives each of the next sum(quotas) samples: source s, quotas[s] times, in a drawn order."""
+    return np.random.default_rng(_sequence(seed, block)).permutation(np.repeat(np.arange(len(quotas)), quotas))
 
 
 def _sequence(seed: int, *key: int) -> np.random.SeedSequence:
     # As spawn_key and not as more entropy: seeds above 2**32 then cannot run into the words of the key.
     return np.random.SeedSequence(seed, spawn_key=key)
+
+
+class EpochStream:
+    """The endless stream of one list: all its videos in an order of their own, epoch after epoch."""
+
+    def __init__(self, num_videos: int, seed: int, source: int | None = None) -> None:
+        self.num_videos, self.seed, self.source = num_videos, seed, source
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def key_at(self, position: int) -> Key:
+        """(epoch, index of the video) of a position in the stream."""
+        epoch, place = divmod(position, self.num_videos)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.num_videos, self.source)
+        return epoch, int(self._order[place])
 
 
 class StepSampler(Sampler[list[Key]]):
@@ -49,10 +95,11 @@ class StepSampler(Sampler[list[Key]]):
     The videos form one endless stream, epoch after epoch; step s consumes the next micro_batch * accumulation * world_size of it, and
     rank r takes the r-th part of each micro-batch. So the videos of a step do not depend on the world size as long as that product
     stays, and a run that resumes at first_step goes on exactly where it stopped. A batch may cross the border of two epochs.
+    key_at: the stream, as a function of the position in it, where it is another (several sources).
     """
 
     def __init__(self, num_videos: int, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int, first_step: int,
-                 last_step: int) -> None:
+                 last_step: int, key_at: Callable[[int], Key] | None = None) -> None:
         assert num_videos >= 1
         assert 0 <= rank < world_size
         assert 0 <= first_step <= last_step
@@ -64,18 +111,12 @@ class StepSampler(Sampler[list[Key]]):
         self.seed = seed
         self.first_step = first_step
         self.last_step = last_step
+        self.key_at = key_at or EpochStream(num_videos, seed).key_at
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
         for micro_step in range(self.first_step * self.accumulation, self.last_step * self.accumulation):
             first = (micro_step * self.world_size + self.rank) * self.micro_batch
-            keys: list[Key] = []
-            for position in range(first, first + self.micro_batch):
-                if position // self.num_videos != epoch:
-                    epoch = position // self.num_videos
-                    order = epoch_order(self.seed, epoch, self.num_videos)
-                keys.append((epoch, int(order[position % self.num_videos])))
-            yield keys
+            yield [self.key_at(position) for position in range(first, first + self.micro_batch)]
