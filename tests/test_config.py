@@ -102,6 +102,8 @@ def wrong_values(key: str) -> list[str]:
         return ["nonsense", "null", "[1]"]
     if get_origin(kind) is tuple:
         wrong_lengths = ["[]"] if get_args(kind)[-1] is Ellipsis else ["[0.5]", "[0.1, 0.2, 0.3]"]
+        if flatten(PretrainConfig())[key] == ():
+            wrong_lengths = []
         return ["3", "null", "[a, b]", "[null, null]", "{a: 1}", *wrong_lengths]
     if get_origin(kind) is dict:
         return ["3", "[1]", "text"]

@@ -43,10 +43,15 @@ def make_journal(folder: Path, **changes: Any) -> Journal:
     return Journal(folder, **{**settings, **changes})
 
 
+def losses(loss: torch.Tensor | float, reconstruction: torch.Tensor | float, contrastive: torch.Tensor | float) -> dict[str, Any]:
+    """What pretraining measures."""
+    return {"loss": loss, "reconstruction_loss": reconstruction, "contrastive_loss": contrastive}
+
+
 def take_steps(journal: Journal, first: int, last: int, loss: Callable[[int], float] = float) -> None:
     for step in range(first, last + 1):
         value = torch.tensor(loss(step))
-        journal.step(step, step / 5, value, 2 * value, torch.tensor(0.0), 1e-3 * step, 3 * value, 0)
+        journal.step(step, step / 5, losses(value, 2 * value, torch.tensor(0.0)), 1e-3 * step, 3 * value, 0)
 
 
 def test_a_line_holds_exactly_the_promised_keys_and_interval_means(tmp_path: Path):
@@ -70,10 +75,10 @@ def test_between_lines_nothing_waits_for_the_device(tmp_path: Path):
     CountingTensor.num_syncs = 0
     for step in range(1, 4):
         value = torch.tensor(1.0).as_subclass(CountingTensor)
-        journal.step(step, 0.0, value, value, 0.0, 1e-3, value, 0)
+        journal.step(step, 0.0, losses(value, value, 0.0), 1e-3, value, 0)
     assert CountingTensor.num_syncs == 0
     value = torch.tensor(5.0).as_subclass(CountingTensor)
-    journal.step(4, 0.0, value, value, 0.0, 1e-3, value, 0)
+    journal.step(4, 0.0, losses(value, value, 0.0), 1e-3, value, 0)
     assert CountingTensor.num_syncs == 1
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
 
@@ -116,6 +121,53 @@ def test_throughput_and_data_wait_are_shares_of_the_time_from_the_first_batch_on
     line = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert line["clips_per_second"] == pytest.approx(4 * 8 / seconds, rel=0.1)
     assert 0.12 / seconds * 0.9 < line["data_wait"] < 1 - 0.04 / seconds * 0.9
+
+
+def test_any_measures_are_averaged_and_shown_under_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    journal = make_journal(tmp_path, log_interval=2)
+    for step in (1, 2):
+        journal.step(step, 0.5, {"loss": torch.tensor(float(step)), "accuracy": 0.25 * step}, 1e-3, 0.5, 0)
+    line = read_jsonl(tmp_path / "metrics.jsonl")[0]
+    assert list(line) == [*KEYS[:3], "accuracy", *KEYS[5:]]
+    assert (line["loss"], line["accuracy"], line["grad_norm"]) == (1.5, 0.375, 0.5)
+    assert "loss 1.5000  accuracy 0.3750  lr 1.00e-03" in capsys.readouterr().out
+
+
+def test_a_record_is_a_line_of_its_own_and_goes_to_the_monitors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    events: list[Event] = []
+    journal = make_journal(tmp_path, write_events=events.extend)
+    journal.record(3, 1.5, {"val_loss": float("nan"), "val_top1": 0.75, "val_videos": 8})
+    make_journal(tmp_path / "other", is_main=False).record(3, 1.5, {"val_loss": 1.0})
+    (line,) = read_jsonl(tmp_path / "metrics.jsonl")
+    assert line.pop("time") == pytest.approx(time.time(), abs=60)
+    assert line == {"step": 3, "epoch": 1.5, "val_loss": None, "val_top1": 0.75, "val_videos": 8}
+    assert "step 3/10  val loss not finite  val top1 0.75  val videos 8" in capsys.readouterr().out
+    assert events == [("validation/epoch", 1.5, 3), ("validation/val_top1", 0.75, 3), ("validation/val_videos", 8.0, 3)]
+    assert not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_what_is_done_aside_slows_no_figure_down(tmp_path: Path):
+    journal = make_journal(tmp_path, total_steps=1)
+    start = time.perf_counter()
+    with journal.data_wait():
+        time.sleep(0.02)
+    with journal.aside():
+        time.sleep(0.4)
+    seconds = time.perf_counter() - start - 0.4
+    take_steps(journal, 1, 1)
+    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["clips_per_second"] == pytest.approx(8 / seconds, rel=0.25)
+
+
+def test_a_report_of_a_fine_tuning_run_shows_its_accuracies(tmp_path: Path):
+    journal = make_journal(tmp_path, log_interval=1, total_steps=3)
+    for step, top1 in ((1, 0.25), (2, 0.75), (3, 0.5)):
+        journal.step(step, float(step), {"loss": 1.0, "accuracy": 0.125 * step}, 1e-3, 0.5, 0)
+        journal.record(step, float(step), {"val_loss": 1.0, "val_top1": top1, "val_top5": 0.9, "val_videos": 8})
+    text = write_report(tmp_path).read_text()
+    for row in ("<th>steps</th><td>3</td>", "<th>final training accuracy</th><td>37.5%</td>",
+                "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 videos, one view</td>",
+                "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 videos, one view</td>"):
+        assert row in text
 
 
 def test_resuming_cuts_the_lines_of_lost_work_and_a_torn_line(tmp_path: Path):
@@ -191,7 +243,7 @@ def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_w
         for step in range(1, 5):
             with journal.data_wait():
                 pass
-            journal.step(step, 0.0, value, value, 0.5, 1e-3, value, 0)
+            journal.step(step, 0.0, losses(value, value, 0.5), 1e-3, value, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     line = read_jsonl(tmp_path / "metrics.jsonl")[0]

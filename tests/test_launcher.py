@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ from video_mae.schema import save_config
 RUNS = Path(__file__).parent / "launched" / "runs.py"
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29613"]
 CURVE = ["optim.steps=30", "optim.warmup_steps=5", "objective.contrastive_weight=0.1"]
+RESUMED = ["optim.steps=5", "journal.checkpoint_interval=3", "optim.clip_grad=0.5", "optim.accumulation=2"]
 GLOBAL_BATCH = 8
+# Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
+FINETUNE_CURVE = ["optim.steps=20", "optim.warmup_steps=5", "data.clips_per_video=2", "augment.mix_probability=0", "validation.interval=6",
+                  "model.depth=3", "optim.layer_decay=0.7", "journal.log_interval=2"]
 
 pytestmark = pytest.mark.launcher
 
@@ -33,8 +38,13 @@ def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int =
     return result.stdout + result.stderr
 
 
+def lines(run: Path, key: str, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a journal that have a key."""
+    return [line for line in map(json.loads, (run / file).read_text().splitlines()) if key in line]
+
+
 def losses(run: Path, file: str = "metrics.jsonl") -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / file).read_text().splitlines()]
+    return [line["loss"] for line in lines(run, "loss", file)]
 
 
 def batch(accumulation: int, ranks: int) -> list[str]:
@@ -43,8 +53,7 @@ def batch(accumulation: int, ranks: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs of two ranks in one launch, their single-process twins in another."""
-    folder = tmp_path_factory.mktemp("runs")
+    """All pretraining runs of two ranks in one launch, their single-process twins in another."""
     modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
     single = [{"name": f"single_{dual}_{accumulation}", "overrides": [*CURVE, *batch(accumulation, 1), f"mask.decoder_mask_ratio={dual}"]}
               for dual, accumulation in modes]
@@ -52,13 +61,27 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                "overrides": [*CURVE, *batch(accumulation, 2), f"mask.decoder_mask_ratio={dual}", f"engine.zero_stage={stage}"]}
               for stage in range(4) for dual, accumulation in modes]
     double += [{"name": f"resumed{stage}_{precision}", "crash_after": 3,
-                "overrides": ["optim.steps=5", "journal.checkpoint_interval=3", "optim.clip_grad=0.5", "optim.accumulation=2",
-                              f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
+                "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
                for stage in range(4) for precision in ("fp32", "bf16")]
+    return launch_runs(tmp_path_factory.mktemp("runs"), {"stage": "pretrain", "config": str(tiny_file)}, single, double)
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny_finetune_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `finished`, for fine-tuning."""
+    single = [{"name": "single", "overrides": [*FINETUNE_CURVE, *batch(1, 1)]}]
+    double = [{"name": f"stage{stage}", "overrides": [*FINETUNE_CURVE, *batch(2, 2), f"engine.zero_stage={stage}"]} for stage in range(4)]
+    double += [{"name": f"resumed{stage}", "crash_after": 3,
+                "overrides": [*RESUMED, "model.drop_path=0.3", "classifier.head_dropout=0.3", "optim.micro_batch=2",
+                              f"engine.zero_stage={stage}", f"engine.precision={('fp32', 'bf16')[stage % 2]}"]} for stage in range(4)]
+    return launch_runs(tmp_path_factory.mktemp("finetuned"), {"stage": "finetune", "config": str(tiny_finetune_file)}, single, double)
+
+
+def launch_runs(folder: Path, common: dict[str, str], single: list[dict[str, Any]], double: list[dict[str, Any]]) -> Path:
     for name, specs, launcher in (("single", single, False), ("double", double, True)):
         file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(specs))
-        launch(str(RUNS), str(tiny_file), str(file), str(folder), launcher=launcher)
+        file.write_text(yaml.safe_dump([{**common, **spec} for spec in specs]))
+        launch(str(RUNS), str(file), str(folder), launcher=launcher)
     return folder
 
 
@@ -70,6 +93,32 @@ def test_two_ranks_follow_the_curve_of_one_process(finished: Path, stage: int, d
     assert len(one) == len(two) == 30
     assert one[-1] < one[0] - 0.02  # it learns, so that equality says something
     assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) -> None:
+    one, two = finetuned / "single", finetuned / f"stage{stage}"
+    assert len(losses(one)) == len(losses(two)) == 10
+    assert losses(one)[-1] < losses(one)[0] - 0.5
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert [line["accuracy"] for line in lines(two, "accuracy")] == [line["accuracy"] for line in lines(one, "accuracy")]
+    for ours, theirs in zip(lines(two, "val_loss"), lines(one, "val_loss"), strict=True):  # 8 videos in batches of 3: some are fillers
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+        assert [ours[key] for key in ("step", "val_top1", "val_top5", "val_videos")] == [theirs[key] for key in (
+            "step", "val_top1", "val_top5", "val_videos")]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(finetuned: Path, stage: int) -> None:
+    run = finetuned / f"resumed{stage}"
+    for name in ("model", "best"):
+        resumed, uninterrupted = (load_file(run / folder / "model.safetensors") for folder in (name, f"{name}_uninterrupted"))
+        assert resumed.keys() == uninterrupted.keys()
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
+    scores = [[{**line, "time": 0} for line in lines(run, "val_loss", file)] for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")]
+    assert scores[0] == scores[1]
+    assert [line["step"] for line in scores[0]] == [2, 4, 5]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -88,10 +137,10 @@ def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(tiny_fil
     common = ["optim.steps=5", "optim.micro_batch=2", "optim.accumulation=2", "objective.contrastive_weight=0.1",
               "objective.learn_temperature=true", "mask.decoder_mask_ratio=0.5", "engine.activation_checkpointing=true"]
     for kernels, variables in (("reference", {}), ("triton", {"TRITON_INTERPRET": "1"})):
-        runs = [{"name": f"{kernels}{stage}", "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"]}
-                for stage in (2, 3)]
+        runs = [{"name": f"{kernels}{stage}", "stage": "pretrain", "config": str(tiny_file),
+                 "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"]} for stage in (2, 3)]
         (tmp_path / f"{kernels}.yaml").write_text(yaml.safe_dump(runs))
-        launch(str(RUNS), str(tiny_file), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), variables=variables)
+        launch(str(RUNS), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), variables=variables)
     for stage in (2, 3):
         reference, kernels = losses(tmp_path / f"reference{stage}"), losses(tmp_path / f"triton{stage}")
         assert reference[-1] < reference[0]

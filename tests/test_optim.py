@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from video_mae import ModelConfig, ObjectiveConfig, VideoMAE
+from video_mae import ModelConfig, ObjectiveConfig, VideoClassifier, VideoMAE
 from video_mae.config import OptimConfig
 from video_mae.optim import GuardedAdamW, Schedule, make_optimizer, make_schedule, parameter_groups
 
@@ -93,6 +93,31 @@ def test_every_parameter_is_in_exactly_one_group_and_vectors_do_not_decay():
         free = name.endswith((".bias", "_bias", "mask_token", "temperature_logit")) or "norm" in name
         assert decay == (0.0 if free else 0.05), name
     assert set(decays.values()) == {0.0, 0.05}
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(3, 0.5), (12, 0.75)])
+def test_layer_decay_gives_each_layer_the_published_scale(depth, decay):
+    model = VideoClassifier(replace(MODEL, depth=depth, positions="learned", class_tokens=1), 5)
+    groups = parameter_groups(model, 0.05, decay)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(parameter)]: group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert scales.keys() == set(names.values())
+    last = depth + 1
+    for name, layer in (("encoder.patch_embed.weight", 0), ("encoder.patch_embed.bias", 0), ("encoder.class_token", 0),
+                        ("encoder.positions.table", 0), ("encoder.blocks.0.norm1.weight", 1), ("encoder.blocks.2.attn.qkv.q_bias", 3),
+                        (f"encoder.blocks.{depth - 1}.mlp.2.weight", depth), ("fc_norm.bias", last), ("head.weight", last)):
+        assert scales[name] == pytest.approx(decay ** (last - layer)), name
+    if (depth, decay) == (3, 0.5):  # by hand
+        assert [scales[f"encoder.blocks.{i}.norm1.weight"] for i in range(3)] == [0.125, 0.25, 0.5]
+        assert (scales["encoder.patch_embed.weight"], scales["head.bias"]) == (0.0625, 1.0)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.05}
+    decayed = {names[id(parameter)] for group in groups for parameter in group["params"] if group["weight_decay"]}
+    assert decayed == {name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and "positions" not in name}
+
+
+def test_without_layer_decay_there_are_two_groups_of_one_rate():
+    groups = parameter_groups(VideoMAE(MODEL), 0.05)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
 
 
 def test_frozen_parameters_are_not_optimized():

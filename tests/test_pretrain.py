@@ -14,7 +14,8 @@ from video_mae.checkpoint import step_name
 from video_mae.config import PretrainConfig, load_config
 from video_mae.engine import deepspeed_config, prepare_environment
 from video_mae.objective import Losses, Objective
-from video_mae.pretrain import DONE, STOPPED_BY_POLICY, prepare, run
+from video_mae.pretrain import prepare, run
+from video_mae.train import DONE, STOPPED_BY_POLICY
 
 Tiny = Callable[..., PretrainConfig]
 METRICS = {"step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait", "mfu",

@@ -3,12 +3,13 @@
 import importlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from video_mae.config import ModelConfig, PretrainConfig, load_config
+from video_mae.config import AugmentConfig, FinetuneConfig, ModelConfig, PretrainConfig, load_config
 from video_mae.masking import mask_counts
 from video_mae.optim import make_schedule
 from video_mae.schema import flatten
@@ -16,6 +17,8 @@ from video_mae.schema import flatten
 REPOSITORY = Path(__file__).resolve().parents[1]
 PRETRAIN = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
 PUBLISHED = [path for path in PRETRAIN if path.stem != "demo"]
+FINETUNE = sorted((REPOSITORY / "configs" / "finetune").glob("*.yaml"))
+FINETUNE_PUBLISHED = [path for path in FINETUNE if path.stem != "demo"]
 DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
 
 # name: videos of the list, videos a step, (V, M), peak and final learning rate, warm-up steps, steps; by hand from the sources' scripts.
@@ -30,6 +33,25 @@ BY_HAND = {
     "ucf101_base": (9_537, 192, (392, 1176), 2.25e-4, 7.5e-6, 1_986, 158_950),
     "v2_base_dual": (1_350_000, 1024, (160, 704), 4e-3, 4e-5, 26_367, 263_671),
     "v2_giant_dual": (1_350_000, 2048, (208, 920), 4.8e-3, 8e-5, 19_775, 197_753),
+    "mae_image_base": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_511, 250_227),
+    "mae_image_large": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_511, 250_227),
+    "joint_image_video_base": (1_281_167 + 168_913, 2048, (160, 1408), 1.6e-3, 0.0, 28_321, 566_437),
+    "remote_sensing_base": (712_874, 4096, (36, 108), 1.6e-3, 0.0, 3_480, 34_808),
+    "volume_base": (18, 6, (54, 162), 1.5e-4, 0.0, 300, 30_000),
+}
+
+
+# name: videos, videos a step, clips a video, peak and final learning rate, warm-up steps, steps, layer decay, drop path, dropout before the
+# head, sampling, flip, classes; by hand from the sources' scripts. 650,000 stands for Kinetics-710.
+FINETUNED_BY_HAND = {
+    "kinetics400_small": (240_000, 384, 2, 7.5e-4, 1.5e-6, 3_125, 93_750, 0.75, 0.1, 0.0, "dense", True, 400),
+    "kinetics400_base": (240_000, 512, 1, 2e-3, 2e-6, 2_343, 46_875, 0.75, 0.1, 0.0, "dense", True, 400),
+    "kinetics400_large": (240_000, 128, 2, 1e-3, 5e-7, 9_375, 65_625, 0.75, 0.1, 0.0, "dense", True, 400),
+    "kinetics400_huge": (240_000, 512, 2, 2e-3, 2e-5, 2_343, 23_437, 0.75, 0.2, 0.5, "dense", True, 400),
+    "ssv2_small": (168_913, 384, 2, 1.5e-3, 1.5e-6, 2_199, 17_595, 0.7, 0.1, 0.0, "uniform", False, 174),
+    "ssv2_base": (168_913, 512, 1, 1e-3, 2e-6, 1_649, 16_495, 0.75, 0.1, 0.0, "uniform", False, 174),
+    "ucf101_base": (9_537, 128, 2, 2.5e-4, 5e-6, 372, 7_450, 0.7, 0.2, 0.5, "dense", True, 101),
+    "v2_giant_k710": (650_000, 96, 2, 3.75e-4, 3.75e-7, 33_854, 236_979, 0.9, 0.3, 0.0, "dense", True, 710),
 }
 
 
@@ -58,10 +80,19 @@ def named(path: Path) -> Any:
 def test_a_recipe_loads(path: Path) -> None:
     config = load_config(path, schema=PretrainConfig)
     assert config.output.startswith("runs/")
+    assert config.data.source or config.data.sources
+
+
+@pytest.mark.parametrize("path", map(named, FINETUNE))
+def test_a_recipe_of_fine_tuning_loads(path: Path) -> None:
+    config = load_config(path, schema=FinetuneConfig)
+    assert config.output.startswith("runs/")
     assert config.data.source
+    assert config.validation.source
+    assert config.checkpoint
 
 
-@pytest.mark.parametrize("path", map(named, PUBLISHED))
+@pytest.mark.parametrize("path", [*map(named, PUBLISHED), *(pytest.param(path, id=f"finetune_{path.stem}") for path in FINETUNE_PUBLISHED)])
 def test_a_header_tells_source_result_hardware_batch_and_command(path: Path) -> None:
     for key in ("Source", "Expected", "Hardware", "Batch", "Command"):
         assert len(re.findall(rf"^{key}: \S", header(path), re.MULTILINE)) == 1, key
@@ -90,7 +121,7 @@ def test_the_command_reaches_the_published_batch_rate_length_and_mask(path: Path
     assert (schedule.warmup_steps, schedule.total_steps) == (warmup, steps)
     assert f"global batch {batch} / 256" in line
     assert mask_counts(config.model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio) == counts
-    assert re.search(rf"^Batch: {batch} videos", header(path), re.MULTILINE)
+    assert re.search(rf"^Batch: {batch} (videos|images|volumes)\b", header(path), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", map(named, PUBLISHED))
@@ -126,6 +157,63 @@ def test_the_contrastive_recipe_is_the_base_recipe_with_another_objective() -> N
     base, ours = (flatten(load_config(folder / f"kinetics400_base{more}.yaml")) for more in ("", "_contrastive"))
     assert {key for key in base if base[key] != ours[key]} == {"output", "objective.contrastive_weight"}
     assert ours["objective.contrastive_weight"] > 0
+
+
+def test_every_published_recipe_of_fine_tuning_is_checked_by_hand() -> None:
+    assert {path.stem for path in FINETUNE_PUBLISHED} == set(FINETUNED_BY_HAND)
+
+
+@pytest.mark.parametrize("path", map(named, FINETUNE_PUBLISHED))
+def test_the_command_of_a_fine_tuning_starts_this_very_file_after_its_pretraining(path: Path) -> None:
+    words, config = command(path), load_config(path, schema=FinetuneConfig)
+    assert words[0] == "deepspeed"
+    assert words[-4:] == ["--module", "video_mae", "finetune", str(path.relative_to(REPOSITORY))]
+    assert config.output == f"runs/{path.stem}_finetuned"
+    pretrained = Path(config.checkpoint).name
+    assert (REPOSITORY / "configs" / "pretrain" / f"{pretrained}.yaml").exists() or f"output=runs/{pretrained}" in header(path)
+
+
+@pytest.mark.parametrize("path", map(named, FINETUNE_PUBLISHED))
+def test_a_fine_tuning_has_the_published_numbers(path: Path) -> None:
+    num_videos, batch, clips, peak, final, warmup, steps, *others = FINETUNED_BY_HAND[path.stem]
+    config = load_config(path, schema=FinetuneConfig)
+    optim, data, head = config.optim, config.data, config.classifier
+    assert optim.micro_batch * optim.accumulation * num_gpus(path) == batch
+    schedule, line = make_schedule(optim, num_videos, num_gpus(path), data.clips_per_video)
+    assert (schedule.peak_lr, schedule.final_lr) == (pytest.approx(peak), pytest.approx(final))
+    assert (schedule.warmup_steps, schedule.total_steps) == (warmup, steps)
+    assert f"global batch {batch} / 256" in line
+    assert re.search(rf"^Batch: {batch} videos", header(path), re.MULTILINE)
+    assert [optim.layer_decay, config.model.drop_path, head.head_dropout, head.sampling, data.flip, head.num_classes] == others
+    assert (data.clips_per_video, optim.betas, head.head_init_scale, head.pooling) == (clips, (0.9, 0.999), 0.001, "mean")
+    assert (data.crop, data.crop_scales) == ("random_resized", (0.08, 1.0))
+    assert config.augment == AugmentConfig(  # rand-m7-n4-mstd0.5-inc1, and the rest of the common recipe
+        randaugment_ops=4, randaugment_magnitude=7.0, randaugment_std=0.5, erasing=0.25, mixup=0.8, cutmix=1.0, mix_probability=1.0,
+        switch_probability=0.5, label_smoothing=0.1)
+    is_giant = path.stem == "v2_giant_k710"
+    assert (optim.weight_decay, optim.clip_grad) == ((0.1, 5.0) if is_giant else (0.05, 0.0))
+
+
+@pytest.mark.parametrize("path", map(named, FINETUNE_PUBLISHED))
+def test_the_overrides_that_a_fine_tuning_offers_are_accepted_and_keep_the_batch(path: Path) -> None:
+    text = " ".join(header(path).split())
+    offers = re.findall(r"`([\w.]+=[^`]+)`", text)
+    assert offers
+    for offer in offers:
+        load_config(path, offer.split(), FinetuneConfig)
+    gpus = re.findall(r"`(optim\.accumulation=\d+)` on (\d+)", text)
+    assert gpus
+    for offer, number in gpus:
+        optim = load_config(path, [offer], FinetuneConfig).optim
+        assert optim.micro_batch * optim.accumulation * int(number) == FINETUNED_BY_HAND[path.stem][1], offer
+
+
+def test_a_fine_tuning_takes_the_architecture_that_its_pretraining_made() -> None:
+    for path in FINETUNE:
+        config = load_config(path, schema=FinetuneConfig)
+        source = REPOSITORY / "configs" / "pretrain" / f"{Path(config.checkpoint).name}.yaml"
+        if source.exists():
+            assert replace(config.model, drop_path=0.0) == load_config(source).model, path.stem
 
 
 @pytest.mark.parametrize("path", map(named, DOCUMENTS))

@@ -119,7 +119,7 @@ class Engine:
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        optimizer = make_optimizer(model, optim, guarded=is_guarded(engine), fused=on_cuda and engine.offload == "none")
+        optimizer = make_optimizer(model, optim, guarded=is_guarded(engine), fused=engine.offload == "none")
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
@@ -148,7 +148,7 @@ class Engine:
     def step(self, lr: float) -> StepResult:
         """Updates the weights, unless a gradient of any rank is not finite, and asks all ranks whether one was told to stop."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.deepspeed.step()
         norm = self.deepspeed.get_global_grad_norm()
         stop = torch.tensor(self.stop.received, device=self.device)
@@ -163,11 +163,15 @@ class Engine:
         self.deepspeed.train()
         return output
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks."""
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks."""
         value = value.clone()
         dist.all_reduce(value)
-        return value / self.world_size
+        return value
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks."""
+        return self.sum(value) / self.world_size
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable object, in order of rank."""
@@ -197,15 +201,15 @@ class Engine:
                 state[name] = value.detach().float().cpu().clone()
         return state
 
-    def save(self, step: int, keep: int) -> None:
-        """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done."""
+    def save(self, step: int, keep: int, memory: dict[str, Any]) -> None:
+        """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done. `resume` gives `memory` back."""
         building = self.checkpoints / f".{checkpoint.step_name(step)}"
         if self.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        self.deepspeed.save_checkpoint(str(self.checkpoints), tag=building.name, client_state={"step": step}, save_latest=False,
-                                       exclude_frozen_parameters=False)
+        self.deepspeed.save_checkpoint(str(self.checkpoints), tag=building.name, client_state={"step": step, "memory": memory},
+                                       save_latest=False, exclude_frozen_parameters=False)
         dist.barrier()
         mine = checkpoint.files_of(building)[self.rank::self.world_size]
         for path in mine:
@@ -217,21 +221,21 @@ class Engine:
             checkpoint.publish(building, self.checkpoints / checkpoint.step_name(step), everything, {"step": step, **self.facts}, keep)
         dist.barrier()
 
-    def resume(self) -> int:
-        """Loads the newest complete checkpoint; returns the number of steps it has done, 0 where there is none."""
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Loads the newest complete checkpoint; returns the number of steps it has done and its memory, (0, {}) where there is none."""
         found = checkpoint.newest(self.checkpoints)
         found = self.gather(found)[0]  # all ranks follow rank 0
         while found is not None:
             folder, manifest = found
             mine = sorted(manifest["files"])[self.rank::self.world_size]
             if not any(self.gather(bool(checkpoint.damaged_files(folder, manifest, mine)))):
-                self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
-                return manifest["step"]
+                _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+                return manifest["step"], state.get("memory", {})  # earlier versions wrote none
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
             dist.barrier()
             found = self.gather(checkpoint.newest(self.checkpoints))[0]
-        return 0
+        return 0, {}
 
 
 def leave() -> None:

@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -148,35 +148,47 @@ class Journal:
         yield
         self._wait_seconds += time.perf_counter() - begin
 
-    def step(self, step: int, epoch: float, loss: torch.Tensor, reconstruction_loss: torch.Tensor | float,
-             contrastive_loss: torch.Tensor | float, lr: float, grad_norm: torch.Tensor | float, skipped_steps: int) -> None:
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Wraps what is no part of a step, such as a validation: the time inside slows no figure down."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    def step(self, step: int, epoch: float, values: Mapping[str, torch.Tensor | float], lr: float, grad_norm: torch.Tensor | float,
+             skipped_steps: int) -> None:
         """Takes in optimizer step number `step` (the first is 1); writes a line every log_interval steps and after the last.
 
-        Losses and gradient norm stay on the device until a line is due, and the line holds their means over its steps (NaN in
-        one step makes the mean null). lr and skipped_steps (a count since the start) are those of the step itself.
+        values: `loss` and whatever else the stage measures, the same names each time. They and the gradient norm stay on the device
+        until a line is due, and the line holds their means over its steps (NaN in one step makes the mean null). lr and
+        skipped_steps (a count since the start) are those of the step itself.
         """
-        values = (loss, reconstruction_loss, contrastive_loss, grad_norm)
-        self._sums = self._sums + torch.stack([self._scalar(value) for value in values])
+        self._sums = self._sums + torch.stack([self._scalar(value) for value in (*values.values(), grad_norm)])
         self._num_steps += 1
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
         if step % self.log_interval != 0 and step != self.total_steps:
             return
         local = torch.cat([self._sums / self._num_steps, self._scalar(self._wait_seconds)[None]])
-        *means, wait_seconds = self.reduce_mean(local).tolist()  # the only host sync of an interval
+        *means, grad_norm, wait_seconds = self.reduce_mean(local).tolist()  # the only host sync of an interval
         now = time.perf_counter()
         if self.is_main:
             seconds = max(now - self._begin, 1e-9)
             clips_per_second = self.clips_per_step * self._num_steps / seconds
             line = {
-                "step": step, "epoch": epoch, "loss": means[0], "reconstruction_loss": means[1], "contrastive_loss": means[2],
-                "lr": lr, "grad_norm": means[3], "clips_per_second": clips_per_second, "data_wait": min(1.0, wait_seconds / seconds),
+                "step": step, "epoch": epoch, **dict(zip(values, means, strict=True)), "lr": lr, "grad_norm": grad_norm,
+                "clips_per_second": clips_per_second, "data_wait": min(1.0, wait_seconds / seconds),
                 "mfu": None if self._flops_share is None else clips_per_second * self._flops_share, "memory_gb": self._memory_gb(),
                 "skipped_steps": int(skipped_steps), "bad_videos": len(self.quarantine), "time": time.time(),
             }
-            self._write({key: value if isinstance(value, int) or _is_finite(value) else None for key, value in line.items()},
-                        seconds / self._num_steps)
+            self._write(line, _describe(line, values), "train", seconds / self._num_steps)
         self._clear(now)
+
+    def record(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Writes a line of its own about the model as it is after a step, such as its validation; the values are those of all ranks."""
+        if self.is_main:
+            parts = {name.replace("_", " "): _number(value, ".6g") for name, value in values.items()}
+            self._write({"step": step, "epoch": epoch, **values, "time": time.time()}, parts, "validation")
 
     def close(self) -> None:
         """Ends the progress bar; the files are complete after every line."""
@@ -186,7 +198,7 @@ class Journal:
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
         # full() fills on the device; as_tensor() would copy from the host and wait for the stream
@@ -201,18 +213,20 @@ class Journal:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-    def _write(self, line: dict[str, Any], seconds_per_step: float) -> None:
+    def _write(self, line: dict[str, Any], parts: dict[str, str], kind: str, seconds_per_step: float | None = None) -> None:
+        line = {key: value if isinstance(value, int) or _is_finite(value) else None for key, value in line.items()}
         with self.metrics_file.open("ab") as stream:
             stream.write(_line(line))
-        parts = _describe(line)
         text = f"step {line['step']}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in parts.items())
-        if self._bar is None:
+        if seconds_per_step is None:
+            self.say(text)
+        elif self._bar is None:
             self.say(f"{text}  ETA {timedelta(seconds=round((self.total_steps - line['step']) * seconds_per_step))}")
         else:
             self._bar.set_postfix(parts)
             self._log(text)
         if self.write_events is not None:
-            self.write_events([(f"train/{key}", float(value), line["step"]) for key, value in line.items()
+            self.write_events([(f"{kind}/{key}", float(value), line["step"]) for key, value in line.items()
                                if value is not None and key not in ("step", "time")])
 
     def _log(self, message: str) -> None:
@@ -220,17 +234,13 @@ class Journal:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
 
-def _describe(line: dict[str, Any]) -> dict[str, str]:
-    """The console's words for a line of metrics; what is zero or unknown is left out."""
-
-    def number(value: float | None, form: str) -> str:
-        return "not finite" if value is None else format(value, form)
-
-    parts = {"epoch": number(line["epoch"], ".2f"), "loss": number(line["loss"], ".4f")}
-    if line["contrastive_loss"] != 0:
-        parts |= {"reconstruction": number(line["reconstruction_loss"], ".4f"), "contrastive": number(line["contrastive_loss"], ".4f")}
-    parts |= {"lr": number(line["lr"], ".2e"), "grad norm": number(line["grad_norm"], ".3g"),
-              "clips/s": number(line["clips_per_second"], ".1f"), "data wait": number(line["data_wait"], ".0%"),
+def _describe(line: dict[str, Any], values: Iterable[str]) -> dict[str, str]:
+    """The console's words for a line of metrics; what is zero, unknown, or the loss again is left out."""
+    parts = {"epoch": _number(line["epoch"], ".2f"), "loss": _number(line["loss"], ".4f")}
+    parts |= {name.removesuffix("_loss").replace("_", " "): _number(line[name], ".4f") for name in values
+              if name != "loss" and line[name] not in (0.0, line["loss"])}
+    parts |= {"lr": _number(line["lr"], ".2e"), "grad norm": _number(line["grad_norm"], ".3g"),
+              "clips/s": _number(line["clips_per_second"], ".1f"), "data wait": _number(line["data_wait"], ".0%"),
               "memory": f"{line['memory_gb']:.1f} GB"}
     if line["mfu"] is not None:
         parts["MFU"] = format(line["mfu"], ".1%")
@@ -238,6 +248,10 @@ def _describe(line: dict[str, Any]) -> dict[str, str]:
         if line[key]:
             parts[key.replace("_", " ")] = str(line[key])
     return parts
+
+
+def _number(value: float | None, form: str) -> str:
+    return format(value, form) if _is_finite(value) else "not finite"
 
 
 def _is_finite(value: float | None) -> bool:

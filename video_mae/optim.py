@@ -1,6 +1,7 @@
 """What is optimized and how fast: parameter groups, the learning rate of a step, AdamW that refuses a step that is not finite."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,28 @@ from torch import nn
 from video_mae.config import OptimConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; vectors, biases, tokens and scalars do not (as the official code groups them)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, biases, tokens, positions and scalars do not, as in the official code. Each group has an `lr_scale`.
+
+    lr_scale of layer l of an encoder of L blocks is layer_decay ** (L + 1 - l): the tubelet embedding is layer 0, block i is
+    layer i + 1, what comes after the blocks L + 1. Source: BEiT (Bao et al., 2021), as MAE and VideoMAE fine-tune.
+    """
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    top = max((_layer(name, 0) for name, _ in named), default=0) + 1
+    for name, parameter in named:
+        layer = top if layer_decay == 1 else _layer(name, top)
+        members.setdefault((layer, parameter.ndim >= 2 and ".positions." not in name), []).append(parameter)
+    return [{"params": parameters, "weight_decay": weight_decay if is_matrix else 0.0, "lr_scale": layer_decay ** (top - layer)}
+            for (layer, is_matrix), parameters in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))]
+
+
+def _layer(name: str, top: int) -> int:
+    """The layer that a parameter belongs to; `top` for what is no part of an encoder, or comes after its blocks."""
+    block = re.match(r"encoder\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if name.startswith("encoder.") and not name.startswith("encoder.norm.") else top
 
 
 @dataclass(frozen=True)
@@ -83,5 +101,5 @@ class GuardedAdamW(torch.optim.AdamW):
 def make_optimizer(model: nn.Module, config: OptimConfig, *, guarded: bool, fused: bool) -> torch.optim.Optimizer:
     """torch's AdamW (nothing to compile at run time); `guarded` where DeepSpeed would neither skip nor report."""
     options: dict[str, Any] = {"lr": config.base_lr, "betas": config.betas, "eps": config.eps, "fused": fused}
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     return GuardedAdamW(groups, config.clip_grad, **options) if guarded else torch.optim.AdamW(groups, **options)

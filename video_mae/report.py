@@ -40,7 +40,7 @@ def write_report(run_folder: Path) -> Path:
     pictures = sorted((run_folder / "reconstructions").glob("*.png"), key=_step_of, reverse=True)[:NUM_PICTURES]
     name = run_folder.resolve().name
     body = [f"<h1>{escape(name)}</h1>", "<h2>Summary</h2>", _table(summarize(lines, len(bad_videos))),
-            "<h2>Curves</h2>", '<p><img src="curves.png" alt="loss, learning rate, gradient norm and throughput by step"></p>']
+            "<h2>Curves</h2>", '<p><img src="curves.png" alt="loss, learning rate, gradient norm, throughput and accuracy by step"></p>']
     if pictures:
         body.append("<h2>Reconstructions</h2>")
     for picture in pictures:
@@ -58,50 +58,90 @@ def write_report(run_folder: Path) -> Path:
 
 def summarize(lines: list[dict[str, Any]], num_bad_videos: int) -> list[tuple[str, str]]:
     """The rows (name, text) of a report's first table, from the lines of metrics.jsonl."""
-    if not lines:
+    training, validation = _split(lines)
+    if not training:
         return [("steps", "none logged yet"), ("bad videos", str(num_bad_videos))]
-    last = lines[-1]
+    last = training[-1]
     rows = [("steps", str(last["step"])), ("epochs", f"{last['epoch']:.2f}"), ("final loss", _number(last["loss"], ".4f"))]
-    if any(line["contrastive_loss"] for line in lines):
+    if _any(training, "contrastive_loss"):
         rows += [("final reconstruction loss", _number(last["reconstruction_loss"], ".4f")),
                  ("final contrastive loss", _number(last["contrastive_loss"], ".4f"))]
-    rows += [("clips/s, median", _median(lines, "clips_per_second", ".1f")), ("data wait, median", _median(lines, "data_wait", ".1%"))]
-    if any(line["mfu"] is not None for line in lines):
-        rows.append(("MFU, median", _median(lines, "mfu", ".1%")))
-    rows += [("peak memory", _number(max(line["memory_gb"] or 0.0 for line in lines), ".1f") + " GB"),
-             ("hours between the first and the last line", f"{(last['time'] - lines[0]['time']) / 3600:.2f} (pauses included)"),
+    if "accuracy" in last:
+        rows.append(("final training accuracy", _number(last["accuracy"], ".1%")))
+    best = max((line for line in validation if line["val_top1"] is not None), key=lambda line: line["val_top1"], default=None)
+    for name, line in (("best", best), ("last", validation[-1] if validation else None)):
+        if line is not None:
+            accuracies = f"{_number(line['val_top1'], '.1%')} / {_number(line['val_top5'], '.1%')}"
+            rows.append((f"{name} validation, top-1 / top-5",
+                         f"{accuracies} after step {line['step']}, {line['val_videos']} videos, one view"))
+    rows += [("clips/s, median", _median(training, "clips_per_second", ".1f")),
+             ("data wait, median", _median(training, "data_wait", ".1%"))]
+    if _any(training, "mfu"):
+        rows.append(("MFU, median", _median(training, "mfu", ".1%")))
+    rows += [("peak memory", _number(max(line["memory_gb"] or 0.0 for line in training), ".1f") + " GB"),
+             ("hours between the first and the last line", f"{(last['time'] - training[0]['time']) / 3600:.2f} (pauses included)"),
              ("skipped steps", str(last["skipped_steps"])), ("bad videos", str(num_bad_videos))]
     return rows
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draws losses, learning rate, gradient norm, and throughput with data wait, by optimizer step, as a PNG."""
-    figure = Figure(figsize=(11, 7), layout="constrained")  # not pyplot: no global state, no display
-    loss, lr, grad_norm, speed = figure.subplots(2, 2).flat
-    _plot(loss, lines, "loss", "total", "C0")
-    if any(line["contrastive_loss"] for line in lines):
-        _plot(loss, lines, "reconstruction_loss", "reconstruction", "C1")
-        _plot(loss, lines, "contrastive_loss", "contrastive (before its weight)", "C2")
+    """Draws losses, learning rate, gradient norm, throughput with data wait, and accuracies, by optimizer step, as a PNG."""
+    training, validation = _split(lines)
+    has_accuracy = bool(validation) or _any(training, "accuracy")
+    figure = Figure(figsize=(16 if has_accuracy else 11, 7), layout="constrained")  # not pyplot: no global state, no display
+    panels = figure.subplots(2, 3 if has_accuracy else 2, squeeze=False)
+    (loss, lr), (grad_norm, speed) = panels[:, :2]
+    _plot(loss, training, "loss", "total", "C0")
+    if _any(training, "contrastive_loss"):
+        _plot(loss, training, "reconstruction_loss", "reconstruction", "C1")
+        _plot(loss, training, "contrastive_loss", "contrastive (before its weight)", "C2")
+    if validation:
+        _plot(loss, validation, "val_loss", "validation", "C3")
+    if len(loss.lines) > 1:
         loss.legend()
-    _plot(lr, lines, "lr", "learning rate", "C0")
-    _plot(grad_norm, lines, "grad_norm", "gradient norm", "C0")
-    _plot(speed, lines, "clips_per_second", "clips/s", "C0")
+    _plot(lr, training, "lr", "learning rate", "C0")
+    _plot(grad_norm, training, "grad_norm", "gradient norm", "C0")
+    _plot(speed, training, "clips_per_second", "clips/s", "C0")
     wait = speed.twinx()
-    _plot(wait, lines, "data_wait", "data wait", "C1")
+    _plot(wait, training, "data_wait", "data wait", "C1")
     for axes, label in ((loss, "loss (mean of an interval)"), (lr, "learning rate"), (grad_norm, "gradient norm (L2)"),
                         (speed, "throughput (clips/s)")):
         axes.set(xlabel="optimizer step", ylabel=label)
         axes.grid(alpha=0.3)
-    if any(line["grad_norm"] for line in lines):
+    if _any(training, "grad_norm"):
         grad_norm.set_yscale("log")
     speed.set_ylim(bottom=0)
     speed.yaxis.label.set_color("C0")
     wait.set_ylabel("step time spent waiting for data (%)", color="C1")
     wait.set_ylim(0, 1)
     wait.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
-    if not lines:
+    if has_accuracy:
+        _draw_accuracy(panels[0, 2], training, validation)
+        panels[1, 2].set_axis_off()
+    if not training:
         figure.suptitle("no step logged yet")
     figure.savefig(path, dpi=100)
+
+
+def _draw_accuracy(axes: Axes, training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:
+    for lines, key, label, color in ((training, "accuracy", "training, top-1", "C0"), (validation, "val_top1", "validation, top-1", "C3"),
+                                     (validation, "val_top5", "validation, top-5", "C4")):
+        if lines and key in lines[0]:
+            _plot(axes, lines, key, label, color)
+    axes.set(xlabel="optimizer step", ylabel="accuracy (%)", ylim=(0, 1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _split(lines: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The lines about training, and those about validation."""
+    return [line for line in lines if "loss" in line], [line for line in lines if "val_loss" in line]
+
+
+def _any(lines: list[dict[str, Any]], key: str) -> bool:
+    """Whether a line has a value there that is neither zero nor unknown."""
+    return any(key in line and line[key] for line in lines)
 
 
 def _plot(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str) -> None:

@@ -1,4 +1,4 @@
-"""What a training stage reads from its YAML file, and `load_config`."""
+"""What the training stages read from their YAML files in common, what pretraining adds, and `load_config`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,43 @@ from video_mae.schema import Schema, knob, parse, require, section
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
+class RunConfig:
+    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value ...`."""
 
-    output: str = knob("runs/pretrain", "the run folder; starting the same one again resumes it")
-    seed: int = knob(0, "of the weights, the order of the videos, clips, crops and masks")
+    output: str = knob("runs/run", "the run folder; starting the same one again resumes it")
+    seed: int = knob(0, "of the weights, the order of the videos, and everything that is drawn for them")
     model: ModelConfig = section(ModelConfig, "architecture; model.preset = small | base | large | huge | giant sets the published sizes")
-    objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
-    mask: MaskConfig = section(MaskConfig, "masking")
     data: DataConfig = section(DataConfig, "videos")
     optim: OptimConfig = section(OptimConfig, "optimization")
     engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
-    journal: JournalConfig = section(JournalConfig, "logs, pictures and checkpoints")
+    journal: JournalConfig = section(JournalConfig, "logs and checkpoints")
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
         require(self.output != "", "output", "(empty)", "must name the run folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJournalConfig(JournalConfig):
+    """As for every stage, and pictures."""
+
+    picture_interval: int = knob(500, "reconstruction pictures; the last step always draws one")
+    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("picture_interval", 0), ("picture_clips", 1)):
+            require(getattr(self, name) >= least, f"journal.{name}", getattr(self, name), f"must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
+
+    output: str = knob("runs/pretrain", "the run folder; starting the same one again resumes it")
+    objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
+    mask: MaskConfig = section(MaskConfig, "masking")
+    journal: PretrainJournalConfig = section(PretrainJournalConfig, "logs, pictures and checkpoints")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = PretrainConfig) -> Schema:

@@ -24,6 +24,7 @@ class OptimConfig:
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW")
     eps: float = knob(1e-8, "AdamW")
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip")
+    layer_decay: float = knob(1.0, "factor of the learning rate from a layer of the encoder to the one below it; 1 is one rate for all")
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "accumulation"):
@@ -39,6 +40,7 @@ class OptimConfig:
                 f"is above optim.epochs = {self.epochs}")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "must be in [0, 1)")
         require(0 < self.eps < math.inf, "optim.eps", self.eps, "must be above 0, finite")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must be in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +70,9 @@ class JournalConfig:
     log_interval: int = knob(20, "lines of metrics.jsonl and of the console")
     checkpoint_interval: int = knob(500, "resumable checkpoints; the last step always writes one")
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept")
-    picture_interval: int = knob(500, "reconstruction pictures; the last step always draws one")
-    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list")
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
 
     def __post_init__(self) -> None:
-        for name, least in (("log_interval", 1), ("checkpoint_interval", 0), ("keep_checkpoints", 1), ("picture_interval", 0),
-                            ("picture_clips", 1)):
+        for name, least in (("log_interval", 1), ("checkpoint_interval", 0), ("keep_checkpoints", 1)):
             require(getattr(self, name) >= least, f"journal.{name}", getattr(self, name), f"must be at least {least}")

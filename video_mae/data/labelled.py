@@ -1,0 +1,112 @@
+"""Labelled clips: lists whose labels are checked, clips for training with augmentation, clips for validation, shared over ranks.
+
+T frames, H W pixels, C channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
+from torch.utils.data import Dataset, Sampler
+
+from video_mae.augment import strengthen_clip
+from video_mae.config import ClassifierConfig, FinetuneConfig
+from video_mae.data.dataset import ClipDataset, Failure, Sample
+from video_mae.data.decoding import Choose, VideoDecodeError
+from video_mae.data.labels import LabeledVideos, read_labeled
+from video_mae.data.sampling import dense_indices, sample_seed, uniform_indices
+from video_mae.data.sources import Sources
+
+
+def read_training_videos(config: FinetuneConfig) -> tuple[LabeledVideoPaths, ClassifierConfig]:
+    """The training list with every label checked, and the head with the names of its classes, where anybody names them.
+
+    Raises: ValueError or FileNotFoundError with one line that names the list or key, and the remedy.
+    """
+    classifier, source = config.classifier, config.data.source
+    videos = read_labeled("data.source", source, config.data.root, names=classifier.class_names)
+    if videos.class_names and len(videos.class_names) != classifier.num_classes:
+        raise ValueError(f"classifier.num_classes: {classifier.num_classes} is not the number of classes that {source} has names for; set "
+                         f"classifier.num_classes={len(videos.class_names)}")
+    if videos.num_classes > classifier.num_classes:
+        label = max(videos.labels)
+        raise ValueError(f"data.source: {videos.paths[videos.labels.index(label)]} has the label {label}, classifier.num_classes = "
+                         f"{classifier.num_classes} allows 0 to {classifier.num_classes - 1}; correct {source}, or set "
+                         f"classifier.num_classes={label + 1}")
+    return _as_paths(videos), replace(classifier, class_names=videos.class_names)
+
+
+def read_validation_videos(config: FinetuneConfig) -> LabeledVideoPaths:
+    """The validation list, every label checked against the classes of config.classifier. Raises: as `read_training_videos`."""
+    classifier, validation = config.classifier, config.validation
+    return _as_paths(read_labeled("validation.source", validation.source, validation.root, classifier.num_classes, classifier.class_names))
+
+
+def _as_paths(videos: LabeledVideos) -> LabeledVideoPaths:
+    return LabeledVideoPaths(list(zip(videos.paths, videos.labels, strict=True)))
+
+
+def frame_choice(classifier: ClassifierConfig, num_frames: int, rng: np.random.Generator | None = None) -> Choose:
+    """How the frames of a clip are chosen: drawn with rng, the middle without."""
+    if classifier.sampling == "uniform":
+        return partial(uniform_indices, num_frames=num_frames, rng=rng)
+    return partial(dense_indices, num_frames=num_frames, stride=classifier.stride, rng=rng)
+
+
+class LabelledClips(ClipDataset):
+    """Clips to train on: dataset[epoch, index] is a function of (seed, epoch, index) alone, and so is what augments it."""
+
+    def __init__(self, paths: LabeledVideoPaths | Sources, config: FinetuneConfig) -> None:
+        model = config.model
+        super().__init__(paths, config.data, model.num_frames, model.height, model.width, config.seed, model.in_channels)
+        self.config = config
+
+    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
+        return frame_choice(self.config.classifier, self.num_frames, rng)
+
+    def _crop(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
+        clip_THWC, config = super()._crop(frames_THWC, epoch, index, draw), self.config
+        if config.augment.where == "device":
+            return clip_THWC
+        return strengthen_clip(clip_THWC, config.augment, config.model.mean, config.model.std, sample_seed(self.seed, epoch, index, draw))
+
+
+class ValidationClips(Dataset[Sample]):
+    """Clips to validate on: dataset[index] is the middle of a video, its central crop, nothing drawn.
+
+    A video that cannot be decoded, and the index -1 that fills a batch up, give a black clip with index -1: it does not count.
+    """
+
+    def __init__(self, paths: LabeledVideoPaths, config: FinetuneConfig) -> None:
+        data, model = replace(config.data, clips_per_video=1, crop="center", flip=False), config.model
+        self.clips = ClipDataset(paths, data, model.num_frames, model.height, model.width, 0, model.in_channels)
+        self.choose = frame_choice(config.classifier, model.num_frames)
+        self.black_THWC = torch.zeros(model.num_frames, model.height, model.width, model.in_channels,
+                                      dtype=torch.uint16 if data.sixteen_bit else torch.uint8)
+
+    def __getitem__(self, index: int) -> Sample:
+        clip_THWC, label, failures = self.black_THWC, 0, ()
+        if index >= 0:
+            try:
+                clip_THWC, label = self.clips._crop(self.clips.read(index, self.choose), 0, index, 0), self.clips.paths[index][1]["label"]
+            except VideoDecodeError as error:
+                index, failures = -1, (Failure(error.path, error.decoder, error.reason),)
+        return Sample(clip_THWC[None], torch.zeros(1, dtype=torch.int64), label, index, failures)
+
+
+class ShareSampler(Sampler[list[int]]):
+    """Batches of one rank that visit `num_videos` once over all ranks, equally many and equally long on each: -1 fills them up."""
+
+    def __init__(self, num_videos: int, batch: int, rank: int, world_size: int) -> None:
+        self.num_videos, self.batch, self.rank, self.world_size = num_videos, batch, rank, world_size
+
+    def __len__(self) -> int:
+        return -(-self.num_videos // (self.batch * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for turn in range(len(self)):
+            first = (turn * self.world_size + self.rank) * self.batch
+            yield [index if index < self.num_videos else -1 for index in range(first, first + self.batch)]

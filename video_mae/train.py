@@ -1,0 +1,255 @@
+"""What the training stages share: the checks before a run, and the loop with its checkpoints, stop reasons and journal."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_mae.config import RunConfig, load_config
+from video_mae.data.dataset import Batch, ClipDataset
+from video_mae.data.loader import make_loader
+from video_mae.data.sampling import StepSampler, sample_seed
+from video_mae.engine import Engine, check_resumable, deepspeed_config, leave, world_from_environment
+from video_mae.journal import Journal
+from video_mae.kernels.dispatch import describe
+from video_mae.optim import Schedule, make_schedule
+from video_mae.report import write_report
+from video_mae.schema import flatten, save_config
+from video_mae.weights import Model, save_model_folder
+
+if TYPE_CHECKING:
+    from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
+
+    from video_mae.data.sources import Sources
+
+DONE, STOPPED_BY_POLICY = 0, 3
+FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
+
+# What may change when a run folder is started again; anything else would silently make it another run.
+FREE_KEYS = ("output", "journal.", "data.num_workers", "data.prefetch_batches", "data.max_bad_share", "engine.compile", "engine.kernels",
+             "engine.activation_checkpointing", "engine.max_skipped_in_a_row", "validation.batch")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary."""
+
+    config: RunConfig
+    folder: Path
+    videos: "LabeledVideoPaths | Sources"
+    schedule: Schedule
+    schedule_line: str
+    deepspeed: dict[str, Any]
+
+
+class Stage(ABC):
+    """What a training stage adds to the loop. `memory` is saved with each checkpoint and given back when the run goes on."""
+
+    def __init__(self, run: Run, engine: Engine, journal: Journal, model: Model, memory: dict[str, Any]) -> None:
+        self.run, self.engine, self.journal, self.model, self.memory = run, engine, journal, model, memory
+        self.videos_per_step = run.config.optim.micro_batch * run.config.optim.accumulation * engine.world_size
+
+    @abstractmethod
+    def dataset(self) -> ClipDataset:
+        """Samples by (epoch, index)."""
+
+    @abstractmethod
+    def introduce(self) -> str:
+        """One line about model and data for the log."""
+
+    @abstractmethod
+    def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
+        """`loss`, which is minimised, and what else is measured on micro-batch `micro` of a step; the batch is where the loader left it."""
+
+    @abstractmethod
+    def after(self, done: int, *, ending: bool) -> None:
+        """What follows the step that makes `done`; `ending` where none comes after it for now. Every rank calls it."""
+
+    def results(self) -> list[tuple[str, Path]]:
+        """What a finished run leaves besides model, curves and report."""
+        return []
+
+    def epoch(self, done: int) -> float:
+        """Passes over the list after `done` steps."""
+        return done * self.videos_per_step / len(self.run.videos)
+
+    def save_model(self, name: str) -> None:
+        """Writes the model folder RUN/name; every rank must call it."""
+        state = self.engine.full_state()
+        if self.engine.rank == 0:
+            save_model_folder(self.run.folder / name, self.model, state)
+
+
+MakeStage = Callable[[Run, Engine, Journal, Any, dict[str, Any]], Stage]
+
+
+def check_run(config: RunConfig, videos: Callable[[], "LabeledVideoPaths | Sources"]) -> Run:
+    """Checks what all training stages have in common, without starting anything; `videos` reads the list when its turn comes.
+
+    Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
+    """
+    _, world_size = world_from_environment()
+    folder = Path(config.output)
+    if config.engine.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
+    try:
+        describe(config.engine.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        raise ValueError(f"engine.kernels: {error}") from None
+    _check_folder(config, folder)
+    check_resumable(folder, config.engine, world_size)
+    paths = videos()
+    clips = config.data.clips_per_video
+    schedule, line = make_schedule(config.optim, len(paths), world_size, clips)
+    deepspeed = deepspeed_config(config.engine, config.optim, config.journal, clips_per_video=clips, world_size=world_size,
+                                 run_folder=folder)
+    return Run(config, folder, paths, schedule, line, deepspeed)
+
+
+def run_and_leave(train: Callable[[], int]) -> Callable[[], int]:
+    """The training as the command line calls it: at its end the process leaves its group."""
+    def run() -> int:
+        status = train()
+        leave()
+        return status
+
+    return run
+
+
+def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -> int:
+    """Trains from the newest checkpoint of the run folder to the last step; returns the exit status.
+
+    0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by a signal, with a checkpoint.
+    macs_per_clip: multiply-accumulates of a forward pass, of which a training step costs three.
+    """
+    config, folder = run.config, run.folder
+    engine = Engine(model, config.engine, config.optim, run.deepspeed, folder)
+    if engine.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+        (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+    first_step, memory = engine.resume()
+    clips = config.optim.micro_batch * config.data.clips_per_video * config.optim.accumulation * engine.world_size
+    journal = Journal(
+        folder, is_main=engine.rank == 0, total_steps=run.schedule.total_steps, log_interval=config.journal.log_interval,
+        clips_per_step=clips, flops_per_clip=6 * macs_per_clip, num_devices=engine.world_size, device=engine.device,
+        precision=config.engine.precision, write_events=engine.write_events, reduce_mean=engine.mean, resumed_step=first_step)
+    try:
+        return _Loop(run, engine, journal, make_stage(run, engine, journal, model, memory)).train(first_step)
+    finally:
+        journal.close()
+
+
+def is_due(done: int, interval: int) -> bool:
+    """Whether something that is done every `interval` steps (0: never) follows step number `done`."""
+    return interval > 0 and done % interval == 0
+
+
+class _Loop:
+    """Step after step."""
+
+    def __init__(self, run: Run, engine: Engine, journal: Journal, stage: Stage) -> None:
+        self.plan, self.config, self.engine, self.journal, self.stage = run, run.config, engine, journal, stage
+        self.skipped_in_a_row = 0
+
+    def train(self, first_step: int) -> int:
+        config, engine, journal, total = self.config, self.engine, self.journal, self.plan.schedule.total_steps
+        self._introduce(first_step)
+        skipped = engine.deepspeed.skipped_steps
+        batches = iter(self._loader(first_step, total))
+        for step in range(first_step, total):
+            torch.manual_seed(sample_seed(config.seed, step, engine.rank, 0))  # stateless as the rest: a resumed run drops the same paths
+            values = self._accumulate(batches, step)
+            lr = self.plan.schedule.lr(step)
+            result = engine.step(lr)
+            done = step + 1
+            journal.step(done, self.stage.epoch(done), values, lr, result.grad_norm, result.skipped_steps)
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped_steps > skipped else 0
+            if result.skipped_steps > skipped:
+                journal.say(f"step {done}: skipped, a loss or gradient was not finite ({self.skipped_in_a_row} in a row)")
+            skipped = result.skipped_steps
+            reason = self._reason_to_stop(done)
+            if reason:
+                journal.say(f"stopped at step {done}: {reason}")
+                return STOPPED_BY_POLICY
+            ending = done == total or result.signal != 0
+            self.stage.after(done, ending=ending)
+            if ending or is_due(done, config.journal.checkpoint_interval):
+                engine.save(done, config.journal.keep_checkpoints, self.stage.memory)
+                self.stage.save_model("model")
+            if result.signal and done < total:
+                journal.say(f"stopped by signal {result.signal} after step {done}; start the same command again to go on")
+                return 128 + result.signal
+        if engine.rank == 0:
+            self._conclude(write_report(self.plan.folder))
+        return DONE
+
+    def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
+        """Forward and backward of one step's micro-batches; returns the means of what the stage measures."""
+        means: dict[str, torch.Tensor] = {}
+        num = self.config.optim.accumulation
+        for micro in range(num):
+            with self.journal.data_wait():
+                batch = next(batches)
+            self.journal.quarantine.add(batch.failures)
+            values = self.stage.losses(batch, step, micro)
+            self.engine.backward(values["loss"], last=micro == num - 1)
+            for name, value in values.items():
+                means[name] = value.detach() / num + means.get(name, 0.0)
+        return means
+
+    def _loader(self, first_step: int, last_step: int) -> Any:
+        optim = self.config.optim
+        dataset = self.stage.dataset()
+        sampler = StepSampler(len(dataset), optim.micro_batch, optim.accumulation, self.engine.rank, self.engine.world_size,
+                              self.config.seed, first_step, last_step, dataset.paths.stream(self.config.seed))
+        return make_loader(dataset, sampler, self.config.data, pin=self.engine.device.type == "cuda")
+
+    def _reason_to_stop(self, done: int) -> str:
+        if self.skipped_in_a_row >= self.config.engine.max_skipped_in_a_row:
+            return (f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is from before them: lower "
+                    "optim.base_lr, set optim.clip_grad or use another engine.precision")
+        if done % self.config.journal.log_interval and done != self.plan.schedule.total_steps:
+            return ""
+        videos = len(self.plan.videos)
+        bad = self.engine.gather(len(self.journal.quarantine))[0]
+        tried = min(done * self.stage.videos_per_step + bad, videos)
+        if bad <= self.config.data.max_bad_share * tried or tried < min(FIRST_VERDICT, videos):
+            return ""
+        return (f"{bad} of about {tried} videos tried could not be decoded, more than data.max_bad_share = "
+                f"{self.config.data.max_bad_share}; they are named in {self.plan.folder / 'quarantine.jsonl'}")
+
+    def _introduce(self, first_step: int) -> None:
+        config, run, say = self.config, self.plan, self.journal.say
+        parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.stage.model.parameters())
+        say(f"run folder {run.folder}: " + (f"resumed after step {first_step}" if first_step else "new"))
+        say(f"{len(run.videos)} videos, {parameters / 1e6:.1f} million parameters, {self.stage.introduce()}")
+        say(run.schedule_line)
+        say(f"kernels: {describe(config.engine.kernels, self.engine.device)}; device {self.engine.device}, {config.engine.precision}, "
+            f"ZeRO stage {config.engine.zero_stage}")
+
+    def _conclude(self, report: Path) -> None:
+        folder = self.plan.folder
+        for what, where in (("model", folder / "model"), *self.stage.results(), ("curves", folder / "curves.png"), ("report", report)):
+            self.journal.say(f"{what:9}{where}")
+
+
+def _check_folder(config: RunConfig, folder: Path) -> None:
+    """A folder is new, or holds this very run."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: is not empty and not a run folder (no config.yaml); choose another output")
+    try:
+        before = flatten(load_config(folder / "config.yaml", schema=type(config)))
+    except ValueError as error:
+        raise ValueError(f"{error}: the folder holds a run of another kind; choose another output") from None
+    for key, value in flatten(config).items():
+        if value != before[key] and not key.startswith(FREE_KEYS):
+            raise ValueError(f"{folder}: this run was started with {key} = {before[key]}, now it is {value}; set it back, or choose "
+                             "another output")
