@@ -1,0 +1,139 @@
+"""The views of a test: which frames and which crops, and one decode of a video for all of them.
+
+S clips of a video, V views = S clips x crops, T frames of a clip, F different frames that they need, H W pixels, C channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from video_mae.augment import crop_clip
+from video_mae.config.data import SourceConfig
+from video_mae.data.dataset import Failure
+from video_mae.data.decoding import VideoDecodeError, decode
+from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
+
+Corner = tuple[int, int]
+"""(top, left) in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """How a video is looked at: num_clips x num_crops clips of num_frames x height x width; `source` says how its file is read."""
+
+    num_frames: int
+    height: int
+    width: int
+    sampling: Literal["dense", "uniform"]
+    stride: int
+    num_clips: int
+    num_crops: int
+    in_channels: int = 3
+    source: SourceConfig = SourceConfig()
+
+    def frames(self, num_video_frames: int) -> NDArray[np.int64]:
+        """Frame indices [S, T].
+
+        dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the middle ones where S is 1; where
+        there are fewer than T, the last repeats. uniform: the video in T equal parts, and of each the frame at clip / S of its length,
+        the middle one where S is 1: S interleaved sets. Source: the official test of VideoMAE on Kinetics and on Something-Something
+        (published for S = 2), in integers, so that no rounding of floats moves a frame.
+        """
+        clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
+        places_T = np.arange(self.num_frames, dtype=np.int64)
+        if self.sampling == "uniform":
+            parts, first_S1 = (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
+            return (places_T * parts + first_S1) * num_video_frames // (self.num_frames * parts)
+        num_strided = -(-num_video_frames // self.stride)
+        return self.stride * np.minimum(_spread(max(num_strided - self.num_frames, 0), self.num_clips)[:, None] + places_T, num_strided - 1)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The size (height, width) that a frame is brought to: the smallest that covers the model's, the aspect ratio kept."""
+        if width * self.height >= height * self.width:
+            return self.height, max(width * self.height // height, self.width)
+        return max(height * self.width // width, self.height), self.width
+
+    def corners(self, height: int, width: int) -> tuple[Corner, ...]:
+        """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer side, the middle where it is one."""
+        tops, lefts = _spread(height - self.height, self.num_crops), _spread(width - self.width, self.num_crops)
+        return tuple((int(top), int(left)) for top, left in zip(tops, lefts, strict=True))
+
+    def read(self, path: str) -> "VideoViews":
+        """Opens a video once and keeps the frames that some view needs, resized. Raises: VideoDecodeError."""
+        places_ST = np.empty((0, 0), dtype=np.int64)
+
+        def choose(num_video_frames: int) -> NDArray[np.int64]:
+            nonlocal places_ST
+            indices_ST = self.frames(num_video_frames)
+            wanted, places = np.unique(indices_ST, return_inverse=True)
+            places_ST = places.reshape(indices_ST.shape)
+            return wanted
+
+        frames_FHWC = torch.from_numpy(decode(path, choose, source=self.source, in_channels=self.in_channels))
+        height, width = frames_FHWC.shape[1:3]
+        size = self.resized(height, width)
+        return VideoViews(crop_clip(frames_FHWC, (0, 0, height, width), size, flip=False), torch.from_numpy(places_ST), self.corners(*size),
+                          (self.height, self.width))
+
+
+def _spread(free: int, num: int) -> NDArray[np.int64]:
+    """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
+    return np.arange(num, dtype=np.int64) * free // (num - 1) if num > 1 else np.array([free // 2], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class VideoViews:
+    """The frames of a video that its views share, and where each view lies in them: less to move than the views themselves."""
+
+    frames_FHWC: torch.Tensor
+    places_ST: torch.Tensor
+    corners: tuple[Corner, ...]
+    size: tuple[int, int]
+
+    def to(self, device: torch.device) -> "VideoViews":
+        """The frames on a device; the views are cut there."""
+        return replace(self, frames_FHWC=self.frames_FHWC.to(device, non_blocking=True), places_ST=self.places_ST.to(device))
+
+    def clips(self) -> torch.Tensor:
+        """All views, uint8 clip_VTHWC: the crops of a clip follow one another."""
+        height, width = self.size
+        crops = [self.frames_FHWC[:, top: top + height, left: left + width][self.places_ST] for top, left in self.corners]
+        return torch.stack(crops, dim=1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class ViewedVideo:
+    """A video of a list by its place there, with its views or with the reason why it has none."""
+
+    index: int
+    views: VideoViews | None
+    failure: Failure | None
+
+
+class ViewDataset(Dataset[ViewedVideo]):
+    """dataset[index]: the views of a video; one that cannot be decoded is told, not replaced."""
+
+    def __init__(self, paths: Sequence[str], views: Views) -> None:
+        self.paths, self.views = paths, views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> ViewedVideo:
+        try:
+            return ViewedVideo(index, self.views.read(self.paths[index]), None)
+        except VideoDecodeError as error:
+            return ViewedVideo(index, None, Failure(error.path, error.decoder, error.reason))
+
+
+def make_view_loader(dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int) -> "DataLoader[ViewedVideo]":
+    """Lists of `ViewedVideo`, batch_size at a time and fewer at the end: the videos `order`, in that order, each once."""
+    workers = min(num_workers, len(order))
+    return DataLoader(dataset, batch_size=batch_size, sampler=order, collate_fn=list, num_workers=workers,
+                      timeout=TIMEOUT_SECONDS if workers else 0, multiprocessing_context="fork" if workers else None,
+                      worker_init_fn=start_worker if workers else None)

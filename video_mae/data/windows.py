@@ -1,0 +1,149 @@
+"""Clips along a video of any length, with their times, read once from start to end in bounded memory.
+
+C clips of a video, T frames of a clip, B clips of a piece, H W pixels, C channels (last axis).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from video_mae.augment import crop_box, crop_clip
+from video_mae.config import DataConfig
+from video_mae.config.data import SourceConfig
+from video_mae.data.dataset import Failure
+from video_mae.data.decoding import VideoDecodeError, is_video, stream
+from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of them, resized to height x width."""
+
+    num_frames: int
+    height: int
+    width: int
+    stride: int
+    hop: int
+    crop: Literal["center", "whole"]
+    in_channels: int
+    source: SourceConfig
+
+    @property
+    def span(self) -> int:
+        """Frames from the first frame of a clip to where one that follows it without a gap would start."""
+        return self.num_frames * self.stride
+
+    def starts(self, num_video_frames: int) -> NDArray[np.int64]:
+        """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is left out where hop <= span."""
+        num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
+        return np.arange(num_clips, dtype=np.int64) * self.hop
+
+    def frames(self, num_video_frames: int) -> NDArray[np.int64]:
+        """Frame indices [C, T]; beyond the end of the video its last frame repeats."""
+        places_T = np.arange(self.num_frames, dtype=np.int64) * self.stride
+        return np.minimum(self.starts(num_video_frames)[:, None] + places_T, num_video_frames - 1)
+
+    def clips(self, path: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs are kept. Raises: VideoDecodeError."""
+        indices_CT, wanted, total = np.empty((0, 0), dtype=np.int64), np.empty(0, dtype=np.int64), 0
+
+        def choose(num_video_frames: int) -> NDArray[np.int64]:
+            nonlocal indices_CT, wanted, total
+            indices_CT, total = self.frames(num_video_frames), num_video_frames
+            wanted = np.unique(indices_CT)
+            return wanted
+
+        kept: dict[int, torch.Tensor] = {}
+        done = 0
+        for place, frame in enumerate(stream(path, choose, self.source, self.in_channels)):
+            kept[int(wanted[place])] = self._fit(torch.from_numpy(frame))
+            while done < len(indices_CT) and indices_CT[done, -1] <= wanted[place]:
+                yield total, torch.stack([kept[index] for index in indices_CT[done].tolist()])
+                done += 1
+                first = indices_CT[done, 0] if done < len(indices_CT) else total
+                kept = {index: kept_frame for index, kept_frame in kept.items() if index >= first}
+
+    def _fit(self, frame_HWC: torch.Tensor) -> torch.Tensor:
+        height, width = frame_HWC.shape[:2]
+        box = (0, 0, height, width)
+        if self.crop == "center":
+            box = crop_box(DataConfig(crop="center"), height, width, self.height, self.width, np.random.default_rng(0))  # draws nothing
+        return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
+
+
+class Times(NamedTuple):
+    """When the clips of a video are: first frames, begin of the first and end of the last frame that each spans, in seconds."""
+
+    start_frame_C: NDArray[np.int64]
+    start_seconds_C: NDArray[np.float64]
+    end_seconds_C: NDArray[np.float64]
+
+
+def clip_times(path: str, num_video_frames: int, windows: Windows) -> Times:
+    """The times of the clips of a video as its time stamps say; NaN for files without time, such as arrays."""
+    seconds_F2 = frame_seconds(path, num_video_frames)
+    starts_C = windows.starts(num_video_frames)
+    ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
+    return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1])
+
+
+def frame_seconds(path: str, num_video_frames: int) -> NDArray[np.float64]:
+    """When each frame is shown, [frames, (begin, end)]: by its time stamp, or by the frame rate where stamps are missing.
+
+    The frames are those of decord, by its numbering.
+    """
+    if not is_video(path):
+        return np.full((num_video_frames, 2), np.nan)
+    import decord
+
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+    stamps = reader.get_frame_timestamp(np.arange(num_video_frames)).astype(np.float64)
+    if np.all(np.diff(stamps[:, 0]) > 0) and np.all(np.abs(stamps) < 1e9):  # AVI with B-frames has some stamps and a number for "none"
+        return stamps
+    return np.stack([np.arange(num_video_frames), np.arange(1, num_video_frames + 1)], axis=1) / reader.get_avg_fps()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next clips of a video, by its place in the list; the first piece has the times of all its clips. Or why there are no more."""
+
+    video: int
+    clip_BTHWC: torch.Tensor | None = None
+    times: Times | None = None
+    failure: Failure | None = None
+
+
+class PieceStream(IterableDataset[Piece]):
+    """Videos from start to end as pieces of at most batch_size clips; with workers each video is read by one of them."""
+
+    def __init__(self, paths: Sequence[str], videos: Sequence[int], windows: Windows, batch_size: int) -> None:
+        self.paths, self.videos, self.windows, self.batch_size = paths, videos, windows, batch_size
+
+    def __iter__(self) -> Iterator[Piece]:
+        worker = get_worker_info()
+        for video in self.videos if worker is None else self.videos[worker.id::worker.num_workers]:
+            try:
+                yield from self._pieces(video)
+            except VideoDecodeError as error:
+                yield Piece(video, failure=Failure(error.path, error.decoder, error.reason))
+
+    def _pieces(self, video: int) -> Iterator[Piece]:
+        path, times = self.paths[video], None
+        clips = self.windows.clips(path)
+        while batch := list(islice(clips, self.batch_size)):
+            first = clip_times(path, batch[0][0], self.windows) if times is None else None
+            times = times or first
+            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), first)
+
+
+def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":
+    """The pieces; those of a video come in their order, those of several videos may take turns."""
+    workers = min(num_workers, len(pieces.videos))
+    return DataLoader(pieces, batch_size=None, num_workers=workers, timeout=TIMEOUT_SECONDS if workers else 0,
+                      multiprocessing_context="fork" if workers else None, worker_init_fn=start_worker if workers else None)
