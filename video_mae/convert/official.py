@@ -1,0 +1,61 @@
+"""Files of VideoMAE, VideoMAE V2, MAE-pytorch (whose names VideoMAE took over, with a 2-D patch embedding), and of mmaction2."""
+
+from video_mae.config import PRESETS
+from video_mae.convert.architecture import Draft, whole
+from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
+
+ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
+DECODER_HEADS = {preset["decoder_embed_dim"]: preset["decoder_num_heads"] for preset in PRESETS.values()}
+PACKED = Words(bias=("attn.qkv.bias",))  # of a fork that uses timm's block
+
+# Wrappers fall off, and an encoder without a prefix (fine-tuned) gets the one that it has in pretraining.
+SPELLINGS = ((r"(^|\.)_orig_mod\.", r"\1"), (r"^((module|backbone|model)\.)+", ""), (r"^encoder\.(fc_norm|head)\.", r"\1."),
+             (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."), (r"^(cls_token|pos_embed)$", r"encoder.\1"))
+
+OFFICIAL = Layout(
+    project="VideoMAE",
+    spellings=SPELLINGS,
+    positions=("encoder.pos_embed", "decoder.pos_embed"),
+    rules=(
+        *same("encoder.patch_embed", "encoder.patch_embed.proj", "D C t p p|D C p p"),
+        *block_rules("encoder.blocks.*", "encoder.blocks.*", "D", "H", Words(), PACKED),
+        *same("encoder.norm", "encoder.norm", "D"),
+        *same("decoder.encoder_to_decoder", "encoder_to_decoder", "E D"),
+        Rule(("decoder.mask_token",), ("mask_token",), "1 1 E"),
+        *block_rules("decoder.blocks.*", "decoder.blocks.*", "E", "G", Words(), PACKED),
+        *same("decoder.norm", "decoder.norm", "E"),
+        *same("decoder.head", "decoder.head", "P E"),
+        *same("fc_norm", "fc_norm", "D"),
+        *same("head", "head", "K D"),
+    ))
+
+MMACTION = Layout(
+    project="mmaction2",
+    spellings=SPELLINGS,
+    positions=("encoder.pos_embed",),
+    rules=(
+        *same("encoder.patch_embed", "encoder.patch_embed.projection", "D C t p p"),
+        *block_rules("encoder.blocks.*", "encoder.blocks.*", "D", "H", Words(fc1="mlp.layers.0.0", fc2="mlp.layers.1")),
+        *same("encoder.norm", "encoder.norm", "D"),
+        *same("fc_norm", "fc_norm", "D"),
+        *same("head", "cls_head.fc_cls", "K D"),
+    ))
+
+
+def describe(draft: Draft) -> None:
+    """The configuration of such a file; `args` of the training, or the folder's config.json, tell what the tensors do not."""
+    told = draft.source.arguments
+    if isinstance(draft.source.config.get("model_config"), dict):  # a folder of VideoMAE V2 on the Hugging Face hub
+        told = draft.source.config["model_config"]
+    size = whole(told, "input_size") or whole(told, "img_size")
+    draft.shapes(decoder_embed_bias=False)
+    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
+    draft.clip(whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size)
+    draft.positions("sinusoid", {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"}, ROUNDING, required=False)
+    draft.statistics()
+    if draft.is_classifier:
+        uniform = "SSV2" in str(told.get("data_set"))  # whose frames are chosen from equal parts of the video
+        draft.classifier(sampling="uniform" if uniform else "dense", stride=whole(told, "sampling_rate") or 4)
+    else:
+        normalized = told.get("normlize_target")  # their spelling
+        draft.objective({True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None, "channel", "unit")
