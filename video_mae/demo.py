@@ -126,7 +126,8 @@ def _facts(config: DemoConfig) -> dict[str, Any]:
 
 
 def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) -> None:
-    photographs = [_photograph(name, config) for name in PHOTOGRAPHS[split]]
+    side = round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width))  # the largest that a scene asks for
+    photographs = [load_photograph(name, side) for name in PHOTOGRAPHS[split]]
     paths = [Path(split) / ACTIONS[index % len(ACTIONS)] / f"{index:05d}.mp4" for index in range(num_clips)]
     for action in ACTIONS:
         (folder / split / action).mkdir(parents=True)
@@ -144,17 +145,18 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
     (folder / f"{split}.txt").write_text("".join(f"{path} {index % len(ACTIONS)}\n" for index, path in enumerate(paths)))
 
 
-def _photograph(name: str, config: DemoConfig) -> Tensor:
-    """photograph_CIJ in [0, 1], its shorter side the largest that a scene asks for."""
+def load_photograph(name: str, shorter_side: int) -> Tensor:
+    """photograph_CIJ in [0, 1], its shorter side in pixels. Raises: FileNotFoundError where scikit-image lacks it."""
     path = Path(skimage.__file__).parent / "data" / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the installed scikit-image lacks this photograph: install scikit-image 0.26")
     # Pillow, as torchvision's PNG decoder fails in a process that has loaded decord (whose own zlib it meets)
     photograph_CIJ = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
-    return _resize(photograph_CIJ, round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width)))
+    return resize_photograph(photograph_CIJ, shorter_side)
 
 
-def _resize(photograph_CIJ: Tensor, shorter_side: int) -> Tensor:
+def resize_photograph(photograph_CIJ: Tensor, shorter_side: int) -> Tensor:
+    """The photograph at another scale, its shorter side in pixels."""
     scale = shorter_side / min(photograph_CIJ.shape[1:])
     size = [round(side * scale) for side in photograph_CIJ.shape[1:]]
     return interpolate(photograph_CIJ[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
@@ -178,7 +180,8 @@ def _draw_scene(random: np.random.Generator, turn: int, photographs: list[Tensor
     moving = turn % len(photographs)
     still = (moving + random.integers(1, len(photographs))) % len(photographs)
     side = min(config.height, config.width)
-    moving_CIJ, still_CIJ = (_resize(photographs[index], round(random.uniform(*PHOTOGRAPH_SIDES) * side)) for index in (moving, still))
+    moving_CIJ, still_CIJ = (resize_photograph(photographs[index], round(random.uniform(*PHOTOGRAPH_SIDES) * side))
+                             for index in (moving, still))
     # 2 sides, as grid_sample mirrors at the edges: a photograph is a torus of twice its size
     anchor, still_anchor = (torch.tensor([random.uniform(0, 2 * length) for length in (photograph_CIJ.shape[2], photograph_CIJ.shape[1])])
                             for photograph_CIJ in (moving_CIJ, still_CIJ))
@@ -216,9 +219,9 @@ def _render(scene: _Scene, action: str, config: DemoConfig) -> np.ndarray:
     cos_T11, sin_T11 = angle_T.cos()[:, None, None], angle_T.sin()[:, None, None]
     x_THW, y_THW = from_place_THW2.unbind(-1)
     cutout_THW2 = torch.stack([cos_T11 * x_THW + sin_T11 * y_THW, cos_T11 * y_THW - sin_T11 * x_THW], -1)
-    clip_TCHW = _sample(scene.moving, cutout_THW2 + scene.anchor)
+    clip_TCHW = sample_photograph(scene.moving, cutout_THW2 + scene.anchor)
     if config.difficulty != "hard":
-        still_1CHW = _sample(scene.still, (screen_HW2 + scene.still_anchor)[None])
+        still_1CHW = sample_photograph(scene.still, (screen_HW2 + scene.still_anchor)[None])
         if config.difficulty == "easy":
             clip_TCHW, still_1CHW = EASY_CUTOUT_FLOOR + (1 - EASY_CUTOUT_FLOOR) * clip_TCHW, EASY_CUTOUT_FLOOR * still_1CHW
         clip_TCHW = torch.lerp(still_1CHW, clip_TCHW, _cover(cutout_THW2, min(config.height, config.width))[:, None])
@@ -232,7 +235,7 @@ def _cover(cutout_THW2: Tensor, side: int) -> Tensor:
     return ((1 - radius_THW) * half_axes.min() + 0.5).clamp(0, 1)
 
 
-def _sample(photograph_CIJ: Tensor, place_THW2: Tensor) -> Tensor:
+def sample_photograph(photograph_CIJ: Tensor, place_THW2: Tensor) -> Tensor:
     """The photograph, mirrored at its edges without end, at places in its pixels."""
     sides = torch.tensor([photograph_CIJ.shape[2], photograph_CIJ.shape[1]])
     grid_THW2 = 2 * place_THW2 / sides - 1
