@@ -1,16 +1,27 @@
-# make demo | test | lint | install: each sets itself up on a machine with Python 3.11+, bash and make.
+# make demo | test | bench | experiment | lint | install: each sets itself up on a machine with Python 3.11+, bash and make.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test bench experiment lint install clean
 
 demo: install
 	@bash scripts/demo.sh
 
 test: install
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+# Kernels, training step and loader on this machine; make bench OUTPUT=benchmarks/results adds to the committed results.
+OUTPUT ?= runs/bench
+bench: install
+	@$(BIN)/video-mae bench kernels output=$(OUTPUT)
+	@$(BIN)/video-mae bench step output=$(OUTPUT)
+	@$(BIN)/video-mae bench data output=$(OUTPUT)
+
+# Does pretraining help where labels are few? Half an hour on two quiet cores; stopped and started again, it goes on.
+experiment: install
+	@$(BIN)/python experiments/pretraining_helps.py
 
 lint: install
 	@$(BIN)/ruff check .

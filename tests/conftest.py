@@ -1,15 +1,19 @@
 """What several test files need: a little rendered data set, a tiny run, the shared real clips where there are some."""
 
+import multiprocessing
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from video_mae.config import PretrainConfig, load_config
+from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.demo import DemoConfig, make_demo_data
 
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
@@ -22,6 +26,16 @@ TINY = {
     "optim": {"micro_batch": 4, "steps": 4, "warmup_steps": 1, "base_lr": 0.05},
     "engine": {"precision": "fp32", "zero_stage": 0},
     "journal": {"log_interval": 1, "checkpoint_interval": 0, "picture_interval": 0},
+}
+
+TINY_FINETUNE = {
+    "model": {"num_frames": 4, "height": 32, "width": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "classifier": {"num_classes": 8, "stride": 2, "head_init_scale": 1.0},
+    "data": {"num_workers": 0, "flip": False},
+    "validation": {"interval": 2, "batch": 3},
+    "optim": {"micro_batch": 4, "steps": 4, "warmup_steps": 1, "base_lr": 0.1},
+    "engine": {"precision": "fp32", "zero_stage": 0},
+    "journal": {"log_interval": 1, "checkpoint_interval": 0},
 }
 
 
@@ -51,6 +65,65 @@ def tiny_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def tiny(tiny_file: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
     """tiny("optim.steps=3", ...): that run with changes, in tmp_path/run unless `output` is changed."""
     return lambda *overrides: load_config(tiny_file, [f"output={tmp_path / 'run'}", *overrides])
+
+
+@pytest.fixture(scope="session")
+def tiny_finetune_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file of a fine-tuning run that takes seconds: everything published is on, the label is the photograph."""
+    folder, content = tmp_path_factory.mktemp("finetune"), {**TINY_FINETUNE}
+    for section, split in (("data", "train"), ("validation", "val")):
+        videos = [line.rsplit(" ", 1)[0] for line in (demo_folder / f"{split}.txt").read_text().splitlines()]
+        (folder / f"{split}.txt").write_text("".join(f"{demo_folder / video} {i // 8}\n" for i, video in enumerate(videos)))
+        content[section] = {**TINY_FINETUNE[section], "source": str(folder / f"{split}.txt")}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture
+def tiny_finetune(tiny_finetune_file: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
+    """As `tiny`, for fine-tuning."""
+    return lambda *overrides: load_config(tiny_finetune_file, [f"output={tmp_path / 'run'}", *overrides], FinetuneConfig)
+
+
+@pytest.fixture(scope="session")
+def write_video() -> Callable[..., Path]:
+    """write_video(path, frames_THWC, fps=25): an H.264 file of uint8 frames with even sides."""
+
+    def write(path: Path, frames_THWC: np.ndarray, fps: int = 25) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "g": "12"})
+            stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], "yuv420p"
+            for frame in frames_THWC:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+            container.mux(stream.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[..., None]:
+    """on_ranks(n, work): `work()` in n processes that find a launcher's environment, as stages do that use gloo between them."""
+
+    def run(world_size: int, work: Callable[[], object]) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+
+        def one(rank: int) -> None:
+            torch.set_num_threads(1)
+            os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            work()
+
+        processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * world_size
+
+    return run
 
 
 @pytest.fixture

@@ -130,10 +130,11 @@ def test_reconstruction_loss_is_its_definition_in_frame_row_column_channel_order
     assert torch.equal(loss, reconstruction_loss(predicted, clip, index, TUBELET, normalize))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 @pytest.mark.parametrize("normalize", ["channel", "tubelet"])
 @pytest.mark.parametrize("value", [0, 1, 127, 200, 255])
-def test_flat_tubelets_give_exactly_zero_targets(normalize, value):
-    clip = torch.full_like(clip_of(), value)
+def test_flat_tubelets_give_exactly_zero_targets(normalize, value, dtype):
+    clip = torch.full(clip_of().shape, {torch.uint8: value, torch.uint16: 257 * value, torch.float32: value / 255}[dtype], dtype=dtype)
     loss, targets = reconstruction_loss_and_targets(torch.zeros(2, 7, 72), clip, some_index(), TUBELET, normalize)
     assert (targets == 0).all()
     assert loss == 0

@@ -20,26 +20,45 @@ class Stage(NamedTuple):
     `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a function
     `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or FileNotFoundError for a user's mistake, and returns the
     exit status, or what still has to run and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file.
+    A flag is another way to write a key: --some-key for some_key=true, --some-key VALUE for some_key=VALUE. A name may be two words.
     """
 
     meaning: str
     module: str
     schema: str
     words: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
 
+BENCH_KERNELS = Stage("measure each kernel against everything else that computes it; or compile all of them without a GPU",
+                      "benchmark.kernels", "KernelBenchConfig", (), ("--baseline FILE", "--compile-check"))
 STAGES = {
     "pretrain": Stage("pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices", "pretrain", "PretrainConfig",
                       (CONFIG,)),
+    "finetune": Stage("train a pretrained model to name actions; under the launcher as well", "finetune", "FinetuneConfig", (CONFIG,)),
     "reconstruct": Stage("draw what a pretrained model makes of the hidden parts of a video", "reconstruct", "ReconstructConfig",
                          ("MODEL_FOLDER", "VIDEO", "PICTURE.png")),
+    "evaluate": Stage("test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher", "evaluate",
+                      "EvaluateConfig", ("MODEL_OR_RUN_FOLDER", "LIST")),
+    "predict": Stage("name the action in a video", "predict", "PredictConfig", ("MODEL_OR_RUN_FOLDER", "VIDEO")),
+    "probe": Stage("measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes", "probe", "ProbeConfig",
+                   ("MODEL_OR_RUN_FOLDER",)),
+    "extract": Stage("write the features of clips along videos of any length, with their times; also under the launcher", "extract",
+                     "ExtractConfig", ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER")),
+    "convert": Stage("a model of another project as one of ours, or ours as theirs", "convert.stage", "ConvertConfig",
+                     ("SOURCE", "DESTINATION")),
+    "bench": BENCH_KERNELS, "bench kernels": BENCH_KERNELS,
+    "bench step": Stage("measure whole training steps, where their time goes, and Hugging Face's step beside ours", "benchmark.step",
+                        "StepBenchConfig", (), ("--baseline FILE",)),
+    "bench data": Stage("measure the loader beside pytorchvideo's and the official pipeline", "benchmark.data", "DataBenchConfig", (),
+                        ("--baseline FILE",)),
     "demo": Stage("render the embedded demo data set into a folder", "demo", "DemoConfig", ("FOLDER",)),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where), else as the stage says."""
-    options = _parser().parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         left = _start(STAGES[options.stage], options)
@@ -49,6 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(f"video-mae {options.stage}: {error}", file=sys.stderr, flush=True)
         sys.exit(USAGE_ERROR)
     sys.exit(left if isinstance(left, int) else left())
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    name = " ".join(arguments[:2])
+    parser = _parser()
+    options, more = parser.parse_known_args([name, *arguments[2:]] if name in STAGES else arguments)
+    if wrong := [argument for argument in more if argument.startswith("-") or "=" not in argument]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    options.overrides += [*options.flags, *more]  # argparse leaves over a key=value that follows a flag
+    return options
 
 
 def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
@@ -75,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-h", "--help", action=_help_of(stage), nargs=0, help="show this and every key with its default and meaning")
         for word in stage.words:
             command.add_argument(word)
+        for flag in stage.flags:
+            word, _, value = flag.partition(" ")
+            key = word.removeprefix("--").replace("-", "_")
+            if value:
+                command.add_argument(word, dest="flags", action="append", type=f"{key}={{}}".format, metavar=value, help=f"{key}={value}")
+            else:
+                command.add_argument(word, dest="flags", action="append_const", const=f"{key}=true", help=f"{key}=true")
+        command.set_defaults(flags=[])
         command.add_argument("overrides", nargs="*", metavar="key=value", help="any key below, dotted: optim.micro_batch=8")
     return parser
 
