@@ -39,6 +39,11 @@ TINY_FINETUNE = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who trains in this process leaves a process group, its environment and DeepSpeed's changes to torch to the tests after it."""
+    items.sort(key=lambda item: item.get_closest_marker("trains_here") is not None)
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "demo"

@@ -4,6 +4,7 @@ import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def of(records: list[Record], op: str) -> dict[tuple[str, str], Record]:
 def test_hugging_face_computes_our_loss_and_our_gradients_with_our_weights():
     pytest.importorskip("transformers")
     torch.manual_seed(1)
-    ours = VideoMAE(TINY)
+    ours = VideoMAE(replace(TINY, norm_eps=0.02, head_norm_eps=0.05))  # so large that they count
     for parameter in ours.parameters():  # also biases and norms, which start at 0 and 1
         parameter.data += 0.05 * torch.randn_like(parameter)
     theirs = hugging_face.hugging_face_model(ours)
@@ -280,14 +281,17 @@ def test_bfloat16_trains_a_float32_master_copy():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_is_that_of_the_worst_moment():
+    kept: list[torch.Tensor] = []
+
     def call() -> None:
+        kept.append(torch.ones(8_000_000))
         first = torch.ones(16_000_000)
         del first
         torch.ones(4_000_000)
 
     growth = peak_growth(call, CPU)
     assert growth is not None
-    assert 60e6 < growth < 90e6
+    assert 92e6 < growth < 110e6
 
 
 def test_the_gate_is_closed_for_other_weights():

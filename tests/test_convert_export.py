@@ -28,6 +28,8 @@ from video_mae.convert import Facts, import_model
 from video_mae.convert.stage import ConvertConfig, convert
 from video_mae.pretrain import prepare, run
 
+pytestmark = pytest.mark.trains_here
+
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))
 SIZE = official.Size()
 MODEL = ModelConfig(num_frames=6, height=16, width=24, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=40 / 24,

@@ -23,7 +23,7 @@ from video_mae.train import DONE, STOPPED_BY_POLICY
 Tiny = Callable[..., FinetuneConfig]
 NO_AUGMENTATION = ("augment.mix_probability=0", "augment.randaugment_ops=0", "augment.erasing=0", "data.crop=center")
 
-pytestmark = pytest.mark.usefixtures("quiet_process")
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 
 def lines(config: FinetuneConfig, key: str = "loss") -> list[dict[str, Any]]:

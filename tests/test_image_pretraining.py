@@ -18,7 +18,7 @@ from video_mae.picture import reconstruction_frames
 from video_mae.pretrain import prepare, run
 from video_mae.train import DONE
 
-pytestmark = pytest.mark.usefixtures("quiet_process")
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "pretrain"
 STEPS = 24

@@ -21,7 +21,7 @@ Tiny = Callable[..., PretrainConfig]
 METRICS = {"step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait", "mfu",
            "memory_gb", "skipped_steps"}
 
-pytestmark = pytest.mark.usefixtures("quiet_process")
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 
 def lines(config: PretrainConfig, file: str = "metrics.jsonl") -> list[dict[str, Any]]:

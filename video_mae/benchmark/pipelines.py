@@ -132,7 +132,7 @@ def pytorchvideo(job: Job, epoch: int, watch: Stopwatch) -> Iterator[torch.Tenso
         wanted = torch.linspace(0, video_CTHW.shape[1] - 1, job.num_frames).long()
         video_TCHW = crop(video_CTHW[:, wanted].transpose(0, 1))
         watch.lap("crop")
-        video_CTHW = normalize(video_TCHW).transpose(0, 1)
+        video_CTHW = normalize(video_TCHW.div_(255)).transpose(0, 1)
         watch.lap("floats")
         return video_CTHW
 
