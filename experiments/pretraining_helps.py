@@ -61,7 +61,7 @@ class ExperimentConfig:
     workers: int = knob(2, "processes of one thread each on a CPU; on a GPU jobs run one after another in one process")
     seed: int = knob(0, "of the clips and of pretraining")
     seeds: tuple[int, ...] = knob((0, 1, 2), "repetitions: each has its own labelled clips, head, order, augmentation and random weights")
-    labels: tuple[int, ...] = knob((32, 64, 128, 256), "numbers of labelled clips, multiples of the 8 shapes")
+    labels: tuple[int, ...] = knob((32, 64, 128, 256, 512), "numbers of labelled clips, multiples of the 8 shapes")
     scored_on: Literal["validation", "tuning"] = knob("validation", "which photographs give the figures: the four of the demo's validation "
                                                       "list; or coffee and grass, on which nothing is then trained, to try recipes out")
     unlabelled_clips: int = knob(12000, "clips for pretraining, rendered once, cropped anew each time")
