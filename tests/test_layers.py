@@ -29,9 +29,9 @@ ALLOWED = {
     "features": {"config", "data", "model", "weights"}, "predict": {"config", "data", "features", "model", "weights"},
 }
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours
-ONLY = {"deepspeed": ("video_mae.engine", "video_mae.convert.run_folder"), "triton": ("kernels.",),
-        "decord": ("video_mae.data.", *COMPETITORS), "pytorchvideo": ("video_mae.data.", *COMPETITORS),
-        "torchcodec": ("video_mae.data.",), "av": ("video_mae.data.", "video_mae.demo")}
+ONLY = {"deepspeed": ("video_mae.engine",), "triton": ("kernels.",), "decord": ("video_mae.data.", *COMPETITORS),
+        "pytorchvideo": ("video_mae.data.", *COMPETITORS), "torchcodec": ("video_mae.data.",),
+        "av": ("video_mae.data.", "video_mae.demo")}
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:

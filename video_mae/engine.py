@@ -1,7 +1,9 @@
 """DeepSpeed in one place: its configuration, start, step, checkpoints, signals. The only file that imports it."""
 
+import contextlib
 import difflib
 import importlib.util
+import io
 import os
 import shutil
 import signal
@@ -236,6 +238,15 @@ class Engine:
             dist.barrier()
             found = self.gather(checkpoint.newest(self.checkpoints))[0]
         return 0, {}
+
+
+def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a checkpoint of ZeRO 1 to 3, of any number of ranks; its pickles are executed."""
+    prepare_environment()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it talks
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {})
 
 
 def leave() -> None:

@@ -1,7 +1,5 @@
 """A checkpoint of a run of ours as a model, where the run has left no model folder: any ZeRO stage, any number of ranks."""
 
-import contextlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from omegaconf import OmegaConf
 
 from video_mae.checkpoint import MANIFEST, damaged_files, newest, read_manifest
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
-from video_mae.engine import prepare_environment
+from video_mae.engine import partitioned_weights
 from video_mae.model import VideoClassifier, VideoMAE
 from video_mae.optim import parameter_groups
 
@@ -43,11 +41,7 @@ def load_checkpoint(folder: Path, *, trust: bool) -> VideoMAE | VideoClassifier:
     if manifest["zero_stage"] == 0:
         state = _unpartitioned(torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False), model, config)
     else:
-        prepare_environment()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it talks
-            from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-            state = dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {})
+        state = partitioned_weights(folder)
     model.load_state_dict(state)
     return model.eval()
 
