@@ -28,7 +28,7 @@ awk '(NR - 1) / 8 % 8 < 6' data/demo/train.txt >data/demo/probe_train.txt
 awk '(NR - 1) / 8 % 8 >= 6' data/demo/train.txt >data/demo/probe_validation.txt
 for weights in pretrained random; do
     video-mae probe runs/demo/model train=data/demo/probe_train.txt validation=data/demo/probe_validation.txt test=data/demo/val.txt \
-        data.stride=2 weights=$weights output=runs/demo_probe_$weights
+        data.stride=2 weights=$weights epochs=20 num_workers=1 output=runs/demo_probe_$weights
 done
 echo "probed after $SECONDS s"
 
