@@ -15,15 +15,15 @@ from PIL import Image
 
 from video_mae.augment import crop_clip
 from video_mae.config.data import SourceConfig
-from video_mae.data import VideoDecodeError, decode
-from video_mae.data.stills import EXTENSIONS as STILLS
+from video_mae.decoding import Reading, VideoDecodeError, decode
+from video_mae.decoding.stills import EXTENSIONS as STILLS
 
 FULL = (0.0, 65535.0)  # of uint16: values stay as they are
 T, H, W, C = 5, 7, 9, 2
 
 
 def read(path: Path, in_channels: int = 1, choose: Any = np.arange, **source: Any) -> np.ndarray:
-    return decode(str(path), choose, source=SourceConfig(**source), in_channels=in_channels)
+    return decode(str(path), choose, Reading(source=SourceConfig(**source), in_channels=in_channels))
 
 
 def noise(shape: tuple[int, ...], dtype: str = "u2") -> np.ndarray:

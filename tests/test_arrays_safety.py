@@ -17,12 +17,12 @@ import tifffile
 from PIL import Image
 
 from video_mae.config.data import SourceConfig
-from video_mae.data import VideoDecodeError, decode
-from video_mae.data.stills import EXTENSIONS as STILLS
+from video_mae.decoding import Reading, VideoDecodeError, decode
+from video_mae.decoding.stills import EXTENSIONS as STILLS
 
 
 def read(path: Path, in_channels: int = 1, **source: Any) -> np.ndarray:
-    return decode(str(path), np.arange, source=SourceConfig(**source), in_channels=in_channels)
+    return decode(str(path), np.arange, Reading(source=SourceConfig(**source), in_channels=in_channels))
 
 
 class Bomb:

@@ -17,11 +17,10 @@ import torch
 from safetensors.numpy import load_file
 
 from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, load_pretrained, save_model_folder
-from video_mae.config.data import SourceConfig
 from video_mae.config.frozen import ExtractConfig
 from video_mae.data import windows as module
-from video_mae.data.decoding import decode, stream
 from video_mae.data.windows import Windows, clip_times
+from video_mae.decoding import Reading, decode, stream
 from video_mae.extract import file_name, start
 from video_mae.feature_file import FeatureFile
 from video_mae.features import FrozenEncoder
@@ -117,7 +116,7 @@ def test_times_of_a_25_fps_file_are_right(model: Path, video: Path, tmp_path: Pa
 
 
 def test_times_follow_the_stamps_of_a_variable_frame_rate(shared_videos: Path) -> None:
-    windows = Windows(num_frames=4, height=16, width=16, stride=2, hop=5, crop="center", in_channels=3, source=SourceConfig())
+    windows = Windows(num_frames=4, height=16, width=16, stride=2, hop=5, crop="center", reading=Reading())
     with av.open(str(shared_videos / "real" / "vfr.mp4")) as container:
         seconds = sorted(frame.time for frame in container.decode(video=0) if frame.time is not None)
     times = clip_times(str(shared_videos / "real" / "vfr.mp4"), len(seconds), windows)
@@ -152,7 +151,7 @@ def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(video: Pat
 
     monkeypatch.setattr(module, "stream", counting)
     monkeypatch.setattr(Windows, "_fit", tracked)
-    windows = Windows(num_frames=4, height=16, width=16, stride=3, hop=2, crop="whole", in_channels=3, source=SourceConfig())
+    windows = Windows(num_frames=4, height=16, width=16, stride=3, hop=2, crop="whole", reading=Reading())
     most = []
     for total, clip_THWC in windows.clips(str(video)):
         assert (total, clip_THWC.shape) == (103, (4, 16, 16, 3))
@@ -168,7 +167,7 @@ def test_the_middle_or_all_of_a_frame_is_seen(video: Path, write_video: Callable
     path = str(write_video(tmp_path / "sides.mp4", frames))
     clips = {}
     for crop in ("center", "whole"):
-        windows = Windows(num_frames=4, height=16, width=16, stride=1, hop=4, crop=crop, in_channels=3, source=SourceConfig())
+        windows = Windows(num_frames=4, height=16, width=16, stride=1, hop=4, crop=crop, reading=Reading())
         ((_, clips[crop]),) = windows.clips(path)
     assert clips["center"].float().mean() < 10
     assert clips["whole"].float().mean() == pytest.approx(127, abs=10)

@@ -9,8 +9,8 @@ import torch
 
 from video_mae.augment import crop_clip
 from video_mae.data import views as module
-from video_mae.data.decoding import decode
 from video_mae.data.views import ViewDataset, Views, make_view_loader
+from video_mae.decoding import Reading, decode
 
 
 def views(**changes: object) -> Views:
@@ -88,9 +88,9 @@ def test_views_are_cut_from_one_decode_of_the_frames_they_share(tmp_path: Path, 
     frames = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
     path, calls = write_video(tmp_path / "video.mp4", frames), []
 
-    def counting(path: str, choose: Callable, **options: object) -> np.ndarray:
+    def counting(path: str, choose: Callable, reading: Reading) -> np.ndarray:
         calls.append(path)
-        return decode(path, choose, **options)  # pyright: ignore[reportArgumentType]
+        return decode(path, choose, reading)
 
     monkeypatch.setattr(module, "decode", counting)
     chosen = views(num_frames=4, height=16, width=16, num_clips=3, num_crops=2)

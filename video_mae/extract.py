@@ -20,6 +20,7 @@ from video_mae.config.data import SourceConfig
 from video_mae.config.frozen import ExtractConfig
 from video_mae.data.annotations import EXTENSIONS, read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
+from video_mae.decoding import Reading
 from video_mae.feature_file import FeatureFile
 from video_mae.features import FrozenEncoder, check_precision
 from video_mae.ranks import Ranks
@@ -63,7 +64,7 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
         require(0 <= layer < c.depth, "layers", list(layers), f"must be blocks of the encoder, 0 to {c.depth - 1}")
     require(len(set(layers)) == len(layers), "layers", list(layers), "must differ")
     windows = Windows(num_frames=c.num_frames, height=c.height, width=c.width, stride=config.data.stride,
-                      hop=config.hop or c.num_frames * config.data.stride, crop=config.crop, in_channels=c.in_channels, source=config.data)
+                      hop=config.hop or c.num_frames * config.data.stride, crop=config.crop, reading=Reading.of(config.data, c.in_channels))
     paths = _paths(source, config.data.root)
     target = Path(folder)
     files = tuple(target / file_name(path, config.format) for path in paths)

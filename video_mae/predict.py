@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from video_mae.config import ClassifierConfig
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import ReadConfig
 from video_mae.config.frozen import Precision, PredictConfig
-from video_mae.data.decoding import VideoDecodeError
 from video_mae.data.views import VideoViews, Views
+from video_mae.decoding import Reading, VideoDecodeError
 from video_mae.features import autocast
 from video_mae.model import VideoClassifier
 from video_mae.weights import Model, find_model_folder, load_pretrained
@@ -41,11 +41,11 @@ def classify_video(model: Model, video: str | Path, *, num_clips: int = 5, num_c
     return [(names[k], float(scores_K[k])) for k in scores_K.argsort(descending=True, stable=True)[:top].tolist()]
 
 
-def views_of(model: VideoClassifier, num_clips: int, num_crops: int, source: SourceConfig | None = None) -> Views:
+def views_of(model: VideoClassifier, num_clips: int, num_crops: int, data: ReadConfig | None = None) -> Views:
     """The views of a test, of the size and with the frame sampling that the model was trained with."""
     c, head = model.config, model.classifier_config
     return Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=head.sampling, stride=head.stride, num_clips=num_clips,
-                 num_crops=num_crops, in_channels=c.in_channels, source=source or SourceConfig())
+                 num_crops=num_crops, reading=Reading.of(data or ReadConfig(), c.in_channels))
 
 
 def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:

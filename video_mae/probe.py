@@ -20,11 +20,11 @@ import torch
 from video_mae.config import DataConfig
 from video_mae.config.frozen import Kind, ProbeConfig
 from video_mae.data.dataset import ClipDataset
-from video_mae.data.decoding import Choose
 from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, uniform_indices
 from video_mae.data.views import Views
+from video_mae.decoding import Choose, Reading
 from video_mae.engine import world_from_environment
 from video_mae.features import FeatureSet, FrozenEncoder, check_precision, collect_features
 from video_mae.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
@@ -92,7 +92,7 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
         if source:
             lists[name] = read_labeled(name, source, config.data.root, train.num_classes, train.class_names)
     views = Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=config.sampling, stride=config.data.stride,
-                  num_clips=config.num_clips, num_crops=config.num_crops, in_channels=c.in_channels, source=config.data)
+                  num_clips=config.num_clips, num_crops=config.num_crops, reading=Reading.of(config.data, c.in_channels))
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {"model": str(model_folder.absolute()), **knobs}
     folder = choose_folder(config.output, model, "probe" if config.weights == "pretrained" else "probe_random")

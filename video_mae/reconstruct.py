@@ -8,8 +8,8 @@ import torch
 
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig, MaskConfig
-from video_mae.data.decoding import VideoDecodeError, decode
 from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
+from video_mae.decoding import VideoDecodeError, decode
 from video_mae.masking import mask_counts, token_mask
 from video_mae.model import VideoMAE
 from video_mae.objective import pixel_scale, predicted_clip

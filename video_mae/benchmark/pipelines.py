@@ -23,7 +23,7 @@ from video_mae.benchmark.memory import peak_growth
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
 from video_mae.data.dataset import FIRST_ATTEMPT
-from video_mae.data.decoding import Choose
+from video_mae.decoding import Choose
 
 STAGES = ("decode", "crop", "floats", "collate")
 SEED = 0

@@ -7,6 +7,8 @@ from typing import Literal
 
 from video_mae.schema import knob, require
 
+Decoder = Literal["auto", "decord", "torchcodec", "pyav"]
+"""A library that reads videos; auto: the first of decord, torchcodec, pyav that works here."""
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 
 
@@ -46,6 +48,26 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadConfig(SourceConfig):
+    """Which files, and what decodes those that are videos, within which limits."""
+
+    decoder: Decoder = knob("auto", "the library that reads videos, one for a run; auto: the first that works here. A file that it cannot "
+                            "open, or is known to read wrongly, is left to the next, and counted")
+    decoder_device: Literal["cpu", "cuda"] = knob("cpu", "cuda: torchcodec decodes on the GPU (NVDEC)")
+    short_side: int = knob(0, "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: as stored")
+    decode_seconds: float = knob(60.0, "a video whose clip takes longer is given up, and the process that hangs in it ended")
+    decode_memory_gb: float = knob(4.0, "memory that decoding a clip may take, likewise")
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        require(self.short_side >= 0, f"{key}.short_side", self.short_side, "must be at least 0")
+        require(0 < self.decode_seconds < math.inf, f"{key}.decode_seconds", self.decode_seconds, "must be above 0, finite")
+        require(0 < self.decode_memory_gb < math.inf, f"{key}.decode_memory_gb", self.decode_memory_gb, "must be above 0, finite")
+        require(self.decoder_device == "cpu" or self.decoder == "torchcodec", f"{key}.decoder_device", self.decoder_device,
+                f"needs {key}.decoder = torchcodec")
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightedSourceConfig(SourceConfig):
     """One of several sources of a run."""
 
@@ -60,12 +82,11 @@ class WeightedSourceConfig(SourceConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(SourceConfig):
+class DataConfig(ReadConfig):
     """Which files, and how a clip is cut out of one: one source, whose keys stand here, or `sources` instead."""
 
     sources: dict[str, WeightedSourceConfig] = knob({}, "several sources of one run, `NAME: {source: ..., weight: ...}`, instead of the "
                                                     "keys above")
-    decoder: Literal["decord"] = knob("decord", "the library that reads videos")
     clips_per_video: int = knob(1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)")
     crop: Literal["multiscale", "random_resized", "center"] = knob("multiscale", "how a box is drawn, one for all frames: fixed places "
                                                                    "and scales (VideoMAE), random area (MAE), or the middle")

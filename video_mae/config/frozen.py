@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import ReadConfig
 from video_mae.schema import knob, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -27,13 +27,13 @@ class EvaluateConfig:
     batch_size: int = knob(1, "videos that are handed over and copied at once; each goes through the model by itself, so that no figure "
                            "depends on it")
     num_workers: int = knob(8, "decoding processes a rank; 0 decodes in the process itself")
-    data: SourceConfig = section(SourceConfig, "how the files are read; their list is LIST, and the model knows its stride")
+    data: ReadConfig = section(ReadConfig, "how the files are read; their list is LIST, and the model knows its stride")
 
     def __post_init__(self) -> None:
         require(self.num_clips is None or self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1, or null")
         for name, least in (("num_crops", 1), ("batch_size", 1), ("num_workers", 0)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
-        unset = SourceConfig()
+        unset = ReadConfig()
         require(self.data.source == unset.source, "data.source", self.data.source, "is not read: LIST is the word after the model")
         require(self.data.stride == unset.stride, "data.stride", self.data.stride, "is not read: a classifier keeps that of its training")
 
@@ -84,7 +84,7 @@ class ProbeConfig:
     precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     encode_batch: int = knob(8, "videos that go through the encoder at once")
     num_workers: int = knob(8, "decoding processes; 0 decodes in the process itself")
-    data: SourceConfig = section(SourceConfig, "how the files of all lists are read; the lists are train, validation and test")
+    data: ReadConfig = section(ReadConfig, "how the files of all lists are read; the lists are train, validation and test")
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
@@ -121,7 +121,7 @@ class ExtractConfig:
     precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     batch_size: int = knob(8, "clips of a video that go through the encoder at once")
     num_workers: int = knob(4, "decoding processes a rank, each on a video of its own; 0 decodes in the process itself")
-    data: SourceConfig = section(SourceConfig, "how the files are read, and how far the frames of a clip are apart")
+    data: ReadConfig = section(ReadConfig, "how the files are read, and how far the frames of a clip are apart")
 
     def __post_init__(self) -> None:
         require(self.data.source == "", "data.source", self.data.source, "is not read: LIST_OR_VIDEO is the word after the model")

@@ -10,8 +10,7 @@ from pathlib import Path
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 from video_mae.config.data import SourceConfig
-from video_mae.data import stills
-from video_mae.data.decoding import READERS, VIDEO_EXTENSIONS
+from video_mae.decoding import READERS, VIDEO_EXTENSIONS, stills
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 STAT_THREADS = 16

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
-from video_mae.data.decoding import Choose, VideoDecodeError, decode
 from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
 from video_mae.data.sources import Sources
+from video_mae.decoding import Choose, Reading, VideoDecodeError, decode
 
 MAX_ATTEMPTS = 20
 # Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video and the frames of each attempt.
@@ -121,7 +121,7 @@ class ClipDataset(Dataset[Sample]):
 
     def read(self, index: int, choose: Choose) -> torch.Tensor:
         """The chosen frames of a video, frames_THWC, read as its source says. Raises: VideoDecodeError."""
-        return torch.from_numpy(decode(self.paths[index][0], choose, self.data.decoder, self.paths.at(index).config, self.in_channels))
+        return torch.from_numpy(decode(self.paths[index][0], choose, Reading.of(self.data, self.in_channels, self.paths.at(index).config)))
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
         return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng)

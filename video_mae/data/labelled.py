@@ -15,10 +15,10 @@ from torch.utils.data import Dataset, Sampler
 from video_mae.augment import strengthen_clip
 from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.data.dataset import ClipDataset, Failure, Sample
-from video_mae.data.decoding import Choose, VideoDecodeError
 from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.sampling import dense_indices, sample_seed, uniform_indices
 from video_mae.data.sources import Sources
+from video_mae.decoding import Choose, VideoDecodeError
 
 
 def read_training_videos(config: FinetuneConfig) -> tuple[LabeledVideoPaths, ClassifierConfig]:

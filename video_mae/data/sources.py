@@ -10,8 +10,8 @@ from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
 from video_mae.data.annotations import read_annotations
-from video_mae.data.decoding import VideoDecodeError, decode, is_video
 from video_mae.data.sampling import EpochStream, Key, block_order
+from video_mae.decoding import Reading, VideoDecodeError, decode, is_video
 
 BLOCK = 1000
 """Every so many samples hold each source in its share."""
@@ -101,7 +101,7 @@ def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
             raise ValueError(f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is {in_channels}; change it, or "
                              f"choose {in_channels} with {source.key}.channels")
         try:
-            decode(path, lambda _: np.zeros(1, dtype=np.int64), data.decoder, config, in_channels)
+            decode(path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config))
         except VideoDecodeError as error:
             mistakes.append(error)
         else:

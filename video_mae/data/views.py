@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from video_mae.augment import crop_clip
-from video_mae.config.data import SourceConfig
 from video_mae.data.dataset import Failure
-from video_mae.data.decoding import VideoDecodeError, decode
 from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
+from video_mae.decoding import Reading, VideoDecodeError, decode
 
 Corner = tuple[int, int]
 """(top, left) in pixels."""
@@ -24,7 +23,7 @@ Corner = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How a video is looked at: num_clips x num_crops clips of num_frames x height x width; `source` says how its file is read."""
+    """How a video is looked at: num_clips x num_crops clips of num_frames x height x width; `reading` says how its file is read."""
 
     num_frames: int
     height: int
@@ -33,8 +32,7 @@ class Views:
     stride: int
     num_clips: int
     num_crops: int
-    in_channels: int = 3
-    source: SourceConfig = SourceConfig()
+    reading: Reading = Reading()
 
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [S, T].
@@ -74,7 +72,7 @@ class Views:
             places_ST = places.reshape(indices_ST.shape)
             return wanted
 
-        frames_FHWC = torch.from_numpy(decode(path, choose, source=self.source, in_channels=self.in_channels))
+        frames_FHWC = torch.from_numpy(decode(path, choose, self.reading))
         height, width = frames_FHWC.shape[1:3]
         size = self.resized(height, width)
         return VideoViews(crop_clip(frames_FHWC, (0, 0, height, width), size, flip=False), torch.from_numpy(places_ST), self.corners(*size),

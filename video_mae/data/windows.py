@@ -15,10 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
-from video_mae.config.data import SourceConfig
 from video_mae.data.dataset import Failure
-from video_mae.data.decoding import VideoDecodeError, is_video, stream
 from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
+from video_mae.decoding import Reading, VideoDecodeError, stream, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +30,7 @@ class Windows:
     stride: int
     hop: int
     crop: Literal["center", "whole"]
-    in_channels: int
-    source: SourceConfig
+    reading: Reading
 
     @property
     def span(self) -> int:
@@ -61,7 +59,7 @@ class Windows:
 
         kept: dict[int, torch.Tensor] = {}
         done = 0
-        for place, frame in enumerate(stream(path, choose, self.source, self.in_channels)):
+        for place, frame in enumerate(stream(path, choose, self.reading)):
             kept[int(wanted[place])] = self._fit(torch.from_numpy(frame))
             while done < len(indices_CT) and indices_CT[done, -1] <= wanted[place]:
                 yield total, torch.stack([kept[index] for index in indices_CT[done].tolist()])
@@ -87,26 +85,10 @@ class Times(NamedTuple):
 
 def clip_times(path: str, num_video_frames: int, windows: Windows) -> Times:
     """The times of the clips of a video as its time stamps say; NaN for files without time, such as arrays."""
-    seconds_F2 = frame_seconds(path, num_video_frames)
+    seconds_F2 = times(path, windows.reading)
     starts_C = windows.starts(num_video_frames)
     ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
     return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1])
-
-
-def frame_seconds(path: str, num_video_frames: int) -> NDArray[np.float64]:
-    """When each frame is shown, [frames, (begin, end)]: by its time stamp, or by the frame rate where stamps are missing.
-
-    The frames are those of decord, by its numbering.
-    """
-    if not is_video(path):
-        return np.full((num_video_frames, 2), np.nan)
-    import decord
-
-    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-    stamps = reader.get_frame_timestamp(np.arange(num_video_frames)).astype(np.float64)
-    if np.all(np.diff(stamps[:, 0]) > 0) and np.all(np.abs(stamps) < 1e9):  # AVI with B-frames has some stamps and a number for "none"
-        return stamps
-    return np.stack([np.arange(num_video_frames), np.arange(1, num_video_frames + 1)], axis=1) / reader.get_avg_fps()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from video_mae.config.data import ZYX_IS_THW, SourceConfig
-from video_mae.data.arrays import MAX_CLIP_BYTES, Read, frames_first
+from video_mae.decoding.arrays import frames_first
+from video_mae.decoding.reading import MAX_CLIP_BYTES, Frames, untimed
 
 EXTENSIONS = (".tif", ".tiff")
 MAX_PAGES, MAX_TAGS = 2**20, 4096
@@ -29,7 +30,7 @@ MAX_UNCHECKED_COUNT = 2**18  # bytes of deflate, which can unpack to 1032 times 
 CHUNK = 2**20
 
 
-def open_tiff(path: str, source: SourceConfig, in_channels: int) -> tuple[int, Read]:
+def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """The pages of a TIFF or BigTIFF file as frames, only the wanted ones read; of an ImageJ stack with channels, groups of pages.
 
     data.axes names the axis of the pages, then those of a page: CYX are pages of channels. Empty: frames, and a page as its tags say.
@@ -50,7 +51,7 @@ def open_tiff(path: str, source: SourceConfig, in_channels: int) -> tuple[int, R
         raise ValueError(f"a page has the axes {page.axes}: data.axes {source.axes} must name the pages' axis, then these")
     if not axes.startswith("T"):  # all pages are one frame
         group, axes = num_pages, f"T{axes}"
-    return num_pages // group, lambda wanted: _read(path, group, wanted, axes)
+    return Frames(num_pages // group, lambda wanted: _read(path, group, wanted, axes), untimed(num_pages // group))
 
 
 def _read(path: str, group: int, wanted: NDArray[np.int64], axes: str) -> Iterator[NDArray[Any]]:

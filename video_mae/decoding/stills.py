@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from video_mae.config.data import SourceConfig
-from video_mae.data.arrays import Read
+from video_mae.decoding.reading import Frames, untimed
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # whatever the name says, and no others: Pillow would start Ghostscript for an EPS
 
 
-def open_still(path: str, source: SourceConfig, in_channels: int) -> tuple[int, Read]:
+def open_still(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """The one frame of a picture, turned upright as its EXIF tag says; of an animation the first.
 
     8-bit pictures become grey, RGB or RGBA, as many channels as the model takes (RGB where it takes another number, or where
@@ -37,4 +37,4 @@ def open_still(path: str, source: SourceConfig, in_channels: int) -> tuple[int, 
     def read(_: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
         yield frame_HWC
 
-    return 1, read
+    return Frames(1, read, untimed(1))

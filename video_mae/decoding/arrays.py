@@ -8,7 +8,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -16,25 +16,19 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from video_mae.config.data import SourceConfig
+from video_mae.decoding.reading import MAX_CLIP_BYTES, Frames, untimed
 
-Read = Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
-"""From increasing frame indices to those frames, HWC, one after another."""
-Open = Callable[[str, SourceConfig, int], tuple[int, Read]]
-"""From a path, the source's settings and the model's channels to the number of frames and what reads them."""
-
-MAX_CLIP_BYTES = 2**31
-"""A small file can claim frames of gigabytes; 16 frames of 4K video take 0.4 GB."""
 MAX_HEADER_BYTES = 10_000
 DEFAULT_AXES = {2: "HW", 3: "THW", 4: "THWC"}
 
 
-def open_npy(path: str, source: SourceConfig, in_channels: int) -> tuple[int, Read]:
+def open_npy(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """An .npy file: only the slices that are wanted are read. Raises: ValueError for objects and for a header that lies."""
     with open(path, "rb") as file:
         return _frames(_map(file, os.fstat(file.fileno()).st_size), source.axes_thwc)
 
 
-def open_npz(path: str, source: SourceConfig, in_channels: int) -> tuple[int, Read]:
+def open_npz(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """One array of an .npz file: mapped where it is stored as it is (np.savez), read whole where it is compressed, up to 2 GB."""
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         member = archive.getinfo(_member(archive.namelist(), source.array))
@@ -66,14 +60,14 @@ def frames_first(array: NDArray[Any], axes: str) -> NDArray[Any]:
     return view
 
 
-def _frames(array: NDArray[Any], axes: str) -> tuple[int, Read]:
+def _frames(array: NDArray[Any], axes: str) -> Frames:
     view_THWC = frames_first(array, axes)
 
     def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
         for index in wanted:
             yield view_THWC[int(index)]
 
-    return len(view_THWC), read
+    return Frames(len(view_THWC), read, untimed(len(view_THWC)))
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -1,0 +1,23 @@
+"""From files to frames, in processes of their own. Nothing here imports torch, so that such a process starts fast."""
+
+from video_mae.decoding.frames import Decoded, decode, read_clip, resolve_decoder, stream, times
+from video_mae.decoding.opened import READERS, VIDEO_EXTENSIONS, is_video
+from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
+
+__all__ = [
+    "READERS",
+    "VIDEO_EXTENSIONS",
+    "Choose",
+    "Clip",
+    "Decoded",
+    "Member",
+    "Place",
+    "Reading",
+    "VideoDecodeError",
+    "decode",
+    "is_video",
+    "read_clip",
+    "resolve_decoder",
+    "stream",
+    "times",
+]

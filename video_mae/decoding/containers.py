@@ -1,0 +1,133 @@
+"""What a video file is before a decoder sees it: is it a container at all, is it whole, and is it of a kind that decoders read wrongly."""
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
+_SIGNATURES = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"\x47",  # MPEG transport stream
+    b"\x00\x00\x01\xba",  # MPEG program stream
+    b"\x00\x00\x01\xb3",  # MPEG video
+    b"FLV",
+    b"OggS",
+    b"\x30\x26\xb2\x75",  # ASF, WMV
+)
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
+_MP4_NEEDED = (b"moov", b"mdat", b"moof")
+_UNKNOWN_SIZES = (0, 0xFFFFFFFF)
+# FFmpeg knows packed B-frames by this note of the encoder: several pictures in a packet, so that packets and frames do not match.
+_PACKED = re.compile(rb"DivX\d{3}(?:b|Build)\d{1,6}p")
+_PACKED_WITHIN = 2**18
+
+EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
+Box = tuple[bytes, int, int]
+"""(kind, first byte of its content, end)."""
+
+
+def check_container(file: BinaryIO, num_bytes: int) -> str:
+    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES or nothing ("").
+
+    Raises: ValueError for what a decoder would follow, or silently decode in part.
+    """
+    file.seek(0)
+    head = file.read(16)
+    if num_bytes == 0:
+        raise ValueError("the file is empty")
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        claimed = int.from_bytes(head[4:8], "little")
+        if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:  # writers disagree about the last padding byte
+            raise ValueError(f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}")
+        return PACKED_B_FRAMES if _PACKED.search(file.read(_PACKED_WITHIN)) else ""
+    if head[4:8] in _MP4_BOXES:
+        _check_mp4(file, num_bytes)
+        return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
+    if not head.startswith(_SIGNATURES):
+        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv)")
+    return ""
+
+
+def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
+    for kind, _, end in _boxes(file, 0, num_bytes):
+        if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
+            raise ValueError(f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}")
+
+
+def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
+    while start + 8 <= end:
+        file.seek(start)
+        head = file.read(16)
+        size, kind, content = int.from_bytes(head[:4], "big"), head[4:8], start + 8
+        if size == 1:  # the size follows as 64 bits
+            size, content = int.from_bytes(head[8:16], "big"), start + 16
+        if size < content - start:  # 0: up to the end of the file; others: no box, such as padding
+            return
+        yield kind, content, start + size
+        start += size
+
+
+def _inside(file: BinaryIO, box: Box, *kinds: bytes) -> Iterator[Box]:
+    """The boxes of a box along a path of kinds."""
+    for inner in _boxes(file, box[1], box[2]):
+        if inner[0] == kinds[0]:
+            if len(kinds) == 1:
+                yield inner
+            else:
+                yield from _inside(file, inner, *kinds[1:])
+
+
+def _numbers(file: BinaryIO, box: Box, at: int, form: str) -> tuple[int, ...]:
+    file.seek(box[1] + at)
+    return struct.unpack(form, file.read(struct.calcsize(form)))
+
+
+def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
+    """Tracks of pictures that have edits, with the time scale of the movie; a header that ends too soon has none."""
+    movies = [box for box in _boxes(file, 0, num_bytes) if box[0] == b"moov"]
+    try:
+        for movie in movies:
+            for header in _inside(file, movie, b"mvhd"):
+                time_scale = _scale_and_duration(file, header)[0]
+                for track in _inside(file, movie, b"trak"):
+                    kinds = [_numbers(file, handler, 8, "4s")[0] for handler in _inside(file, track, b"mdia", b"hdlr")]
+                    if b"vide" in kinds and any(_inside(file, track, b"edts", b"elst")):
+                        yield track, time_scale
+    except struct.error:
+        return
+
+
+def _scale_and_duration(file: BinaryIO, header: Box) -> tuple[int, int]:
+    long = _numbers(file, header, 0, "B")[0] == 1
+    scale, duration = _numbers(file, header, 20 if long else 12, ">IQ" if long else ">II")
+    return scale, duration
+
+
+def _hides_frames(file: BinaryIO, track: Box, movie_scale: int) -> bool:
+    """Whether the edits of a track show less than all of its frames, or show them out of order."""
+    edits = [edit for box in _inside(file, track, b"edts", b"elst") for edit in _edits(file, box)]
+    shown = [(duration, start) for duration, start in edits if start >= 0]  # -1 is time in which nothing is shown
+    if len(shown) != 1:
+        return len(shown) > 1
+    (duration, start), = shown
+    for header in _inside(file, track, b"mdia", b"mdhd"):
+        scale, length = _scale_and_duration(file, header)
+        table = (b"mdia", b"minf", b"stbl")
+        frame = next((_numbers(file, box, 12, ">I")[0] for box in _inside(file, track, *table, b"stts")), 0)
+        first = next((_numbers(file, box, 12, ">i")[0] for box in _inside(file, track, *table, b"ctts")), 0)  # shown so long after decoding
+        if not (scale and movie_scale and length and duration and frame):
+            return start > 0 and start - first >= max(frame, 1)
+        visible = duration * scale / movie_scale
+        tolerance = frame + 2 * scale / movie_scale  # durations are rounded to the scale of the movie
+        return start - first >= frame or length - visible >= tolerance
+    return False
+
+
+def _edits(file: BinaryIO, box: Box) -> Iterator[tuple[int, int]]:
+    """(duration, first time) of each edit."""
+    long = _numbers(file, box, 0, "B")[0] == 1
+    count, size = _numbers(file, box, 4, ">I")[0], 20 if long else 12
+    for i in range(min(count, (box[2] - box[1]) // size)):
+        duration, start = _numbers(file, box, 8 + i * size, ">Qq" if long else ">Ii")
+        yield duration, start

@@ -1,0 +1,47 @@
+"""Videos by decord."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.decoding.pyav_video import shown_size
+from video_mae.decoding.reading import Frames, Reading, scaled_size
+
+
+def load() -> str:
+    """Loads the library; returns its version."""
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord.__version__
+
+
+def open_video(path: str, reading: Reading) -> Frames:
+    """Opens a file that is a video container. Raises: what decord does, which is of many types."""
+    import decord
+
+    # decord takes a size only as it opens, so where frames are to be smaller, the size of the video is asked elsewhere.
+    height, width = scaled_size(*shown_size(path), reading.short_side) if reading.short_side else (-1, -1)
+    # Where decord cannot decode a frame it repeats another: fault_tol=1 makes more than one such frame an error.
+    # DECORD_EOF_RETRY_MAX stays 10240: it counts polls of the decoding thread, and 64 failed a third of a set of good files.
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=reading.threads, fault_tol=1)
+
+    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+        for index in wanted:  # one by one costs what get_batch costs, and shows the size before there is memory for all
+            yield _without_padding(reader[int(index)].asnumpy())
+        reader.seek(0)  # without it decord keeps what it read ahead
+
+    def times() -> NDArray[np.float64]:
+        stamps = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
+        if np.all(np.diff(stamps[:, 0]) > 0) and np.all(np.abs(stamps) < 1e9):  # AVI with B-frames has some, and a number for "none"
+            return stamps
+        return np.stack([np.arange(len(reader)), np.arange(1, len(reader) + 1)], axis=1) / reader.get_avg_fps()
+
+    return Frames(len(reader), read, times)
+
+
+def _without_padding(frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Where rows are padded to 4/3 of their length (48 pixels wide, for one), decord takes the padding for a fourth channel."""
+    height, width, channels = frame_HWC.shape
+    return frame_HWC if channels == 3 else frame_HWC.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)

@@ -1,0 +1,175 @@
+"""Files that are open for reading, in the process that decodes: `open_file`, `read_frames`, `frame_times`, `close_file`.
+
+T frames of a clip, F frames of a file, H W pixels, C channels.
+"""
+
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.config.data import SourceConfig
+from video_mae.decoding import stills, tiff
+from video_mae.decoding.arrays import open_npy, open_npz
+from video_mae.decoding.decoders import local_file, open_video, resolve
+from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
+
+VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+READERS: dict[str, tuple[str, Callable[[str, SourceConfig, int], Frames]]] = {
+    ".npy": ("numpy", open_npy),
+    ".npz": ("numpy", open_npz),
+    **dict.fromkeys(tiff.EXTENSIONS, ("tifffile", tiff.open_tiff)),
+    **dict.fromkeys(stills.EXTENSIONS, ("pillow", stills.open_still)),
+}
+"""What reads a file that is no video, by the ending of its name; any other ending is a video, for data.decoder."""
+WHITE = 65535
+
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
+"""From a shape and a type to memory for a clip."""
+
+
+class Facts(NamedTuple):
+    """What is known of a file that is open: a number to call it by, its frames, what reads it, and why it is not the first decoder."""
+
+    handle: int
+    num_frames: int
+    decoder: str
+    fallback: str
+
+
+class Cost(NamedTuple):
+    """Seconds that frames took: waiting for the disk or for a core, and computing."""
+
+    waiting: float
+    computing: float
+
+
+@dataclass(frozen=True)
+class _Opened:
+    place: Place
+    reading: Reading
+    decoder: str
+    frames: Frames
+
+
+_opened: dict[int, _Opened] = {}
+_handles = count(os.getpid() << 32)  # those of a process that was replaced mean nothing to the next
+
+
+def is_video(place: Place) -> bool:
+    """Whether a file is left to a video decoder."""
+    return suffix(place) not in READERS
+
+
+def suffix(place: Place) -> str:
+    """The ending of a file's name, in lower case."""
+    return Path(place.name if isinstance(place, Member) else place).suffix.lower()
+
+
+def open_file(place: Place, reading: Reading) -> Facts:
+    """Opens a file until it is closed. Raises: VideoDecodeError."""
+    known = READERS.get(suffix(place))
+    first = known[0] if known else resolve(reading.decoder)
+    with _as_decode_error(place, first):
+        if not isinstance(place, Member) and not stat.S_ISREG(os.stat(place).st_mode):
+            raise ValueError("not a regular file")
+        fallback = ""
+        if known is None:
+            name, frames, fallback = open_video(place, reading)
+            fallback = _one_line(ValueError(fallback), place) if fallback else ""
+        else:
+            path, kept = local_file(place)
+            name, frames = known[0], known[1](path, reading.source, reading.in_channels)
+            frames = Frames(frames.num_frames, frames.read, frames.times, kept)
+        if frames.num_frames < 1:
+            raise ValueError("the video has no frames")
+    handle = next(_handles)
+    _opened[handle] = _Opened(place, reading, name, frames)
+    return Facts(handle, frames.num_frames, name, fallback)
+
+
+def read_frames(handle: int, wanted: NDArray[np.int64], allocate: Allocate = np.empty) -> tuple[Clip, Cost]:
+    """The frames `wanted`, rising indices [F], of an open file: clip_FHWC. Raises: VideoDecodeError."""
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    opened = _opened[handle]
+    clip_FHWC: NDArray[Any] | None = None
+    with _as_decode_error(opened.place, opened.decoder):
+        num = 0
+        for num, frame in enumerate(opened.frames.read(wanted), 1):
+            if clip_FHWC is None and frame.nbytes * len(wanted) > MAX_CLIP_BYTES:
+                raise ValueError(f"{len(wanted)} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB")
+            frame_HWC = _pixels(frame, opened.reading)
+            if clip_FHWC is None:
+                clip_FHWC = allocate((len(wanted), *frame_HWC.shape), frame_HWC.dtype)
+            elif frame_HWC.shape != clip_FHWC.shape[1:]:
+                raise ValueError("the size of the picture changes within the clip")
+            clip_FHWC[num - 1] = frame_HWC
+        if clip_FHWC is None or num < len(wanted):
+            raise ValueError(f"frame {int(wanted[num])} of {opened.frames.num_frames} cannot be decoded")
+    computing = time.process_time() - begin_cpu
+    return clip_FHWC, Cost(max(time.perf_counter() - begin - computing, 0.0), computing)
+
+
+def frame_times(handle: int) -> NDArray[np.float64]:
+    """When each frame of an open file is shown, seconds [F, (begin, end)]; NaN for files without time. Raises: VideoDecodeError."""
+    opened = _opened[handle]
+    with _as_decode_error(opened.place, opened.decoder):
+        return opened.frames.times()
+
+
+def close_file(handle: int) -> None:
+    """Closes an open file."""
+    _opened.pop(handle, None)
+
+
+def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
+    """A frame as the model takes it. Raises: ValueError where it has other channels or values."""
+    source, channels = reading.source, frame_HWC.shape[2]
+    if source.channels:
+        if max(source.channels) >= channels:
+            raise ValueError(f"has {channels} channels, data.channels asks for {max(source.channels)}, counted from 0")
+        frame_HWC = frame_HWC[:, :, list(source.channels)]
+        channels = len(source.channels)
+    if channels != reading.in_channels:
+        raise ValueError(f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, model.in_channels is "
+                         f"{reading.in_channels}; change it, data.channels, or data.axes")
+    if source.value_range is None:
+        if frame_HWC.dtype != np.uint8:
+            raise ValueError(f"holds {frame_HWC.dtype}; set data.value_range to the values that are black and white")
+        return np.asarray(frame_HWC)
+    low, high = source.value_range
+    values = frame_HWC.astype(np.result_type(frame_HWC.dtype, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (values - low) * (WHITE / (high - low))
+    return np.nan_to_num(values, nan=0.0).clip(0, WHITE).round().astype(np.uint16)
+
+
+@contextmanager
+def _as_decode_error(place: Place, decoder: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # decoders raise RuntimeError, ValueError, IndexError, MemoryError and types of their own
+        raise VideoDecodeError(str(place), decoder, _one_line(error, place)) from None
+
+
+def _one_line(error: Exception, place: Place) -> str:
+    """The reason without decord's C++ file names, time stamps, conditions, advice and stack trace."""
+    if isinstance(error, MemoryError):
+        return "needs more memory than a decoder may take"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).split("Stack trace")[0].replace(f"[{place}]", "").replace(str(place), "the file")
+    text = re.sub(r"/proc/self/fd/\d+", "the file", text)
+    text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+?:\d+: ", "", text)
+    text = re.sub(r"Check failed: .*? \(\S+ vs\. \S+\) (ERROR )?", "", text)
+    text = re.split(r"\. (?=[A-Z])|\.\.\.|\n", text.strip())[0].strip(" .")
+    return text[:200] or type(error).__name__

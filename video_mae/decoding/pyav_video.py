@@ -1,0 +1,132 @@
+"""Videos by PyAV: frames are numbered by the packets' time stamps, a seek goes to the key frame before, decoding goes on from there.
+
+Where packets and frames do not match (packed B-frames, missing stamps), the file is decoded from its start, twice: to count, and to read.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.decoding.reading import Frames, Reading, scaled_size
+
+
+def load() -> str:
+    """Loads the library; returns its version."""
+    av.logging.set_level(None)
+    return av.__version__
+
+
+def open_video(path: str, reading: Reading, *, in_order: bool = False) -> Frames:
+    """Opens a file that is a video container; in_order: frames are counted by decoding, for files whose packets mislead.
+
+    Raises: av.FFmpegError, and ValueError where a frame that the packets promise does not come out.
+    """
+    video = _Video(path, reading, in_order)
+    return Frames(len(video.stamps), video.read, video.times)
+
+
+def shown_size(path: str) -> tuple[int, int]:
+    """(height, width) of the frames of a video as they are shown, its rotation included."""
+    with _container(path) as container:
+        stream = _stream(container)
+        frame = next(container.decode(stream))
+        height, width = stream.codec_context.height, stream.codec_context.width
+        return (width, height) if frame.rotation % 180 else (height, width)
+
+
+def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
+    """All frames of a video in the order they are shown, from its start on: the truth that random access is measured by."""
+    with _container(path) as container:
+        stream = _stream(container)
+        _set_threads(stream, threads)
+        yield from container.decode(stream)
+
+
+def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
+    """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
+    height, width = scaled_size(frame.height, frame.width, short_side)
+    scaled = frame.reformat(width=width, height=height, format="rgb24")
+    return np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+
+
+def _container(path: str) -> Any:
+    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
+    return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
+
+
+def _stream(container: Any) -> Any:
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ValueError("the file has no video stream")
+    return stream
+
+
+def _set_threads(stream: Any, threads: int) -> None:
+    stream.codec_context.thread_count = threads
+    stream.thread_type = "AUTO" if threads > 1 else "NONE"
+
+
+class _Video:
+    """An opened file; one pass of decoding is kept, so that rising indices cost no seek."""
+
+    def __init__(self, path: str, reading: Reading, in_order: bool) -> None:
+        self.path, self.reading = path, reading
+        with _container(path) as container:
+            stream = _stream(container)
+            self.time_base = float(stream.time_base)
+            self.fps = float(stream.average_rate or stream.guessed_rate or 1)
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        self.ordered = in_order or any(pts is None for pts, _ in packets) or len({pts for pts, _ in packets}) < len(packets)
+        if self.ordered:
+            stamps = [frame.pts for frame in sequential(path, reading.threads)]
+            self.stamps: list[Any] = stamps
+            self.keys: list[Any] = []
+        else:
+            self.stamps = sorted(pts for pts, _ in packets)
+            self.keys = sorted(pts for pts, is_key in packets if is_key)
+
+    def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+        for frame in self._in_order(wanted) if self.ordered else self._by_seeking(wanted):
+            yield pixels(frame, self.reading.short_side)
+
+    def times(self) -> NDArray[np.float64]:
+        if any(stamp is None for stamp in self.stamps) or any(b <= a for a, b in zip(self.stamps, self.stamps[1:], strict=False)):
+            return np.stack([np.arange(len(self.stamps)), np.arange(1, len(self.stamps) + 1)], axis=1) / self.fps
+        begin = np.array(self.stamps, dtype=np.float64) * self.time_base
+        return np.stack([begin, np.append(begin[1:], begin[-1] + 1 / self.fps)], axis=1)
+
+    def _in_order(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
+        rest = iter(wanted.tolist())
+        next_wanted = next(rest, None)
+        for place, frame in enumerate(sequential(self.path, self.reading.threads)):
+            if next_wanted is None:
+                return
+            if place == next_wanted:
+                yield frame
+                next_wanted = next(rest, None)
+        if next_wanted is not None:
+            raise ValueError(f"frame {next_wanted} of {len(self.stamps)} cannot be decoded")
+
+    def _by_seeking(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
+        with _container(self.path) as container:
+            stream = _stream(container)
+            _set_threads(stream, self.reading.threads)
+            frames: Iterator[av.VideoFrame] = iter(())
+            position: Any = None
+            for index in wanted.tolist():
+                stamp = self.stamps[index]
+                key = bisect_right(self.keys, stamp)
+                if position is None or (key and self.keys[key - 1] > position):  # a key frame lies between: jump to it
+                    container.seek(self.keys[key - 1] if key else self.stamps[0], stream=stream)
+                    frames = container.decode(stream)
+                for frame in frames:
+                    position = frame.pts
+                    if position is not None and position >= stamp:
+                        break
+                if position != stamp:
+                    raise ValueError(f"frame {index} of {len(self.stamps)} cannot be decoded")
+                yield frame  # pyright: ignore[reportPossiblyUnboundVariable]  (position is the last one's)

@@ -1,0 +1,49 @@
+"""Videos by torchcodec, on a CPU or by a GPU's decoder; it needs FFmpeg's libraries from the system."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.decoding.reading import Frames, Reading, scaled_size
+
+NVDEC = "cuda"
+
+
+def load() -> str:
+    """Loads the library, and torch with it; returns its version."""
+    from importlib.metadata import version
+
+    import torch
+    import torchcodec.decoders  # noqa: F401  # pyright: ignore[reportMissingImports]  (optional)
+
+    torch.set_num_threads(1)
+    return version("torchcodec")
+
+
+def open_video(path: str, reading: Reading) -> Frames:
+    """Opens a file that is a video container. Raises: what torchcodec does, which is of many types."""
+    from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
+    from torchcodec.transforms import Resize  # pyright: ignore[reportMissingImports]
+
+    def make(transforms: list[Any]) -> Any:
+        return VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=reading.device, seek_mode="exact",
+                            transforms=transforms)
+
+    decoder = make([])
+    size = (decoder.metadata.height, decoder.metadata.width)
+    smaller = scaled_size(*size, reading.short_side)
+    if smaller != size:
+        decoder = make([Resize(smaller)])
+
+    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+        for index in wanted:
+            yield decoder.get_frame_at(int(index)).data.cpu().numpy()
+
+    def times() -> NDArray[np.float64]:
+        begin = np.array([decoder.get_frame_at(i).pts_seconds for i in range(len(decoder))])
+        last = decoder.get_frame_at(len(decoder) - 1).duration_seconds
+        return np.stack([begin, np.append(begin[1:], begin[-1] + last)], axis=1)
+
+    return Frames(len(decoder), read, times)
