@@ -7,8 +7,8 @@ from typing import Literal
 
 from video_mae.schema import knob, require
 
-Decoder = Literal["auto", "decord", "torchcodec", "pyav"]
-"""A library that reads videos; auto: the first of decord, torchcodec, pyav that works here."""
+Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
+"""A library that reads videos; auto: the first of them that works here."""
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 
 

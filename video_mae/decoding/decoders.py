@@ -12,7 +12,7 @@ from video_mae.decoding.containers import EDIT_LIST, PACKED_B_FRAMES, check_cont
 from video_mae.decoding.reading import Frames, Member, Place, Reading
 
 NAMES: tuple[str, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
-"""In the order in which they are preferred."""
+"""In the order in which they are tried."""
 MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES), "torchcodec": (PACKED_B_FRAMES,), "pyav": ()}
 """What seeking returns other frames than reading in order does; pyav decodes such files from their start.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from video_mae.decoding import decoders
 from video_mae.decoding.isolation import Isolated, KilledError, decoder_process
-from video_mae.decoding.opened import Cost, Facts, close_file, frame_times, is_video, open_file, read_frames, suffix
+from video_mae.decoding.opened import Cost, Facts, close_file, frame_times, is_video, next_frames, open_file, suffix
 from video_mae.decoding.reading import Choose, Clip, Place, Reading, VideoDecodeError
 
 STREAMED = 8  # frames of a stream that are handed over at once
@@ -51,7 +51,7 @@ def read_clip(place: Place, choose: Choose, reading: Reading) -> Decoded:
         indices_T = choose(facts.num_frames)  # outside: an error in there is no fault of the video
         wanted, place_T = np.unique(indices_T, return_inverse=True)
         assert 0 <= wanted[0] <= wanted[-1] < facts.num_frames
-        clip_FHWC, cost = run(read_frames, facts.handle, wanted, shares=True)
+        clip_FHWC, cost = run(next_frames, facts.handle, len(wanted), wanted, shares=True)
     if len(wanted) == 1:  # T times the same memory: of a large picture there may be none for T copies
         clip_THWC = as_strided(clip_FHWC[0], (len(indices_T), *clip_FHWC.shape[1:]), (0, *clip_FHWC.strides[1:]))
     else:
@@ -68,7 +68,7 @@ def stream(place: Place, choose: Choose, reading: Reading = Reading()) -> Iterat
         wanted = choose(facts.num_frames)
         size = None
         for first in range(0, len(wanted), STREAMED):
-            clip_FHWC, _ = run(read_frames, facts.handle, wanted[first: first + STREAMED], shares=True)
+            clip_FHWC, _ = run(next_frames, facts.handle, min(STREAMED, len(wanted) - first), None if first else wanted, shares=True)
             if clip_FHWC.shape[1:] != (size or clip_FHWC.shape[1:]):
                 raise VideoDecodeError(str(place), facts.decoder, "the size of the picture changes within the video")
             size = clip_FHWC.shape[1:]

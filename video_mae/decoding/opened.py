@@ -1,4 +1,4 @@
-"""Files that are open for reading, in the process that decodes: `open_file`, `read_frames`, `frame_times`, `close_file`.
+"""Files that are open for reading, in the process that decodes: `open_file`, `next_frames`, `frame_times`, `close_file`.
 
 T frames of a clip, F frames of a file, H W pixels, C channels.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,12 +53,13 @@ class Cost(NamedTuple):
     computing: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Opened:
     place: Place
     reading: Reading
     decoder: str
     frames: Frames
+    pass_over: Iterator[NDArray[Any]] = iter(())
 
 
 _opened: dict[int, _Opened] = {}
@@ -97,24 +98,29 @@ def open_file(place: Place, reading: Reading) -> Facts:
     return Facts(handle, frames.num_frames, name, fallback)
 
 
-def read_frames(handle: int, wanted: NDArray[np.int64], allocate: Allocate = np.empty) -> tuple[Clip, Cost]:
-    """The frames `wanted`, rising indices [F], of an open file: clip_FHWC. Raises: VideoDecodeError."""
+def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, allocate: Allocate = np.empty) -> tuple[Clip, Cost]:
+    """The first frames of a new pass over an open file, which will give the frames `wanted`, rising indices; or its next ones where None.
+
+    Returns: clip_FHWC and what it cost. Raises: VideoDecodeError.
+    """
     begin, begin_cpu = time.perf_counter(), time.process_time()
     opened = _opened[handle]
+    if wanted is not None:
+        opened.pass_over = opened.frames.read(wanted)
     clip_FHWC: NDArray[Any] | None = None
     with _as_decode_error(opened.place, opened.decoder):
         num = 0
-        for num, frame in enumerate(opened.frames.read(wanted), 1):
-            if clip_FHWC is None and frame.nbytes * len(wanted) > MAX_CLIP_BYTES:
-                raise ValueError(f"{len(wanted)} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB")
+        for num, frame in enumerate(islice(opened.pass_over, num_frames), 1):
+            if clip_FHWC is None and frame.nbytes * num_frames > MAX_CLIP_BYTES:
+                raise ValueError(f"{num_frames} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB")
             frame_HWC = _pixels(frame, opened.reading)
             if clip_FHWC is None:
-                clip_FHWC = allocate((len(wanted), *frame_HWC.shape), frame_HWC.dtype)
+                clip_FHWC = allocate((num_frames, *frame_HWC.shape), frame_HWC.dtype)
             elif frame_HWC.shape != clip_FHWC.shape[1:]:
                 raise ValueError("the size of the picture changes within the clip")
             clip_FHWC[num - 1] = frame_HWC
-        if clip_FHWC is None or num < len(wanted):
-            raise ValueError(f"frame {int(wanted[num])} of {opened.frames.num_frames} cannot be decoded")
+        if clip_FHWC is None or num < num_frames:
+            raise ValueError(f"only {num} of {num_frames} frames can be decoded")
     computing = time.process_time() - begin_cpu
     return clip_FHWC, Cost(max(time.perf_counter() - begin - computing, 0.0), computing)
 

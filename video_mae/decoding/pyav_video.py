@@ -70,6 +70,13 @@ def _set_threads(stream: Any, threads: int) -> None:
     stream.thread_type = "AUTO" if threads > 1 else "NONE"
 
 
+def _decoded(container: Any, stream: Any, needed: set[Any]) -> Iterator[av.VideoFrame]:
+    """The frames from where the file is; those that are not needed, nor needed by others, are not decoded at all."""
+    for packet in container.demux(stream):
+        stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+        yield from packet.decode()
+
+
 class _Video:
     """An opened file; one pass of decoding is kept, so that rising indices cost no seek."""
 
@@ -116,13 +123,14 @@ class _Video:
             stream = _stream(container)
             _set_threads(stream, self.reading.threads)
             frames: Iterator[av.VideoFrame] = iter(())
+            needed = {self.stamps[index] for index in wanted.tolist()}
             position: Any = None
             for index in wanted.tolist():
                 stamp = self.stamps[index]
                 key = bisect_right(self.keys, stamp)
                 if position is None or (key and self.keys[key - 1] > position):  # a key frame lies between: jump to it
                     container.seek(self.keys[key - 1] if key else self.stamps[0], stream=stream)
-                    frames = container.decode(stream)
+                    frames = _decoded(container, stream, needed)
                 for frame in frames:
                     position = frame.pts
                     if position is not None and position >= stamp:

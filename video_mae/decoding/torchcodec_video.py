@@ -1,6 +1,7 @@
 """Videos by torchcodec, on a CPU or by a GPU's decoder; it needs FFmpeg's libraries from the system."""
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,12 @@ NVDEC = "cuda"
 
 def load() -> str:
     """Loads the library, and torch with it; returns its version."""
-    from importlib.metadata import version
-
+    found = version("torchcodec")  # before torch is loaded, which takes seconds
     import torch
     import torchcodec.decoders  # noqa: F401  # pyright: ignore[reportMissingImports]  (optional)
 
     torch.set_num_threads(1)
-    return version("torchcodec")
+    return found
 
 
 def open_video(path: str, reading: Reading) -> Frames:
