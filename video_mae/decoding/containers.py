@@ -22,13 +22,15 @@ _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 _PACKED = re.compile(rb"DivX\d{3}(?:b|Build)\d{1,6}p")
 _PACKED_WITHIN = 2**18
 
-EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
+_HEVC_SAMPLES, _HEVC_MATROSKA, _HEADER_BYTES = (b"hvc1", b"hev1"), b"V_MPEGH/ISO/HEVC", 2**16
+
+EDIT_LIST, PACKED_B_FRAMES, HEVC = "an edit list hides frames", "packed B-frames (DivX)", "H.265"
 Box = tuple[bytes, int, int]
 """(kind, first byte of its content, end)."""
 
 
 def check_container(file: BinaryIO, num_bytes: int) -> str:
-    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES or nothing ("").
+    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, HEVC or nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
@@ -43,10 +45,14 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
         return PACKED_B_FRAMES if _PACKED.search(file.read(_PACKED_WITHIN)) else ""
     if head[4:8] in _MP4_BOXES:
         _check_mp4(file, num_bytes)
-        return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
+        tracks = list(_video_tracks(file, num_bytes))
+        if any(_hides_frames(file, track, movie) for track, movie in tracks):
+            return EDIT_LIST
+        samples = [box for track, _ in tracks for box in _inside(file, track, b"mdia", b"minf", b"stbl", b"stsd")]
+        return HEVC if any(_numbers(file, box, 12, "4s")[0] in _HEVC_SAMPLES for box in samples if box[2] - box[1] >= 16) else ""
     if not head.startswith(_SIGNATURES):
         raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv)")
-    return ""
+    return HEVC if _HEVC_MATROSKA in head + file.read(_HEADER_BYTES) else ""
 
 
 def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
@@ -84,7 +90,7 @@ def _numbers(file: BinaryIO, box: Box, at: int, form: str) -> tuple[int, ...]:
 
 
 def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
-    """Tracks of pictures that have edits, with the time scale of the movie; a header that ends too soon has none."""
+    """Tracks of pictures, with the time scale of the movie; a header that ends too soon has none."""
     movies = [box for box in _boxes(file, 0, num_bytes) if box[0] == b"moov"]
     try:
         for movie in movies:
@@ -92,7 +98,7 @@ def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
                 time_scale = _scale_and_duration(file, header)[0]
                 for track in _inside(file, movie, b"trak"):
                     kinds = [_numbers(file, handler, 8, "4s")[0] for handler in _inside(file, track, b"mdia", b"hdlr")]
-                    if b"vide" in kinds and any(_inside(file, track, b"edts", b"elst")):
+                    if b"vide" in kinds:
                         yield track, time_scale
     except struct.error:
         return
@@ -108,7 +114,7 @@ def _hides_frames(file: BinaryIO, track: Box, movie_scale: int) -> bool:
     """Whether the edits of a track show less than all of its frames, or show them out of order."""
     edits = [edit for box in _inside(file, track, b"edts", b"elst") for edit in _edits(file, box)]
     shown = [(duration, start) for duration, start in edits if start >= 0]  # -1 is time in which nothing is shown
-    if len(shown) != 1:
+    if len(shown) != 1:  # no edits: all is shown
         return len(shown) > 1
     (duration, start), = shown
     for header in _inside(file, track, b"mdia", b"mdhd"):

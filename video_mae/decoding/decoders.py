@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import Any, get_args
 
 from video_mae.config.data import Decoder
-from video_mae.decoding.containers import EDIT_LIST, PACKED_B_FRAMES, check_container
+from video_mae.decoding.containers import EDIT_LIST, HEVC, PACKED_B_FRAMES, check_container
 from video_mae.decoding.reading import Frames, Member, Place, Reading
 
 NAMES: tuple[str, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
 """In the order in which they are tried."""
-MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES), "torchcodec": (PACKED_B_FRAMES,), "pyav": ()}
+MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES, HEVC), "torchcodec": (PACKED_B_FRAMES,), "pyav": ()}
 """What seeking returns other frames than reading in order does; pyav decodes such files from their start.
 
 Measured with decord 0.6.0 and torchcodec 0.13.0 and 0.17.0: tests/test_decoders.py.

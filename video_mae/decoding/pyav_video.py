@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from video_mae.decoding.reading import Frames, Reading, scaled_size
 
+SKIPPING = ("h264", "hevc", "mpeg4")
+"""Decoders that decide packet by packet what they leave out, and name what no other frame refers to."""
+
 
 def load() -> str:
     """Loads the library; returns its version."""
@@ -72,21 +75,24 @@ def _set_threads(stream: Any, threads: int) -> None:
 
 def _decoded(container: Any, stream: Any, needed: set[Any]) -> Iterator[av.VideoFrame]:
     """The frames from where the file is; those that are not needed, nor needed by others, are not decoded at all."""
+    skips = stream.codec_context.name in SKIPPING
     for packet in container.demux(stream):
-        stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+        if skips:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
         yield from packet.decode()
 
 
 class _Video:
-    """An opened file; one pass of decoding is kept, so that rising indices cost no seek."""
+    """An opened file."""
 
     def __init__(self, path: str, reading: Reading, in_order: bool) -> None:
         self.path, self.reading = path, reading
-        with _container(path) as container:
-            stream = _stream(container)
-            self.time_base = float(stream.time_base)
-            self.fps = float(stream.average_rate or stream.guessed_rate or 1)
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+        self.container = _container(path)  # opening one costs milliseconds
+        self.stream = _stream(self.container)
+        _set_threads(self.stream, reading.threads)
+        self.time_base = float(self.stream.time_base)
+        self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
+        packets = [(p.pts, p.is_keyframe) for p in self.container.demux(self.stream) if p.size and not p.is_discard]
         self.ordered = in_order or any(pts is None for pts, _ in packets) or len({pts for pts, _ in packets}) < len(packets)
         if self.ordered:
             stamps = [frame.pts for frame in sequential(path, reading.threads)]
@@ -119,22 +125,19 @@ class _Video:
             raise ValueError(f"frame {next_wanted} of {len(self.stamps)} cannot be decoded")
 
     def _by_seeking(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
-        with _container(self.path) as container:
-            stream = _stream(container)
-            _set_threads(stream, self.reading.threads)
-            frames: Iterator[av.VideoFrame] = iter(())
-            needed = {self.stamps[index] for index in wanted.tolist()}
-            position: Any = None
-            for index in wanted.tolist():
-                stamp = self.stamps[index]
-                key = bisect_right(self.keys, stamp)
-                if position is None or (key and self.keys[key - 1] > position):  # a key frame lies between: jump to it
-                    container.seek(self.keys[key - 1] if key else self.stamps[0], stream=stream)
-                    frames = _decoded(container, stream, needed)
-                for frame in frames:
-                    position = frame.pts
-                    if position is not None and position >= stamp:
-                        break
-                if position != stamp:
-                    raise ValueError(f"frame {index} of {len(self.stamps)} cannot be decoded")
-                yield frame  # pyright: ignore[reportPossiblyUnboundVariable]  (position is the last one's)
+        frames: Iterator[av.VideoFrame] = iter(())
+        needed = {self.stamps[index] for index in wanted.tolist()}
+        position: Any = None
+        for index in wanted.tolist():
+            stamp = self.stamps[index]
+            key = bisect_right(self.keys, stamp)
+            if position is None or (key and self.keys[key - 1] > position):  # a key frame lies between: jump to it
+                self.container.seek(self.keys[key - 1] if key else self.stamps[0], stream=self.stream)
+                frames = _decoded(self.container, self.stream, needed)
+            for frame in frames:
+                position = frame.pts
+                if position is not None and position >= stamp:
+                    break
+            if position != stamp:
+                raise ValueError(f"frame {index} of {len(self.stamps)} cannot be decoded")
+            yield frame  # pyright: ignore[reportPossiblyUnboundVariable]  (position is the last one's)
