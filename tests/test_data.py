@@ -107,7 +107,7 @@ def test_what_is_no_video_is_refused_with_path_decoder_and_reason(folder, tmp_pa
         with pytest.raises(VideoDecodeError, match=reason) as caught:
             decode(str(path), np.arange)
         copy = pickle.loads(pickle.dumps(caught.value))
-        assert (copy.path, copy.decoder, copy.reason) == (str(path), "decord", caught.value.reason)
+        assert (copy.path, copy.decoder, copy.reason) == (str(path), "pyav", caught.value.reason)
         assert "\n" not in str(copy)
 
 
@@ -180,7 +180,7 @@ def test_a_broken_video_gives_way_to_the_same_other_video_each_time(data):
 
 
 def test_a_list_of_broken_videos_ends_the_run_with_a_reason(folder):
-    with pytest.raises(RuntimeError, match=r"data\.source: 20 videos in a row .*broken\.mp4: decord: the file is cut off"):
+    with pytest.raises(RuntimeError, match=r"data\.source: 20 videos in a row .*broken\.mp4: pyav: the file is cut off"):
         dataset(write_list(folder / "broken.txt", "broken.mp4 0"))[0, 0]
 
 

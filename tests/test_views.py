@@ -116,5 +116,5 @@ def test_a_loader_gives_each_video_once_in_order_and_names_the_bad_one(tmp_path:
     assert [[video.index for video in batch] for batch in batches] == [[3, 2], [0]]
     bad = batches[0][1]
     assert bad.views is None
-    assert (bad.failure.path, bad.failure.decoder) == (paths[2], "decord")
+    assert (bad.failure.path, bad.failure.decoder) == (paths[2], "pyav")
     assert batches[1][0].views.clips().shape == (15, 2, 16, 16, 3)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from video_mae.schema import knob, require
 
-Decoder = Literal["auto", "decord", "pyav", "torchcodec"]
+Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 

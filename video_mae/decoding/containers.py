@@ -1,6 +1,8 @@
 """What a video file is before a decoder sees it: is it a container at all, is it whole, and is it of a kind that decoders read wrongly."""
 
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -29,15 +31,28 @@ Box = tuple[bytes, int, int]
 """(kind, first byte of its content, end)."""
 
 
+_KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os.path.isdir(folder))
+"""File systems whose files are regular by their type, and may wait for ever."""
+
+
+def is_regular(path: str) -> bool:
+    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the kernel, and no broken link."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_dev not in _KERNEL
+
+
 def check_container(file: BinaryIO, num_bytes: int) -> str:
     """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, HEVC or nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
-    file.seek(0)
-    head = file.read(16)
     if num_bytes == 0:
         raise ValueError("the file is empty")
+    file.seek(0)
+    head = file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         claimed = int.from_bytes(head[4:8], "little")
         if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:  # writers disagree about the last padding byte

@@ -5,7 +5,6 @@ T frames of a clip, F frames of a file, H W pixels, C channels.
 
 import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from video_mae.config.data import SourceConfig
 from video_mae.decoding import stills, tiff
 from video_mae.decoding.arrays import open_npy, open_npz
+from video_mae.decoding.containers import is_regular
 from video_mae.decoding.decoders import local_file, open_video, resolve
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
 
@@ -80,8 +80,9 @@ def open_file(place: Place, reading: Reading) -> Facts:
     """Opens a file until it is closed. Raises: VideoDecodeError."""
     known = READERS.get(suffix(place))
     first = known[0] if known else resolve(reading.decoder)
-    with _as_decode_error(place, first):
-        if not isinstance(place, Member) and not stat.S_ISREG(os.stat(place).st_mode):
+    with as_decode_error(place, first):
+        if not isinstance(place, Member) and not is_regular(place):
+            os.stat(place)  # says it better, where there is none
             raise ValueError("not a regular file")
         fallback = ""
         if known is None:
@@ -108,7 +109,7 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
     if wanted is not None:
         opened.pass_over = opened.frames.read(wanted)
     clip_FHWC: NDArray[Any] | None = None
-    with _as_decode_error(opened.place, opened.decoder):
+    with as_decode_error(opened.place, opened.decoder):
         num = 0
         for num, frame in enumerate(islice(opened.pass_over, num_frames), 1):
             if clip_FHWC is None and frame.nbytes * num_frames > MAX_CLIP_BYTES:
@@ -128,7 +129,7 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
 def frame_times(handle: int) -> NDArray[np.float64]:
     """When each frame of an open file is shown, seconds [F, (begin, end)]; NaN for files without time. Raises: VideoDecodeError."""
     opened = _opened[handle]
-    with _as_decode_error(opened.place, opened.decoder):
+    with as_decode_error(opened.place, opened.decoder):
         return opened.frames.times()
 
 
@@ -160,7 +161,8 @@ def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
 
 
 @contextmanager
-def _as_decode_error(place: Place, decoder: str) -> Iterator[None]:
+def as_decode_error(place: Place, decoder: str) -> Iterator[None]:
+    """Whatever goes wrong with a file within is raised as a VideoDecodeError, its reason one line."""
     try:
         yield
     except Exception as error:  # decoders raise RuntimeError, ValueError, IndexError, MemoryError and types of their own
