@@ -53,7 +53,7 @@ class SharedMemory:
                 return begin, data.nbytes
         there = self.allocate((data.nbytes,), np.uint8)
         there[:] = data
-        return self.place(memoryview(there)) if data.nbytes else (0, 0)
+        return self.place(there.data) if data.nbytes else (0, 0)
 
 
 def main(socket: int, memory: int, parent: int) -> None:

@@ -61,7 +61,7 @@ def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
     """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
     height, width = scaled_size(frame.height, frame.width, short_side)
     scaled = frame.reformat(width=width, height=height, format="rgb24")
-    return np.rot90(scaled.to_ndarray(), frame.rotation // 90)
+    return np.rot90(np.asarray(scaled.to_ndarray(), np.uint8), frame.rotation // 90)
 
 
 def _container(path: str) -> Any:

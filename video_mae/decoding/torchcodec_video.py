@@ -1,5 +1,6 @@
 """Videos by torchcodec, on a CPU or by a GPU's decoder; it needs FFmpeg's libraries from the system."""
 
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -27,8 +28,11 @@ def open_video(path: str, reading: Reading) -> Frames:
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
     from torchcodec.transforms import Resize  # pyright: ignore[reportMissingImports]
 
+    # A rank's processes decode on its own GPU, which is the one that its number among the ranks of the machine says.
+    device = f"{NVDEC}:{os.environ.get('LOCAL_RANK', '0')}" if reading.device == NVDEC else reading.device
+
     def make(transforms: list[Any]) -> Any:
-        return VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=reading.device, seek_mode="exact",
+        return VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=device, seek_mode="exact",
                             transforms=transforms)
 
     decoder = make([])
