@@ -32,7 +32,7 @@ from video_mae.atomic import write_whole
 from video_mae.config import ObjectiveConfig
 from video_mae.demo import PHOTOGRAPHS
 from video_mae.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
-from video_mae.journal import read_jsonl
+from video_mae.jsonl import read_jsonl
 from video_mae.masking import token_mask
 from video_mae.model import Encoder
 from video_mae.optim import GuardedAdamW, Schedule, parameter_groups

@@ -186,7 +186,7 @@ def test_a_list_of_broken_videos_ends_the_run_with_a_reason(folder):
 
 def batches(data: DataConfig, rank: int = 0, world_size: int = 1, micro_batch: int = 4, first_step: int = 0) -> list[Batch]:
     clips = dataset(data)
-    return list(make_loader(clips, StepSampler(len(clips), micro_batch, 2, rank, world_size, 3, first_step, 3), data, pin=False))
+    return list(make_loader(clips, StepSampler(len(clips), micro_batch, 2, rank, world_size, 3, first_step, 3), data))
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -227,7 +227,7 @@ def test_a_batch_moves_to_a_device_and_keeps_its_failures(data):
 
 def test_workers_survive_the_signals_of_others_and_leave_with_the_trainer(data):
     clips = dataset(with_workers(data, 1))
-    loader = iter(make_loader(clips, StepSampler(len(clips), 4, 2, 0, 1, 3, 0, 8), clips.data, pin=False))
+    loader = iter(make_loader(clips, StepSampler(len(clips), 4, 2, 0, 1, 3, 0, 8), clips.data))
     next(loader)
     (worker,) = multiprocessing.active_children()
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)

@@ -34,8 +34,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    save_model_folder(tmp_path_factory.mktemp("mae") / "model", VideoMAE(MODEL))
-    return tmp_path_factory.getbasetemp() / "mae0" / "model"
+    folder = tmp_path_factory.mktemp("mae") / "model"
+    save_model_folder(folder, VideoMAE(MODEL))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -4,18 +4,20 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from video_mae.journal import Event, Journal, Quarantine, peak_flops, read_jsonl
+from video_mae.journal import Event, Journal, peak_flops
+from video_mae.jsonl import Register, read_jsonl
 from video_mae.report import write_report
 
-KEYS = ["step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait", "mfu",
-        "memory_gb", "skipped_steps", "bad_videos", "time"]
+STAGES = ("decoding", "copying")
+KEYS = ["step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait",
+        "decoding_ms", "copying_ms", "mfu", "memory_gb", "skipped_steps", "bad_videos", "time"]
 
 
 class Failure(NamedTuple):
@@ -39,7 +41,7 @@ class CountingTensor(torch.Tensor):
 
 def make_journal(folder: Path, **changes: Any) -> Journal:
     settings: dict[str, Any] = {"is_main": True, "total_steps": 10, "log_interval": 4, "clips_per_step": 8, "flops_per_clip": 1e9,
-                                "num_devices": 1, "device": torch.device("cpu"), "precision": "fp32"}
+                                "num_devices": 1, "device": torch.device("cpu"), "precision": "fp32", "stages": STAGES}
     return Journal(folder, **{**settings, **changes})
 
 
@@ -121,6 +123,35 @@ def test_throughput_and_data_wait_are_shares_of_the_time_from_the_first_batch_on
     line = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert line["clips_per_second"] == pytest.approx(4 * 8 / seconds, rel=0.1)
     assert 0.12 / seconds * 0.9 < line["data_wait"] < 1 - 0.04 / seconds * 0.9
+
+
+def test_the_stages_of_loading_are_milliseconds_of_a_clip_over_all_ranks(tmp_path: Path):
+    journal = make_journal(tmp_path, total_steps=4, num_devices=2)  # 8 clips a step: 4 on this rank
+    for step in range(1, 5):
+        journal.spent((0.2, 0.01))
+        journal.spent((0.04, 0.0))
+        take_steps(journal, step, step)
+    line = read_jsonl(tmp_path / "metrics.jsonl")[0]
+    assert (line["decoding_ms"], line["copying_ms"]) == (pytest.approx(240 / 4), pytest.approx(10 / 4))
+
+
+def test_advice_is_asked_after_the_first_line_and_told_once_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    journal, asked = make_journal(tmp_path, total_steps=8, log_interval=1), []
+
+    def advise(data_wait: float, milliseconds: Mapping[str, float], clips_per_second: float) -> tuple[str, str] | None:
+        asked.append((milliseconds["decoding"], milliseconds["copying"]))
+        assert 0 <= data_wait <= 1
+        assert clips_per_second > 0
+        stages = [None, "decoding", "decoding", "copying", "decoding", None, "copying"]
+        stage = stages[len(asked) - 1]
+        return None if stage is None else (stage, f"{stage} is slow, {len(asked)}")
+
+    journal.advise = advise
+    for step in range(1, 9):
+        journal.spent((0.008 * step, 0.0))
+        take_steps(journal, step, step)
+    assert asked == [(pytest.approx(float(step)), 0.0) for step in range(2, 9)]
+    assert [line for line in capsys.readouterr().out.splitlines() if "slow" in line] == ["decoding is slow, 2", "copying is slow, 4"]
 
 
 def test_any_measures_are_averaged_and_shown_under_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -252,13 +283,14 @@ def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_w
 
 
 def test_a_bad_video_is_quarantined_once_also_across_starts_and_ranks(tmp_path: Path):
-    quarantine, other_rank = Quarantine(tmp_path), Quarantine(tmp_path)
+    file = tmp_path / "quarantine.jsonl"
+    quarantine, other_rank = Register(file), Register(file)
     quarantine.add([])
     assert not quarantine.file.exists()
     quarantine.add([Failure("a.mp4"), Failure("b \u00e9.mp4", "av", "torn\n"), Failure("a.mp4")])
     other_rank.add([Failure("a.mp4"), Failure("c.mp4")])
     assert quarantine.paths == {"a.mp4", "b \u00e9.mp4", "c.mp4"}
-    Quarantine(tmp_path).add([Failure("c.mp4")])  # a later start
+    Register(file).add([Failure("c.mp4")])  # a later start
     entries = read_jsonl(quarantine.file)
     assert [entry["path"] for entry in entries] == ["a.mp4", "b \u00e9.mp4", "c.mp4"]
     assert [list(entry) for entry in entries] == [["path", "decoder", "reason", "time"]] * 3
@@ -266,15 +298,16 @@ def test_a_bad_video_is_quarantined_once_also_across_starts_and_ranks(tmp_path: 
 
 
 def test_a_torn_quarantine_line_spoils_no_other(tmp_path: Path):
-    Quarantine(tmp_path).add([Failure("a.mp4")])
-    with (tmp_path / "quarantine.jsonl").open("ab") as stream:
+    file = tmp_path / "quarantine.jsonl"
+    Register(file).add([Failure("a.mp4")])
+    with file.open("ab") as stream:
         stream.write(b'{"path": "b.mp4", "dec')
-    Quarantine(tmp_path).add([Failure("b.mp4"), Failure("c.mp4")])
-    assert [entry["path"] for entry in read_jsonl(tmp_path / "quarantine.jsonl")] == ["a.mp4", "b.mp4", "c.mp4"]
+    Register(file).add([Failure("b.mp4"), Failure("c.mp4")])
+    assert [entry["path"] for entry in read_jsonl(file)] == ["a.mp4", "b.mp4", "c.mp4"]
 
 
 def quarantine_many(folder: Path) -> None:
-    quarantine = Quarantine(folder)
+    quarantine = Register(folder / "quarantine.jsonl")
     for i in range(100):
         quarantine.add([Failure(f"{i}.mp4")])
 

@@ -59,8 +59,8 @@ def test_validation_draws_nothing_and_sees_the_middle(tiny_finetune: Tiny, sampl
     assert not batch.clip_BTHWC[2].any()
     # 16 frames of 48 x 48 pixels: 4 dense ones 2 apart start at 4; the crop is the frame itself.
     indices = {"dense": [4, 6, 9, 11], "uniform": [2, 6, 10, 14]}[sampling]
-    frames_THWC = validation.clips.read(5, lambda _: np.array(indices))
-    assert torch.equal(batch.clip_BTHWC[1], frames_THWC)
+    frames_THWC = validation.clips.read(5, lambda _: np.array(indices)).clip_THWC
+    assert np.array_equal(batch.clip_BTHWC[1], frames_THWC)
 
 
 def test_a_broken_validation_video_is_named_and_marked(tiny_finetune: Tiny, tmp_path: Path) -> None:

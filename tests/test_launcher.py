@@ -161,8 +161,8 @@ def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(shared_v
     partly = {"zeroed_mid.mp4", "reschange.ts"}  # clips from their intact start decode
     must = {file.name for file in (shared_videos / "broken").iterdir()} - readable - partly
     assert must <= set(named)
-    assert set(named) <= must | partly | {"av1_video.mkv", "editlist.mp4"}  # decord has no AV1 decoder and trips over edit lists
-    assert all(entry["reason"] and entry["decoder"] == "decord" for entry in entries)
+    assert set(named) <= must | partly
+    assert all(entry["reason"] and entry["decoder"] == "pyav" for entry in entries)
 
 
 def test_a_wrong_key_under_the_launcher_is_one_line_and_status_2(tiny_file: Path) -> None:

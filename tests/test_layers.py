@@ -21,17 +21,18 @@ ALLOWED = {
     "weights": {"atomic", "config", "convert", "model", "schema"}, "atomic": set(),
     "convert.layout": set(), "convert.reading": {"checkpoint"}, "convert.architecture": {"config", "convert", "positions", "schema"},
     "convert.importing": {"config", "convert", "model"}, "convert.export": {"atomic", "config", "convert", "model"},
-    "engine": {"config", "optim", "checkpoint"}, "journal": {"config"},
-    "report": {"config", "journal"},
-    "train": {"config", "data", "engine", "journal", "kernels", "optim", "report", "schema", "weights"},
+    "engine": {"config", "optim", "checkpoint"}, "jsonl": set(), "journal": {"jsonl"},
+    "report": {"jsonl"},
+    "train": {"config", "data", "decoding", "engine", "journal", "jsonl", "kernels", "optim", "report",
+              "run_folder", "schema", "weights"}, "run_folder": {"config", "decoding", "schema"},
     "picture": {"config", "model", "masking", "kernels"},
-    "scores": set(), "heads": set(), "feature_file": set(), "ranks": {"engine"}, "results": {"atomic"},
+    "shard_writer": {"data"}, "scores": set(), "heads": set(), "feature_file": set(), "ranks": {"engine"}, "results": {"atomic"},
     "features": {"config", "data", "model", "weights"}, "predict": {"config", "data", "decoding", "features", "model", "weights"},
 }
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours
 ONLY = {"deepspeed": ("video_mae.engine",), "triton": ("kernels.",), "decord": ("video_mae.decoding.", *COMPETITORS),
-        "pytorchvideo": ("video_mae.data.", *COMPETITORS), "torchcodec": ("video_mae.decoding.",),
-        "av": ("video_mae.decoding.", "video_mae.demo")}
+        "pytorchvideo": ("video_mae.data.", *COMPETITORS), "torchcodec": ("video_mae.decoding.", *COMPETITORS),
+        "av": ("video_mae.decoding.", "video_mae.demo", *COMPETITORS)}
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:

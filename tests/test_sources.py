@@ -209,7 +209,7 @@ def test_joint_batches_do_not_depend_on_workers_or_ranks(joint: DataConfig) -> N
     def batches(num_workers: int, rank: int = 0, world_size: int = 1, micro_batch: int = 4) -> list[Any]:
         data, clips = DataConfig(num_workers=num_workers, sources=joint.sources), dataset(joint)
         sampler = StepSampler(len(clips), micro_batch, 1, rank, world_size, SEED, 0, 4, clips.paths.stream(SEED))
-        return list(make_loader(clips, sampler, data, pin=False))
+        return list(make_loader(clips, sampler, data))
 
     alone, helped, left, right = batches(0), batches(2), batches(0, 0, 2, 2), batches(2, 1, 2, 2)
     for one, other, *halves in zip(alone, helped, left, right, strict=True):

@@ -45,6 +45,8 @@ STAGES = {
                    ("MODEL_OR_RUN_FOLDER",)),
     "extract": Stage("write the features of clips along videos of any length, with their times; also under the launcher", "extract",
                      "ExtractConfig", ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER")),
+    "doctor": Stage("check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
+                    "2: a mistake in the command", "doctor", "DoctorConfig", ("LIST",)),
     "convert": Stage("a model of another project as one of ours, or ours as theirs", "convert.stage", "ConvertConfig",
                      ("SOURCE", "DESTINATION")),
     "bench": BENCH_KERNELS, "bench kernels": BENCH_KERNELS,
@@ -52,6 +54,10 @@ STAGES = {
                         "StepBenchConfig", (), ("--baseline FILE",)),
     "bench data": Stage("measure the loader beside pytorchvideo's and the official pipeline", "benchmark.data", "DataBenchConfig", (),
                         ("--baseline FILE",)),
+    "pack": Stage("turn the videos of a list into shards that training reads several times faster; goes on where it was stopped", "pack",
+                  "PackConfig", ("LIST", "FOLDER"),
+                  ("--form FORM", "--short-side PIXELS", "--fps FPS", "--frame-step FRAMES", "--gop FRAMES", "--crf CRF", "--shard-mb MB",
+                   "--root FOLDER", "--num-workers N")),
     "demo": Stage("render the embedded demo data set into a folder", "demo", "DemoConfig", ("FOLDER",)),
 }
 

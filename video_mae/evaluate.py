@@ -18,6 +18,7 @@ from tqdm import tqdm
 from video_mae.config.frozen import EvaluateConfig
 from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.views import ViewDataset, Views, make_view_loader
+from video_mae.data.workers import Workers, plan_workers
 from video_mae.features import check_precision
 from video_mae.kernels.dispatch import describe
 from video_mae.model import VideoClassifier
@@ -39,6 +40,7 @@ class Plan:
     model: VideoClassifier
     videos: LabeledVideos
     views: Views
+    workers: Workers
     names: tuple[str, ...]
     folder: Path
     settings: dict[str, Any]
@@ -69,14 +71,16 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     head = classifier.classifier_config
     videos = read_labeled("LIST", source, config.data.root, head.num_classes, head.class_names)
     num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
-    views = views_of(classifier, num_clips, config.num_crops, config.data)
-    settings = {"model": str(model_folder.absolute()), "list": str(Path(source).absolute()), "sampling": views.sampling,
-                "stride": views.stride, "num_clips": num_clips, "num_crops": config.num_crops, "precision": config.precision,
+    workers = plan_workers(config.num_workers, config.data.decoder_threads)
+    views = views_of(classifier, num_clips, config.num_crops, config.data, workers.threads)
+    settings = {"model": str(model_folder.absolute()), "list": source if "://" in source else str(Path(source).absolute()),
+                "sampling": views.sampling, "stride": views.stride, "num_clips": num_clips, "num_crops": config.num_crops,
+                "precision": config.precision,
                 "bad_videos_are": "left out" if config.skip_bad else "wrong"}
     folder = choose_folder(config.output, model)
     check_folder(folder, settings)
-    return Plan(config, classifier, videos, views, names_of(head) if head.class_names or not videos.class_names else videos.class_names,
-                folder, settings)
+    names = names_of(head) if head.class_names or not videos.class_names else videos.class_names
+    return Plan(config, classifier, videos, views, workers, names, folder, settings)
 
 
 def run(plan: Plan) -> int:
@@ -94,13 +98,16 @@ def _outcomes(plan: Plan, ranks: Ranks) -> list[Outcome]:
     model, mine = plan.model.to(ranks.device), ranks.share(len(plan.videos))
     if ranks.is_main:
         print(f"{len(plan.videos)} videos, {views.num_clips} x {views.num_crops} views each ({views.sampling}), {ranks.size} ranks; "
-              f"{describe(config.kernels, ranks.device)}; device {ranks.device}, {config.precision}", flush=True)
+              f"{describe(config.kernels, ranks.device)}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
+        if plan.workers.told:
+            print(plan.workers.told, flush=True)
     outcomes: list[Outcome] = []
-    loader = make_view_loader(ViewDataset(plan.videos.paths, views), mine, config.batch_size, config.num_workers)
+    loader = make_view_loader(ViewDataset(plan.videos.paths, views), mine, config.batch_size, plan.workers.num)
     with tqdm(total=len(mine), unit="video", disable=None if ranks.is_main else True) as progress:
         for batch in loader:
             for video in batch:
                 if video.views is None:
+                    assert video.failure is not None
                     outcomes.append(Outcome(video.index, None, video.failure.reason))
                 else:
                     outcomes.append(Outcome(video.index, classify_views(model, video.views, config.precision).numpy(), ""))
@@ -126,7 +133,7 @@ def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
     counted = scores.has_scores() if plan.config.skip_bad else np.ones(len(outcomes), dtype=bool)
     figures = Scores(scores.score_MK[counted], scores.label_M[counted])
     metrics = {**figures.metrics(), "interval": f"Wilson, {CONFIDENCE:.0%}", "views": plan.views.num_clips * plan.views.num_crops,
-               "bad_videos": len(bad), "bad": [{"path": paths[outcome.video], "reason": outcome.reason} for outcome in bad]}
+               "bad_videos": len(bad), "bad": [{"path": str(paths[outcome.video]), "reason": outcome.reason} for outcome in bad]}
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_text(plan.folder / "predictions.jsonl", "".join(_row(plan, scores, outcome) for outcome in outcomes))
     write_class_table(plan.folder / "classes.csv", figures, plan.names)
@@ -139,7 +146,7 @@ def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
 def _row(plan: Plan, scores: Scores, outcome: Outcome) -> str:
     """A line of predictions.jsonl."""
     label = plan.videos.labels[outcome.video]
-    row: dict[str, Any] = {"path": plan.videos.paths[outcome.video], "label": label, "class": plan.names[label]}
+    row: dict[str, Any] = {"path": str(plan.videos.paths[outcome.video]), "label": label, "class": plan.names[label]}
     if outcome.scores_K is None:
         row |= {"views": 0, "bad": outcome.reason}
     else:

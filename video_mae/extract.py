@@ -20,7 +20,8 @@ from video_mae.config.data import SourceConfig
 from video_mae.config.frozen import ExtractConfig
 from video_mae.data.annotations import EXTENSIONS, read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
-from video_mae.decoding import Reading
+from video_mae.data.workers import Workers, plan_workers
+from video_mae.decoding import Place, Reading
 from video_mae.feature_file import FeatureFile
 from video_mae.features import FrozenEncoder, check_precision
 from video_mae.ranks import Ranks
@@ -30,7 +31,7 @@ from video_mae.weights import Model, find_model_folder, load_pretrained
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
-FREE_KEYS = ("batch_size", "num_workers", "data.root")
+FREE_KEYS = ("batch_size", "num_workers", "data.root", "data.decoder_threads")
 MAX_STEM = 100  # characters of a video's name that its file keeps
 
 
@@ -41,8 +42,9 @@ class Plan:
     config: ExtractConfig
     model: Model
     windows: Windows
+    workers: Workers
     layers: tuple[int, ...]
-    paths: tuple[str, ...]
+    paths: tuple[Place, ...]
     files: tuple[Path, ...]
     folder: Path
     settings: dict[str, Any]
@@ -63,20 +65,22 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
     for layer in layers:
         require(0 <= layer < c.depth, "layers", list(layers), f"must be blocks of the encoder, 0 to {c.depth - 1}")
     require(len(set(layers)) == len(layers), "layers", list(layers), "must differ")
+    workers = plan_workers(config.num_workers, config.data.decoder_threads)
     windows = Windows(num_frames=c.num_frames, height=c.height, width=c.width, stride=config.data.stride,
-                      hop=config.hop or c.num_frames * config.data.stride, crop=config.crop, reading=Reading.of(config.data, c.in_channels))
+                      hop=config.hop or c.num_frames * config.data.stride, crop=config.crop,
+                      reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
     paths = _paths(source, config.data.root)
     target = Path(folder)
     files = tuple(target / file_name(path, config.format) for path in paths)
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {**knobs, "hop": windows.hop, "layers": list(layers), "span": windows.span, "weights": _fingerprint(encoder)}
     _check_folder(target, settings)
-    return Plan(config, encoder, windows, layers, paths, files, target, settings)
+    return Plan(config, encoder, windows, workers, layers, paths, files, target, settings)
 
 
-def file_name(path: str, kind: str) -> str:
+def file_name(path: Place, kind: str) -> str:
     """The name of a video's file: its own, and a hash of its full path, so that no two videos share one."""
-    full = os.path.abspath(path)
+    full = _full(path)
     return f"{Path(full).stem[:MAX_STEM]}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}.{kind}"
 
 
@@ -100,10 +104,12 @@ def _extract(plan: Plan, ranks: Ranks) -> dict[int, str]:
     mine = [video for video in ranks.share(len(plan.paths)) if not plan.files[video].exists()]
     if ranks.is_main:
         print(f"{len(plan.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip spans {plan.windows.span} frames, one "
-              f"every {plan.windows.hop}; device {ranks.device}, {config.precision}", flush=True)
+              f"every {plan.windows.hop}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
+        if plan.workers.told:
+            print(plan.workers.told, flush=True)
     bad: dict[int, str] = {}
     files: dict[int, FeatureFile] = {}
-    loader = make_piece_loader(PieceStream(plan.paths, mine, plan.windows, config.batch_size), config.num_workers)
+    loader = make_piece_loader(PieceStream(plan.paths, mine, plan.windows, config.batch_size), plan.workers.num)
     with tqdm(total=len(mine), unit="video", disable=None if ranks.is_main else True) as progress:
         for piece in loader:
             if piece.clip_BTHWC is None:
@@ -140,7 +146,7 @@ def _new_file(plan: Plan, piece: Piece, shape: tuple[int, ...]) -> FeatureFile:
 
 
 def _conclude(plan: Plan, bad: dict[int, str]) -> int:
-    rows = [{"path": os.path.abspath(path), **({"bad": bad[video]} if video in bad else {"file": plan.files[video].name})}
+    rows = [{"path": _full(path), **({"bad": bad[video]} if video in bad else {"file": plan.files[video].name})}
             for video, path in enumerate(plan.paths)]
     write_text(plan.folder / INDEX_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if bad:
@@ -149,7 +155,12 @@ def _conclude(plan: Plan, bad: dict[int, str]) -> int:
     return NOTHING if len(bad) == len(plan.paths) else DONE
 
 
-def _paths(source: str, root: str) -> tuple[str, ...]:
+def _full(path: Place) -> str:
+    """The same for a video wherever the program runs."""
+    return str(path) if "://" in str(path) else os.path.abspath(str(path))
+
+
+def _paths(source: str, root: str) -> tuple[Place, ...]:
     """One video, or all of a list or folder, each once; labels do not matter."""
     if Path(source).is_file() and Path(source).suffix.lower() in EXTENSIONS:
         return (source,)
@@ -157,7 +168,7 @@ def _paths(source: str, root: str) -> tuple[str, ...]:
         videos = read_annotations(SourceConfig(source=source, root=root))
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.source", "LIST_OR_VIDEO")) from None
-    return tuple({os.path.abspath(path): path for path, _ in videos}.values())
+    return tuple({_full(path): path for path, _ in videos}.values())
 
 
 def _fingerprint(model: Model) -> str:

@@ -115,10 +115,10 @@ def collect_features(encoder: FrozenEncoder, videos: LabeledVideos, views: Views
         for batch in loader:
             progress.update(len(batch))
             failures += [video.failure for video in batch if video.failure is not None]
-            readable = [video for video in batch if video.views is not None]
+            readable = {video.index: video.views for video in batch if video.views is not None}
             if readable:
-                features = encoder(torch.cat([video.views.to(encoder.device).clips() for video in readable]))
-                index = [video.index for video in readable]
+                features = encoder(torch.cat([views.to(encoder.device).clips() for views in readable.values()]))
+                index = list(readable)
                 seen_M[index] = True
                 pooled_MVD[index] = features.pooled_BD.unflatten(0, (-1, shape[1])).cpu()
                 if tokens_MVND is not None:

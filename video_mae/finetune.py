@@ -15,6 +15,7 @@ from video_mae.config import FinetuneConfig, ModelConfig
 from video_mae.data.dataset import Batch
 from video_mae.data.labelled import LabelledClips, ShareSampler, ValidationClips, read_training_videos, read_validation_videos
 from video_mae.data.loader import make_loader
+from video_mae.data.prefetch import DevicePrefetcher
 from video_mae.data.sampling import sample_seed
 from video_mae.inflation import resized
 from video_mae.model import VideoClassifier, encoder_macs
@@ -54,7 +55,8 @@ def prepare(config: FinetuneConfig) -> Plan:
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None
     config, weights, line = starting_weights(config)
-    return Plan(check_run(config, lambda: videos), config, validation, weights, line)
+    checked = check_run(config, lambda: videos)
+    return Plan(checked, replace(config, data=checked.config.data), validation, weights, line)
 
 
 def starting_weights(config: FinetuneConfig) -> tuple[FinetuneConfig, dict[str, torch.Tensor], str]:
@@ -116,6 +118,7 @@ class _Finetuning(Stage):
     def __init__(self, plan: Plan, *loop: Any) -> None:
         super().__init__(*loop)
         self.plan, self.config = plan, plan.config
+        self.augments_in_workers = plan.config.augment.changes_pixels and plan.config.augment.where == "worker"
 
     def dataset(self) -> LabelledClips:
         return LabelledClips(self.run.videos, self.config)
@@ -127,8 +130,7 @@ class _Finetuning(Stage):
                 f"{self.plan.weights_line}")
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
-        augment, seeds = self.config.augment, batch.seeds_B.tolist()
-        batch = batch.to(self.engine.device)
+        augment, seeds = self.config.augment, batch.host_seeds_B.tolist()
         clip_BTHWC, label_B, model = batch.clip_BTHWC, batch.label_B, self.config.model
         if augment.where == "device":
             clip_BTHWC = torch.stack([strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
@@ -161,12 +163,12 @@ class _Finetuning(Stage):
         """Scores of the model as it is over all validation videos, the same on every rank."""
         validation, device = self.config.validation, self.engine.device
         sampler = ShareSampler(len(videos), validation.batch, self.engine.rank, self.engine.world_size)
-        loader: Any = make_loader(ValidationClips(videos, self.config), sampler, self.config.data, pin=device.type == "cuda")
+        loader = make_loader(ValidationClips(videos, self.config), sampler, self.config.data)
         sums, failures = torch.zeros(4, dtype=torch.float64, device=device), []
-        for batch in loader:
+        for batch in DevicePrefetcher(loader, device):
             failures += batch.failures
-            logits_BK = self.engine.evaluate(batch.clip_BTHWC.to(device)).float()
-            label_B, counts_B = batch.label_B.to(device), (batch.index_B >= 0).to(device)
+            logits_BK = self.engine.evaluate(batch.clip_BTHWC).float()
+            label_B, counts_B = batch.label_B, (batch.index_B >= 0).to(device)
             hits_BR = logits_BK.topk(min(5, logits_BK.shape[1])).indices == label_B[:, None]
             loss_B = F.cross_entropy(logits_BK, label_B, reduction="none")
             scores = torch.stack([loss_B, hits_BR[:, 0], hits_BR.any(dim=1), torch.ones_like(loss_B)]).double()

@@ -1,24 +1,25 @@
-"""What a run tells: metrics.jsonl, log.txt, quarantine.jsonl, the console, throughput, data wait, MFU."""
+"""What a run tells: metrics.jsonl, log.txt, the console, throughput, data wait and what to do about it, MFU; and of which videos."""
 
-import fcntl
-import json
 import math
-import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from video_mae.jsonl import Register, cut_after, json_line
+
 Precision = Literal["fp32", "bf16", "fp16"]
 Event = tuple[str, float, int]
+Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
+"""From the data wait, the milliseconds of a clip in each stage of loading and clips/s to the stage that limits the run, and one line."""
 
 # Dense bf16/fp16 tensor-core FLOP/s by device name (a whole-word pattern; the first match counts). Source: NVIDIA's data sheets,
 # halved where a sheet quotes 2:4 sparsity; RTX 4090: fp16 with fp32 accumulation, Ada whitepaper. V100 has no bf16.
@@ -28,17 +29,6 @@ PEAK_FLOPS = {
 }
 
 
-class Failure(Protocol):
-    """A video that could not be decoded."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def decoder(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
 def peak_flops(device_name: str, precision: Precision) -> float | None:
     """Dense FLOP/s that a GPU's data sheet promises; None where it is unknown (fp32 runs without TF32 here: no figure)."""
     if precision == "fp32" or (precision == "bf16" and "V100" in device_name):
@@ -46,75 +36,28 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line that a crash tore."""
-    if not path.exists():
-        return []
-    return list(_objects(path.read_bytes()))
-
-
-class Quarantine:
-    """RUN/quarantine.jsonl: every video that could not be decoded, once.
-
-    All ranks of a run may hold one: the file is the truth, read on under a lock before each write.
-    """
-
-    def __init__(self, run_folder: Path) -> None:
-        self.file = run_folder / "quarantine.jsonl"
-        self._paths: set[str] = set()
-        self._bytes_read = 0
-
-    def add(self, failures: Iterable[Failure]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of the run has written."""
-        failures = list(failures)
-        if not failures:
-            return
-        with self.file.open("ab+") as stream:
-            with suppress(OSError):  # a file system without locks: two ranks may then both write a path, which is no reason to stop
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            self._read_on(stream.fileno())
-            if stream.seek(0, os.SEEK_END) > self._bytes_read:  # a crash tore the last line: end it, so that it spoils no other
-                stream.write(b"\n")
-                stream.flush()
-                self._read_on(stream.fileno())
-            new = {failure.path: failure for failure in failures if failure.path not in self._paths}
-            stream.writelines(_line({"path": path, "decoder": failure.decoder, "reason": failure.reason, "time": time.time()})
-                              for path, failure in new.items())
-
-    @property
-    def paths(self) -> frozenset[str]:
-        """All paths in the file, whoever wrote them."""
-        if self.file.exists():
-            with self.file.open("rb") as stream:
-                self._read_on(stream.fileno())
-        return frozenset(self._paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def _read_on(self, descriptor: int) -> None:
-        new = os.pread(descriptor, max(0, os.fstat(descriptor).st_size - self._bytes_read), self._bytes_read)
-        new = new[: new.rfind(b"\n") + 1]
-        self._paths.update(entry["path"] for entry in _objects(new))
-        self._bytes_read += len(new)
-
-
 class Journal:
     """Measures the steps of a run and writes them to RUN/metrics.jsonl, RUN/log.txt and the console.
 
     Every rank makes one and calls `step`; the main rank alone writes. clips_per_step counts all ranks, flops_per_clip is a
     forward and backward pass. With resumed_step = k, lines of later steps are cut off metrics.jsonl: that work was lost.
-    reduce_mean averages a tensor over ranks; every rank calls it at the same steps.
+    reduce_mean averages a tensor over ranks; every rank calls it at the same steps. stages: of loading, whose costs are measured.
+    `quarantine` names the videos that could not be decoded, `fallbacks` those that another decoder had to read. `advise` is asked after
+    each line but the first, in which workers start; what it says of a stage is told once.
     """
 
     def __init__(self, run_folder: Path, *, is_main: bool, total_steps: int, log_interval: int, clips_per_step: int,
                  flops_per_clip: float | None, num_devices: int, device: torch.device, precision: Precision,
                  write_events: Callable[[list[Event]], None] | None = None,
-                 reduce_mean: Callable[[torch.Tensor], torch.Tensor] = lambda values: values, resumed_step: int = 0) -> None:
+                 reduce_mean: Callable[[torch.Tensor], torch.Tensor] = lambda values: values, resumed_step: int = 0,
+                 stages: Sequence[str] = ()) -> None:
         self.is_main, self.total_steps, self.log_interval, self.clips_per_step = is_main, total_steps, log_interval, clips_per_step
         self.device, self.write_events, self.reduce_mean = device, write_events, reduce_mean
         self.metrics_file, self.log_file = run_folder / "metrics.jsonl", run_folder / "log.txt"
-        self.quarantine = Quarantine(run_folder)
+        self.quarantine, self.fallbacks = Register(run_folder / "quarantine.jsonl"), Register(run_folder / "fallbacks.jsonl")
+        self._num_ranks, self._stages = num_devices, tuple(stages)
+        self.advise: Advise = lambda data_wait, milliseconds, clips_per_second: None
+        self._told, self._has_line = set[str](), False  # the stages that were told, and whether workers are past their start
         peak = peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
         self._flops_share = None if peak is None or flops_per_clip is None else flops_per_clip / (peak * num_devices)  # of one clip/s
         self._bar: tqdm[Any] | None = None
@@ -122,7 +65,7 @@ class Journal:
         self._clear(time.perf_counter())
         run_folder.mkdir(parents=True, exist_ok=True)
         if is_main:
-            _cut(self.metrics_file, resumed_step)
+            cut_after(self.metrics_file, resumed_step)
             if sys.stdout.isatty():
                 self._bar = tqdm(total=total_steps, initial=resumed_step, file=sys.stdout, dynamic_ncols=True, unit="step")
 
@@ -148,6 +91,10 @@ class Journal:
         yield
         self._wait_seconds += time.perf_counter() - begin
 
+    def spent(self, seconds: Iterable[float]) -> None:
+        """Takes in what a batch has cost in each of the stages of loading, on its way here."""
+        self._stage_seconds = [total + more for total, more in zip(self._stage_seconds, seconds, strict=True)]
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Wraps what is no part of a step, such as a validation: the time inside slows no figure down."""
@@ -169,19 +116,28 @@ class Journal:
             self._bar.update(step - self._bar.n)
         if step % self.log_interval != 0 and step != self.total_steps:
             return
-        local = torch.cat([self._sums / self._num_steps, self._scalar(self._wait_seconds)[None]])
-        *means, grad_norm, wait_seconds = self.reduce_mean(local).tolist()  # the only host sync of an interval
+        loading = torch.stack([self._scalar(seconds) for seconds in (self._wait_seconds, *self._stage_seconds)])
+        reduced = self.reduce_mean(torch.cat([self._sums / self._num_steps, loading])).tolist()  # the only host sync of an interval
+        means, (grad_norm, wait_seconds, *stage_seconds) = reduced[: len(values)], reduced[len(values):]
         now = time.perf_counter()
         if self.is_main:
             seconds = max(now - self._begin, 1e-9)
-            clips_per_second = self.clips_per_step * self._num_steps / seconds
+            clips = self.clips_per_step * self._num_steps
+            clips_per_second, data_wait = clips / seconds, min(1.0, wait_seconds / seconds)
+            milliseconds = {stage: 1e3 * spent * self._num_ranks / clips for stage, spent in zip(self._stages, stage_seconds, strict=True)}
             line = {
                 "step": step, "epoch": epoch, **dict(zip(values, means, strict=True)), "lr": lr, "grad_norm": grad_norm,
-                "clips_per_second": clips_per_second, "data_wait": min(1.0, wait_seconds / seconds),
+                "clips_per_second": clips_per_second, "data_wait": data_wait,
+                **{f"{stage}_ms": spent for stage, spent in milliseconds.items()},
                 "mfu": None if self._flops_share is None else clips_per_second * self._flops_share, "memory_gb": self._memory_gb(),
                 "skipped_steps": int(skipped_steps), "bad_videos": len(self.quarantine), "time": time.time(),
             }
             self._write(line, _describe(line, values), "train", seconds / self._num_steps)
+            advice = self.advise(data_wait, milliseconds, clips_per_second) if self._has_line else None
+            if advice is not None and advice[0] not in self._told:
+                self._told.add(advice[0])
+                self.say(advice[1])
+            self._has_line = True
         self._clear(now)
 
     def record(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -198,6 +154,7 @@ class Journal:
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
+        self._stage_seconds = [0.0] * len(self._stages)
         self._sums = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
@@ -216,7 +173,7 @@ class Journal:
     def _write(self, line: dict[str, Any], parts: dict[str, str], kind: str, seconds_per_step: float | None = None) -> None:
         line = {key: value if isinstance(value, int) or _is_finite(value) else None for key, value in line.items()}
         with self.metrics_file.open("ab") as stream:
-            stream.write(_line(line))
+            stream.write(json_line(line))
         text = f"step {line['step']}/{self.total_steps}  " + "  ".join(f"{name} {value}" for name, value in parts.items())
         if seconds_per_step is None:
             self.say(text)
@@ -256,29 +213,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
-
-
-def _line(entry: dict[str, Any]) -> bytes:
-    return (json.dumps(entry, allow_nan=False) + "\n").encode()
-
-
-def _objects(text: bytes) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # torn by a crash
-            continue
-        if isinstance(entry, dict):
-            yield entry
-
-
-def _cut(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step; the file is replaced in one move, so a crash here loses nothing."""
-    if not path.exists():
-        return
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as stream:
-        stream.writelines(_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)

@@ -41,11 +41,11 @@ def classify_video(model: Model, video: str | Path, *, num_clips: int = 5, num_c
     return [(names[k], float(scores_K[k])) for k in scores_K.argsort(descending=True, stable=True)[:top].tolist()]
 
 
-def views_of(model: VideoClassifier, num_clips: int, num_crops: int, data: ReadConfig | None = None) -> Views:
+def views_of(model: VideoClassifier, num_clips: int, num_crops: int, data: ReadConfig | None = None, threads: int = 1) -> Views:
     """The views of a test, of the size and with the frame sampling that the model was trained with."""
     c, head = model.config, model.classifier_config
     return Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=head.sampling, stride=head.stride, num_clips=num_clips,
-                 num_crops=num_crops, reading=Reading.of(data or ReadConfig(), c.in_channels))
+                 num_crops=num_crops, reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads))
 
 
 def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:

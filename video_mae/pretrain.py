@@ -42,7 +42,8 @@ def prepare(config: PretrainConfig) -> Plan:
     num_visible, num_masked = mask_counts(config.model.grid, mask.kind, mask.ratio, mask.decoder_mask_ratio)
     if config.objective.contrastive_weight > 0 and num_masked < 2 and config.objective.negatives == "clip":
         raise ValueError("objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to contrast; raise mask.ratio")
-    return Plan(check_run(config, partial(read_sources, config.data, config.model.in_channels)), config, num_visible, num_masked)
+    checked = check_run(config, partial(read_sources, config.data, config.model.in_channels))
+    return Plan(checked, replace(config, data=checked.config.data), num_visible, num_masked)
 
 
 def run(plan: Plan) -> int:
@@ -69,7 +70,6 @@ class _Pretraining(Stage):
         return ", ".join(filter(None, (tokens, self.dataset().paths.describe())))
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
-        batch = batch.to(self.engine.device)
         output = self.engine(batch.clip_BTHWC, self._mask(batch.seeds_B))
         return {"loss": output.loss, "reconstruction_loss": output.reconstruction_loss, "contrastive_loss": output.contrastive_loss}
 
@@ -96,7 +96,7 @@ class _Pretraining(Stage):
         clip_BTHWC, mask = self.examples.clip_BTHWC, self._mask(self.examples.seeds_B, whole=True)
         predicted_BMP = self.engine.evaluate(clip_BTHWC, mask).predicted_BMP
         if self.engine.rank == 0:
-            names = [Path(self.run.videos[int(index)][0]).name for index in self.examples.index_B]
+            names = [Path(str(self.run.videos[int(index)][0])).name for index in self.examples.index_B]
             picture, model = self.run.folder / "reconstructions" / f"step_{done:08d}.png", self.config.model
             draw_reconstruction(picture, predicted_clip(clip_BTHWC, model).cpu(), mask.visible_BV.cpu(), mask.masked_BM.cpu(),
                                 predicted_BMP.float().cpu(), model.predicted_tubelet, self.config.objective.normalize, names,

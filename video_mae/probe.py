@@ -24,6 +24,7 @@ from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, uniform_indices
 from video_mae.data.views import Views
+from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Choose, Reading
 from video_mae.engine import world_from_environment
 from video_mae.features import FeatureSet, FrozenEncoder, check_precision, collect_features
@@ -38,7 +39,7 @@ from video_mae.weights import Model, find_model_folder, load_pretrained
 
 DONE, NO_FIGURES = 0, 3
 CHOICE = "the settings of each probe were chosen on the validation list, so its figures flatter; those of the test list do not"
-FREE_KEYS = ("output", "cache", "num_workers")  # other values of these give the same results
+FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads")  # other values of these give the same results
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
     model: Model
     lists: dict[str, LabeledVideos]
     views: Views
+    workers: Workers
     folder: Path
     settings: dict[str, Any]
 
@@ -91,18 +93,21 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     for name, source in (("validation", config.validation), ("test", config.test)):
         if source:
             lists[name] = read_labeled(name, source, config.data.root, train.num_classes, train.class_names)
+    workers = plan_workers(config.num_workers, config.data.decoder_threads)
     views = Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=config.sampling, stride=config.data.stride,
-                  num_clips=config.num_clips, num_crops=config.num_crops, reading=Reading.of(config.data, c.in_channels))
+                  num_clips=config.num_clips, num_crops=config.num_crops,
+                  reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {"model": str(model_folder.absolute()), **knobs}
     folder = choose_folder(config.output, model, "probe" if config.weights == "pretrained" else "probe_random")
     check_folder(folder, settings)
-    return Plan(config, encoder, lists, views, folder, settings)
+    return Plan(config, encoder, lists, views, workers, folder, settings)
 
 
 def run(plan: Plan) -> int:
     """Encodes, trains, chooses and writes the results. Returns 0; 3 where there are no figures, and says why."""
     config, folder = plan.config, plan.folder
+    print("; ".join(filter(None, (plan.workers.describe(), plan.workers.told))), flush=True)
     encoder = FrozenEncoder(plan.model, Ranks().device, config.precision)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) if config.cache == "disk" else nullcontext() as cache:
@@ -128,7 +133,7 @@ def _features(plan: Plan, encoder: FrozenEncoder, name: str, cache: str | None) 
     config = plan.config
     with_tokens = "attentive" in config.kinds and not (name == "train" and config.augment)
     return collect_features(encoder, plan.lists[name], plan.views, with_tokens=with_tokens, file=Path(cache) / name if cache else None,
-                            batch_size=config.encode_batch, num_workers=config.num_workers, what=name)
+                            batch_size=config.encode_batch, num_workers=plan.workers.num, what=name)
 
 
 def _train(plan: Plan, encoder: FrozenEncoder, train: FeatureSet) -> dict[Kind, Probe]:
@@ -187,7 +192,7 @@ def _drawn(plan: Plan, encoder: FrozenEncoder, sampler: StepSampler) -> Iterator
                       num_workers=config.num_workers)
     clips = _DrawnClips(plan.lists["train"].as_paths(), data, c.num_frames, c.height, c.width, config.seed, c.in_channels)
     clips.sampling = config.sampling
-    for batch in make_loader(clips, sampler, data, pin=False):
+    for batch in make_loader(clips, sampler, data):
         features = encoder(batch.clip_BTHWC)
         yield Example({"linear": features.pooled_BD, "attentive": features.tokens_BND}, batch.label_B)
 

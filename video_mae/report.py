@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from video_mae.journal import read_jsonl
+from video_mae.jsonl import read_jsonl
 
 NUM_PICTURES = 3
 NUM_BAD_VIDEOS = 50  # rows of the table; the file has all
@@ -28,18 +28,19 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }
 def write_report(run_folder: Path) -> Path:
     """Writes report.html and curves.png into a run folder and returns the page's path: images by relative links, no scripts.
 
-    Reads metrics.jsonl, config.yaml, reconstructions/*.png and quarantine.jsonl; any of them may be missing or short.
+    Reads metrics.jsonl, config.yaml, reconstructions/*.png, quarantine.jsonl and fallbacks.jsonl; any of them may be missing or short.
     Raises: FileNotFoundError where the folder itself is missing.
     """
     if not run_folder.is_dir():
         raise FileNotFoundError(f"{run_folder}: no such run folder")
     lines, bad_videos = read_jsonl(run_folder / "metrics.jsonl"), read_jsonl(run_folder / "quarantine.jsonl")
+    num_fallbacks = len(read_jsonl(run_folder / "fallbacks.jsonl"))
     draw_curves(lines, run_folder / "curves.png")
     config_file = run_folder / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else "(no config.yaml in this folder)"
     pictures = sorted((run_folder / "reconstructions").glob("*.png"), key=_step_of, reverse=True)[:NUM_PICTURES]
     name = run_folder.resolve().name
-    body = [f"<h1>{escape(name)}</h1>", "<h2>Summary</h2>", _table(summarize(lines, len(bad_videos))),
+    body = [f"<h1>{escape(name)}</h1>", "<h2>Summary</h2>", _table(summarize(lines, len(bad_videos), num_fallbacks)),
             "<h2>Curves</h2>", '<p><img src="curves.png" alt="loss, learning rate, gradient norm, throughput and accuracy by step"></p>']
     if pictures:
         body.append("<h2>Reconstructions</h2>")
@@ -56,7 +57,7 @@ def write_report(run_folder: Path) -> Path:
     return page
 
 
-def summarize(lines: list[dict[str, Any]], num_bad_videos: int) -> list[tuple[str, str]]:
+def summarize(lines: list[dict[str, Any]], num_bad_videos: int, num_fallbacks: int) -> list[tuple[str, str]]:
     """The rows (name, text) of a report's first table, from the lines of metrics.jsonl."""
     training, validation = _split(lines)
     if not training:
@@ -81,6 +82,8 @@ def summarize(lines: list[dict[str, Any]], num_bad_videos: int) -> list[tuple[st
     rows += [("peak memory", _number(max(line["memory_gb"] or 0.0 for line in training), ".1f") + " GB"),
              ("hours between the first and the last line", f"{(last['time'] - training[0]['time']) / 3600:.2f} (pauses included)"),
              ("skipped steps", str(last["skipped_steps"])), ("bad videos", str(num_bad_videos))]
+    if num_fallbacks:
+        rows.append(("videos read by another decoder", f"{num_fallbacks}, named in fallbacks.jsonl"))
     return rows
 
 

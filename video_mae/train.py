@@ -10,16 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from video_mae.config import RunConfig, load_config
+from video_mae.config import RunConfig
+from video_mae.data.advice import Costs, Loading, advise
 from video_mae.data.dataset import Batch, ClipDataset
 from video_mae.data.loader import make_loader
+from video_mae.data.prefetch import DevicePrefetcher
 from video_mae.data.sampling import StepSampler, sample_seed
+from video_mae.data.workers import plan_workers
+from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.engine import Engine, check_resumable, deepspeed_config, leave, world_from_environment
 from video_mae.journal import Journal
+from video_mae.jsonl import read_jsonl
 from video_mae.kernels.dispatch import describe
 from video_mae.optim import Schedule, make_schedule
 from video_mae.report import write_report
-from video_mae.schema import flatten, save_config
+from video_mae.run_folder import settled
+from video_mae.schema import save_config
 from video_mae.weights import Model, save_model_folder
 
 if TYPE_CHECKING:
@@ -30,14 +36,10 @@ if TYPE_CHECKING:
 DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
-# What may change when a run folder is started again; anything else would silently make it another run.
-FREE_KEYS = ("output", "journal.", "data.num_workers", "data.prefetch_batches", "data.max_bad_share", "engine.compile", "engine.kernels",
-             "engine.activation_checkpointing", "engine.max_skipped_in_a_row", "validation.batch")
-
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary."""
+    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary. data.decoder names a decoder, not auto."""
 
     config: RunConfig
     folder: Path
@@ -49,6 +51,9 @@ class Run:
 
 class Stage(ABC):
     """What a training stage adds to the loop. `memory` is saved with each checkpoint and given back when the run goes on."""
+
+    augments_in_workers = False
+    """Whether workers do more to the pixels of a clip than to crop it."""
 
     def __init__(self, run: Run, engine: Engine, journal: Journal, model: Model, memory: dict[str, Any]) -> None:
         self.run, self.engine, self.journal, self.model, self.memory = run, engine, journal, model, memory
@@ -64,7 +69,7 @@ class Stage(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
-        """`loss`, which is minimised, and what else is measured on micro-batch `micro` of a step; the batch is where the loader left it."""
+        """`loss`, which is minimised, and what else is measured on micro-batch `micro` of a step; the batch is on the device."""
 
     @abstractmethod
     def after(self, done: int, *, ending: bool) -> None:
@@ -101,7 +106,7 @@ def check_run(config: RunConfig, videos: Callable[[], "LabeledVideoPaths | Sourc
         describe(config.engine.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except ValueError as error:
         raise ValueError(f"engine.kernels: {error}") from None
-    _check_folder(config, folder)
+    config = settled(config, folder)
     check_resumable(folder, config.engine, world_size)
     paths = videos()
     clips = config.data.clips_per_video
@@ -134,11 +139,16 @@ def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -
         save_config(config, folder / "config.yaml")
         (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
     first_step, memory = engine.resume()
+    decoder = f"{config.data.decoder} {decoder_version(config.data.decoder)}"
+    earlier, memory["decoder"] = memory.get("decoder", decoder), decoder  # earlier versions wrote none
     clips = config.optim.micro_batch * config.data.clips_per_video * config.optim.accumulation * engine.world_size
     journal = Journal(
         folder, is_main=engine.rank == 0, total_steps=run.schedule.total_steps, log_interval=config.journal.log_interval,
         clips_per_step=clips, flops_per_clip=6 * macs_per_clip, num_devices=engine.world_size, device=engine.device,
-        precision=config.engine.precision, write_events=engine.write_events, reduce_mean=engine.mean, resumed_step=first_step)
+        precision=config.engine.precision, write_events=engine.write_events, reduce_mean=engine.mean, resumed_step=first_step,
+        stages=Costs._fields)
+    if earlier != decoder:
+        journal.say(f"videos are read by {decoder}, up to step {first_step} they were by {earlier}: pixels may differ")
     try:
         return _Loop(run, engine, journal, make_stage(run, engine, journal, model, memory)).train(first_step)
     finally:
@@ -155,13 +165,26 @@ class _Loop:
 
     def __init__(self, run: Run, engine: Engine, journal: Journal, stage: Stage) -> None:
         self.plan, self.config, self.engine, self.journal, self.stage = run, run.config, engine, journal, stage
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.has_told_fallbacks = 0, False
+        self.dataset = stage.dataset()
+        self.workers = plan_workers(run.config.data.num_workers, run.config.data.decoder_threads)
+        place = self.dataset.paths[0][0]
+        packed = ("video" if is_video(place) else "frames") if isinstance(place, Member) else ""
+        loading = Loading(run.config.data, self.workers, engine.world_size, packed, stage.augments_in_workers)
+        journal.advise = lambda wait, milliseconds, clips_per_second: advise(wait, Costs(**milliseconds), clips_per_second, loading)
 
     def train(self, first_step: int) -> int:
-        config, engine, journal, total = self.config, self.engine, self.journal, self.plan.schedule.total_steps
+        """Steps from first_step on; returns the exit status."""
         self._introduce(first_step)
+        batches = DevicePrefetcher(self._loader(first_step, self.plan.schedule.total_steps), self.engine.device)
+        try:
+            return self._steps(batches, first_step)
+        finally:
+            batches.close()
+
+    def _steps(self, batches: Iterator[Batch], first_step: int) -> int:
+        config, engine, journal, total = self.config, self.engine, self.journal, self.plan.schedule.total_steps
         skipped = engine.deepspeed.skipped_steps
-        batches = iter(self._loader(first_step, total))
         for step in range(first_step, total):
             torch.manual_seed(sample_seed(config.seed, step, engine.rank, 0))  # stateless as the rest: a resumed run drops the same paths
             values = self._accumulate(batches, step)
@@ -178,6 +201,8 @@ class _Loop:
                 journal.say(f"stopped at step {done}: {reason}")
                 return STOPPED_BY_POLICY
             ending = done == total or result.signal != 0
+            if ending or is_due(done, config.journal.log_interval):
+                self._tell_fallbacks(ending=ending)
             self.stage.after(done, ending=ending)
             if ending or is_due(done, config.journal.checkpoint_interval):
                 engine.save(done, config.journal.keep_checkpoints, self.stage.memory)
@@ -196,7 +221,9 @@ class _Loop:
         for micro in range(num):
             with self.journal.data_wait():
                 batch = next(batches)
+            self.journal.spent(batch.costs)
             self.journal.quarantine.add(batch.failures)
+            self.journal.fallbacks.add(batch.fallbacks)
             values = self.stage.losses(batch, step, micro)
             self.engine.backward(values["loss"], last=micro == num - 1)
             for name, value in values.items():
@@ -204,11 +231,10 @@ class _Loop:
         return means
 
     def _loader(self, first_step: int, last_step: int) -> Any:
-        optim = self.config.optim
-        dataset = self.stage.dataset()
+        optim, dataset = self.config.optim, self.dataset
         sampler = StepSampler(len(dataset), optim.micro_batch, optim.accumulation, self.engine.rank, self.engine.world_size,
                               self.config.seed, first_step, last_step, dataset.paths.stream(self.config.seed))
-        return make_loader(dataset, sampler, self.config.data, pin=self.engine.device.type == "cuda")
+        return make_loader(dataset, sampler, self.config.data, say=self.journal.say if self.engine.rank == 0 else print)
 
     def _reason_to_stop(self, done: int) -> str:
         if self.skipped_in_a_row >= self.config.engine.max_skipped_in_a_row:
@@ -224,6 +250,15 @@ class _Loop:
         return (f"{bad} of about {tried} videos tried could not be decoded, more than data.max_bad_share = "
                 f"{self.config.data.max_bad_share}; they are named in {self.plan.folder / 'quarantine.jsonl'}")
 
+    def _tell_fallbacks(self, *, ending: bool) -> None:
+        """Once as soon as there are some, and at the end."""
+        if self.engine.rank != 0 or (self.has_told_fallbacks and not ending) or not len(self.journal.fallbacks):
+            return
+        self.has_told_fallbacks = True
+        first, num = read_jsonl(self.journal.fallbacks.file)[0], len(self.journal.fallbacks)
+        self.journal.say(f"{num} of the videos so far were read by another decoder, the first {first['path']} by {first['decoder']}, as "
+                         f"{first['reason'].split(';')[0]}; {self.journal.fallbacks.file} names them, `video-mae pack` cures them")
+
     def _introduce(self, first_step: int) -> None:
         config, run, say = self.config, self.plan, self.journal.say
         parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.stage.model.parameters())
@@ -232,24 +267,11 @@ class _Loop:
         say(run.schedule_line)
         say(f"kernels: {describe(config.engine.kernels, self.engine.device)}; device {self.engine.device}, {config.engine.precision}, "
             f"ZeRO stage {config.engine.zero_stage}")
+        say(f"videos are read by {self.stage.memory['decoder']}; {self.workers.describe()}")
+        if self.workers.told:
+            say(self.workers.told)
 
     def _conclude(self, report: Path) -> None:
         folder = self.plan.folder
         for what, where in (("model", folder / "model"), *self.stage.results(), ("curves", folder / "curves.png"), ("report", report)):
             self.journal.say(f"{what:9}{where}")
-
-
-def _check_folder(config: RunConfig, folder: Path) -> None:
-    """A folder is new, or holds this very run."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder}: is not empty and not a run folder (no config.yaml); choose another output")
-    try:
-        before = flatten(load_config(folder / "config.yaml", schema=type(config)))
-    except ValueError as error:
-        raise ValueError(f"{error}: the folder holds a run of another kind; choose another output") from None
-    for key, value in flatten(config).items():
-        if value != before[key] and not key.startswith(FREE_KEYS):
-            raise ValueError(f"{folder}: this run was started with {key} = {before[key]}, now it is {value}; set it back, or choose "
-                             "another output")

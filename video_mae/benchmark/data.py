@@ -1,10 +1,11 @@
-"""`video-mae bench data`: clips a second of one core, and memory, of our loader, the official pipeline and pytorchvideo's."""
+"""`video-mae bench data`: clips a second of one core, and memory, of our loader in all its forms, the official pipeline, pytorchvideo's."""
 
+import math
 import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +14,33 @@ from typing import Any
 import torch
 
 from video_mae.benchmark.contender import ratio
-from video_mae.benchmark.pipelines import PIPELINES, STAGES, Found, Job, serve
+from video_mae.benchmark.pipelines import CONTENDERS, STAGES, Contender, Form, Found, Job, bare, official, ours, serve
 from video_mae.benchmark.records import DASH, Record, Run, Table, environment
 from video_mae.benchmark.report import OUTPUT, publish
+from video_mae.config.data import SourceConfig
 from video_mae.data import read_annotations
 from video_mae.demo import DemoConfig, make_demo_data
 from video_mae.kernels.benchmark_measure import quantiles
+from video_mae.pack import PackConfig
+from video_mae.pack import start as pack
 from video_mae.schema import knob, require
 
 BENCHMARK = "data"
-OURS = "ours"
+OFFICIAL = next(contender.name for contender in CONTENDERS if contender.pipeline is official)
+ALL = [contender.name for contender in CONTENDERS]
 PATIENCE_SECONDS = 300  # a decoder can hang
 RENDERED = DemoConfig(train_clips=8, validation_clips=8, num_frames=80, height=256, width=340, fps=30, difficulty="hard")
 NOTES = (
-    "A pipeline is a process with one thread on one core; all are measured in turn, on the same core and files, a clip of each file in a "
-    "round. ms: of one clip, medians over the rounds; x: the median over the rounds of their time over ours in the same round.",
-    "Ours and the official pipeline read the same frames and cut the same boxes. pytorchvideo decodes every frame of a clip's time; audio "
-    "is off. Ours ends with uint8, four times fewer bytes to copy to a GPU, which normalises the tenth that the encoder sees.",
-    "peak MB: resident memory that the first pass over the files adds to what the process has after its imports, batch included.",
+    "A pipeline is a process with one thread on one core (ours with the process that decodes for it, on the same core); all are measured "
+    "in turn, on the same core and files, a clip or the crops of each file in a round. ms: of one clip, medians over the rounds; ratios "
+    "are medians over the rounds of two times in the same round.",
+    "x alone: the time over that of the same library decoding the same frames with nothing around it. x official: the official "
+    "pipeline's time over this one's. GPU cores: how many such cores feed a device that takes `appetite` clips a second.",
+    "Ours, the official pipeline and decoding alone read the same frames; ours and the official one cut the same boxes. Packed frames lie "
+    "`stride` apart in the file. pytorchvideo decodes every frame of a clip's time; audio is off. Ours ends with uint8, four times fewer "
+    "bytes to copy to a GPU, which normalises the tenth that the encoder sees.",
+    "peak MB: resident memory that the first pass over the files adds to what the process has after its imports, batch included; of ours "
+    "also all of the process that decodes.",
 )
 
 
@@ -45,6 +55,8 @@ class DataBenchConfig:
     side: int = knob(224, "height and width of a clip in pixels")
     batch: int = knob(8, "clips that are collated into one tensor")
     rounds: int = knob(9, "passes over the files, a clip of each")
+    rows: tuple[str, ...] = knob((), "only these rows, by their names; empty: all")
+    appetite: float = knob(1600.0, "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its peak: 1600")
     output: str = knob(OUTPUT, "a folder: DEVICE/data.jsonl in it is appended to, its page is made anew")
     baseline: str = knob("", "an older file of records: prints what became slower since (also --baseline FILE)")
 
@@ -52,6 +64,9 @@ class DataBenchConfig:
         for key, least in (("num_frames", 1), ("stride", 1), ("side", 1), ("batch", 1), ("rounds", 2)):
             require(getattr(self, key) >= least, key, getattr(self, key), f"must be at least {least}")
         require(self.output != "", "output", "(empty)", "must name a folder")
+        require(0 < self.appetite < math.inf, "appetite", self.appetite, "must be above 0, finite")
+        for name in self.rows:
+            require(name in ALL, "rows", name, "is no row; there are: " + "; ".join(ALL))
 
 
 def start(config: DataBenchConfig) -> int:
@@ -60,44 +75,63 @@ def start(config: DataBenchConfig) -> int:
 
 
 def measure(config: DataBenchConfig) -> Iterator[Run]:
-    """Measures all pipelines in turn: one run."""
+    """Packs the videos both ways, and measures all pipelines in turn: one run."""
     with tempfile.TemporaryDirectory() as workshop:
         source = config.source
         if not source:
             make_demo_data(Path(workshop) / "videos", RENDERED)
             source = str(Path(workshop) / "videos" / "train.txt")
-        job = Job(source, config.num_frames, config.stride, config.side, config.batch)
-        name = f"{len(read_annotations(job.data))} {'videos of ' + Path(source).name if config.source else 'rendered videos of 340x256'}"
-        header = {**environment(torch.device("cpu")), "benchmark": BENCHMARK, "source": name}
-        yield Run(header, measure_job(job, config.rounds, name))
+        contenders = [contender for contender in CONTENDERS if contender.name in (config.rows or ALL)]
+        sources, sizes = _sources(source, Path(workshop), config.stride, {contender.form for contender in contenders})
+        job = Job(sources, config.num_frames, config.stride, config.side, config.batch)
+        videos = read_annotations(SourceConfig(source=source))
+        name = f"{len(videos)} {'videos of ' + Path(source).name if config.source else 'rendered videos of 340x256'}"
+        header = {**environment(torch.device("cpu")), "benchmark": BENCHMARK, "source": name, "appetite": config.appetite, "bytes": sizes}
+        yield Run(header, measure_job(job, contenders, config.rounds, name, config.appetite))
 
 
-def measure_job(job: Job, num_rounds: int, name: str) -> list[Record]:
-    """A record a pipeline."""
+def _sources(source: str, workshop: Path, stride: int, forms: Collection[Form]) -> tuple[dict[Form, str], dict[str, int]]:
+    """The videos in the forms that are asked for, and the bytes of each form."""
+    sources: dict[Form, str] = {"plain": source}
+    videos = read_annotations(SourceConfig(source=source))
+    sizes = {"plain": sum(os.path.getsize(videos[i][0]) for i in range(len(videos)))}
+    settings: dict[Form, PackConfig] = {"video": PackConfig(form="video"), "frames": PackConfig(form="frames", frame_step=stride)}
+    for form, config in settings.items():
+        if form in forms:
+            folder = workshop / form
+            pack(source, str(folder), config)
+            sources[form] = str(folder)
+            sizes[form] = sum(file.stat().st_size for file in folder.glob("*.tar"))
+    return sources, sizes
+
+
+def measure_job(job: Job, contenders: Sequence[Contender], num_rounds: int, name: str, appetite: float) -> list[Record]:
+    """A record a contender."""
     context = multiprocessing.get_context("spawn")  # a clean process: decord's bridge is global, and memory is to be measured
     core = max(os.sched_getaffinity(0))
     with ExitStack() as stack:
         connections: dict[str, Any] = {}
         found: dict[str, Found] = {}
-        for provider in PIPELINES:
-            connections[provider], there = context.Pipe()
-            process = context.Process(target=serve, args=(provider, job, core, there), daemon=True)
+        for contender in contenders:
+            connections[contender.name], there = context.Pipe()
+            process = context.Process(target=serve, args=(contender, job, core, there), daemon=True)
             process.start()
             stack.callback(process.kill)
             there.close()
-            found[provider] = _answer(connections[provider])
-        clips: dict[str, list[dict[str, float]]] = {provider: [] for provider in PIPELINES}
+            found[contender.name] = _answer(connections[contender.name])
+        clips: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
         for i in range(1, num_rounds + 1):
-            for provider in reversed(PIPELINES) if i % 2 else PIPELINES:
-                if found[provider].reason:
+            for contender in reversed(contenders) if i % 2 else contenders:
+                if found[contender.name].reason:
                     continue
-                connections[provider].send(i)
-                answer = _answer(connections[provider])
+                connections[contender.name].send(i)
+                answer = _answer(connections[contender.name])
                 if isinstance(answer, Found):
-                    found[provider] = answer
+                    found[contender.name] = answer
                 else:
-                    clips[provider].append(answer)
-    return [_record(name, job, provider, found[provider], clips) for provider in PIPELINES]
+                    clips[contender.name].append(answer)
+    total = {name: [sum(stages.values()) for stages in rounds] for name, rounds in clips.items()}
+    return [_record(name, job, contender, found[contender.name], clips[contender.name], total, appetite) for contender in contenders]
 
 
 def _answer(connection: Any) -> Any:
@@ -107,34 +141,42 @@ def _answer(connection: Any) -> Any:
         return Found(reason="its process died")
 
 
-def _record(name: str, job: Job, provider: str, found: Found, clips: Mapping[str, Sequence[dict[str, float]]]) -> Record:
+def _record(name: str, job: Job, contender: Contender, found: Found, clips: Sequence[dict[str, float]],
+            total: Mapping[str, Sequence[float]], appetite: float) -> Record:
     shape = f"{name}, clips of {job.num_frames}x{job.side}x{job.side}, stride {job.stride}, batches of {job.batch}"
+    provider = contender.name
     if found.reason:
         return Record(benchmark=BENCHMARK, op="loader", shape=shape, dtype=DASH, provider=provider, mode="clips", reason=found.reason)
-    total = {other: [sum(stages.values()) for stages in rounds] for other, rounds in clips.items()}
-    measures: dict[str, float | bool | str] = {"clips_per_second": 1e3 / statistics.median(total[provider]),
-                                               "bytes_a_clip": found.bytes_a_clip}
+    own = total[provider]
+    clips_per_second = 1e3 / statistics.median(own)
+    measures: dict[str, float | bool | str] = {"clips_per_second": clips_per_second, "bytes_a_clip": found.bytes_a_clip}
     if found.peak_bytes is not None:
         measures["peak_mb"] = found.peak_bytes / 1e6
-    if provider != OURS and len(total[OURS]) == len(total[provider]):
-        measures["x ours"] = ratio(total[provider], total[OURS])
-    times = {"clip": quantiles(total[provider]), **{stage: quantiles([stages[stage] for stages in clips[provider]]) for stage in STAGES}}
+    if contender.pipeline is not bare:
+        measures["gpu_cores"] = appetite / clips_per_second
+    alone = total.get(f"{contender.decoder} alone", ())
+    if contender.pipeline is ours and contender.form == "plain" and len(alone) == len(own):
+        measures["x alone"] = ratio(own, alone)
+    if len(total.get(OFFICIAL, ())) == len(own):
+        measures["x official"] = ratio(total[OFFICIAL], own)
+    times = {"clip": quantiles(list(own)), **{stage: quantiles([stages[stage] for stages in clips]) for stage in STAGES}}
     return Record(benchmark=BENCHMARK, op="loader", shape=shape, dtype=found.dtype, provider=provider, mode="clips", times=times,
                   measures=measures)
 
 
 def tables(run: Run) -> list[Table]:
     """One table: a row a pipeline, its stages in columns."""
-    columns = ["pipeline", "clips/s of a core", "ms a clip", "p20-p80", *STAGES, "x ours", "peak MB", "MB a clip", "clips"]
+    columns = ["pipeline", "clips/s of a core", "ms a clip", "p20-p80", *STAGES, "x alone", "x official", "GPU cores", "peak MB",
+               "MB a clip", "clips"]
     return [Table(f"loader {shape}", columns, [_row(record) for record in run.records if record.shape == shape])
             for shape in dict.fromkeys(record.shape for record in run.records)]
 
 
 def _row(record: Record) -> list[str]:
     if record.reason:
-        return [record.provider, *[DASH] * 10, f"not available: {record.reason}"]
+        return [record.provider, *[DASH] * (len(STAGES) + 8), f"not available: {record.reason}"]
     m, clip = record.measures, record.times["clip"]
-    stages = [f"{record.times[stage].p50:.1f}" for stage in STAGES]
-    return [record.provider, f"{m['clips_per_second']:.1f}", f"{clip.p50:.1f}", f"{clip.p20:.1f}-{clip.p80:.1f}", *stages,
-            f"{m['x ours']:.2f}" if "x ours" in m else DASH, f"{m['peak_mb']:.0f}" if "peak_mb" in m else DASH,
-            f"{float(m['bytes_a_clip']) / 1e6:.1f}", record.dtype]
+    shown = [f"{float(m[key]):{form}}" if key in m else DASH for key, form in (("x alone", ".2f"), ("x official", ".2f"),
+                                                                              ("gpu_cores", ".0f"), ("peak_mb", ".0f"))]
+    return [record.provider, f"{m['clips_per_second']:.1f}", f"{clip.p50:.1f}", f"{clip.p20:.1f}-{clip.p80:.1f}",
+            *(f"{record.times[stage].p50:.1f}" for stage in STAGES), *shown, f"{float(m['bytes_a_clip']) / 1e6:.1f}", record.dtype]

@@ -33,7 +33,13 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     return _status("VmHWM") - before
 
 
-def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+def peak_of_children() -> int:
+    """Bytes: the largest resident memory that each process started by this one and still there has had, in all."""
+    children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    return sum(_status("VmHWM", Path("/proc", pid, "status")) for pid in children)
+
+
+def _status(key: str, file: Path = STATUS) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", file.read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])

@@ -16,9 +16,12 @@ ZYX_IS_THW = str.maketrans("ZYX", "THW")
 class SourceConfig:
     """Which files, and how they are read: videos, pictures, arrays (.npy, .npz) and TIFF stacks, by the endings of their names."""
 
-    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, or a folder of files")
+    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, or "
+                       "one that `video-mae pack` made, also behind a URL (s3://..., http://...)")
     root: str = knob("", "where relative paths of a list start; empty: the folder of the list file")
     stride: int = knob(4, "video frames (slices of a volume) from one frame of the clip to the next")
+    shuffle_window: int = knob(10_000, "of a packed folder so many videos at least are shuffled together, those of some shards; a smaller "
+                               "one is shuffled whole, as other sources are")
     axes: str = knob("", "the axes of an array in their order, THWC or ZYXC; empty: HW, THW or THWC by their number. Of a TIFF the first "
                      "is that of its pages; empty: pages are frames")
     array: str = knob("", "name of the array in an .npz file; empty: its only one")
@@ -31,7 +34,8 @@ class SourceConfig:
 
     def check(self, key: str) -> None:
         """Raises: ValueError naming `key`.field."""
-        require(self.stride >= 1, f"{key}.stride", self.stride, "must be at least 1")
+        for name in ("stride", "shuffle_window"):
+            require(getattr(self, name) >= 1, f"{key}.{name}", getattr(self, name), "must be at least 1")
         axes = self.axes_thwc
         require(axes == "" or ({"H", "W"} <= set(axes) <= set("THWC") and len(axes) == len(set(axes))), f"{key}.axes", self.axes,
                 "must hold H and W (or Y and X), may hold T (or Z) and C, each once")
@@ -54,12 +58,15 @@ class ReadConfig(SourceConfig):
     decoder: Decoder = knob("auto", "the library that reads videos, one for a run; auto: the first that works here. A file that it cannot "
                             "open, or is known to read wrongly, is left to the next, and counted")
     decoder_device: Literal["cpu", "cuda"] = knob("cpu", "cuda: torchcodec decodes on the GPU (NVDEC)")
+    decoder_threads: int | None = knob(None, "threads of a decoder; null: cores that the decoding processes leave over, at most 4")
     short_side: int = knob(0, "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: as stored")
     decode_seconds: float = knob(60.0, "a video whose clip takes longer is given up, and the process that hangs in it ended")
     decode_memory_gb: float = knob(4.0, "memory that decoding a clip may take, likewise")
 
     def check(self, key: str) -> None:
         super().check(key)
+        require(self.decoder_threads is None or self.decoder_threads >= 1, f"{key}.decoder_threads", self.decoder_threads,
+                "must be at least 1, or null")
         require(self.short_side >= 0, f"{key}.short_side", self.short_side, "must be at least 0")
         require(0 < self.decode_seconds < math.inf, f"{key}.decode_seconds", self.decode_seconds, "must be above 0, finite")
         require(0 < self.decode_memory_gb < math.inf, f"{key}.decode_memory_gb", self.decode_memory_gb, "must be above 0, finite")
@@ -93,14 +100,19 @@ class DataConfig(ReadConfig):
     crop_scales: tuple[float, ...] = knob((1.0, 0.875, 0.75, 0.66), "multiscale: sides over the largest box that fits; "
                                           "random_resized: smallest and largest area")
     flip: bool = knob(False, "mirror half of the clips")
-    num_workers: int = knob(8, "decoding processes a rank; 0 decodes in the training process")
+    crop_where: Literal["worker", "device"] = knob("worker", "where boxes are cut and resized: by the processes that decode, or on the "
+                                                   "device, to which the whole frames are then copied (smaller with short_side); the boxes "
+                                                   "are the same, pixels within 1 level")
+    num_workers: int | None = knob(None, "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
+                                   "process beside the training. More than there are cores are not started")
     prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready")
     max_bad_share: float = knob(0.05, "the run stops when a larger share of the videos tried cannot be decoded")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("clips_per_video", 1), ("num_workers", 0), ("prefetch_batches", 1)):
-            require(getattr(self, name) >= least, f"data.{name}", getattr(self, name), f"must be at least {least}")
+        for name in ("clips_per_video", "prefetch_batches"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
+        require(self.num_workers is None or self.num_workers >= 0, "data.num_workers", self.num_workers, "must be at least 0, or null")
         require(len(self.crop_scales) > 0 and all(0 < scale <= 1 for scale in self.crop_scales), "data.crop_scales", self.crop_scales,
                 "must be one or more values in (0, 1]")
         require(self.crop != "random_resized" or (len(self.crop_scales) == 2 and self.crop_scales[0] <= self.crop_scales[1]),

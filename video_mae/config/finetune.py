@@ -63,6 +63,11 @@ class AugmentConfig:
         require(0 <= self.label_smoothing < 1, "augment.label_smoothing", self.label_smoothing, "must be in [0, 1)")
 
     @property
+    def changes_pixels(self) -> bool:
+        """Whether single clips are changed."""
+        return self.randaugment_ops > 0 or self.erasing > 0
+
+    @property
     def mixes(self) -> bool:
         """Whether clips of a micro-batch may be mixed."""
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
@@ -99,6 +104,8 @@ class FinetuneConfig(RunConfig):
         require(self.data.stride in (DataConfig().stride, self.classifier.stride), "data.stride", self.data.stride,
                 f"is not used in fine-tuning: set classifier.stride (it is {self.classifier.stride}), which the model folder keeps")
         require(not self.data.sources, "data.sources", tuple(self.data.sources), "are for pretraining: name one data.source here")
+        require(self.data.crop_where == "worker" or self.augment.where == "device" or not self.augment.changes_pixels, "augment.where",
+                self.augment.where, "comes after the crop: set it to device as well, as data.crop_where is")
         partners = self.optim.micro_batch * self.data.clips_per_video
         require(partners > 1 or not self.augment.mixes, "optim.micro_batch", self.optim.micro_batch,
                 "clip has no other to be mixed with; raise it, or set augment.mix_probability=0")

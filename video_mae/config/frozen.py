@@ -26,13 +26,15 @@ class EvaluateConfig:
     kernels: Literal["auto", "reference", "triton"] = knob("auto", "which implementation of the fused operations")
     batch_size: int = knob(1, "videos that are handed over and copied at once; each goes through the model by itself, so that no figure "
                            "depends on it")
-    num_workers: int = knob(8, "decoding processes a rank; 0 decodes in the process itself")
+    num_workers: int | None = knob(None, "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
+                                   "process")
     data: ReadConfig = section(ReadConfig, "how the files are read; their list is LIST, and the model knows its stride")
 
     def __post_init__(self) -> None:
         require(self.num_clips is None or self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1, or null")
-        for name, least in (("num_crops", 1), ("batch_size", 1), ("num_workers", 0)):
+        for name, least in (("num_crops", 1), ("batch_size", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
+        _check_workers(self.num_workers)
         unset = ReadConfig()
         require(self.data.source == unset.source, "data.source", self.data.source, "is not read: LIST is the word after the model")
         require(self.data.stride == unset.stride, "data.stride", self.data.stride, "is not read: a classifier keeps that of its training")
@@ -83,15 +85,16 @@ class ProbeConfig:
                                             "folder, until the end")
     precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     encode_batch: int = knob(8, "videos that go through the encoder at once")
-    num_workers: int = knob(8, "decoding processes; 0 decodes in the process itself")
+    num_workers: int | None = knob(None, "decoding processes; null: one a core, at most 16; 0 decodes in one process")
     data: ReadConfig = section(ReadConfig, "how the files of all lists are read; the lists are train, validation and test")
 
     def __post_init__(self) -> None:
         for name in ("train", "validation"):
             require(getattr(self, name) != "", name, "(empty)", "must name a list file or a folder of classes")
         require(self.data.source == "", "data.source", self.data.source, "is not read: the lists are train, validation and test")
-        for name, least in (("num_clips", 1), ("num_crops", 1), ("batch_size", 2), ("encode_batch", 1), ("num_workers", 0)):
+        for name, least in (("num_clips", 1), ("num_crops", 1), ("batch_size", 2), ("encode_batch", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
+        _check_workers(self.num_workers)
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
         require(0 < self.epochs < math.inf, "epochs", self.epochs, "must be above 0, finite")
         require(len(self.lrs) > 0 and all(0 < lr < math.inf for lr in self.lrs), "lrs", self.lrs, "must be one or more values above 0")
@@ -120,11 +123,17 @@ class ExtractConfig:
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
     precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     batch_size: int = knob(8, "clips of a video that go through the encoder at once")
-    num_workers: int = knob(4, "decoding processes a rank, each on a video of its own; 0 decodes in the process itself")
+    num_workers: int | None = knob(None, "decoding processes a rank, each on a video of its own; null: one a core that it may use, at most "
+                                   "16; 0 decodes in one process")
     data: ReadConfig = section(ReadConfig, "how the files are read, and how far the frames of a clip are apart")
 
     def __post_init__(self) -> None:
         require(self.data.source == "", "data.source", self.data.source, "is not read: LIST_OR_VIDEO is the word after the model")
-        for name, least in (("hop", 0), ("batch_size", 1), ("num_workers", 0)):
+        for name, least in (("hop", 0), ("batch_size", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
+        _check_workers(self.num_workers)
         require(not self.layers or self.level == "pyramid", "layers", self.layers, "are those of level=pyramid")
+
+
+def _check_workers(num_workers: int | None) -> None:
+    require(num_workers is None or num_workers >= 0, "num_workers", num_workers, "must be at least 0, or null")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from video_mae.augment import strengthen_clip
 from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.data.dataset import ClipDataset, Failure, Sample
-from video_mae.data.labels import LabeledVideos, read_labeled
+from video_mae.data.labels import read_labeled
 from video_mae.data.sampling import dense_indices, sample_seed, uniform_indices
 from video_mae.data.sources import Sources
 from video_mae.decoding import Choose, VideoDecodeError
@@ -36,17 +36,13 @@ def read_training_videos(config: FinetuneConfig) -> tuple[LabeledVideoPaths, Cla
         raise ValueError(f"data.source: {videos.paths[videos.labels.index(label)]} has the label {label}, classifier.num_classes = "
                          f"{classifier.num_classes} allows 0 to {classifier.num_classes - 1}; correct {source}, or set "
                          f"classifier.num_classes={label + 1}")
-    return _as_paths(videos), replace(classifier, class_names=videos.class_names)
+    return videos.as_paths(), replace(classifier, class_names=videos.class_names)
 
 
 def read_validation_videos(config: FinetuneConfig) -> LabeledVideoPaths:
     """The validation list, every label checked against the classes of config.classifier. Raises: as `read_training_videos`."""
     classifier, validation = config.classifier, config.validation
-    return _as_paths(read_labeled("validation.source", validation.source, validation.root, classifier.num_classes, classifier.class_names))
-
-
-def _as_paths(videos: LabeledVideos) -> LabeledVideoPaths:
-    return LabeledVideoPaths(list(zip(videos.paths, videos.labels, strict=True)))
+    return read_labeled("validation.source", validation.source, validation.root, classifier.num_classes, classifier.class_names).as_paths()
 
 
 def frame_choice(classifier: ClassifierConfig, num_frames: int, rng: np.random.Generator | None = None) -> Choose:
@@ -67,8 +63,8 @@ class LabelledClips(ClipDataset):
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
         return frame_choice(self.config.classifier, self.num_frames, rng)
 
-    def _crop(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
-        clip_THWC, config = super()._crop(frames_THWC, epoch, index, draw), self.config
+    def _finish(self, clip_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
+        config = self.config
         if config.augment.where == "device":
             return clip_THWC
         return strengthen_clip(clip_THWC, config.augment, config.model.mean, config.model.std, sample_seed(self.seed, epoch, index, draw))
@@ -81,20 +77,20 @@ class ValidationClips(Dataset[Sample]):
     """
 
     def __init__(self, paths: LabeledVideoPaths, config: FinetuneConfig) -> None:
-        data, model = replace(config.data, clips_per_video=1, crop="center", flip=False), config.model
+        data, model = replace(config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"), config.model
         self.clips = ClipDataset(paths, data, model.num_frames, model.height, model.width, 0, model.in_channels)
         self.choose = frame_choice(config.classifier, model.num_frames)
-        self.black_THWC = torch.zeros(model.num_frames, model.height, model.width, model.in_channels,
-                                      dtype=torch.uint16 if data.sixteen_bit else torch.uint8)
+        self.black_RTHWC = torch.zeros(1, model.num_frames, model.height, model.width, model.in_channels,
+                                       dtype=torch.uint16 if data.sixteen_bit else torch.uint8)
 
     def __getitem__(self, index: int) -> Sample:
-        clip_THWC, label, failures = self.black_THWC, 0, ()
+        failures = ()
         if index >= 0:
             try:
-                clip_THWC, label = self.clips._crop(self.clips.read(index, self.choose), 0, index, 0), self.clips.paths[index][1]["label"]
+                return self.clips.sample(self.clips.read(index, self.choose), 0, index, index)
             except VideoDecodeError as error:
-                index, failures = -1, (Failure(error.path, error.decoder, error.reason),)
-        return Sample(clip_THWC[None], torch.zeros(1, dtype=torch.int64), label, index, failures)
+                failures = (Failure.of(error),)
+        return Sample(self.black_RTHWC, torch.zeros(1, dtype=torch.int64), 0, -1, failures)
 
 
 class ShareSampler(Sampler[list[int]]):

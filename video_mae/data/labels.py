@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 from video_mae.config import DataConfig
 from video_mae.data.annotations import class_names, read_annotations
+from video_mae.data.shards import Members, PackedVideos
+from video_mae.decoding import Place
 
 CLASS_FILE = "classes.txt"
 
@@ -17,7 +20,7 @@ CLASS_FILE = "classes.txt"
 class LabeledVideos:
     """Paths and labels in the order of the list; names of the classes 0, 1, ..., empty where nobody names them."""
 
-    paths: tuple[str, ...]
+    paths: Sequence[Place]
     labels: tuple[int, ...]
     class_names: tuple[str, ...]
 
@@ -31,7 +34,9 @@ class LabeledVideos:
 
     def as_paths(self) -> LabeledVideoPaths:
         """The list as pytorchvideo's, which datasets take."""
-        return LabeledVideoPaths(list(zip(self.paths, self.labels, strict=True)))
+        if isinstance(self.paths, Members):
+            return PackedVideos(self.paths, np.array(self.labels))
+        return LabeledVideoPaths(list(zip(self.paths, self.labels, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
 def read_labeled(what: str, source: str, root: str = "", num_classes: int | None = None, names: Sequence[str] = ()) -> LabeledVideos:
@@ -47,10 +52,14 @@ def read_labeled(what: str, source: str, root: str = "", num_classes: int | None
         videos = read_annotations(data)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.source", what).replace("data.root", "root")) from None
-    paths, labels = zip(*((path, info["label"]) for path, info in videos), strict=True)  # pyright: ignore[reportIndexIssue]
-    from_folder, found = class_names(data), _class_file(Path(source))
+    if isinstance(videos, PackedVideos):
+        paths, labels = videos.members, tuple(videos.label_M.tolist())
+    else:
+        paths, labels = zip(*((path, info["label"]) for path, info in videos), strict=True)  # pyright: ignore[reportIndexIssue]
+    from_folder, found = class_names(data), class_file(Path(source))
     if from_folder and names:
-        labels = tuple(_number(from_folder[label], names, source) for label in labels)
+        number_of = {label: _number(from_folder[label], names, source) for label in set(labels) if label >= 0}
+        labels = tuple(number_of[label] if label >= 0 else label for label in labels)
     elif from_folder or found:
         found = from_folder or found
         _check_names(found, names, num_classes, source if from_folder else str(Path(source).parent / CLASS_FILE))
@@ -65,7 +74,8 @@ def read_labeled(what: str, source: str, root: str = "", num_classes: int | None
     return LabeledVideos(paths, labels, names)
 
 
-def _class_file(source: Path) -> tuple[str, ...]:
+def class_file(source: Path) -> tuple[str, ...]:
+    """The names in the classes.txt beside a list, where there is one."""
     file = source.parent / CLASS_FILE
     if source.is_dir() or not file.is_file():
         return ()

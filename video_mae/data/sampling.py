@@ -89,6 +89,52 @@ class EpochStream:
         return epoch, int(self._order[place])
 
 
+class ShardStream:
+    """The endless stream of a packed list, shuffled within bounds, so that a stretch of it reads from few shards.
+
+    An epoch takes the shards in a drawn order, and of them as many at a time as hold `window` videos (the last time up to twice as many),
+    whose videos come in a drawn order. Where all are in one window, it is the order of an `EpochStream`. sizes_S: videos in each shard.
+    """
+
+    def __init__(self, sizes_S: NDArray[np.int64], window: int, seed: int, source: int | None = None) -> None:
+        self.first_S, self.sizes_S = np.cumsum(sizes_S) - sizes_S, sizes_S
+        self.num_videos, self.window, self.seed, self.source = int(sizes_S.sum()), window, seed, source
+        self._epoch, self._window = -1, -1
+        self._begins = self._order = np.empty(0, dtype=np.int64)
+        self._shards: list[NDArray[np.int64]] = []
+
+    def key_at(self, position: int) -> Key:
+        """(epoch, index of the video) of a position in the stream."""
+        epoch, place = divmod(position, self.num_videos)
+        if epoch != self._epoch:
+            self._open_epoch(epoch)
+        window = int(np.searchsorted(self._begins, place, side="right")) - 1
+        if window != self._window:
+            self._open_window(window)
+        return epoch, int(self._order[place - self._begins[window]])
+
+    def _open_epoch(self, epoch: int) -> None:
+        drawn = epoch_order(self.seed, epoch, len(self.sizes_S), self.source)
+        ends, begins, first = np.cumsum(self.sizes_S[drawn]), [0], [0]
+        while self.num_videos - begins[-1] >= 2 * self.window:
+            last = int(np.searchsorted(ends, begins[-1] + self.window))
+            if self.num_videos - ends[last] < self.window:
+                break
+            begins.append(int(ends[last]))
+            first.append(last + 1)
+        self._epoch, self._window, self._begins = epoch, -1, np.array(begins)
+        self._shards = np.split(drawn, first[1:])
+
+    def _open_window(self, window: int) -> None:
+        if len(self._begins) == 1:
+            self._order = epoch_order(self.seed, self._epoch, self.num_videos, self.source)
+        else:
+            firsts, sizes = self.first_S[self._shards[window]], self.sizes_S[self._shards[window]]
+            videos = np.concatenate([first + np.arange(size) for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True)])
+            self._order = np.random.default_rng(_sequence(self.seed, self._epoch, self.source or 0, window, 0)).permutation(videos)
+        self._window = window
+
+
 class StepSampler(Sampler[list[Key]]):
     """Micro-batches of one rank, as lists of (epoch, index), for the optimizer steps first_step to last_step - 1.
 

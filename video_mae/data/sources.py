@@ -10,8 +10,9 @@ from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
 from video_mae.data.annotations import read_annotations
-from video_mae.data.sampling import EpochStream, Key, block_order
-from video_mae.decoding import Reading, VideoDecodeError, decode, is_video
+from video_mae.data.sampling import EpochStream, Key, ShardStream, block_order
+from video_mae.data.shards import PackedVideos
+from video_mae.decoding import Place, Reading, VideoDecodeError, decode, is_video
 
 BLOCK = 1000
 """Every so many samples hold each source in its share."""
@@ -28,9 +29,15 @@ class Source:
     videos: LabeledVideoPaths
     first: int
 
+    def stream(self, seed: int, number: int | None = None) -> EpochStream | ShardStream:
+        """Its videos, epoch after epoch, in orders of its own; number: which of several sources it is."""
+        if isinstance(self.videos, PackedVideos):
+            return ShardStream(self.videos.shard_sizes(), self.config.shuffle_window, seed, number)
+        return EpochStream(len(self.videos), seed, number)
+
 
 class Sources:
-    """The videos of all sources as one list: sources[index] is (path, {"label": label}), as in pytorchvideo's."""
+    """The videos of all sources as one list: sources[index] is (place, {"label": label}), as in pytorchvideo's."""
 
     def __init__(self, parts: Sequence[tuple[str, SourceConfig, LabeledVideoPaths]]) -> None:
         self.parts: list[Source] = []
@@ -40,7 +47,7 @@ class Sources:
     def __len__(self) -> int:
         return self.parts[-1].first + len(self.parts[-1].videos) if self.parts else 0
 
-    def __getitem__(self, index: int) -> tuple[str, dict[str, int]]:
+    def __getitem__(self, index: int) -> tuple[Place, dict[str, int]]:
         source = self.at(index)
         return source.videos[index - source.first]  # pyright: ignore[reportReturnType]  (annotated as int, and is a dict)
 
@@ -66,7 +73,7 @@ class Sources:
         one after another.
         """
         if len(self.parts) == 1:
-            return EpochStream(len(self), seed).key_at
+            return self.parts[0].stream(seed).key_at
         return _Mixture(self, seed).key_at
 
     def describe(self) -> str:
@@ -114,7 +121,7 @@ class _Mixture:
     def __init__(self, sources: Sources, seed: int) -> None:
         self.seed, self.quotas = seed, sources.quotas()
         self.firsts = [source.first for source in sources.parts]
-        self.streams = [EpochStream(len(source.videos), seed, number) for number, source in enumerate(sources.parts)]
+        self.streams = [source.stream(seed, number) for number, source in enumerate(sources.parts)]
         self._block, self._order, self._turn = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
 
     def key_at(self, position: int) -> Key:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from video_mae.augment import crop_clip
 from video_mae.data.dataset import Failure
-from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
-from video_mae.decoding import Reading, VideoDecodeError, decode
+from video_mae.data.loader import Loader, worker_options
+from video_mae.decoding import Place, Reading, VideoDecodeError, decode
 
 Corner = tuple[int, int]
 """(top, left) in pixels."""
@@ -61,7 +61,7 @@ class Views:
         tops, lefts = _spread(height - self.height, self.num_crops), _spread(width - self.width, self.num_crops)
         return tuple((int(top), int(left)) for top, left in zip(tops, lefts, strict=True))
 
-    def read(self, path: str) -> "VideoViews":
+    def read(self, path: Place) -> "VideoViews":
         """Opens a video once and keeps the frames that some view needs, resized. Raises: VideoDecodeError."""
         places_ST = np.empty((0, 0), dtype=np.int64)
 
@@ -116,7 +116,7 @@ class ViewedVideo:
 class ViewDataset(Dataset[ViewedVideo]):
     """dataset[index]: the views of a video; one that cannot be decoded is told, not replaced."""
 
-    def __init__(self, paths: Sequence[str], views: Views) -> None:
+    def __init__(self, paths: Sequence[Place], views: Views) -> None:
         self.paths, self.views = paths, views
 
     def __len__(self) -> int:
@@ -126,12 +126,15 @@ class ViewDataset(Dataset[ViewedVideo]):
         try:
             return ViewedVideo(index, self.views.read(self.paths[index]), None)
         except VideoDecodeError as error:
-            return ViewedVideo(index, None, Failure(error.path, error.decoder, error.reason))
+            return ViewedVideo(index, None, Failure.of(error))
 
 
-def make_view_loader(dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int) -> "DataLoader[ViewedVideo]":
+def make_view_loader(dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int) -> "Loader[list[ViewedVideo]]":
     """Lists of `ViewedVideo`, batch_size at a time and fewer at the end: the videos `order`, in that order, each once."""
     workers = min(num_workers, len(order))
-    return DataLoader(dataset, batch_size=batch_size, sampler=order, collate_fn=list, num_workers=workers,
-                      timeout=TIMEOUT_SECONDS if workers else 0, multiprocessing_context="fork" if workers else None,
-                      worker_init_fn=start_worker if workers else None)
+
+    def make(delivered: int) -> "DataLoader[ViewedVideo]":
+        rest = order[delivered * batch_size:]
+        return DataLoader(dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers))
+
+    return Loader(make, -(-len(order) // batch_size))

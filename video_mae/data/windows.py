@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Failure
-from video_mae.data.loader import TIMEOUT_SECONDS, start_worker
-from video_mae.decoding import Reading, VideoDecodeError, stream, times
+from video_mae.data.loader import worker_options
+from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Windows:
         places_T = np.arange(self.num_frames, dtype=np.int64) * self.stride
         return np.minimum(self.starts(num_video_frames)[:, None] + places_T, num_video_frames - 1)
 
-    def clips(self, path: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
         """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs are kept. Raises: VideoDecodeError."""
         indices_CT, wanted, total = np.empty((0, 0), dtype=np.int64), np.empty(0, dtype=np.int64), 0
 
@@ -83,7 +83,7 @@ class Times(NamedTuple):
     end_seconds_C: NDArray[np.float64]
 
 
-def clip_times(path: str, num_video_frames: int, windows: Windows) -> Times:
+def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
     """The times of the clips of a video as its time stamps say; NaN for files without time, such as arrays."""
     seconds_F2 = times(path, windows.reading)
     starts_C = windows.starts(num_video_frames)
@@ -104,7 +104,7 @@ class Piece:
 class PieceStream(IterableDataset[Piece]):
     """Videos from start to end as pieces of at most batch_size clips; with workers each video is read by one of them."""
 
-    def __init__(self, paths: Sequence[str], videos: Sequence[int], windows: Windows, batch_size: int) -> None:
+    def __init__(self, paths: Sequence[Place], videos: Sequence[int], windows: Windows, batch_size: int) -> None:
         self.paths, self.videos, self.windows, self.batch_size = paths, videos, windows, batch_size
 
     def __iter__(self) -> Iterator[Piece]:
@@ -113,7 +113,7 @@ class PieceStream(IterableDataset[Piece]):
             try:
                 yield from self._pieces(video)
             except VideoDecodeError as error:
-                yield Piece(video, failure=Failure(error.path, error.decoder, error.reason))
+                yield Piece(video, failure=Failure.of(error))
 
     def _pieces(self, video: int) -> Iterator[Piece]:
         path, times = self.paths[video], None
@@ -127,5 +127,4 @@ class PieceStream(IterableDataset[Piece]):
 def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":
     """The pieces; those of a video come in their order, those of several videos may take turns."""
     workers = min(num_workers, len(pieces.videos))
-    return DataLoader(pieces, batch_size=None, num_workers=workers, timeout=TIMEOUT_SECONDS if workers else 0,
-                      multiprocessing_context="fork" if workers else None, worker_init_fn=start_worker if workers else None)
+    return DataLoader(pieces, batch_size=None, **worker_options(workers))

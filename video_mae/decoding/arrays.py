@@ -70,8 +70,8 @@ def _frames(array: NDArray[Any], axes: str) -> Frames:
     return Frames(len(view_THWC), read, untimed(len(view_THWC)))
 
 
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, whether in Fortran's order, dtype); the file is then at the data."""
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran's order, dtype) of an .npy file; it is then at the data. Raises: ValueError for objects and for lies."""
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of the .npy format is for arrays of structures")
@@ -92,7 +92,7 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _map(file: BinaryIO, end: int) -> NDArray[Any]:
-    shape, fortran_order, dtype = _header(file)
+    shape, fortran_order, dtype = npy_header(file)
     start, needed = file.tell(), math.prod(shape) * dtype.itemsize
     if needed > end - start:
         raise ValueError(f"the file is cut off: it has {end - start} bytes of data, its header says {needed}")
@@ -102,7 +102,7 @@ def _map(file: BinaryIO, end: int) -> NDArray[Any]:
 
 
 def _inflate(stream: BinaryIO) -> NDArray[Any]:
-    shape, fortran_order, dtype = _header(stream)
+    shape, fortran_order, dtype = npy_header(stream)
     needed = math.prod(shape) * dtype.itemsize
     if needed > MAX_CLIP_BYTES:
         raise ValueError(f"the array {shape} of {dtype} has more than 2 GB; save it with np.save or np.savez, which need not be read whole")

@@ -7,15 +7,19 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
-_SIGNATURES = (
-    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+_NO_INDEX = (
     b"\x47",  # MPEG transport stream
     b"\x00\x00\x01\xba",  # MPEG program stream
     b"\x00\x00\x01\xb3",  # MPEG video
+)
+_ASF = b"\x30\x26\xb2\x75"
+# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
+_SIGNATURES = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    *_NO_INDEX,
     b"FLV",
     b"OggS",
-    b"\x30\x26\xb2\x75",  # ASF, WMV
+    _ASF,
 )
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
@@ -26,7 +30,8 @@ _PACKED_WITHIN = 2**18
 
 _HEVC_SAMPLES, _HEVC_MATROSKA, _HEADER_BYTES = (b"hvc1", b"hev1"), b"V_MPEGH/ISO/HEVC", 2**16
 
-EDIT_LIST, PACKED_B_FRAMES, HEVC = "an edit list hides frames", "packed B-frames (DivX)", "H.265"
+EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
+HEVC, NO_INDEX, ASF = "H.265", "MPEG stream without an index", "ASF (WMV)"
 Box = tuple[bytes, int, int]
 """(kind, first byte of its content, end)."""
 
@@ -45,7 +50,7 @@ def is_regular(path: str) -> bool:
 
 
 def check_container(file: BinaryIO, num_bytes: int) -> str:
-    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, HEVC or nothing ("").
+    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, HEVC, NO_INDEX, ASF or nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
@@ -67,6 +72,10 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
         return HEVC if any(_numbers(file, box, 12, "4s")[0] in _HEVC_SAMPLES for box in samples if box[2] - box[1] >= 16) else ""
     if not head.startswith(_SIGNATURES):
         raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv)")
+    if head.startswith(_NO_INDEX):
+        return NO_INDEX
+    if head.startswith(_ASF):
+        return ASF
     return HEVC if _HEVC_MATROSKA in head + file.read(_HEADER_BYTES) else ""
 
 

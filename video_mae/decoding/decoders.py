@@ -8,16 +8,18 @@ from importlib import import_module
 from typing import Any, get_args
 
 from video_mae.config.data import Decoder
-from video_mae.decoding.containers import EDIT_LIST, HEVC, PACKED_B_FRAMES, check_container
+from video_mae.decoding.containers import ASF, EDIT_LIST, HEVC, NO_INDEX, PACKED_B_FRAMES, check_container
 from video_mae.decoding.reading import Frames, Member, Place, Reading
 
 NAMES: tuple[str, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
 """In the order in which they are tried."""
-MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES, HEVC), "torchcodec": (PACKED_B_FRAMES,), "pyav": ()}
+MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES, HEVC, NO_INDEX, ASF), "torchcodec": (PACKED_B_FRAMES, NO_INDEX), "pyav": ()}
 """What seeking returns other frames than reading in order does; pyav decodes such files from their start.
 
 Measured with decord 0.6.0 and torchcodec 0.13.0 and 0.17.0: tests/test_decoders.py.
 """
+IN_ORDER = (PACKED_B_FRAMES, NO_INDEX)
+"""Where a seek goes astray, for PyAV as well."""
 
 
 @cache
@@ -49,24 +51,24 @@ def version(name: str) -> str:
 
 
 def open_video(place: Place, reading: Reading) -> tuple[str, Frames, str]:
-    """(decoder, frames, why it is not the first one): `reading.decoder` opens a video, or where it cannot, the next that can.
+    """(decoder, frames, why it is not the first one): `reading.decoder` opens a video, or where it cannot, the next that works here.
 
-    Raises: what the first decoder raises, where none can; ValueError for what is no whole video container.
+    Raises: what the first decoder raises, where neither can; ValueError for what is no whole video container.
     """
     path, kept = local_file(place)
     with open(path, "rb") as file:
         trouble = check_container(file, os.fstat(file.fileno()).st_size)
     first = resolve(reading.decoder)
-    reason: Exception | None = None
-    for name in (first, *(other for other in NAMES if other != first)):
-        if reason is not None and problem(name):
-            continue
+    try:
+        return first, replace(_open(first, path, reading, trouble), kept=kept), ""
+    except Exception as error:  # each library has types of its own
+        second = next((name for name in NAMES if name != first and not problem(name)), None)
         try:
-            return name, replace(_open(name, path, reading, trouble), kept=kept), "" if reason is None else f"{first}: {reason}"
-        except Exception as error:  # each library has types of its own
-            reason = reason or error
-    assert reason is not None
-    raise reason
+            if second is not None:
+                return second, replace(_open(second, path, reading, trouble), kept=kept), f"{first}: {error}"
+        except Exception:
+            pass
+        raise error
 
 
 def _open(name: str, path: str, reading: Reading, trouble: str) -> Frames:
@@ -75,7 +77,7 @@ def _open(name: str, path: str, reading: Reading, trouble: str) -> Frames:
     if name == "pyav":
         from video_mae.decoding import pyav_video
 
-        return pyav_video.open_video(path, reading, in_order=trouble == PACKED_B_FRAMES)
+        return pyav_video.open_video(path, reading, in_order=trouble in IN_ORDER)
     frames = _module(name).open_video(path, reading)
     if frames.num_frames < 1:
         raise ValueError("the video has no frames")
@@ -96,7 +98,7 @@ class _Module:
 def local_file(place: Place) -> tuple[str, Any]:
     """A path under which a decoder finds a video, and what keeps it there: of a member of a shard it is a copy in memory."""
     if not isinstance(place, Member):
-        return place, None
+        return os.path.join(os.curdir, place), None  # FFmpeg takes a bare `concat:a|b` for an order, not for a name
     memory = open(os.memfd_create("video"), "wb", buffering=0)  # noqa: SIM115  (closed with the last who holds it)
     memory.write(read_member(place))
     return f"/proc/self/fd/{memory.fileno()}", memory

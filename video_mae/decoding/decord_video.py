@@ -1,13 +1,13 @@
 """Videos by decord."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.decoding.pyav_video import shown_size
 from video_mae.decoding.reading import Frames, Reading, scaled_size
-
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
 
@@ -32,7 +32,7 @@ def open_video(path: str, reading: Reading) -> Frames:
 
     def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
         for first in range(0, len(wanted), BATCH):
-            frames_FHWC = reader.get_batch(wanted[first: first + BATCH]).asnumpy()
+            frames_FHWC = _batch(reader, wanted[first: first + BATCH])
             if first + BATCH >= len(wanted):
                 reader.seek(0)  # at once: decord's thread goes on decoding what follows, and keeps it
             yield from map(_without_padding, frames_FHWC)
@@ -40,10 +40,23 @@ def open_video(path: str, reading: Reading) -> Frames:
     def times() -> NDArray[np.float64]:
         stamps = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
         if np.all(np.diff(stamps[:, 0]) > 0) and np.all(np.abs(stamps) < 1e9):  # AVI with B-frames has some, and a number for "none"
-            return stamps
+            begin = stamps[:, 0]  # the end is that of packets, which may have no duration
+            return np.stack([begin, np.append(begin[1:], begin[-1] + 1 / reader.get_avg_fps())], axis=1)
         return np.stack([np.arange(len(reader)), np.arange(1, len(reader) + 1)], axis=1) / reader.get_avg_fps()
 
     return Frames(len(reader), read, times)
+
+
+def _batch(reader: Any, wanted: NDArray[np.int64]) -> Iterable[NDArray[np.uint8]]:
+    """Frames asked for at once; one by one where their rows are padded, or their size changes, which decord finds to be no batch."""
+    import decord
+
+    try:
+        return reader.get_batch(wanted).asnumpy()
+    except decord.DECORDError as error:
+        if "size must exactly match" not in str(error):
+            raise
+    return [reader[int(index)].asnumpy() for index in wanted]
 
 
 def _without_padding(frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:

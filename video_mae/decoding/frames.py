@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from video_mae.decoding import decoders
 from video_mae.decoding.isolation import Isolated, KilledError, decoder_process
 from video_mae.decoding.opened import Cost, Facts, close_file, frame_times, is_video, next_frames, open_file, suffix
-from video_mae.decoding.reading import Choose, Clip, Place, Reading, VideoDecodeError
+from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
 
 STREAMED = 8  # frames of a stream that are handed over at once
 START_SECONDS = 120.0  # a process that decodes is there by then, its libraries loaded, also on a busy machine
@@ -87,21 +87,27 @@ def resolve_decoder(decoder: str) -> str:
     return decoder_process().call(decoders.resolve, decoder, seconds=START_SECONDS)
 
 
+@cache
+def decoder_version(decoder: str) -> str:
+    """The version of a decoder that works here, asked in a process of its own."""
+    return decoder_process().call(decoders.version, decoder, seconds=START_SECONDS)
+
+
 Run = Callable[..., Any]
 
 
 @contextmanager
 def _opened(place: Place, reading: Reading) -> Iterator[tuple[Facts, Run]]:
     """An open file, and what calls functions where it is open."""
-    if suffix(place) == ".npy":
+    if is_video(place) and reading.decoder == "auto":
+        reading = replace(reading, decoder=resolve_decoder("auto"))
+    if _is_for_this_process(place):
         facts = open_file(place, reading)
         try:
             yield facts, _here
         finally:
             close_file(facts.handle)
         return
-    if is_video(place) and reading.decoder == "auto":
-        reading = replace(reading, decoder=resolve_decoder("auto"))
     process = decoder_process()
     run = partial(_there, process, place, reading)
     facts = run(open_file, place, reading)
@@ -110,6 +116,12 @@ def _opened(place: Place, reading: Reading) -> Iterator[tuple[Facts, Run]]:
     finally:
         if process.is_alive:
             process.call(close_file, facts.handle, seconds=START_SECONDS)
+
+
+def _is_for_this_process(place: Place) -> bool:
+    """Arrays of local files, which are only copied; and what lies in the memory of this process."""
+    archive = place.archive if isinstance(place, Member) else ""
+    return archive.startswith("memory://") or (suffix(place) == ".npy" and "://" not in archive)
 
 
 def _here(function: Callable[..., Any], *arguments: Any, shares: bool = False) -> Any:

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from video_mae.decoding.process import SPARED
+
 _START = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.process import main; main({socket}, {memory}, {parent})"
 
 
@@ -31,6 +33,7 @@ class Isolated:
     """A process for the calling thread; calls are made one after another."""
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._memory, self._map = -1, None
@@ -43,7 +46,7 @@ class Isolated:
         """
         connection = self._connect()
         try:
-            connection.send_bytes(pickle.dumps((function.__module__, function.__name__, arguments, memory_gb, shares)))
+            connection.send_bytes(pickle.dumps((function.__module__, function.__name__, arguments, memory_gb, shares, _folder())))
             if not connection.poll(seconds):
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
@@ -71,6 +74,13 @@ class Isolated:
             process.wait(timeout=5)
         self._forget()
 
+    def __del__(self) -> None:
+        """Where a thread ends, so does its process; in a fork of the owner only the handles are closed."""
+        if self._owner == os.getpid():
+            self.close()
+        elif self._connection is not None:
+            self._forget()
+
     def _connect(self) -> Connection:
         if self._connection is not None and self.is_alive:
             return self._connection
@@ -82,8 +92,12 @@ class Isolated:
                                 parent=os.getpid())
         # glibc keeps a heap a thread, and decoders start threads for each file: with two heaps memory stays as it is.
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen([sys.executable, "-c", command], pass_fds=(theirs.fileno(), self._memory), env=environment,
-                                         stdin=subprocess.DEVNULL)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SPARED)
+        try:
+            self._process = subprocess.Popen([sys.executable, "-c", command], pass_fds=(theirs.fileno(), self._memory), env=environment,
+                                             stdin=subprocess.DEVNULL)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
         self._connection = Connection(ours.detach())
         return self._connection
@@ -99,10 +113,12 @@ class Isolated:
         process = self._process
         assert process is not None
         with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+            process.wait(timeout=1)
         status = process.returncode
         self.close()
-        if status is None or status >= 0:
+        if status is None:
+            return "the decoder's process closed its connection"
+        if status >= 0:
             return f"the decoder's process ended with status {status}"
         return f"the decoder's process was ended by {signal.Signals(-status).name}"
 
@@ -111,6 +127,13 @@ class Isolated:
             self._connection.close()
             os.close(self._memory)
         self._connection, self._memory, self._map = None, -1, None
+
+
+def _folder() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed: no relative path leads anywhere
+        return ""
 
 
 _here = threading.local()

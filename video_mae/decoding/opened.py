@@ -21,6 +21,7 @@ from video_mae.decoding import stills, tiff
 from video_mae.decoding.arrays import open_npy, open_npz
 from video_mae.decoding.containers import is_regular
 from video_mae.decoding.decoders import local_file, open_video, resolve
+from video_mae.decoding.packed_frames import open_frames
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
 
 VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
@@ -47,10 +48,37 @@ class Facts(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds that frames took: waiting for the disk or for a core, and computing."""
+    """Seconds that frames took, with the opening of their file: waiting for the disk, and computing.
+
+    Waiting for a core, which is neither, is left out as far as the thread that reads did it itself.
+    """
 
     waiting: float
     computing: float
+
+    @classmethod
+    def since(cls, begin: "Moment") -> "Cost":
+        """What has gone by; several threads compute more than time goes by."""
+        elapsed, computing, queued = (now - then for now, then in zip(Moment.now(), begin, strict=True))
+        return cls(max(elapsed - computing - queued, 0.0), computing)
+
+
+class Moment(NamedTuple):
+    """Seconds on the clock, that all threads of the process have computed, and that this one has waited for a core."""
+
+    clock: float
+    computed: float
+    queued: float
+
+    @classmethod
+    def now(cls) -> "Moment":
+        """The present."""
+        try:
+            with open("/proc/thread-self/schedstat", "rb") as file:
+                queued = int(file.read().split()[1]) / 1e9
+        except (OSError, IndexError):  # a kernel that does not count
+            queued = 0.0
+        return cls(time.perf_counter(), time.process_time(), queued)
 
 
 @dataclass
@@ -59,6 +87,7 @@ class _Opened:
     reading: Reading
     decoder: str
     frames: Frames
+    opening: Cost
     pass_over: Iterator[NDArray[Any]] = iter(())
 
 
@@ -78,6 +107,7 @@ def suffix(place: Place) -> str:
 
 def open_file(place: Place, reading: Reading) -> Facts:
     """Opens a file until it is closed. Raises: VideoDecodeError."""
+    begin = Moment.now()
     known = READERS.get(suffix(place))
     first = known[0] if known else resolve(reading.decoder)
     with as_decode_error(place, first):
@@ -88,6 +118,8 @@ def open_file(place: Place, reading: Reading) -> Facts:
         if known is None:
             name, frames, fallback = open_video(place, reading)
             fallback = _one_line(ValueError(fallback), place) if fallback else ""
+        elif isinstance(place, Member) and suffix(place) == ".npy":
+            name, frames = known[0], open_frames(place)
         else:
             path, kept = local_file(place)
             name, frames = known[0], known[1](path, reading.source, reading.in_channels)
@@ -95,17 +127,18 @@ def open_file(place: Place, reading: Reading) -> Facts:
         if frames.num_frames < 1:
             raise ValueError("the video has no frames")
     handle = next(_handles)
-    _opened[handle] = _Opened(place, reading, name, frames)
+    _opened[handle] = _Opened(place, reading, name, frames, Cost.since(begin))
     return Facts(handle, frames.num_frames, name, fallback)
 
 
 def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, allocate: Allocate = np.empty) -> tuple[Clip, Cost]:
     """The first frames of a new pass over an open file, which will give the frames `wanted`, rising indices; or its next ones where None.
 
-    Returns: clip_FHWC and what it cost. Raises: VideoDecodeError.
+    Returns: clip_FHWC and what it cost, of the first frames with the opening. Raises: VideoDecodeError.
     """
-    begin, begin_cpu = time.perf_counter(), time.process_time()
+    begin = Moment.now()
     opened = _opened[handle]
+    before, opened.opening = opened.opening, Cost(0.0, 0.0)
     if wanted is not None:
         opened.pass_over = opened.frames.read(wanted)
     clip_FHWC: NDArray[Any] | None = None
@@ -122,8 +155,8 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
             clip_FHWC[num - 1] = frame_HWC
         if clip_FHWC is None or num < num_frames:
             raise ValueError(f"only {num} of {num_frames} frames can be decoded")
-    computing = time.process_time() - begin_cpu
-    return clip_FHWC, Cost(max(time.perf_counter() - begin - computing, 0.0), computing)
+    cost = Cost.since(begin)
+    return clip_FHWC, Cost(before.waiting + cost.waiting, before.computing + cost.computing)
 
 
 def frame_times(handle: int) -> NDArray[np.float64]:
@@ -175,9 +208,13 @@ def _one_line(error: Exception, place: Place) -> str:
         return "needs more memory than a decoder may take"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error).split("Stack trace")[0].replace(f"[{place}]", "").replace(str(place), "the file")
+    text = str(error).split("Stack trace")[0]
+    for name in (os.path.join(os.curdir, str(place)), str(place)):
+        text = text.replace(f"[{name}]", "").replace(name, "the file")
     text = re.sub(r"/proc/self/fd/\d+", "the file", text)
+    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)  # torchcodec's functions and files
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+?:\d+: ", "", text)
     text = re.sub(r"Check failed: .*? \(\S+ vs\. \S+\) (ERROR )?", "", text)
+    text = re.sub(r"\[Errno -?\d+\] |: '\w+\(\)'$", "", text)  # FFmpeg's numbers and functions, from PyAV
     text = re.split(r"\. (?=[A-Z])|\.\.\.|\n", text.strip())[0].strip(" .")
     return text[:200] or type(error).__name__

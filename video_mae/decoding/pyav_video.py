@@ -35,8 +35,8 @@ def open_video(path: str, reading: Reading, *, in_order: bool = False) -> Frames
 
 def shown_size(path: str) -> tuple[int, int]:
     """(height, width) of the frames of a video as they are shown, its rotation included."""
-    with _container(path) as container:
-        stream = _stream(container)
+    with open_container(path) as container:
+        stream = video_stream(container)
         frame = next(container.decode(stream))
         height, width = stream.codec_context.height, stream.codec_context.width
         return (width, height) if frame.rotation % 180 else (height, width)
@@ -44,15 +44,15 @@ def shown_size(path: str) -> tuple[int, int]:
 
 def frame_rate(path: str) -> Fraction:
     """Frames a second of a video, as its file says; 25 where it does not."""
-    with _container(path) as container:
-        stream = _stream(container)
+    with open_container(path) as container:
+        stream = video_stream(container)
         return stream.average_rate or stream.guessed_rate or Fraction(25)
 
 
 def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
     """All frames of a video in the order they are shown, from its start on: the truth that random access is measured by."""
-    with _container(path) as container:
-        stream = _stream(container)
+    with open_container(path) as container:
+        stream = video_stream(container)
         _set_threads(stream, threads)
         yield from container.decode(stream)
 
@@ -64,12 +64,14 @@ def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
     return np.rot90(np.asarray(scaled.to_ndarray(), np.uint8), frame.rotation // 90)
 
 
-def _container(path: str) -> Any:
+def open_container(path: str) -> Any:
+    """A video container, which may name no other file. Raises: av.FFmpegError."""
     # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
     return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
 
 
-def _stream(container: Any) -> Any:
+def video_stream(container: Any) -> Any:
+    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file has no video stream")
@@ -91,12 +93,14 @@ def _decoded(container: Any, stream: Any, needed: set[Any]) -> Iterator[av.Video
 
 
 class _Video:
-    """An opened file."""
+    """An opened file, which is closed with it: PyAV's objects refer to each other, and Python would collect them late."""
+
+    container: Any = None
 
     def __init__(self, path: str, reading: Reading, in_order: bool) -> None:
         self.path, self.reading = path, reading
-        self.container = _container(path)  # opening one costs milliseconds
-        self.stream = _stream(self.container)
+        self.container = open_container(path)  # opening one costs milliseconds
+        self.stream = video_stream(self.container)
         _set_threads(self.stream, reading.threads)
         self.time_base = float(self.stream.time_base)
         self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
@@ -109,6 +113,10 @@ class _Video:
         else:
             self.stamps = sorted(pts for pts, _ in packets)
             self.keys = sorted(pts for pts, is_key in packets if is_key)
+
+    def __del__(self) -> None:
+        if self.container is not None:
+            self.container.close()
 
     def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
         for frame in self._in_order(wanted) if self.ordered else self._by_seeking(wanted):

@@ -66,8 +66,8 @@ class Reading:
 class Frames:
     """An opened file: how many frames it has, and what reads some of them.
 
-    read: from increasing indices to those frames_HWC, one after another. times: when each frame is shown, seconds [F, (begin, end)];
-    NaN for files without time. kept: what must live as long as the file is read.
+    read: from increasing indices to those frames_HWC, one after another, each to be copied before the next one is asked for.
+    times: when each frame is shown, seconds [F, (begin, end)]; NaN for files without time. kept: what must live as long as it is read.
     """
 
     num_frames: int

@@ -47,7 +47,7 @@ def open_video(path: str, reading: Reading) -> Frames:
 
     def times() -> NDArray[np.float64]:
         begin = np.array([decoder.get_frame_at(i).pts_seconds for i in range(len(decoder))])
-        last = decoder.get_frame_at(len(decoder) - 1).duration_seconds
+        last = decoder.get_frame_at(len(decoder) - 1).duration_seconds or 1 / decoder.metadata.average_fps  # packets may have none
         return np.stack([begin, np.append(begin[1:], begin[-1] + last)], axis=1)
 
     return Frames(len(decoder), read, times)

@@ -1,0 +1,266 @@
+"""Every decoder on the same files: what a jump gives is what reading in order gives, and PyAV's reading from the start is the truth.
+
+F frames of a file, H W pixels, C channels.
+"""
+
+import struct
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times
+from video_mae.decoding import decoders as table
+from video_mae.decoding.containers import ASF, EDIT_LIST, HEVC, NO_INDEX, PACKED_B_FRAMES, check_container
+from video_mae.decoding.pyav_video import pixels, sequential
+from video_mae.decoding.reading import scaled_size
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "videos" / "real"
+REAL = sorted(path.name for path in SHARED.iterdir()) if SHARED.is_dir() else []
+CLOSE = 6.0
+"""Mean difference of two decoders' pixels, of 255: they convert colours and scale in ways of their own."""
+MOST = 100
+"""Frames of a long file that are read in order."""
+KNOWN = {EDIT_LIST: ("editlist.mp4",), HEVC: ("h265_video.mp4",),
+         PACKED_B_FRAMES: ("RATRACE_wave_f_nm_np1_fr_goo_37.avi", "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
+                           "TrumanShow_wave_f_nm_np1_fr_med_26.avi", "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi",
+                           "tests_data_test.avi")}
+each_decoder = pytest.mark.parametrize("decoder", [
+    pytest.param(name, marks=pytest.mark.skipif(bool(table.problem(name)), reason=f"{name}: {table.problem(name)}"))
+    for name in table.NAMES])
+
+
+def picture(index: int, height: int, width: int) -> NDArray[np.uint8]:
+    """A frame that no other is like: a soft ball on a slanted ground, both on their way."""
+    y, x = np.mgrid[:height, :width] / min(height, width)
+    ball = np.exp(-20 * ((x - 0.2 - 0.013 * index) ** 2 + (y - 0.5) ** 2))
+    ground = 0.2 + 0.3 * x + 0.004 * index
+    return (255 * np.stack([ground + 0.4 * ball, ground, ground + 0.3 * y], axis=2)).clip(0, 255).astype(np.uint8)
+
+
+def render(path: Path, num_frames: int = 45, size: tuple[int, int] = (48, 64), *, codec: str = "libx264", form: str = "yuv420p",
+           stamps: Callable[[int], int] | None = None, **options: str) -> Path:
+    """stamps: when frame i is shown, milliseconds; else 25 frames a second."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=25, options=options)
+        stream.height, stream.width, stream.pix_fmt = *size, form
+        for index in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(picture(index, *size), format="rgb24")
+            if stamps:
+                frame.pts, frame.time_base = stamps(index), Fraction(1, 1000)
+                stream.codec_context.time_base = frame.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def patch(path: Path, box: bytes, at: int, content: bytes) -> Path:
+    """Writes over what a box of an mp4 file has at an offset of its content."""
+    data = bytearray(path.read_bytes())
+    start = data.index(box) + 4 + at
+    data[start: start + len(content)] = content
+    path.write_bytes(data)
+    return path
+
+
+def turned(path: Path, matrix: tuple[float, float, float, float]) -> Path:
+    return patch(path, b"tkhd", 40, struct.pack(">ii", *(int(65536 * value) for value in matrix[:2])) + bytes(4)
+                 + struct.pack(">ii", *(int(65536 * value) for value in matrix[2:])))
+
+
+QUICK = {"preset": "ultrafast", "crf": "12"}
+RENDERED: dict[str, Callable[[Path], Path]] = {
+    "constant.mp4": lambda path: render(path, crf="12", bf="0", g="12"),
+    "between.mp4": lambda path: render(path, crf="12", bf="3", g="20", **{"b-pyramid": "normal"}),
+    "open.mkv": lambda path: render(path, crf="12", bf="2", g="15", **{"x264-params": "open-gop=1"}),
+    "long.mp4": lambda path: render(path, 90, crf="12", g="250"),
+    "variable.mp4": lambda path: render(path, crf="12", bf="2", g="20", stamps=lambda i: 40 * i + 13 * (i % 3) + (900 if i > 20 else 0)),
+    "variable.mkv": lambda path: render(path, g="20", stamps=lambda i: 33 * i + i * i, **QUICK),
+    "right.mp4": lambda path: turned(render(path, 20, (48, 80), **QUICK), (0, 1, -1, 0)),
+    "left.mp4": lambda path: turned(render(path, 20, (48, 80), **QUICK), (0, -1, 1, 0)),
+    "over.mp4": lambda path: turned(render(path, 20, (48, 80), **QUICK), (-1, 0, 0, -1)),
+    "ten bits.mp4": lambda path: render(path, form="yuv420p10le", g="10", **QUICK),
+    "odd.mp4": lambda path: render(path, size=(51, 77), form="yuv444p", g="10", **QUICK),
+    "padded.mp4": lambda path: render(path, size=(48, 48), g="10", **QUICK),
+    "one.mp4": lambda path: render(path, 1, **QUICK),
+    "two.mp4": lambda path: render(path, 2, **QUICK),
+    "vp9.webm": lambda path: render(path, 30, codec="libvpx-vp9", **{"deadline": "realtime", "cpu-used": "8", "g": "12"}),
+    "plain.avi": lambda path: render(path, codec="mpeg4", g="12", bf="0", b="2000000"),
+    "stream.ts": lambda path: render(path, g="15", bf="2", crf="12"),
+    "stream.mpg": lambda path: render(path, codec="mpeg2video", g="12", bf="2", b="2000000"),
+    "flash.flv": lambda path: render(path, g="12", bf="2", crf="12"),
+    "windows.wmv": lambda path: render(path, codec="wmv2", g="12", b="2000000"),
+    "hidden.mp4": lambda path: patch(render(path, bf="2", g="12", crf="12"), b"elst", 8, struct.pack(">I", 900)),
+    "h265.mp4": lambda path: render(path, 30, codec="libx265", **{"x265-params": "log-level=none:keyint=10", "preset": "ultrafast"}),
+}
+MISREAD = {"hidden.mp4": EDIT_LIST, "h265.mp4": HEVC, "stream.ts": NO_INDEX, "stream.mpg": NO_INDEX, "windows.wmv": ASF}
+FILES = [*RENDERED, *REAL]
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    folder = tmp_path_factory.mktemp("rendered")
+
+    def find(name: str) -> str:
+        if name not in RENDERED:
+            return str(SHARED / name)
+        return str(folder / name if (folder / name).exists() else RENDERED[name](folder / name))
+
+    return find
+
+
+@cache
+def truth(path: str) -> tuple[NDArray[np.uint8], list[float]]:
+    """frames_FHWC and their time stamps in seconds, NaN where there is none, from PyAV's reading of the file from its start."""
+    frames = list(sequential(path))
+    stamps = [np.nan if frame.pts is None or frame.time_base is None else float(frame.pts * frame.time_base) for frame in frames]
+    return np.stack([pixels(frame, 0) for frame in frames]), stamps
+
+
+def differences(left_FHWC: NDArray[np.uint8], right_HWC: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Mean differences [F] of frames to one, every other pixel."""
+    return np.abs(left_FHWC[:, ::2, ::2].astype(np.int16) - right_HWC[::2, ::2]).mean(axis=(1, 2, 3))
+
+
+def shown_as(frame_HWC: NDArray[np.uint8], index: int, truth_FHWC: NDArray[np.uint8]) -> bool:
+    """Whether a frame is the one of that index: none of its neighbours is closer, and it is close."""
+    first = max(index - 4, 0)
+    found = differences(truth_FHWC[first: index + 5], frame_HWC)
+    return found[index - first] < CLOSE and found[index - first] <= found.min() + 0.3
+
+
+@each_decoder
+@pytest.mark.parametrize("name", FILES)
+def test_a_jump_to_any_frame_gives_what_reading_in_order_gives(decoder, name, place):
+    path, reading = place(name), Reading(decoder=decoder)
+    truth_FHWC, _ = truth(path)
+    counts: list[int] = []
+    in_order = read_clip(path, lambda n: counts.append(n) or np.arange(min(n, MOST)), reading)
+    assert counts == [len(truth_FHWC)]
+    num_frames = len(in_order.clip_THWC)
+    last = read_clip(path, lambda n: np.array([n - 1]), reading)
+    assert shown_as(last.clip_THWC[0], len(truth_FHWC) - 1, truth_FHWC)
+    if in_order.decoder == "pyav":
+        np.testing.assert_array_equal(in_order.clip_THWC, truth_FHWC[:num_frames])
+        np.testing.assert_array_equal(last.clip_THWC[0], truth_FHWC[-1])
+    for index in {0, num_frames // 3, num_frames // 2, num_frames - 1}:
+        assert shown_as(in_order.clip_THWC[index], index, truth_FHWC), (in_order.decoder, index)
+    rng = np.random.default_rng(0)
+    for wanted in (rng.integers(num_frames, size=9), np.sort(rng.integers(num_frames, size=7)), np.array([num_frames - 1]),
+                   np.minimum(rng.integers(num_frames) + 4 * np.arange(6), num_frames - 1), np.array([num_frames - 1, 0, num_frames - 1])):
+        found = read_clip(path, lambda n, wanted=wanted: wanted, reading)
+        assert found.decoder == in_order.decoder
+        np.testing.assert_array_equal(found.clip_THWC, in_order.clip_THWC[wanted])
+
+
+@each_decoder
+@pytest.mark.parametrize("name", ["between.mp4", "variable.mp4", "ten bits.mp4", "hidden.mp4", "vp9.webm", *REAL[:3]])
+def test_threads_change_nothing(decoder, name, place):
+    wanted = np.array([1, 7, 8, 15, 20])
+    clips = [decode(place(name), lambda n: wanted, Reading(decoder=decoder, threads=threads)) for threads in (1, 2, 4)]
+    np.testing.assert_array_equal(clips[1], clips[0])
+    np.testing.assert_array_equal(clips[2], clips[0])
+
+
+@each_decoder
+@pytest.mark.parametrize("name", ["constant.mp4", "right.mp4", "over.mp4", "ten bits.mp4", "odd.mp4", "padded.mp4", "variable.mkv", *(
+    name for name in REAL if name in ("video_90.mov", "R6llTwEh07w.mp4", "odd.mp4", "vp9.webm", "v_SoccerJuggling_g23_c01.avi"))])
+def test_frames_are_scaled_as_they_are_decoded(decoder, name, place):
+    path = place(name)
+    truth_FHWC, _ = truth(path)
+    index = min(5, len(truth_FHWC) - 1)
+    frame = next(frame for place, frame in enumerate(sequential(path)) if place == index)
+    for short_side in (32, 47):
+        clip_THWC = decode(path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=short_side))
+        assert clip_THWC.shape == (1, *scaled_size(*truth_FHWC.shape[1:3], short_side), 3)
+        assert differences(clip_THWC, pixels(frame, short_side))[0] < CLOSE
+    large = decode(path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=4096))
+    np.testing.assert_array_equal(large, decode(path, lambda n: np.array([index]), Reading(decoder=decoder)))
+
+
+@pytest.mark.parametrize(("height", "width", "short_side", "size"), [
+    (256, 340, 0, (256, 340)), (256, 340, 224, (224, 298)), (340, 256, 224, (298, 224)), (100, 100, 30, (30, 30)), (101, 77, 77, (101, 77)),
+    (8, 900, 4, (4, 450)), (901, 9, 8, (801, 8)),
+])
+def test_the_shorter_side_is_the_one_that_is_asked_for(height, width, short_side, size):
+    assert scaled_size(height, width, short_side) == size
+
+
+@each_decoder
+@pytest.mark.parametrize("name", [name for name in FILES if not name.endswith(".avi")])
+def test_frames_have_the_times_of_their_stamps(decoder, name, place):
+    path = place(name)
+    _, stamps = truth(path)
+    found = times(path, Reading(decoder=decoder))
+    assert found.shape == (len(stamps), 2)
+    np.testing.assert_allclose(found[:, 0] - found[0, 0], np.array(stamps) - stamps[0], atol=2e-3)
+    assert (found[:, 1] > found[:, 0]).all()
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    *((name, MISREAD.get(name, "")) for name in RENDERED),
+    *((name, next((kind for kind, names in KNOWN.items() if name in names), "")) for name in REAL),
+])
+def test_what_decoders_misread_is_known_by_its_container(name, kind, place):
+    with open(place(name), "rb") as file:
+        assert check_container(file, Path(place(name)).stat().st_size) == kind
+
+
+@each_decoder
+@pytest.mark.parametrize("name", [*MISREAD, *(name for names in KNOWN.values() for name in names if name in REAL)])
+def test_what_a_decoder_misreads_is_left_to_another_and_named(decoder, name, place):
+    path = place(name)
+    with open(path, "rb") as file:
+        kind = check_container(file, Path(path).stat().st_size)
+    found = read_clip(path, lambda n: np.array([n // 2]), Reading(decoder=decoder))
+    truth_FHWC, _ = truth(path)
+    assert shown_as(found.clip_THWC[0], len(truth_FHWC) // 2, truth_FHWC)
+    assert (found.decoder == decoder) == (kind not in table.MISREADS[decoder])
+    assert found.fallback == ("" if found.decoder == decoder else f"{decoder}: {kind}; it would be read wrongly, `video-mae pack` cures it")
+
+
+def test_a_file_that_the_decoder_cannot_open_is_left_to_the_next_that_can(tmp_path):
+    path = render(tmp_path / "av1.mkv", 12, codec="libsvtav1", preset="12", g="6")
+    found = read_clip(str(path), lambda n: np.arange(4), Reading(decoder="decord"))
+    assert found.decoder == next(name for name in table.NAMES if name != "decord" and not table.problem(name))
+    assert found.fallback.startswith("decord: ")
+    assert "\n" not in found.fallback
+    np.testing.assert_array_equal(found.clip_THWC, decode(str(path), lambda n: np.arange(4), Reading(decoder=found.decoder)))
+
+
+@each_decoder
+def test_where_none_can_open_a_file_the_first_one_says_why(decoder, tmp_path):
+    path = render(tmp_path / "a.mp4", 12, **QUICK)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"avcC"): data.index(b"avcC") + 40] = bytes(40)
+    path.write_bytes(data)
+    with pytest.raises(VideoDecodeError) as caught:
+        decode(str(path), np.arange, Reading(decoder=decoder))
+    assert caught.value.decoder == decoder
+    assert "\n" not in caught.value.reason
+
+
+def test_auto_is_the_first_that_works_and_what_is_asked_for_is_not_replaced(monkeypatch):
+    assert table.NAMES[0] == "pyav"  # of those that read everything right it is the one that is always there
+    for missing in ({"torchcodec"}, {"torchcodec", "decord"}, {"pyav"}):
+        monkeypatch.setattr(table, "problem", lambda name, missing=missing: "No module named x" if name in missing else "")
+        assert table.resolve("auto") == next(name for name in table.NAMES if name not in missing)
+        for name in table.NAMES:
+            if name not in missing:
+                assert table.resolve(name) == name
+                continue
+            others = ", ".join(other for other in table.NAMES if other not in missing)
+            with pytest.raises(ValueError, match=rf"^data\.decoder: {name} cannot be loaded .*No module named x.*take one of: {others}$"):
+                table.resolve(name)
+
+
+@each_decoder
+def test_a_run_is_given_the_decoder_that_it_asks_for(decoder):
+    assert resolve_decoder(decoder) == decoder
+    assert table.version(decoder)[0].isdigit()
