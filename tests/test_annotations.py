@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,7 @@ def test_a_line_that_is_written_is_read_back(path, tmp_path):
 def test_a_list_is_read_whatever_system_saved_it(folder, encoding, end):
     (folder / "b\u00e4r.mp4").touch()
     (folder / "list").write_bytes(end.join(["b\u00e4r.mp4 1", "", "clip of 1.mp4 0", ""]).encode(encoding))
-    videos = read_annotations(DataConfig(source=str(folder / "list")))
+    videos: Any = read_annotations(DataConfig(source=str(folder / "list")))
     assert [(Path(path).name, info["label"]) for path, info in videos] == [("b\u00e4r.mp4", 1), ("clip of 1.mp4", 0)]
 
 
@@ -125,7 +126,7 @@ def test_the_first_bad_file_is_named_also_where_threads_hide_the_latency_of_a_di
 
 
 def test_videos_are_a_sequence_and_survive_pickling(folder):
-    videos = read_annotations(write_list(folder / "list", "clip of 1.mp4 1", "clip of 2.mp4", "clip of 9.mp4 -5"))
+    videos: Any = read_annotations(write_list(folder / "list", "clip of 1.mp4 1", "clip of 2.mp4", "clip of 9.mp4 -5"))
     expected = [(str(folder / f"clip of {n}.mp4"), {"label": label}) for n, label in ((1, 1), (2, -1), (9, -5))]
     copy = pickle.loads(pickle.dumps(videos))
     assert list(videos) == list(copy) == expected

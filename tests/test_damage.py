@@ -191,7 +191,7 @@ def test_an_epoch_over_500_files_names_the_bad_ones_and_sees_the_good_ones(colle
     assert not {collection.names[number] for number in collection.whole} & set(named)
     assert set(tried) == set(named)
     assert all(5 < len(entry["reason"]) <= 300 and "\n" not in entry["reason"] for entry in entries)
-    del loader, batch
+    del loader, batch  # pyright: ignore[reportPossiblyUnboundVariable]
     assert settled(children, before) == set()
     assert len(os.listdir("/proc/self/fd")) <= handles + 2
 

@@ -46,7 +46,8 @@ def picture(index: int, height: int, width: int) -> NDArray[np.uint8]:
 
 def render(path: Path, num_frames: int = 45, size: tuple[int, int] = (48, 64), *, codec: str = "libx264", form: str = "yuv420p",
            stamps: Callable[[int], int] | None = None, **options: str) -> Path:
-    """stamps: when frame i is shown, milliseconds; else 25 frames a second."""
+    """stamps: when frame i is shown, milliseconds; else 25 frames a second. options: of the encoder, with _ for -."""
+    options = {name.replace("_", "-"): value for name, value in options.items()}
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=25, options=options)
         stream.height, stream.width, stream.pix_fmt = *size, form
@@ -74,11 +75,11 @@ def turned(path: Path, matrix: tuple[float, float, float, float]) -> Path:
                  + struct.pack(">ii", *(int(65536 * value) for value in matrix[2:])))
 
 
-QUICK = {"preset": "ultrafast", "crf": "12"}
+QUICK: Any = {"preset": "ultrafast", "crf": "12"}
 RENDERED: dict[str, Callable[[Path], Path]] = {
     "constant.mp4": lambda path: render(path, crf="12", bf="0", g="12"),
-    "between.mp4": lambda path: render(path, crf="12", bf="3", g="20", **{"b-pyramid": "normal"}),
-    "open.mkv": lambda path: render(path, crf="12", bf="2", g="15", **{"x264-params": "open-gop=1"}),
+    "between.mp4": lambda path: render(path, crf="12", bf="3", g="20", b_pyramid="normal"),
+    "open.mkv": lambda path: render(path, crf="12", bf="2", g="15", x264_params="open-gop=1"),
     "long.mp4": lambda path: render(path, 90, crf="12", g="250"),
     "variable.mp4": lambda path: render(path, crf="12", bf="2", g="20", stamps=lambda i: 40 * i + 13 * (i % 3) + (900 if i > 20 else 0)),
     "variable.mkv": lambda path: render(path, g="20", stamps=lambda i: 33 * i + i * i, **QUICK),
@@ -90,14 +91,15 @@ RENDERED: dict[str, Callable[[Path], Path]] = {
     "padded.mp4": lambda path: render(path, size=(48, 48), g="10", **QUICK),
     "one.mp4": lambda path: render(path, 1, **QUICK),
     "two.mp4": lambda path: render(path, 2, **QUICK),
-    "vp9.webm": lambda path: render(path, 30, codec="libvpx-vp9", **{"deadline": "realtime", "cpu-used": "8", "g": "12"}),
+    "vp9.webm": lambda path: render(path, 30, codec="libvpx-vp9", deadline="realtime", cpu_used="8", g="12"),
     "plain.avi": lambda path: render(path, codec="mpeg4", g="12", bf="0", b="2000000"),
     "stream.ts": lambda path: render(path, g="15", bf="2", crf="12"),
     "stream.mpg": lambda path: render(path, codec="mpeg2video", g="12", bf="2", b="2000000"),
     "flash.flv": lambda path: render(path, g="12", bf="2", crf="12"),
     "windows.wmv": lambda path: render(path, codec="wmv2", g="12", b="2000000"),
     "hidden.mp4": lambda path: patch(render(path, bf="2", g="12", crf="12"), b"elst", 8, struct.pack(">I", 900)),
-    "h265.mp4": lambda path: render(path, 30, codec="libx265", **{"x265-params": "log-level=none:keyint=10", "preset": "ultrafast"}),
+    "h265.mp4": lambda path: render(path, 30, codec="libx265", x265_params="log-level=none:keyint=10",
+                                       preset="ultrafast"),
 }
 MISREAD = {"hidden.mp4": EDIT_LIST, "h265.mp4": HEVC, "stream.ts": NO_INDEX, "stream.mpg": NO_INDEX, "windows.wmv": ASF}
 FILES = [*RENDERED, *REAL]
@@ -178,7 +180,7 @@ def test_frames_are_scaled_as_they_are_decoded(decoder, name, place):
     frame = next(frame for place, frame in enumerate(sequential(path)) if place == index)
     for short_side in (32, 47):
         clip_THWC = decode(path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=short_side))
-        assert clip_THWC.shape == (1, *scaled_size(*truth_FHWC.shape[1:3], short_side), 3)
+        assert clip_THWC.shape == (1, *scaled_size(truth_FHWC.shape[1], truth_FHWC.shape[2], short_side), 3)
         assert differences(clip_THWC, pixels(frame, short_side))[0] < CLOSE
     large = decode(path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=4096))
     np.testing.assert_array_equal(large, decode(path, lambda n: np.array([index]), Reading(decoder=decoder)))
@@ -231,7 +233,7 @@ def test_a_file_that_the_decoder_cannot_open_is_left_to_the_next_that_can(tmp_pa
     assert found.decoder == next(name for name in table.NAMES if name != "decord" and not table.problem(name))
     assert found.fallback.startswith("decord: ")
     assert "\n" not in found.fallback
-    np.testing.assert_array_equal(found.clip_THWC, decode(str(path), lambda n: np.arange(4), Reading(decoder=found.decoder)))
+    np.testing.assert_array_equal(found.clip_THWC, decode(str(path), lambda n: np.arange(4), Reading(decoder=found.decoder)))  # pyright: ignore[reportArgumentType]
 
 
 @each_decoder

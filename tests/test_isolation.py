@@ -106,6 +106,12 @@ def strange(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
         sys.path.remove(str(folder))
 
 
+@pytest.fixture(autouse=True)
+def _new_process() -> None:
+    """What earlier tests have left of this thread's process is no part of these."""
+    decoder_process().close()
+
+
 @pytest.fixture
 def isolated() -> Iterator[Isolated]:
     process = Isolated()

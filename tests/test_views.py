@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_a_loader_gives_each_video_once_in_order_and_names_the_bad_one(tmp_path:
     paths = [str(write_video(tmp_path / f"{i}.mp4", pixels)) for i in range(4)]
     Path(paths[2]).write_bytes(b"no video at all")
     loader = make_view_loader(ViewDataset(paths, views(num_frames=2, height=16, width=16)), [3, 2, 0], 2, workers)
-    batches = list(loader)
+    batches: list[Any] = list(loader)
     assert [[video.index for video in batch] for batch in batches] == [[3, 2], [0]]
     bad = batches[0][1]
     assert bad.views is None

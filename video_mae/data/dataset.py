@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
 from video_mae.data.advice import Costs
-from video_mae.data.device_crop import Crop, CropSize, UncutClips
+from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
 from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.workers import plan_workers
@@ -43,13 +43,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Sample:
-    """R crops of one video; index is the video really read, failures are those tried before it.
+    """R crops of one video, `clips`; index is the video really read, failures are those tried before it.
 
-    Where `crops` are given they are still to be cut, and the clip is the whole frames [1, T, H, W, C]. fallback: where the video was not
-    read by the run's decoder.
+    Where `crops` are given they are still to be cut, and the only clip is the whole frames. fallback: where the video was not read by the
+    run's decoder.
     """
 
-    clip_RTHWC: torch.Tensor
+    clips: tuple[torch.Tensor, ...]
     seeds_R: torch.Tensor
     label: int
     index: int
@@ -58,6 +58,11 @@ class Sample:
     costs: Costs = Costs()
     crops: tuple[Crop, ...] = ()
     crop_size: CropSize | None = None
+
+    @property
+    def clip_RTHWC(self) -> torch.Tensor:  # noqa: N802  (shape letters)
+        """The clips as one tensor."""
+        return torch.stack(self.clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +130,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         "fallbacks": tuple(sample.fallback for sample in samples if sample.fallback is not None),
     }
     if size is None:
-        batch = Batch(clip_BTHWC=torch.cat([sample.clip_RTHWC for sample in samples]), **rest)
+        clips = [clip for sample in samples for clip in sample.clips]
+        clip_BTHWC = for_trainer((len(clips), *clips[0].shape), clips[0].dtype)
+        batch = Batch(clip_BTHWC=torch.stack(clips, out=clip_BTHWC), **rest)
     else:
-        uncut = UncutClips.gather([sample.clip_RTHWC[0] for sample in samples], [sample.crops for sample in samples], size)
+        uncut = UncutClips.gather([sample.clips[0] for sample in samples], [sample.crops for sample in samples], size)
         batch = UncutBatch(clip_BTHWC=torch.empty(0, dtype=torch.uint8), uncut=uncut, **rest)
     costs = Costs.total([*(sample.costs for sample in samples), Costs(collating=time.perf_counter() - begin)])
     return replace(batch, costs=costs)
@@ -186,11 +193,11 @@ class ClipDataset(Dataset[Sample]):
         place, label = self.paths[used]
         fallback = Failure(str(place), decoded.decoder, decoded.fallback) if decoded.fallback else None
         seeds_R = torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws])
-        sample = Sample(frames_THWC[None], seeds_R, label["label"], used, (), fallback)
+        sample = Sample((frames_THWC,), seeds_R, label["label"], used, (), fallback)
         if self.data.crop_where == "device":
             return replace(sample, crops=crops, crop_size=CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit))
-        clips = [self._finish(self._cut(frames_THWC, crop), epoch, index, draw) for draw, crop in enumerate(crops)]
-        return replace(sample, clip_RTHWC=clips[0][None] if len(clips) == 1 else torch.stack(clips))
+        return replace(sample, clips=tuple(self._finish(self._cut(frames_THWC, crop), epoch, index, draw)
+                                           for draw, crop in enumerate(crops)))
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
         return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng)

@@ -4,12 +4,14 @@ V videos, R crops of each, F frames that are there (1 of a still, else T), T fra
 C channels, B = V x R.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import get_worker_info
 
 from video_mae.augment import Box
 
@@ -43,6 +45,15 @@ class _Group(NamedTuple):
     dtype: torch.dtype
 
 
+def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for what a worker hands over, which the trainer sees too: anything else would be copied once more on its way."""
+    empty = torch.empty(0, dtype=dtype)
+    if get_worker_info() is None:
+        return empty.new_empty(shape)
+    num = math.prod(shape)
+    return empty.set_(empty.untyped_storage()._new_shared(num * dtype.itemsize), 0, shape)
+
+
 @dataclass(frozen=True)
 class UncutClips:
     """Frames of videos, as bytes one after another, videos of one size neighbours, and what is to be cut out of them.
@@ -73,7 +84,7 @@ class UncutClips:
             stride = -(-first.nbytes // ALIGNMENT) * ALIGNMENT
             groups.append(_Group(begin, stride, (len(places), *first.shape), first.dtype))
             begin += stride * len(places)
-        clips = cls(torch.empty(begin, dtype=torch.uint8),
+        clips = cls(for_trainer((begin,), torch.uint8),
                     torch.tensor([[(*crop.box, crop.flip) for crop in crops[place]] for place in order]), torch.tensor(order),
                     tuple(groups), size)
         rest = iter(order)

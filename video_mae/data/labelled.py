@@ -80,8 +80,8 @@ class ValidationClips(Dataset[Sample]):
         data, model = replace(config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"), config.model
         self.clips = ClipDataset(paths, data, model.num_frames, model.height, model.width, 0, model.in_channels)
         self.choose = frame_choice(config.classifier, model.num_frames)
-        self.black_RTHWC = torch.zeros(1, model.num_frames, model.height, model.width, model.in_channels,
-                                       dtype=torch.uint16 if data.sixteen_bit else torch.uint8)
+        self.black_THWC = torch.zeros(model.num_frames, model.height, model.width, model.in_channels,
+                                      dtype=torch.uint16 if data.sixteen_bit else torch.uint8)
 
     def __getitem__(self, index: int) -> Sample:
         failures = ()
@@ -90,7 +90,7 @@ class ValidationClips(Dataset[Sample]):
                 return self.clips.sample(self.clips.read(index, self.choose), 0, index, index)
             except VideoDecodeError as error:
                 failures = (Failure.of(error),)
-        return Sample(self.black_RTHWC, torch.zeros(1, dtype=torch.int64), 0, -1, failures)
+        return Sample((self.black_THWC,), torch.zeros(1, dtype=torch.int64), 0, -1, failures)
 
 
 class ShareSampler(Sampler[list[int]]):
