@@ -51,7 +51,7 @@ def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if get_worker_info() is None:
         return empty.new_empty(shape)
     num = math.prod(shape)
-    return empty.set_(empty.untyped_storage()._new_shared(num * dtype.itemsize), 0, shape)
+    return empty.set_(empty.untyped_storage()._new_shared(num * dtype.itemsize), 0, torch.Size(shape))
 
 
 @dataclass(frozen=True)
