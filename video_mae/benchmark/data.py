@@ -53,7 +53,7 @@ class DataBenchConfig:
     num_frames: int = knob(16, "frames of a clip")
     stride: int = knob(4, "video frames from one frame of a clip to the next")
     side: int = knob(224, "height and width of a clip in pixels")
-    batch: int = knob(8, "clips that are collated into one tensor")
+    batch: int = knob(8, "clips that are collated into one tensor, several crops of a video among them")
     rounds: int = knob(9, "passes over the files, a clip of each")
     rows: tuple[str, ...] = knob((), "only these rows, by their names; empty: all")
     appetite: float = knob(1600.0, "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its peak: 1600")

@@ -25,6 +25,7 @@ from video_mae.benchmark.memory import peak_growth, peak_of_children
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
 from video_mae.data.dataset import FIRST_ATTEMPT, UncutBatch
+from video_mae.data.workers import keep_memory
 from video_mae.decoding import Choose, Decoded, resolve_decoder
 
 STAGES = ("decode", "crop", "floats", "collate")
@@ -98,7 +99,7 @@ class _Watched(ClipDataset):
 def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
     """Our data set and collation: clip_BTHWC, uint8, or whole frames where the device cuts. It makes floats of what the model needs."""
     dataset = _Watched(contender.data(job), job, watch)
-    for indices in _batches(len(dataset), job.batch):
+    for indices in _batches(len(dataset), max(job.batch // contender.crops, 1)):
         samples = []
         for index in indices:
             samples.append(dataset[epoch, index])
@@ -252,6 +253,8 @@ def serve(contender: Contender, job: Job, core: int, connection: Connection) -> 
     milliseconds a clip of its stages. A `Found` with a reason is its last word."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
+    if contender.pipeline is ours:
+        keep_memory()  # as a worker does
     try:
         for answer in _answers(contender, job, connection):
             connection.send(answer)

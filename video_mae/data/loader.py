@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
-from video_mae.data.workers import plan_workers
+from video_mae.data.workers import keep_memory, plan_workers
 
 MAX_RESTARTS = 10
 PR_SET_PDEATHSIG = 1
@@ -113,6 +113,7 @@ class _Rest(Sampler[Any]):
 def _start_worker(trainer: int, _: int) -> None:
     """What a decoding process does first: one thread, an end with the trainer's, and signals that are meant for it are left to it."""
     torch.set_num_threads(1)
+    keep_memory()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != trainer:

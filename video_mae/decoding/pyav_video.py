@@ -6,6 +6,7 @@ Where packets and frames do not match (packed B-frames, missing stamps), the fil
 from bisect import bisect_right
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import av
@@ -83,6 +84,19 @@ def _set_threads(stream: Any, threads: int) -> None:
     stream.thread_type = "AUTO" if threads > 1 else "NONE"
 
 
+def _table(container: Any, stream: Any) -> list[tuple[Any, bool]]:
+    """(time stamp, whether it is a key frame) of each packet that is shown."""
+    first = next(container.demux(stream), None)
+    if first is None:
+        return []
+    if stream.codec_context.name == "h264" and not stream.codec_context.has_b_frames and "mp4" in container.format.name:
+        # The index of the file has the order of decoding, which here is that of showing: packed videos need not be read for it.
+        index = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries if not entry.is_discard]
+        if len(index) == stream.frames > 0 and first.pts == index[0][0]:
+            return index
+    return [(p.pts, p.is_keyframe) for p in chain([first], container.demux(stream)) if p.size and not p.is_discard]
+
+
 def _decoded(container: Any, stream: Any, needed: set[Any]) -> Iterator[av.VideoFrame]:
     """The frames from where the file is; those that are not needed, nor needed by others, are not decoded at all."""
     skips = stream.codec_context.name in SKIPPING
@@ -104,7 +118,7 @@ class _Video:
         _set_threads(self.stream, reading.threads)
         self.time_base = float(self.stream.time_base)
         self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
-        packets = [(p.pts, p.is_keyframe) for p in self.container.demux(self.stream) if p.size and not p.is_discard]
+        packets = _table(self.container, self.stream)
         self.ordered = in_order or any(pts is None for pts, _ in packets) or len({pts for pts, _ in packets}) < len(packets)
         if self.ordered:
             stamps = [frame.pts for frame in sequential(path, reading.threads)]
