@@ -41,7 +41,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def clips_of(contender: Contender, job: Job, epoch: int = 1) -> torch.Tensor:
     batches = list(contender.pipeline(contender, job, epoch, Stopwatch()))
-    assert [batch.num_clips for batch in batches] == ([1] * 7 if contender.pipeline is bare else [4] * 7 if contender.crops == 4 else [4, 3])
+    expected = [1] * 7 if contender.pipeline is bare else [4] * 7 if contender.crops == 4 else [4, 3]
+    assert [batch.num_clips for batch in batches] == expected
     pixels = [batch.pixels for batch in batches]
     return torch.stack(pixels) if contender.pipeline is bare else torch.cat(pixels)
 
