@@ -51,7 +51,8 @@ def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     if get_worker_info() is None:
         return empty.new_empty(shape)
     num = math.prod(shape)
-    return empty.set_(empty.untyped_storage()._new_shared(num * dtype.itemsize), 0, torch.Size(shape))
+    storage = empty.untyped_storage()._new_shared(num * dtype.itemsize)
+    return empty.set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,13 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from video_mae.decoding.reading import Frames, Reading, scaled_size
 
+CONVERTER = VideoReformatter()
+"""Keeps its tables, which take longer to make than a small frame to convert."""
 SKIPPING = ("h264", "hevc", "mpeg4")
 """Decoders that decide packet by packet what they leave out, and name what no other frame refers to."""
 
@@ -61,7 +64,7 @@ def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
 def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
     """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
     height, width = scaled_size(frame.height, frame.width, short_side)
-    scaled = frame.reformat(width=width, height=height, format="rgb24")
+    scaled = CONVERTER.reformat(frame, width, height, "rgb24")
     return np.rot90(np.asarray(scaled.to_ndarray(), np.uint8), frame.rotation // 90)
 
 

@@ -23,7 +23,7 @@ from video_mae.config.pack import PackConfig
 from video_mae.decoding.containers import check_container, is_regular
 from video_mae.decoding.decoders import local_file
 from video_mae.decoding.opened import READERS, as_decode_error, suffix
-from video_mae.decoding.pyav_video import frame_rate, pixels, sequential
+from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequential
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Place
 
 STEP_FRAMES, STEP_BYTES = 32, 2**26
@@ -199,7 +199,7 @@ class _Video:
 
     def add(self, frame: av.VideoFrame) -> None:
         height, width = _even_size(frame.height, frame.width, self.short_side)
-        small = _upright(frame.reformat(width=width, height=height, format="yuv420p"), frame.rotation)
+        small = _upright(CONVERTER.reformat(frame, width, height, "yuv420p"), frame.rotation)
         if self.num_frames == 0:
             context = self.stream.codec_context
             self.stream.width, self.stream.height = small.width, small.height
