@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from video_mae.decoding import Reading, VideoDecodeError, decode
+from video_mae.decoding import Reading, VideoDecodeError, decode, frames
 from video_mae.decoding.isolation import Isolated, KilledError, decoder_process
 
 STRANGE = '''
@@ -337,6 +337,24 @@ def test_a_bomb_is_refused_within_its_limits(decoder, shared_videos):
         assert time.monotonic() - begin < 31
         status = Path(f"/proc/{decoder_process().call(os.getpid, seconds=30)}/status").read_text()
         assert int(status.split("VmHWM:")[1].split()[0]) * 1024 < (memory_gb + 0.3) * 1e9
+
+
+def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(tmp_path, write_video: Callable[..., Path], monkeypatch):
+    path = str(write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(256, size=(20, 32, 48, 3), dtype=np.uint8)))
+    monkeypatch.setattr(frames, "MOST_FILES", 3)
+    all_FHWC = decode(path, np.arange)
+
+    def pid() -> int:
+        return decoder_process().call(os.getpid, seconds=30)
+
+    first, streamed = pid(), frames.stream(path, np.arange)
+    shown = [next(streamed)]
+    assert all(np.array_equal(decode(path, np.arange), all_FHWC) for _ in range(4))  # meanwhile the stream's file is open
+    assert pid() == first
+    shown += list(streamed)
+    np.testing.assert_array_equal(np.stack(shown), all_FHWC)
+    assert pid() != first
+    assert is_gone(first)
 
 
 @pytest.mark.parametrize(("decoder", "num_opens"), [("pyav", 3000), ("decord", 1000)])

@@ -19,6 +19,8 @@ from video_mae.decoding.opened import Cost, Facts, close_file, frame_times, is_v
 from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
 
 STREAMED = 8  # frames of a stream that are handed over at once
+MOST_FILES = 5000
+"""That a process opens before another takes its place: decoders leave some KB behind with each."""
 START_SECONDS = 120.0  # a process that decodes is there by then, its libraries loaded, also on a busy machine
 
 
@@ -114,8 +116,8 @@ def _opened(place: Place, reading: Reading) -> Iterator[tuple[Facts, Run]]:
     try:
         yield facts, run
     finally:
-        if process.is_alive:
-            process.call(close_file, facts.handle, seconds=START_SECONDS)
+        if process.is_alive and process.call(close_file, facts.handle, seconds=START_SECONDS) >= MOST_FILES:
+            process.close()
 
 
 def _is_for_this_process(place: Place) -> bool:

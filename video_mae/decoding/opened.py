@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +92,8 @@ class _Opened:
 
 
 _opened: dict[int, _Opened] = {}
-_handles = count(os.getpid() << 32)  # those of a process that was replaced mean nothing to the next
+_FIRST_HANDLE = os.getpid() << 32  # handles of a process that was replaced mean nothing to the next
+_last_handle = _FIRST_HANDLE
 
 
 def is_video(place: Place) -> bool:
@@ -126,7 +127,8 @@ def open_file(place: Place, reading: Reading) -> Facts:
             frames = Frames(frames.num_frames, frames.read, frames.times, kept)
         if frames.num_frames < 1:
             raise ValueError("the video has no frames")
-    handle = next(_handles)
+    global _last_handle
+    handle = _last_handle = _last_handle + 1
     _opened[handle] = _Opened(place, reading, name, frames, Cost.since(begin))
     return Facts(handle, frames.num_frames, name, fallback)
 
@@ -166,9 +168,10 @@ def frame_times(handle: int) -> NDArray[np.float64]:
         return opened.frames.times()
 
 
-def close_file(handle: int) -> None:
-    """Closes an open file."""
+def close_file(handle: int) -> int:
+    """Closes an open file. Returns how many this process has opened by then; 0 while others are open."""
     _opened.pop(handle, None)
+    return 0 if _opened else _last_handle - _FIRST_HANDLE
 
 
 def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
