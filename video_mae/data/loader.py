@@ -1,10 +1,8 @@
 """The loader: worker processes that decode, survive the signals that the trainer handles, die with it, and are replaced when they die."""
 
-import ctypes
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
 from video_mae.data.workers import keep_memory, plan_workers
+from video_mae.decoding.process import end_with
 
 MAX_RESTARTS = 10
-PR_SET_PDEATHSIG = 1
 _DEATH = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed)")
 
 Item = TypeVar("Item")
@@ -114,10 +112,7 @@ def _start_worker(trainer: int, _: int) -> None:
     """What a decoding process does first: one thread, an end with the trainer's, and signals that are meant for it are left to it."""
     torch.set_num_threads(1)
     keep_memory()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != trainer:
-            os._exit(0)
+    end_with(trainer)
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer finishes its step and saves, and needs batches for it.
     # Only the trainer's own SIGTERM counts. A thread waits for it because a handler would not run while a decoder hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

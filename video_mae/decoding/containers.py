@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from video_mae.decoding.reading import Member, Place
+
 _NO_INDEX = (
     b"\x47",  # MPEG transport stream
     b"\x00\x00\x01\xba",  # MPEG program stream
@@ -47,6 +49,13 @@ def is_regular(path: str) -> bool:
     except (OSError, ValueError):  # ValueError: a NUL byte in the path
         return False
     return stat.S_ISREG(status.st_mode) and status.st_dev not in _KERNEL
+
+
+def check_regular(place: Place) -> None:
+    """Raises: OSError where there is no file, ValueError where it is no regular one; members of shards have their own checks."""
+    if not isinstance(place, Member) and not is_regular(place):
+        os.stat(place)  # says it better, where there is none
+        raise ValueError("not a regular file")
 
 
 def check_container(file: BinaryIO, num_bytes: int) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.decoding.pyav_video import shown_size
-from video_mae.decoding.reading import Frames, Reading, scaled_size
+from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
 
@@ -39,10 +39,9 @@ def open_video(path: str, reading: Reading) -> Frames:
 
     def times() -> NDArray[np.float64]:
         stamps = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
-        if np.all(np.diff(stamps[:, 0]) > 0) and np.all(np.abs(stamps) < 1e9):  # AVI with B-frames has some, and a number for "none"
-            begin = stamps[:, 0]  # the end is that of packets, which may have no duration
-            return np.stack([begin, np.append(begin[1:], begin[-1] + 1 / reader.get_avg_fps())], axis=1)
-        return np.stack([np.arange(len(reader)), np.arange(1, len(reader) + 1)], axis=1) / reader.get_avg_fps()
+        has_all = np.all(np.abs(stamps) < 1e9)  # AVI with B-frames has some, and a number for "none"
+        begin = stamps[:, 0] if has_all else np.full(len(reader), np.nan)  # the end is that of packets, which may have no duration
+        return shown_times(begin, reader.get_avg_fps())
 
     return Frames(len(reader), read, times)
 

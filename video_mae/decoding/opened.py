@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from video_mae.config.data import SourceConfig
 from video_mae.decoding import stills, tiff
 from video_mae.decoding.arrays import open_npy, open_npz
-from video_mae.decoding.containers import is_regular
+from video_mae.decoding.containers import check_regular
 from video_mae.decoding.decoders import local_file, open_video, resolve
 from video_mae.decoding.packed_frames import open_frames
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
@@ -112,9 +112,7 @@ def open_file(place: Place, reading: Reading) -> Facts:
     known = READERS.get(suffix(place))
     first = known[0] if known else resolve(reading.decoder)
     with as_decode_error(place, first):
-        if not isinstance(place, Member) and not is_regular(place):
-            os.stat(place)  # says it better, where there is none
-            raise ValueError("not a regular file")
+        check_regular(place)
         fallback = ""
         if known is None:
             name, frames, fallback = open_video(place, reading)

@@ -63,11 +63,17 @@ class SharedMemory:
         return self.place(there.data) if data.nbytes else (0, 0)
 
 
+def end_with(parent: int) -> None:
+    """Has Linux end this process when the thread that started it is gone; one that already is ends it here."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
 def main(socket: int, memory: int, parent: int) -> None:
     """Answers calls until the other side is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
+    end_with(parent)
     for number in SPARED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)

@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from video_mae.decoding.reading import Frames, Reading, scaled_size
+from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
 
 CONVERTER = VideoReformatter()
 """Keeps its tables, which take longer to make than a small frame to convert."""
@@ -140,10 +140,7 @@ class _Video:
             yield pixels(frame, self.reading.short_side)
 
     def times(self) -> NDArray[np.float64]:
-        if any(stamp is None for stamp in self.stamps) or any(b <= a for a, b in zip(self.stamps, self.stamps[1:], strict=False)):
-            return np.stack([np.arange(len(self.stamps)), np.arange(1, len(self.stamps) + 1)], axis=1) / self.fps
-        begin = np.array(self.stamps, dtype=np.float64) * self.time_base
-        return np.stack([begin, np.append(begin[1:], begin[-1] + 1 / self.fps)], axis=1)
+        return shown_times(np.array(self.stamps, dtype=np.float64) * self.time_base, self.fps)  # None is NaN
 
     def _in_order(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
         rest = iter(wanted.tolist())

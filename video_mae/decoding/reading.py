@@ -81,6 +81,13 @@ def untimed(num_frames: int) -> Callable[[], NDArray[np.float64]]:
     return lambda: np.full((num_frames, 2), np.nan)
 
 
+def shown_times(begin_F: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
+    """When frames are shown, seconds [F, (begin, end)]: by their time stamps where all are there (not NaN) and rise, else by the rate."""
+    if np.isfinite(begin_F).all() and np.all(np.diff(begin_F) > 0):
+        return np.stack([begin_F, np.append(begin_F[1:], begin_F[-1:] + 1 / fps)], axis=1)
+    return np.stack([np.arange(len(begin_F)), np.arange(1, len(begin_F) + 1)], axis=1) / fps
+
+
 class VideoDecodeError(Exception):
     """A video that cannot be read, whatever the decoder raised: its path, the decoder and one line of reason."""
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from video_mae.config.data import SourceConfig
 from video_mae.config.pack import PackConfig
-from video_mae.decoding.containers import check_container, is_regular
+from video_mae.decoding.containers import check_container, check_regular
 from video_mae.decoding.decoders import local_file
 from video_mae.decoding.opened import READERS, as_decode_error, suffix
 from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequential
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Place
+from video_mae.decoding.reading import MAX_CLIP_BYTES, Place, shown_times
 
 STEP_FRAMES, STEP_BYTES = 32, 2**26
 """Between frames, and between bytes of a file, after which `go_on` returns: what takes longer makes no progress."""
@@ -79,9 +79,7 @@ def _pack(place: Place, config: PackConfig) -> Generator[None, None, Packed]:
     with as_decode_error(place, reader):
         if open_still and config.form == "video":
             raise ValueError("pictures and arrays are packed with form=frames only")
-        if isinstance(place, str) and not is_regular(place):
-            os.stat(place)  # says it better, where there is none
-            raise ValueError("not a regular file")
+        check_regular(place)
         path, kept = local_file(place)
         size, digest = yield from _identity(path)
         if open_still:
@@ -143,10 +141,8 @@ def _choice(path: str, rate: Fraction | None, config: PackConfig) -> Generator[N
 
 def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float64]:
     """When each frame is shown, from the first one on; where the stamps do not rise, as the frame rate says."""
-    seconds = np.array(stamps, dtype=np.float64)  # None is NaN, which nothing is greater than
-    if np.all(np.diff(seconds) > 0) and np.isfinite(seconds).all():
-        return seconds - seconds[:1]
-    return np.arange(len(stamps)) / float(rate)
+    seconds = shown_times(np.array(stamps, dtype=np.float64), float(rate))[:, 0]  # None is NaN
+    return seconds - seconds[:1]
 
 
 def _fps(seconds: NDArray[np.float64] | None, rate: Fraction | None) -> float | None:
