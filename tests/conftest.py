@@ -1,4 +1,7 @@
-"""What several test files need: a little rendered data set, a tiny run, the shared real clips where there are some."""
+"""What several test files need: a little rendered data set, a tiny run, the shared real clips where there are some.
+
+What a machine with a GPU may lack is imported where it is used: tests of kernels need torch, triton and einops.
+"""
 
 import multiprocessing
 import os
@@ -6,15 +9,15 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from video_mae.config import FinetuneConfig, PretrainConfig, load_config
-from video_mae.demo import DemoConfig, make_demo_data
+if TYPE_CHECKING:
+    from video_mae.config import FinetuneConfig, PretrainConfig
 
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
@@ -46,6 +49,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from video_mae.demo import DemoConfig, make_demo_data
+
     folder = tmp_path_factory.mktemp("data") / "demo"
     make_demo_data(folder, DemoConfig(train_clips=24, validation_clips=8, num_frames=16, height=48, width=48))
     return folder
@@ -67,8 +72,10 @@ def tiny_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def tiny(tiny_file: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
+def tiny(tiny_file: Path, tmp_path: Path) -> "Callable[..., PretrainConfig]":
     """tiny("optim.steps=3", ...): that run with changes, in tmp_path/run unless `output` is changed."""
+    from video_mae.config import load_config
+
     return lambda *overrides: load_config(tiny_file, [f"output={tmp_path / 'run'}", *overrides])
 
 
@@ -85,14 +92,17 @@ def tiny_finetune_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def tiny_finetune(tiny_finetune_file: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
+def tiny_finetune(tiny_finetune_file: Path, tmp_path: Path) -> "Callable[..., FinetuneConfig]":
     """As `tiny`, for fine-tuning."""
+    from video_mae.config import FinetuneConfig, load_config
+
     return lambda *overrides: load_config(tiny_finetune_file, [f"output={tmp_path / 'run'}", *overrides], FinetuneConfig)
 
 
 @pytest.fixture(scope="session")
 def write_video() -> Callable[..., Path]:
     """write_video(path, frames_THWC, fps=25): an H.264 file of uint8 frames with even sides."""
+    import av
 
     def write(path: Path, frames_THWC: np.ndarray, fps: int = 25) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
