@@ -214,6 +214,7 @@ def test_deepspeed_guards_where_this_does_not_reach() -> None:
 
 def test_a_report_comes_a_step_late_or_when_it_is_waited_for(tmp_path: Path) -> None:
     engine = start(tmp_path, zero_stage=0, precision="fp32")
+    engine.reports.listen()
 
     def step(number: int, factor: float = 1.0) -> None:
         backward(engine, number, factor)

@@ -22,30 +22,26 @@ def filled(value: float, device: torch.device) -> torch.Tensor:
     return torch.full((), float(value), device=device)
 
 
-class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1, so that all ranks can stop together at the end of a step."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.received = number
-
-
 class Reports:
     """Sends what all ranks agree on from the device to the host, a copy a step, which is read once the next step is under way."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.stop = device, StopSignal()
+        self.device, self._received = device, 0
         self._under_way = deque[tuple[int, torch.Tensor, torch.Event | None]]()
+
+    def listen(self) -> None:
+        """From now on SIGTERM, SIGINT and SIGUSR1 are told, so that all ranks can stop together at the end of a step."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+        self._received = number
 
     def send(self, step: int, skipped_steps: torch.Tensor) -> None:
         """Every rank must call it, after each step."""
-        told = torch.stack([skipped_steps, filled(self.stop.received, self.device)])
+        told = torch.stack([skipped_steps, filled(self._received, self.device)])
         dist.all_reduce(told, dist.ReduceOp.MAX)
         copy = told.to("cpu", non_blocking=True)
         arrival = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None

@@ -135,6 +135,7 @@ def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -
     """
     config, folder = run.config, run.folder
     engine = Engine(model, config.engine, config.optim, run.deepspeed, folder)
+    engine.reports.listen()
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
