@@ -84,7 +84,7 @@ def launch_runs(folder: Path, common: dict[str, str], single: list[dict[str, Any
     for name, specs, launcher in (("single", single, False), ("double", double, True)):
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump([{**common, **spec} for spec in specs]))
-        launch(str(RUNS), str(file), str(folder), launcher=launcher)
+        launch(str(RUNS), str(file), str(folder), launcher=launcher, seconds=600)
     return folder
 
 
