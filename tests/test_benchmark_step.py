@@ -13,11 +13,11 @@ from torch import nn
 
 from video_mae import ModelConfig, VideoMAE, tube_mask
 from video_mae.benchmark import hugging_face, step, timeline
-from video_mae.benchmark.contender import Step, Trainer, ratio, time_in_turn
+from video_mae.benchmark.contender import EngineTrainer, Step, Trainer, ratio, time_in_turn
 from video_mae.benchmark.memory import peak_growth
 from video_mae.benchmark.records import Record, Run
 from video_mae.benchmark.step import Case, StepBenchConfig, compare_losses, measure_case
-from video_mae.benchmark.step_tables import PARTS, THEIRS, THEIRS_PREPARED, tables
+from video_mae.benchmark.step_tables import OURS_BY_ENGINE, PARTS, THEIRS, THEIRS_PREPARED, tables
 from video_mae.model import pretraining_macs
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ TINY = ModelConfig(num_frames=8, height=32, width=48, patch_size=8, embed_dim=24
                    decoder_depth=2, decoder_num_heads=4)
 CASE = Case(preset="tiny", model=TINY, batch=2, rounds=2, compiled=False, device=CPU, dtype=torch.float32, ceiling=1e9)
 
-pytestmark = pytest.mark.usefixtures("quiet_process")
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 
 def some_clip(config: ModelConfig = TINY, batch: int = 2) -> torch.Tensor:
@@ -113,11 +113,41 @@ def test_without_transformers_ours_is_measured_and_a_row_says_what_to_install(mo
     assert "not available" in tables(Run({}, found))[0].text()
 
 
+def test_without_deepspeed_a_row_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    found = of(measure_case(CASE), "step")
+    assert found[OURS_BY_ENGINE, "full"].reason.endswith("; pip install deepspeed")
+    assert found["ours eager", "full"].times["step"].p50 > 0
+
+
 # ---------------------------------------------------------------- what is measured
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
+    torch.manual_seed(4)
+    model, clip, mask = VideoMAE(TINY), some_clip(), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    by_engine = EngineTrainer(model, CPU, dtype, batch=2)
+    by_hand = Trainer(model, CPU, dtype)
+    for trainer, called in ((by_engine, by_engine.engine), (by_hand, model)):
+        step = Step(trainer, clip, lambda batch, called=called: called(batch, mask).loss)
+        for _ in range(3):
+            step()
+    moved = apart = 0.0
+    for before, ours, theirs in zip(start, by_engine.engine.full_state().values(), by_hand._masters or model.parameters(), strict=True):
+        our_way, their_way = ours - before.to(dtype).float(), theirs - before  # DeepSpeed's masters start from rounded weights
+        moved += their_way.abs().sum().item()
+        apart += (our_way - their_way).abs().sum().item()
+    assert apart < 0.05 * moved  # AdamW makes much of the last bits of a small gradient
+    assert {parameter.dtype for parameter in by_engine.model.parameters()} == {dtype}
+    assert by_engine.kept_bytes() >= 12 * sum(parameter.numel() for parameter in model.parameters())
+
 
 def test_a_case_has_a_record_for_every_step_with_all_its_figures(records):
     steps = of(records, "step")
-    assert set(steps) == {("ours eager", "full"), ("ours eager", "dual"), (THEIRS, "full"), (THEIRS_PREPARED, "full")}
+    ours = {(provider, mode) for provider in ("ours eager", OURS_BY_ENGINE) for mode in ("full", "dual")}
+    assert set(steps) == {*ours, (THEIRS, "full"), (THEIRS_PREPARED, "full")}
     for (provider, mode), record in steps.items():
         assert (record.benchmark, record.shape, record.dtype, record.reason) == ("step", "tiny, 2 x 8x32x48", "float32", "")
         seconds = record.times["step"].p50 / 1e3
@@ -125,7 +155,7 @@ def test_a_case_has_a_record_for_every_step_with_all_its_figures(records):
         assert float(record.measures["peak_mb"]) > 0
         assert record.measures["ceiling_percent"] == pytest.approx(100 * float(record.measures["tflops"]) * 1e12 / CASE.ceiling)
         ratios = {key for key in record.measures if key.startswith("x ")}
-        assert ratios == ({f"x {THEIRS}", f"x {THEIRS_PREPARED}"} if provider == "ours eager" else set()), mode
+        assert ratios == ({f"x {THEIRS}", f"x {THEIRS_PREPARED}"} if provider.startswith("ours") else set()), mode
     loss = of(records, "loss")[THEIRS, "full"].measures
     assert loss["gate"] == ""
     assert loss["ours"] == pytest.approx(loss["theirs"], abs=1e-5)

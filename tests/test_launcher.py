@@ -63,6 +63,9 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     double += [{"name": f"resumed{stage}_{precision}", "crash_after": 3,
                 "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
                for stage in range(4) for precision in ("fp32", "bf16")]
+    double += [{"name": f"poisoned{stage}_{precision}", "poison": True,
+                "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
+               for stage in range(4) for precision in ("fp32", "bf16")]
     return launch_runs(tmp_path_factory.mktemp("runs"), {"stage": "pretrain", "config": str(tiny_file)}, single, double)
 
 
@@ -81,7 +84,7 @@ def launch_runs(folder: Path, common: dict[str, str], single: list[dict[str, Any
     for name, specs, launcher in (("single", single, False), ("double", double, True)):
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump([{**common, **spec} for spec in specs]))
-        launch(str(RUNS), str(file), str(folder), launcher=launcher)
+        launch(str(RUNS), str(file), str(folder), launcher=launcher, seconds=600)
     return folder
 
 
@@ -130,6 +133,12 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(finished: Path, stage: int, precision: str) -> None:
+    assert [line["skipped_steps"] for line in lines(finished / f"poisoned{stage}_{precision}", "loss")] == [0, 1, 1, 2, 2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu trains with the kernels themselves")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,16 +113,21 @@ def test_ranks_of_a_launcher_share_the_cores(tiny: Tiny, monkeypatch: pytest.Mon
     assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
-    """Makes the loss of some forward passes NaN, as a broken kernel or an overflow would."""
-    healthy, calls = Objective.forward, [0]
+def at_calls(monkeypatch: pytest.MonkeyPatch, calls: set[int], happens: Callable[[Losses], Losses]) -> None:
+    """Lets something happen to the losses of some forward passes."""
+    healthy, done = Objective.forward, [0]
 
     def forward(self: Objective, *arguments: torch.Tensor) -> Losses:
-        calls[0] += 1
-        result = healthy(self, *arguments)
-        return result._replace(loss=result.loss * float("nan")) if calls[0] in bad_calls else result
+        done[0] += 1
+        losses = healthy(self, *arguments)
+        return happens(losses) if done[0] in calls else losses
 
     monkeypatch.setattr(Objective, "forward", forward)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
+    """Makes the loss of some forward passes NaN, as a broken kernel or an overflow would."""
+    at_calls(monkeypatch, bad_calls, lambda losses: losses._replace(loss=losses.loss * float("nan")))
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
@@ -144,6 +150,44 @@ def test_many_bad_steps_in_a_row_stop_the_run_before_a_checkpoint_of_them(tiny: 
     assert "3 steps in a row were not finite" in (Path(config.output) / "log.txt").read_text()
     assert lines(config)[-1]["step"] == 8
     assert (Path(config.output) / "checkpoints" / "latest").read_text() == "step_00000004\n"
+
+
+def test_between_lines_and_checkpoints_bad_steps_are_known_a_step_late(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("optim.steps=20", "journal.log_interval=15", "journal.checkpoint_interval=5", "engine.max_skipped_in_a_row=3")
+    poison(monkeypatch, {2, *range(6, 100)})
+    assert run(prepare(config)) == STOPPED_BY_POLICY
+    told = [line.split("  ", 1)[1] for line in (Path(config.output) / "log.txt").read_text().splitlines() if "step" in line]
+    skipped = [(2, 1), (6, 1), (7, 2), (8, 3)]
+    assert told[-5:-1] == [f"step {step}: skipped, a loss or gradient was not finite ({row} in a row)" for step, row in skipped]
+    assert told[-1].startswith("stopped at step 9: 3 steps in a row were not finite")
+    assert (Path(config.output) / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+def test_the_line_of_an_interval_counts_its_skipped_steps_and_the_last_step_is_not_forgotten(tiny: Tiny,
+                                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("optim.steps=6", "journal.log_interval=4")
+    poison(monkeypatch, {2, 4, 6})
+    assert run(prepare(config)) == DONE
+    assert [line["skipped_steps"] for line in lines(config)] == [2, 3]
+    assert "step 6: skipped" in (Path(config.output) / "log.txt").read_text()
+
+
+def test_a_signal_stops_the_run_a_step_later_with_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(losses: Losses) -> Losses:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    whole, config = tiny("journal.log_interval=6", "optim.steps=6", f"output={tmp_path / 'whole'}"), tiny("journal.log_interval=6",
+                                                                                                          "optim.steps=6")
+    run(prepare(whole))
+    with monkeypatch.context() as patch:
+        at_calls(patch, {3}, interrupt)
+        assert run(prepare(config)) == 128 + signal.SIGTERM
+    assert "stopped by signal 15 after step 4" in (Path(config.output) / "log.txt").read_text()
+    assert (Path(config.output) / "checkpoints" / "latest").read_text() == "step_00000004\n"
+    assert run(prepare(config)) == DONE
+    files = [Path(folder.output) / "model" / "model.safetensors" for folder in (whole, config)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def list_with_junk(demo_folder: Path, folder: Path, good: int, bad: int) -> Path:

@@ -1,4 +1,4 @@
-"""DeepSpeed in one place: its configuration, start, step, checkpoints, signals. The only file that imports it."""
+"""DeepSpeed in one place: its configuration, start, step, checkpoints. The only file that imports it."""
 
 import contextlib
 import difflib
@@ -6,19 +6,18 @@ import importlib.util
 import io
 import os
 import shutil
-import signal
 import socket
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from video_mae import checkpoint
+from video_mae import checkpoint, device_step
 from video_mae.config import EngineConfig, JournalConfig, OptimConfig
-from video_mae.optim import make_optimizer
+from video_mae.optim import guard, make_optimizer
+from video_mae.reports import Reports, filled
 
 # DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it documents.
 EXTRA_KEYS = frozenset({
@@ -40,11 +39,11 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalC
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": optim.accumulation,
         "train_batch_size": micro_batch * optim.accumulation * world_size,
-        "gradient_clipping": 0.0 if is_guarded(engine) else optim.clip_grad,  # left out, DeepSpeed would clip at 1
+        "gradient_clipping": optim.clip_grad,  # left out, DeepSpeed would clip at 1
         "steps_per_print": 10**9,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": engine.precision == "fp16"},
     }
     if journal.tensorboard:
@@ -59,6 +58,10 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalC
             near = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
             raise ValueError(f"engine.extra.{key}: DeepSpeed has no such key" + (f" (did you mean {near[0]}?)" if near else ""))
     _merge(config, engine.extra, "engine.extra")
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice a micro-batch
+    if device_step.is_possible(config):
+        config["gradient_clipping"] = 0.0
+        config["bf16"]["check_grad_overflow"] = False
     return config
 
 
@@ -72,42 +75,23 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}.{key}: is set by this program; use the keys of engine, optim or journal for it")
 
 
-def is_guarded(engine: EngineConfig) -> bool:
-    """The one mode in which DeepSpeed lets a gradient that is not finite through."""
-    return engine.zero_stage == 0 and engine.precision == "fp32"
-
-
 def world_from_environment() -> tuple[int, int]:
     """(rank, world size) as the launcher tells it; (0, 1) without one."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class StopSignal:
-    """Remembers SIGTERM, SIGINT or SIGUSR1, so that all ranks can stop together at the end of a step."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
-        self.received = number
-
-
 class StepResult(NamedTuple):
-    """What the last micro-batch of a step tells: gradient norm before clipping, steps skipped so far, a signal or 0."""
+    """Of a step, on the device: the gradient norm before clipping, and how many steps were skipped since the start."""
 
-    grad_norm: float
-    skipped_steps: int
-    signal: int
+    grad_norm: torch.Tensor | float
+    skipped_steps: torch.Tensor
 
 
 class Engine:
     """A model under DeepSpeed, with or without its launcher.
 
-    Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then `engine.step(lr)` once a step.
+    Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then `engine.step(lr)` once a step, and
+    `engine.reports.take()` for what the host is to know of it.
     """
 
     def __init__(self, model: nn.Module, engine: EngineConfig, optim: OptimConfig, config: dict[str, Any], run_folder: Path) -> None:
@@ -121,14 +105,16 @@ class Engine:
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        optimizer = make_optimizer(model, optim, guarded=is_guarded(engine), fused=engine.offload == "none")
+        self.optimizer: Any = make_optimizer(model, optim, fused=engine.offload == "none")
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
-        self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]  # pyright: ignore[reportArgumentType]
+        self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
         if engine.compile:
             self.deepspeed.compile()
-        self.stop = StopSignal()
+        self.is_guarded, self.clip_grad = device_step.is_possible(config), optim.clip_grad
+        self.skipped_steps = filled(0, self.device)
+        self.reports = Reports(self.device)
 
     @property
     def rank(self) -> int:
@@ -148,14 +134,22 @@ class Engine:
             self.deepspeed.step()  # counts the micro-batch
 
     def step(self, lr: float) -> StepResult:
-        """Updates the weights, unless a gradient of any rank is not finite, and asks all ranks whether one was told to stop."""
-        for group in self.deepspeed.optimizer.param_groups:
+        """Updates the weights, unless a gradient of any rank is not finite. Waits for the device only where DeepSpeed has to."""
+        wrapper, stage = self.deepspeed.optimizer, self.facts["zero_stage"]
+        for group in wrapper.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.deepspeed.step()
-        norm = self.deepspeed.get_global_grad_norm()
-        stop = torch.tensor(self.stop.received, device=self.device)
-        dist.all_reduce(stop, dist.ReduceOp.MAX)
-        return StepResult(float("nan") if norm is None else float(norm), self.deepspeed.skipped_steps, int(stop.item()))
+        if self.is_guarded:
+            gradients = device_step.gradients(wrapper, list(self.deepspeed.module.parameters()), stage)
+            norm = guard(self.optimizer, gradients, self.clip_grad, partitioned=stage > 0)
+            self.skipped_steps = self.skipped_steps + self.optimizer.found_inf
+            device_step.relieve(wrapper, stage, low_precision=self.facts["precision"] != "fp32")
+            self.deepspeed.step()
+        else:
+            self.deepspeed.step()
+            norm = self.deepspeed.get_global_grad_norm()
+            self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
+        self.reports.send(self.deepspeed.global_steps, self.skipped_steps)
+        return StepResult(float("nan") if norm is None else norm, self.skipped_steps)
 
     def evaluate(self, *inputs: Any) -> Any:
         """The model's output without gradients; every rank must call it (ZeRO 3 gathers parameters)."""
@@ -210,6 +204,7 @@ class Engine:
             shutil.rmtree(building, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         dist.barrier()
+        self.deepspeed.skipped_steps = int(self.skipped_steps)
         self.deepspeed.save_checkpoint(str(self.checkpoints), tag=building.name, client_state={"step": step, "memory": memory},
                                        save_latest=False, exclude_frozen_parameters=False)
         dist.barrier()
@@ -232,6 +227,7 @@ class Engine:
             mine = sorted(manifest["files"])[self.rank::self.world_size]
             if not any(self.gather(bool(checkpoint.damaged_files(folder, manifest, mine)))):
                 _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+                self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
                 return manifest["step"], state.get("memory", {})  # earlier versions wrote none
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))

@@ -103,12 +103,12 @@ class Journal:
         self._begin += time.perf_counter() - begin
 
     def step(self, step: int, epoch: float, values: Mapping[str, torch.Tensor | float], lr: float, grad_norm: torch.Tensor | float,
-             skipped_steps: int) -> None:
+             skipped_steps: torch.Tensor | float) -> None:
         """Takes in optimizer step number `step` (the first is 1); writes a line every log_interval steps and after the last.
 
-        values: `loss` and whatever else the stage measures, the same names each time. They and the gradient norm stay on the device
-        until a line is due, and the line holds their means over its steps (NaN in one step makes the mean null). lr and
-        skipped_steps (a count since the start) are those of the step itself.
+        values: `loss` and whatever else the stage measures, the same names each time. They, the gradient norm and
+        skipped_steps stay on the device until a line is due, and the line holds means over its steps (NaN in one step makes the mean
+        null), but lr and skipped_steps (a count since the start) of the step itself.
         """
         self._sums = self._sums + torch.stack([self._scalar(value) for value in (*values.values(), grad_norm)])
         self._num_steps += 1
@@ -116,9 +116,9 @@ class Journal:
             self._bar.update(step - self._bar.n)
         if step % self.log_interval != 0 and step != self.total_steps:
             return
-        loading = torch.stack([self._scalar(seconds) for seconds in (self._wait_seconds, *self._stage_seconds)])
-        reduced = self.reduce_mean(torch.cat([self._sums / self._num_steps, loading])).tolist()  # the only host sync of an interval
-        means, (grad_norm, wait_seconds, *stage_seconds) = reduced[: len(values)], reduced[len(values):]
+        others = torch.stack([self._scalar(value) for value in (skipped_steps, self._wait_seconds, *self._stage_seconds)])
+        reduced = self.reduce_mean(torch.cat([self._sums / self._num_steps, others])).tolist()  # the only host sync of an interval
+        means, (grad_norm, skipped_steps, wait_seconds, *stage_seconds) = reduced[: len(values)], reduced[len(values):]
         now = time.perf_counter()
         if self.is_main:
             seconds = max(now - self._begin, 1e-9)

@@ -1,12 +1,12 @@
-"""What is optimized and how fast: parameter groups, the learning rate of a step, AdamW that refuses a step that is not finite."""
+"""What is optimized and how fast: parameter groups, the learning rate of a step, the guard against gradients that are not finite."""
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from video_mae.config import OptimConfig
@@ -72,34 +72,24 @@ def make_schedule(config: OptimConfig, num_videos: int, world_size: int, clips_p
                       f"{warmup} warm-up steps of {total}, then a cosine to {schedule.final_lr:.4g}")
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that skips a step whose gradients are not finite, and clips the others.
-
-    DeepSpeed does both for every mode but ZeRO stage 0 in float32, where this stands in; it reads `overflow` and
-    `_global_grad_norm` from the optimizer as it does from its own.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], clip_grad: float, **options: Any) -> None:
-        super().__init__(groups, **options)
-        self.clip_grad = clip_grad
-        self.overflow = False
-        self._global_grad_norm = 0.0
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
-            return
-        if self.clip_grad > 0:
-            torch._foreach_mul_(gradients, min(1.0, self.clip_grad / (self._global_grad_norm + 1e-6)))
-        super().step(closure)
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig, *, guarded: bool, fused: bool) -> torch.optim.Optimizer:
-    """torch's AdamW (nothing to compile at run time); `guarded` where DeepSpeed would neither skip nor report."""
-    options: dict[str, Any] = {"lr": config.base_lr, "betas": config.betas, "eps": config.eps, "fused": fused}
+def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
+    """torch's AdamW (nothing to compile at run time)."""
     groups = parameter_groups(model, config.weight_decay, config.layer_decay)
-    return GuardedAdamW(groups, config.clip_grad, **options) if guarded else torch.optim.AdamW(groups, **options)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+@torch.no_grad()
+def guard(optimizer: Any, gradients: list[torch.Tensor], clip_grad: float, *, partitioned: bool) -> torch.Tensor:
+    """Prepares the next update of a fused AdamW: skipped where a gradient is not finite, clipped otherwise. Returns the norm of all.
+
+    The host waits for nothing: the kernel itself reads `found_inf` (1: leave weights and state alone) and `grad_scale` (divide gradients
+    by it), which torch's loss scaler sets too. partitioned: every rank has other gradients, and all are to decide alike.
+    """
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
+    if partitioned:
+        square = norm.square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+    optimizer.found_inf = norm.isfinite().logical_not().float()
+    optimizer.grad_scale = ((norm + 1e-6) / clip_grad).clamp(min=1) if clip_grad > 0 else None
+    return norm

@@ -3,7 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from video_mae.jsonl import read_jsonl
 from video_mae.kernels.dispatch import describe
 from video_mae.optim import Schedule, make_schedule
 from video_mae.report import write_report
+from video_mae.reports import Report
 from video_mae.run_folder import settled
 from video_mae.schema import save_config
 from video_mae.weights import Model, save_model_folder
@@ -134,6 +135,7 @@ def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -
     """
     config, folder = run.config, run.folder
     engine = Engine(model, config.engine, config.optim, run.deepspeed, folder)
+    engine.reports.listen()
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
@@ -165,7 +167,7 @@ class _Loop:
 
     def __init__(self, run: Run, engine: Engine, journal: Journal, stage: Stage) -> None:
         self.plan, self.config, self.engine, self.journal, self.stage = run, run.config, engine, journal, stage
-        self.skipped_in_a_row, self.has_told_fallbacks = 0, False
+        self.skipped, self.skipped_in_a_row, self.signal, self.has_told_fallbacks = engine.deepspeed.skipped_steps, 0, 0, False
         self.dataset = stage.dataset()
         self.workers = plan_workers(run.config.data.num_workers, run.config.data.decoder_threads)
         place = self.dataset.paths[0][0]
@@ -184,7 +186,6 @@ class _Loop:
 
     def _steps(self, batches: Iterator[Batch], first_step: int) -> int:
         config, engine, journal, total = self.config, self.engine, self.journal, self.plan.schedule.total_steps
-        skipped = engine.deepspeed.skipped_steps
         for step in range(first_step, total):
             torch.manual_seed(sample_seed(config.seed, step, engine.rank, 0))  # stateless as the rest: a resumed run drops the same paths
             values = self._accumulate(batches, step)
@@ -192,27 +193,36 @@ class _Loop:
             result = engine.step(lr)
             done = step + 1
             journal.step(done, self.stage.epoch(done), values, lr, result.grad_norm, result.skipped_steps)
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped_steps > skipped else 0
-            if result.skipped_steps > skipped:
-                journal.say(f"step {done}: skipped, a loss or gradient was not finite ({self.skipped_in_a_row} in a row)")
-            skipped = result.skipped_steps
+            # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else the host is a step behind.
+            of_all = done == total or is_due(done, config.journal.log_interval) or is_due(done, config.journal.checkpoint_interval)
+            self._take_in(engine.reports.take(of_all=of_all))
+            if self.signal:
+                self._take_in(engine.reports.take(of_all=True))
             reason = self._reason_to_stop(done)
             if reason:
                 journal.say(f"stopped at step {done}: {reason}")
                 return STOPPED_BY_POLICY
-            ending = done == total or result.signal != 0
+            ending = done == total or self.signal != 0
             if ending or is_due(done, config.journal.log_interval):
                 self._tell_fallbacks(ending=ending)
             self.stage.after(done, ending=ending)
             if ending or is_due(done, config.journal.checkpoint_interval):
                 engine.save(done, config.journal.keep_checkpoints, self.stage.memory)
                 self.stage.save_model("model")
-            if result.signal and done < total:
-                journal.say(f"stopped by signal {result.signal} after step {done}; start the same command again to go on")
-                return 128 + result.signal
+            if self.signal and done < total:
+                journal.say(f"stopped by signal {self.signal} after step {done}; start the same command again to go on")
+                return 128 + self.signal
         if engine.rank == 0:
             self._conclude(write_report(self.plan.folder))
         return DONE
+
+    def _take_in(self, reports: Iterable[Report]) -> None:
+        for report in reports:
+            self.signal = report.signal
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if report.skipped_steps > self.skipped else 0
+            self.skipped = report.skipped_steps
+            if self.skipped_in_a_row:
+                self.journal.say(f"step {report.step}: skipped, a loss or gradient was not finite ({self.skipped_in_a_row} in a row)")
 
     def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one step's micro-batches; returns the means of what the stage measures."""

@@ -3,15 +3,19 @@
 Letters: B clips, T frames, H W pixels, C channels.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from video_mae.benchmark.timeline import Border, Timeline, marked
+from video_mae.config import EngineConfig, JournalConfig, OptimConfig
+from video_mae.engine import Engine, deepspeed_config
 from video_mae.optim import parameter_groups
 
 Name = TypeVar("Name")
@@ -41,6 +45,10 @@ class Trainer:
             self.model.to(dtype)
         self._adamw = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Fills the gradients."""
+        loss.backward()
+
     def update(self) -> None:
         """The optimizer's part of a step; the gradients are gone afterwards."""
         if self._masters:
@@ -58,6 +66,31 @@ class Trainer:
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
+class EngineTrainer:
+    """The same as a training run has it: a copy of the model under `Engine`, ZeRO 1 in one process."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int) -> None:
+        config, optim = EngineConfig(zero_stage=1, precision="fp32" if dtype == torch.float32 else "bf16"), OptimConfig(micro_batch=batch)
+        dictionary = deepspeed_config(config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path())
+        self.engine = Engine(copy.deepcopy(model), config, optim, dictionary, Path())
+        self.model, self.device = self.engine.deepspeed.module, device
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Fills the gradients."""
+        self.engine.backward(loss, last=True)
+
+    def update(self) -> None:
+        """The optimizer's part of a step, and what the host reads of the step before."""
+        self.engine.step(1e-5)
+        self.engine.reports.take(of_all=False)
+
+    def kept_bytes(self) -> int:
+        """What weights, master weights and optimizer state take between steps."""
+        state = self.engine.optimizer.state
+        moments = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in [*self.model.parameters(), *self.model.buffers(), *state, *moments])
+
+
 class Step:
     """A training step as it is called: data copy, preparation of the input, forward, backward, optimizer.
 
@@ -65,11 +98,16 @@ class Step:
     the parts of the forward pass, and the name of its first.
     """
 
-    def __init__(self, trainer: Trainer, clip: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor],
+    def __init__(self, trainer: Trainer | EngineTrainer, clip: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor],
                  prepare: Callable[[torch.Tensor], torch.Tensor] | None = None, borders: Sequence[Border] = (),
                  first_part: str = "") -> None:
         self.trainer, self._loss, self._prepare, self._borders, self._first_part = trainer, loss, prepare, borders, first_part
         self._clip = clip.pin_memory() if trainer.device.type == "cuda" else clip
+
+    @property
+    def can_be_graphed(self) -> bool:
+        """Does the host only launch?"""
+        return isinstance(self.trainer, Trainer)
 
     @property
     def has_parts(self) -> bool:
@@ -112,7 +150,7 @@ class Step:
             begin("preparation")
             clip = self._prepare(clip)
         begin(self._first_part)
-        self._loss(clip).backward()
+        self.trainer.backward(self._loss(clip))
         begin("optimizer")
         self.trainer.update()
 

@@ -3,6 +3,7 @@
 Letters: B clips, T frames, H W pixels, C channels, N tokens.
 """
 
+import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any, Literal
 import torch
 
 from video_mae.benchmark import hugging_face, timeline
-from video_mae.benchmark.contender import Step, Trainer, ratio, time_call, time_in_turn
+from video_mae.benchmark.contender import EngineTrainer, Step, Trainer, ratio, time_call, time_in_turn
 from video_mae.benchmark.memory import peak_growth
 from video_mae.benchmark.records import Record, Run, environment
 from video_mae.benchmark.report import OUTPUT, publish
-from video_mae.benchmark.step_tables import BENCHMARK, NOTES, THEIRS, THEIRS_COMPILED, THEIRS_PREPARED, tables
+from video_mae.benchmark.step_tables import BENCHMARK, NOTES, OURS_BY_ENGINE, THEIRS, THEIRS_COMPILED, THEIRS_PREPARED, tables
 from video_mae.config import PRESETS, ModelConfig
+from video_mae.engine import leave
 from video_mae.journal import peak_flops
 from video_mae.kernels.benchmark import default_device, default_dtype
 from video_mae.kernels.benchmark_cells import dtype_name
@@ -81,7 +83,9 @@ class Case:
 
 def start(config: StepBenchConfig) -> int:
     """The stage as the command line starts it. Raises: ValueError for a clip that a preset cannot cut."""
-    return publish(BENCHMARK, measure(config), tables, config.output, config.baseline, NOTES)
+    status = publish(BENCHMARK, measure(config), tables, config.output, config.baseline, NOTES)
+    leave()
+    return status
 
 
 def measure(config: StepBenchConfig) -> Iterator[Run]:
@@ -97,6 +101,7 @@ def measure(config: StepBenchConfig) -> Iterator[Run]:
     header = {**environment(device), "benchmark": BENCHMARK, "dtype": dtype_name(dtype), "kernels": describe("auto", device),
               "ceilings": ceilings._asdict()}
     for preset, model in models.items():
+        gc.collect()  # DeepSpeed's engine of the model before is a ring of references
         torch.compiler.reset()  # else the models of one class would be too many for the compiler, and it would quietly run them eagerly
         case = Case(preset=preset, model=model, batch=config.batch or (32 if on_gpu else 8), rounds=config.rounds,
                     compiled=preset in compiled, device=device, dtype=dtype, ceiling=ceilings.flops_per_second)
@@ -111,16 +116,23 @@ def measure_case(case: Case) -> list[Record]:
     seeds_B = torch.arange(case.batch, device=case.device)
     masks = {mode: token_mask(seeds_B, c.grid, "tube", HIDDEN, skipped) for mode, skipped in MASKS.items()}
     ours = VideoMAE(c).to(case.device)
+    missing: list[Record] = []
+    try:
+        ours_by_engine = _engine_steps(case, ours, clip_BTHWC, masks)
+    except (ImportError, torch.OutOfMemoryError) as error:
+        ours_by_engine, remedy = {}, "; pip install deepspeed" if isinstance(error, ImportError) else ""
+        missing = [case.record("step", OURS_BY_ENGINE, "full", reason=f"{str(error).strip().splitlines()[0]}{remedy}")]
     try:
         theirs = hugging_face.hugging_face_model(ours)
     except ImportError as error:
-        records = [case.record("step", THEIRS, "full", reason=f"{error}; pip install transformers")]
-        return records + _measure_steps(case, masks, _our_steps(case, ours, clip_BTHWC, masks), "there is nothing to compare with")
+        missing.append(case.record("step", THEIRS, "full", reason=f"{error}; pip install transformers"))
+        steps = _our_steps(case, ours, clip_BTHWC, masks) | ours_by_engine
+        return missing + _measure_steps(case, masks, steps, "there is nothing to compare with")
     torch.nn.Module.to(theirs, case.device)
     hidden_BN = hugging_face.boolean_mask(masks["full"], c.num_tokens)
     loss = compare_losses(case, ours, theirs, clip_BTHWC, masks["full"])
-    steps = _our_steps(case, ours, clip_BTHWC, masks) | _their_steps(case, theirs, clip_BTHWC, hidden_BN)
-    return [loss, *_measure_preparation(case, clip_BTHWC), *_measure_steps(case, masks, steps, str(loss.measures["gate"]))]
+    steps = _our_steps(case, ours, clip_BTHWC, masks) | ours_by_engine | _their_steps(case, theirs, clip_BTHWC, hidden_BN)
+    return [*missing, loss, *_measure_preparation(case, clip_BTHWC), *_measure_steps(case, masks, steps, str(loss.measures["gate"]))]
 
 
 @torch.no_grad()
@@ -145,6 +157,11 @@ def _our_steps(case: Case, model: VideoMAE, clip_BTHWC: torch.Tensor, masks: Map
     return steps
 
 
+def _engine_steps(case: Case, model: VideoMAE, clip_BTHWC: torch.Tensor, masks: Mapping[str, TokenMask]) -> dict[Name, Step]:
+    trainer = EngineTrainer(model, case.device, case.dtype, case.batch)
+    return {(OURS_BY_ENGINE, mode): Step(trainer, clip_BTHWC, partial(_our_loss, trainer.engine, mask)) for mode, mask in masks.items()}
+
+
 def _their_steps(case: Case, model: Any, clip_BTHWC: torch.Tensor, hidden_BN: torch.Tensor) -> dict[Name, Step]:
     prepare = partial(hugging_face.prepare, config=case.model, dtype=case.dtype)
     trainer, loss = Trainer(model, case.device, case.dtype), partial(_their_loss, model, hidden_BN)
@@ -162,7 +179,7 @@ def _measure_steps(case: Case, masks: Mapping[str, TokenMask], steps: Mapping[Na
     memory: dict[Name, int | None] = {}
     failed: list[Record] = []
     for (provider, mode), step in steps.items():
-        graphed = case.device.type == "cuda" and provider.startswith("ours")
+        graphed = case.device.type == "cuda" and provider.startswith("ours") and step.can_be_graphed
         for name, is_graph in (((provider, mode), False), *([((f"{provider}, graphed", mode), True)] if graphed else [])):
             try:
                 calls[name], growth = _make_ready(step, is_graph, case.device)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from video_mae.benchmark.records import DASH, Record, Run, Table
 
 BENCHMARK = "step"
+OURS_BY_ENGINE = "ours by Engine"
 THEIRS, THEIRS_PREPARED, THEIRS_COMPILED = "Hugging Face eager", "Hugging Face eager, input prepared", "Hugging Face compiled"
 PARTS = ("data copy", "preparation", "gather", "embed", "encoder attention", "encoder rest", "decoder attention", "decoder rest", "losses",
          "optimizer")
@@ -12,6 +13,8 @@ PARTS = ("data copy", "preparation", "gather", "embed", "encoder attention", "en
 NOTES = (
     "A step: copy of the clips to the device, forward, backward, AdamW (fused; float32 master weights under bfloat16). The steps take "
     "turns, back and forth; ms are medians; x HF: the median over the rounds of Hugging Face's time over ours in the same round.",
+    "ours by Engine: as a training run takes it, through DeepSpeed (ZeRO 1, one process). What it takes beyond `ours eager` is "
+    "DeepSpeed's.",
     "full: 90 % tube masking, every hidden token is decoded. dual: the decoder leaves half of all tokens out (VideoMAE V2). Hugging "
     "Face's model cannot; its full step is what dual is compared with.",
     "Hugging Face: VideoMAEForPreTraining with SDPA, our weights, clips and masks. Its input is made of uint8 clips on the device in two "

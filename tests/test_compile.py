@@ -1,0 +1,73 @@
+"""engine.compile through the engine: one graph without a break, and the training of the eager model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+
+from video_mae import ModelConfig, ObjectiveConfig, VideoClassifier, VideoMAE, token_mask
+from video_mae.config import EngineConfig, JournalConfig, OptimConfig
+from video_mae.engine import Engine, deepspeed_config
+
+MODEL = ModelConfig(num_frames=4, height=32, width=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16,
+                    decoder_depth=1, decoder_num_heads=2)
+JOINT = ObjectiveConfig(contrastive_weight=0.1, learn_temperature=True)
+CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {  # the model, and the share that its decoder leaves out, -1 for a classifier
+    "full": (lambda: VideoMAE(MODEL), 0.0),
+    "dual, joint": (lambda: VideoMAE(MODEL, JOINT), 0.5),
+    "checkpointing": (lambda: VideoMAE(MODEL, checkpointing=True), 0.0),
+    "classifier": (lambda: VideoClassifier(replace(MODEL, drop_path=0.1), 5), -1.0),
+}
+
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def losses(case: str, folder: Path, **engine: object) -> list[float]:
+    """Of three steps of two micro-batches, by an engine of one process."""
+    make, skipped = CASES[case]
+    torch.manual_seed(0)
+    engine_config, optim = EngineConfig(**engine), OptimConfig(micro_batch=2, accumulation=2, clip_grad=1.0)  # pyright: ignore[reportArgumentType]
+    config = deepspeed_config(engine_config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=folder)
+    model = make()
+    started = Engine(model, engine_config, optim, config, folder)
+    started.deepspeed.train()
+    found: list[float] = []
+    for number in range(6):
+        torch.manual_seed(number)  # of dropped paths, too
+        clip = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
+        if skipped < 0:
+            loss = nn.functional.cross_entropy(started(clip).float(), torch.tensor([number % 5, 1]))
+        else:
+            loss = started(clip, token_mask(torch.tensor([number, 7]), MODEL.grid, "tube", 0.75, skipped)).loss
+        started.backward(loss, last=number % 2 == 1)
+        found.append(loss.item())
+        if number % 2 == 1:
+            started.step(1e-2)
+    return found
+
+
+@pytest.mark.parametrize(("case", "stage", "precision"), [*((case, 2, "fp32") for case in CASES), ("full", 0, "bf16")])
+def test_a_compiled_model_is_one_graph_and_trains_as_the_eager_one(case: str, stage: int, precision: str, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    # The knob's own backend makes kernels of the graph, which takes minutes; whether there is one graph does not depend on it.
+    compiled = partialmethod(deepspeed.DeepSpeedEngine.compile, backend="aot_eager", compile_kwargs={"fullgraph": True})
+    monkeypatch.setattr(deepspeed.DeepSpeedEngine, "compile", compiled)
+    eager = losses(case, tmp_path, zero_stage=stage, precision=precision)
+    assert not torch._dynamo.utils.counters["stats"]
+    tolerance = 1e-5 if precision == "fp32" else 2e-2
+    assert losses(case, tmp_path, zero_stage=stage, precision=precision, compile=True) == pytest.approx(eager, rel=tolerance)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,0 +1,63 @@
+"""DeepSpeed's step without what it asks of every parameter and what it waits for; `optim.guard` does in its place what these are for.
+
+Of a ViT-B's 218 parameters DeepSpeed 0.19.8 asks, in bf16, 13 operations each whether its gradient is finite, then a norm each, and waits
+for the answers: 3,333 operations and 4 waits a step in ZeRO 1 and 2, 4,153 and 224 in ZeRO 0, 495 and 3 in ZeRO 3.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+
+def is_possible(config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's dictionary leaves gradients on the device, finite unless something is wrong, and in wrappers known here."""
+    elsewhere = {"offload_optimizer", "offload_param", "zenflow"} & config["zero_optimization"].keys()
+    return not (config["fp16"]["enabled"] or elsewhere or "data_types" in config)
+
+
+def gradients(wrapper: Any, parameters: list[torch.nn.Parameter], stage: int) -> list[torch.Tensor]:
+    """What this rank updates the weights by, after the last backward pass of a step: in ZeRO 1 to 3 its share of it."""
+    if stage == 0:
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [gradient for share in wrapper.averaged_gradients.values() for gradient in share]
+
+
+def relieve(wrapper: Any, stage: int, *, low_precision: bool) -> None:
+    """Takes norm, clipping and checks out of the step of DeepSpeed's wrapper of the optimizer."""
+    if stage == 0 and low_precision:
+        wrapper.step = partial(_step_of_masters, wrapper)
+    elif stage in (1, 2):
+        # Not by the dictionary, in which it would refuse the checkpoints of runs that DeepSpeed clipped; these bring their clip_grad back.
+        wrapper.compute_grad_norm, wrapper.clip_grad = False, 0.0
+    elif stage == 3:
+        wrapper.step = partial(_step_of_partitions, wrapper)
+
+
+@torch.no_grad()
+def _step_of_masters(wrapper: Any) -> None:
+    """ZeRO 0 in bf16: float32 masters of all weights."""
+    weights = [weight for group in wrapper.fp16_groups for weight in group]
+    masters = [master for group in wrapper.fp32_groups for master in group]
+    # Not kept between steps: by then activations take their place.
+    for master in masters:
+        master.grad = torch.empty_like(master)
+    torch._foreach_copy_([master.grad for master in masters], [weight.grad for weight in weights])
+    wrapper.optimizer.step()
+    torch._foreach_copy_(weights, masters)
+    for master in masters:
+        master.grad = None
+
+
+@torch.no_grad()
+def _step_of_partitions(wrapper: Any) -> None:
+    """ZeRO 3: DeepSpeedZeroOptimizer_Stage3.step, whose norm no key of the dictionary switches off."""
+    wrapper._pre_step()
+    wrapper._partition_all_parameters()
+    wrapper.zero_grad(set_to_none=True)
+    for sub_group in range(len(wrapper.fp16_groups)):
+        wrapper._prepare_sub_group(sub_group, set())
+        wrapper._optimizer_step(sub_group)
+        wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        wrapper._release_sub_group(sub_group, set())
+    wrapper._post_step(set())
