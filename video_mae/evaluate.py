@@ -75,7 +75,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     views = views_of(classifier, num_clips, config.num_crops, config.data, workers.threads)
     settings = {"model": str(model_folder.absolute()), "list": source if "://" in source else str(Path(source).absolute()),
                 "sampling": views.sampling, "stride": views.stride, "num_clips": num_clips, "num_crops": config.num_crops,
-                "precision": config.precision,
+                "antialias": views.antialias, "precision": config.precision,
                 "bad_videos_are": "left out" if config.skip_bad else "wrong"}
     folder = choose_folder(config.output, model)
     check_folder(folder, settings)
