@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
+from torch import nn
 
 from video_mae.augment import OPERATIONS, crop_box, crop_clip, mix_batch, strengthen_clip
 from video_mae.config import AugmentConfig, DataConfig
@@ -43,6 +44,27 @@ def test_multiscale_boxes_have_neighbouring_scales_and_thirteen_places():
               [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (0, 2), (2, 0), (2, 4), (4, 2), (1, 1), (1, 3), (3, 1), (3, 3)]}
     assert {(top, left) for top, left, width in seen_places if width == 168} == places
     assert {(0, 0), (0, 340 - 168), (256 - 168, 0), (256 - 168, 340 - 168)} <= places
+
+
+@pytest.mark.parametrize(("height", "width"), [
+    (256, 340), (340, 256), (240, 320), (259, 327), (221, 300), (224, 225), (226, 226), (227, 400), (297, 301), (298, 500), (301, 302),
+    (338, 601), (342, 343)])
+def test_multiscale_boxes_are_those_of_the_source(height, width):
+    """Side by side with what GroupMultiScaleCrop may draw: sides that snap to 224, places that are whole quarters."""
+    short = min(height, width)
+    sides = [224 if abs(int(short * scale) - 224) < 3 else int(short * scale) for scale in (1, 0.875, 0.75, 0.66)]
+    places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0), (1, 1), (3, 1), (1, 3), (3, 3)]
+    expected = set()
+    for i, rows in enumerate(sides):
+        for columns in sides[max(i - 1, 0): i + 2]:
+            down, right = (height - rows) // 4, (width - columns) // 4
+            expected |= {(k * down, j * right, rows, columns) for j, k in places}
+    assert set(boxes(DataConfig(), (height, width, 224, 224), 3000)) == expected
+
+
+def test_a_side_does_not_snap_beyond_the_picture():
+    for top, left, rows, columns in boxes(DataConfig(crop_scales=(1.0,)), (222, 223, 224, 224), 100):
+        assert (top, left, rows, columns) in {(0, 0, 222, 222)}
 
 
 def test_multiscale_follows_the_shape_of_the_target():
@@ -91,6 +113,23 @@ def test_shrinking_averages_what_it_leaves_out():
     stripes_THWC[:, :, ::2] = 200
     shrunk = crop_clip(stripes_THWC, (0, 0, 64, 64), (16, 16), flip=False)[:, :, 2:-2].int()
     assert (shrunk - 100).abs().max() <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("box", "size"), [((0, 0, 120, 160), (16, 24)), ((3, 4, 111, 17), (32, 48)), ((7, 5, 64, 96), (32, 48)),
+                                           ((0, 0, 1, 2), (8, 8))])
+def test_without_antialiasing_four_pixels_make_one(dtype, flip, box, size):
+    white = torch.iinfo(dtype).max
+    clip_THWC = torch.from_numpy(np.random.default_rng(0).integers(white + 1, size=(2, 120, 160, 3))).to(dtype)
+    top, left, height, width = box
+    region_TCHW = clip_THWC[:, top: top + height, left: left + width].double().permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(region_TCHW, size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    found = crop_clip(clip_THWC, box, size, flip, antialias=False)
+    assert found.dtype == dtype
+    assert (found.double() - (expected.flip(2) if flip else expected).round()).abs().max() <= 1
+    if height > size[0]:
+        assert (found.double() - crop_clip(clip_THWC, box, size, flip).double()).abs().mean() > white / 50
 
 
 def picture(height: int = 37, width: int = 53, seed: int = 0) -> torch.Tensor:

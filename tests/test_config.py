@@ -186,7 +186,7 @@ def test_help_tells_every_key_with_default_and_meaning(schema):
         assert f.metadata["meaning"] in text
     for key in flatten(schema()):
         assert f"  {key} = " in text
-    assert "{tube | random | frame}" in text or schema is not PretrainConfig
+    assert "{tube | random | random_kept | frame}" in text or schema is not PretrainConfig
     assert text.isascii()
 
 

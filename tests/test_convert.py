@@ -234,6 +234,7 @@ def test_options_of_the_training_tell_what_tensors_do_not(tmp_path):
     model, _ = imported(write(tmp_path / "x.pth", state, args=argparse.Namespace(data_set="SSV2", sampling_rate=2)), **facts)
     assert isinstance(model, VideoClassifier)
     assert (model.classifier_config.sampling, model.classifier_config.stride) == ("uniform", 2)
+    assert not model.classifier_config.antialias  # as its own test resizes
 
 
 def test_a_folder_of_videomae_v2_on_the_hub_is_read_by_the_official_names(tmp_path):

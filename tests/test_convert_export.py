@@ -192,7 +192,8 @@ def finished_runs(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     for stage, precision in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "fp32")):
         output = folder / f"{stage}_{precision}"
         run(prepare(load_config(tiny_file, [f"output={output}", "optim.steps=2", f"engine.zero_stage={stage}",
-                                            f"engine.precision={precision}", "objective.contrastive_weight=0.1",
+                                            f"engine.precision={precision}", f"optim.decay_tokens={stage == 0}",
+                                            "objective.contrastive_weight=0.1",
                                             "objective.learn_temperature=true"])))
         (output / "model").rename(output / "put_aside")
     torch.set_num_threads(threads)

@@ -40,21 +40,22 @@ def videos_and_crops(dtypes: tuple[Any, ...], num_crops: int, channels: int = 3)
     return frames, crops
 
 
-def cut_one_by_one(frames: list[torch.Tensor], crops: list[list[Crop]], sixteen_bit: bool) -> torch.Tensor:
+def cut_one_by_one(frames: list[torch.Tensor], crops: list[list[Crop]], sixteen_bit: bool, antialias: bool) -> torch.Tensor:
     """What workers do."""
-    clips = [crop_clip(frames_THWC, crop.box, SIZE, crop.flip) for frames_THWC, of_video in zip(frames, crops, strict=True)
-             for crop in of_video]
+    clips = [crop_clip(frames_THWC, crop.box, SIZE, crop.flip, antialias=antialias)
+             for frames_THWC, of_video in zip(frames, crops, strict=True) for crop in of_video]
     return torch.stack([clip.to(torch.uint16) * 257 if sixteen_bit and clip.dtype == torch.uint8 else clip for clip in clips])
 
 
 @pytest.mark.parametrize(("dtypes", "sixteen_bit"), [((np.uint8,), False), ((np.uint16,), True), ((np.uint8, np.uint16), True)])
 @pytest.mark.parametrize(("num_crops", "chunk_bytes"), [(1, 2**28), (3, 2**28), (3, 300_000), (2, 1)])
+@pytest.mark.parametrize("antialias", [True, False])
 def test_crops_on_the_device_are_those_of_torchvision(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[Any, ...], sixteen_bit: bool,
-                                                      num_crops: int, chunk_bytes: int) -> None:
+                                                      num_crops: int, chunk_bytes: int, antialias: bool) -> None:
     monkeypatch.setattr("video_mae.data.device_crop.CHUNK_BYTES", chunk_bytes)
     frames, crops = videos_and_crops(dtypes, num_crops)
-    expected = cut_one_by_one(frames, crops, sixteen_bit).int()
-    clip_BTHWC = UncutClips.gather(frames, crops, CropSize(5, *SIZE, sixteen_bit)).to("cpu").cut()
+    expected = cut_one_by_one(frames, crops, sixteen_bit, antialias).int()
+    clip_BTHWC = UncutClips.gather(frames, crops, CropSize(5, *SIZE, sixteen_bit, antialias)).to("cpu").cut()
     assert clip_BTHWC.dtype == (torch.uint16 if sixteen_bit else torch.uint8)
     assert clip_BTHWC.is_contiguous()
     difference = (clip_BTHWC.int() - expected).abs()
@@ -62,7 +63,7 @@ def test_crops_on_the_device_are_those_of_torchvision(monkeypatch: pytest.Monkey
         level = 257 if sixteen_bit and frames[place].dtype == torch.uint8 else 1
         mine = slice(place * num_crops, (place + 1) * num_crops)
         assert difference[mine].max() <= level, place
-        assert difference[mine].float().mean() < 0.25 * level  # and most are the same
+        assert difference[mine].float().mean() < (0.25 if antialias else 0.35) * level  # and most are the same
 
 
 def test_one_channel_and_a_crop_of_the_size_itself_are_exact() -> None:

@@ -83,6 +83,24 @@ def test_scores_are_the_mean_over_views_of_the_softmax(model: Path, videos: Path
     assert {row["predicted"] for row in found if "bad" not in row} == {0, 1, 2}
 
 
+def test_frames_are_resized_as_the_model_says_or_as_it_is_told(model: Path, videos: Path, tmp_path: Path, quiet_process: None) -> None:
+    sharp = load_pretrained(model, VideoClassifier)
+    sharp.classifier_config = replace(sharp.classifier_config, antialias=False)
+    save_model_folder(tmp_path / "sharp", sharp)
+    runs = {"smooth": (model, ""), "sharp": (tmp_path / "sharp", ""), "told sharp": (model, "antialias=false"),
+            "told smooth": (tmp_path / "sharp", "antialias=true")}
+    scores = {}
+    for name, (folder, told) in runs.items():
+        metrics = evaluate(folder, videos / "list.txt", tmp_path / name, "all_scores=true", *filter(None, [told]))
+        assert metrics["settings"]["antialias"] == name.endswith("smooth")
+        scores[name] = [row.get("scores") for row in rows(tmp_path / name)]
+    assert scores["smooth"] == scores["told smooth"]
+    assert scores["sharp"] == scores["told sharp"]
+    assert scores["smooth"] != scores["sharp"]
+    with pytest.raises(ValueError, match=r"metrics.json: was made with antialias = True, now False"):
+        start(str(model), str(videos / "list.txt"), config(f"output={tmp_path / 'smooth'}", "antialias=false"))
+
+
 def test_figures_have_the_same_bits_for_any_ranks_and_batch_size(model: Path, videos: Path, tmp_path: Path, quiet_process: None,
                                                                  on_ranks: Callable[..., None]) -> None:
     evaluate(model, videos / "list.txt", tmp_path / "1")

@@ -96,6 +96,16 @@ def test_validation_follows_each_epoch_and_the_last_step(tiny_finetune: Tiny) ->
     assert lines(config)[4]["epoch"] == pytest.approx(25 / 24)
 
 
+def test_an_epoch_without_its_last_batch_ends_with_a_step(tiny_finetune: Tiny) -> None:
+    config = tiny_finetune("validation.interval=0", "optim.micro_batch=5", "optim.steps=null", "optim.epochs=2", "optim.warmup_epochs=0",
+                           "optim.drop_last_batch=true", *NO_AUGMENTATION)  # 4 steps of 24 videos
+    run(prepare(config))
+    assert [line["step"] for line in lines(config, "val_loss")] == [4, 8]
+    assert [line["epoch"] for line in lines(config)] == [(step + 1) / 4 for step in range(8)]
+    assert "0 warm-up steps of 8" in log(config)
+    assert "an epoch is 4 steps, 4 of its videos are left out" in log(config)
+
+
 @pytest.mark.parametrize("sampling", ["dense", "uniform"])
 def test_validation_scores_are_those_of_the_model_on_every_video_once(tiny_finetune: Tiny, sampling: str) -> None:
     config = tiny_finetune(f"classifier.sampling={sampling}", "validation.interval=4", "validation.batch=5")
@@ -228,6 +238,7 @@ def test_an_override_with_nothing_behind_it_is_the_empty_text(tiny_finetune: Tin
 
 @pytest.mark.parametrize(("override", "message"), [
     ("data.stride=3", "data.stride: 3 is not used in fine-tuning: set classifier.stride (it is 2)"),
+    ("data.reach_end=false", "data.reach_end: False is for pretraining: set classifier.sampling"),
     ("optim.micro_batch=1", "optim.micro_batch: 1 clip has no other to be mixed with"),
     ("augment.erasing=1.5", "augment.erasing: 1.5 must be in [0, 1]"),
     ("augment.label_smoothing=1", "augment.label_smoothing: 1.0 must be in [0, 1)"),

@@ -7,10 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from video_mae.config import FinetuneConfig
+from video_mae.augment import crop_clip
+from video_mae.config import ClassifierConfig, FinetuneConfig
+from video_mae.config.model import Sampling
 from video_mae.data.dataset import collate
-from video_mae.data.labelled import LabelledClips, ShareSampler, ValidationClips, read_training_videos, read_validation_videos
+from video_mae.data.device_crop import Crop
+from video_mae.data.labelled import (
+    LabelledClips,
+    ShareSampler,
+    ValidationClips,
+    frame_choice,
+    read_training_videos,
+    read_validation_videos,
+)
 
+WHOLE = Crop((0, 0, 48, 48), flip=False)
 Tiny = Callable[..., FinetuneConfig]
 
 
@@ -47,7 +58,23 @@ def test_a_worker_strengthens_clips_unless_the_device_does(tiny_finetune: Tiny) 
         assert not torch.equal(worker[key].clip_RTHWC, plain[key].clip_RTHWC)
 
 
-@pytest.mark.parametrize("sampling", ["dense", "uniform"])
+@pytest.mark.parametrize("where", ["worker", "device"])
+def test_training_and_validation_resize_as_the_classifier_says(tiny_finetune: Tiny, where: str) -> None:
+    plain = ("augment.randaugment_ops=0", "augment.erasing=0", "model.height=16", "model.width=16", f"data.crop_where={where}")
+    found = []
+    for antialias in (True, False):
+        config = tiny_finetune(*plain, f"classifier.antialias={antialias}")
+        validation = ValidationClips(read_validation_videos(config), config)
+        training = collate([clips(config)[0, index] for index in range(3)]).to("cpu")
+        whole = clips(config).read(0, lambda _: np.arange(4)).clip_THWC
+        expected = crop_clip(torch.from_numpy(whole), (0, 0, 48, 48), (16, 16), flip=False, antialias=antialias)
+        assert torch.equal(ValidationClips(read_training_videos(config)[0], config).clips._cut(torch.from_numpy(whole), WHOLE), expected)
+        found.append((training.clip_BTHWC.float(), validation[2].clip_RTHWC.float()))
+    for smooth, sharp in zip(*found, strict=True):
+        assert 0.5 < (smooth - sharp).abs().mean() < 20
+
+
+@pytest.mark.parametrize("sampling", ["dense", "uniform", "parts", "parts_v2"])
 def test_validation_draws_nothing_and_sees_the_middle(tiny_finetune: Tiny, sampling: str) -> None:
     config = tiny_finetune("data.clips_per_video=3", "data.flip=true", f"classifier.sampling={sampling}", "model.height=48",
                            "model.width=48")
@@ -58,9 +85,18 @@ def test_validation_draws_nothing_and_sees_the_middle(tiny_finetune: Tiny, sampl
     assert torch.equal(batch.clip_BTHWC[1], batch.clip_BTHWC[3])
     assert not batch.clip_BTHWC[2].any()
     # 16 frames of 48 x 48 pixels: 4 dense ones 2 apart start at 4; the crop is the frame itself.
-    indices = {"dense": [4, 6, 9, 11], "uniform": [2, 6, 10, 14]}[sampling]
+    indices = {"dense": [4, 6, 9, 11]}.get(sampling, [2, 6, 10, 14])
     frames_THWC = validation.clips.read(5, lambda _: np.array(indices)).clip_THWC
     assert np.array_equal(batch.clip_BTHWC[1], frames_THWC)
+
+
+@pytest.mark.parametrize(("sampling", "middle", "short"), [
+    ("uniform", [2, 7, 11, 16], [0, 1, 1, 2]), ("parts", [2, 6, 10, 14], [0, 0, 0, 0]), ("parts_v2", [2, 6, 10, 14], [0, 0, 1, 2])])
+def test_each_kind_of_sampling_has_its_frames(sampling: Sampling, middle: list[int], short: list[int]) -> None:
+    classifier = ClassifierConfig(sampling=sampling)
+    assert [frame_choice(classifier, 4)(length).tolist() for length in (19, 3)] == [middle, short]
+    drawn = np.stack([frame_choice(classifier, 4, np.random.default_rng(seed))(19) for seed in range(200)])
+    assert drawn.max() == (18 if sampling == "uniform" else 15)
 
 
 def test_a_broken_validation_video_is_named_and_marked(tiny_finetune: Tiny, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from video_mae import TokenMask, frame_mask, random_mask, token_mask, tube_mask
-from video_mae.masking import _noise, mask_counts
+from video_mae.masking import _noise, mask_counts, random_kept_mask
 
-KINDS = {"tube": tube_mask, "random": random_mask, "frame": frame_mask}
+KINDS = {"tube": tube_mask, "random": random_mask, "random_kept": random_kept_mask, "frame": frame_mask}
 GRIDS = [(8, 14, 14), (4, 6, 6), (5, 3, 7), (2, 1, 9), (3, 2, 2)]
 EXTREME = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31), 2**63 - 1, -(2**63), 2**62])
 FULL_64 = (1 << 64) - 1
@@ -29,7 +29,8 @@ def chosen_grid(index_BN: torch.Tensor, grid: tuple[int, int, int]) -> torch.Ten
     ((8, 14, 14), "tube", 0.9, 0.0, 160, 1408), ((8, 16, 16), "tube", 0.9, 0.0, 208, 1840), ((8, 14, 14), "tube", 0.9, 0.5, 160, 704),
     ((8, 14, 14), "tube", 0.75, 0.0, 392, 1176), ((1, 14, 14), "random", 0.75, 0.0, 49, 147), ((8, 14, 14), "random", 0.9, 0.0, 157, 1411),
     ((8, 14, 14), "frame", 0.875, 0.0, 196, 1372), ((16, 20, 20), "tube", 0.9, 0.0, 640, 5760), ((8, 14, 14), "tube", 0.9, 0.25, 160, 1056),
-    ((8, 14, 14), "tube", 0.9, 0.75, 160, 352)])
+    ((8, 14, 14), "tube", 0.9, 0.75, 160, 352), ((8, 14, 14), "random_kept", 0.9, 0.0, 156, 1412),
+    ((1, 14, 14), "random_kept", 0.75, 0.0, 49, 147), ((8, 16, 16), "random_kept", 0.9, 0.0, 204, 1844)])
 def test_published_settings_give_the_published_counts(grid, kind, ratio, dual, visible, masked):
     assert mask_counts(grid, kind, ratio, dual) == (visible, masked)
     mask = token_mask(EXTREME, grid, kind, ratio, dual)
@@ -47,6 +48,22 @@ def test_visible_and_masked_are_sorted_disjoint_and_together_everything(kind, gr
         assert (index.diff(dim=1) > 0).all()
     everything = torch.cat(mask, dim=1).sort(dim=1).values
     assert torch.equal(everything, torch.arange(grid[0] * grid[1] * grid[2]).expand(8, -1))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.75, 0.8, 0.9, 0.95])
+def test_what_mae_keeps_is_counted_not_what_it_hides(ratio):
+    differing = 0
+    for num_tokens in range(2, 300):
+        kept = int(num_tokens * (1 - ratio))  # the definition of MAE and mae_st, floats and all
+        if kept == 0:
+            with pytest.raises(ValueError, match=rf"^mask.ratio: {ratio} of {num_tokens} tokens hides {num_tokens}; "):
+                mask_counts((1, 1, num_tokens), "random_kept", ratio)
+            continue
+        assert mask_counts((1, 1, num_tokens), "random_kept", ratio) == (kept, num_tokens - kept)
+        ours, theirs = (token_mask(EXTREME, (1, 1, num_tokens), kind, ratio) for kind in ("random", "random_kept"))
+        differing += ours.visible_BV.shape != theirs.visible_BV.shape
+        assert all(set(some) <= set(more) for some, more in zip(theirs.visible_BV.tolist(), ours.visible_BV.tolist(), strict=True))
+    assert differing > 100
 
 
 @pytest.mark.parametrize("grid", GRIDS)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from video_mae import ModelConfig, ObjectiveConfig, VideoClassifier, VideoMAE
 from video_mae.config import OptimConfig
-from video_mae.optim import Schedule, guard, make_optimizer, make_schedule, parameter_groups
+from video_mae.optim import Schedule, guard, make_optimizer, make_schedule, parameter_groups, videos_of_epoch
 
 MODEL = ModelConfig(num_frames=4, height=16, width=16, embed_dim=12, depth=1, num_heads=2, decoder_embed_dim=8, decoder_depth=1,
                     decoder_num_heads=2)
@@ -80,6 +81,49 @@ def test_run_shorter_than_a_step_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.micro_batch") as error:
         make_schedule(OptimConfig(epochs=1, warmup_epochs=0, micro_batch=32), 8, 1, 1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("videos", "batch", "ranks", "epochs", "warmup_epochs", "ours", "theirs"), [
+    (1000, 256, 1, 800, 40, (3125, 156), (2400, 120)), (9537, 24, 8, 3200, 40, (158_950, 1986), (156_800, 1960)),
+    (1_281_167, 64, 64, 800, 40, (250_227, 12_511), (249_600, 12_480)), (1024, 256, 2, 1.5, 0.5, (3, 1), (3, 1))])
+def test_whole_steps_an_epoch_make_the_steps_of_the_sources(videos, batch, ranks, epochs, warmup_epochs, ours, theirs):
+    config = OptimConfig(epochs=epochs, warmup_epochs=warmup_epochs, micro_batch=batch)
+    schedule, line = make_schedule(config, videos, ranks, 1)
+    assert (schedule.total_steps, schedule.warmup_steps) == ours
+    assert "left out" not in line
+    per_epoch = videos // (batch * ranks)
+    schedule, line = make_schedule(replace(config, drop_last_batch=True), videos, ranks, 1)
+    assert (schedule.total_steps, schedule.warmup_steps) == theirs == (epochs * per_epoch, warmup_epochs * per_epoch)
+    assert line.endswith(f"; an epoch is {per_epoch} steps, {videos - per_epoch * batch * ranks} of its videos are left out")
+
+
+def test_an_epoch_without_a_whole_step_is_refused_where_its_last_batch_is_dropped():
+    config = OptimConfig(micro_batch=16, accumulation=2, steps=10, drop_last_batch=True)
+    assert videos_of_epoch(config, 64, 2) == videos_of_epoch(config, 127, 2) == 64
+    with pytest.raises(ValueError, match=r"^optim\.drop_last_batch: 63 videos do not fill one step of 64; lower optim\.micro") as error:
+        make_schedule(config, 63, 2, 1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("decay_tokens", [False, True])
+@pytest.mark.parametrize(("positions", "class_token"), [("separate", "own"), ("learned", "encoded"), ("sincos", "encoded")])
+def test_tokens_and_learned_positions_decay_as_in_mae(decay_tokens, positions, class_token):
+    model = VideoMAE(replace(MODEL, positions=positions, class_tokens=1, decoder_class_token=class_token, qkv_bias="qkv", layer_scale=0.1,
+                             decoder_embed_bias=True))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, decay_tokens=decay_tokens)
+    decayed = {names[id(parameter)] for group in groups for parameter in group["params"] if group["weight_decay"]}
+    tokens = {name for name in names.values() if re.search(r"class_token|mask_token|positions", name)}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2} - tokens
+    assert len(tokens) == {"separate": 3 + 6, "learned": 2 + 4, "sincos": 2}[positions]
+    assert decayed == (matrices | tokens if decay_tokens else matrices)
+
+
+def test_the_optimizer_is_told_whether_tokens_decay():
+    for decay_tokens in (False, True):
+        optimizer = make_optimizer(VideoMAE(MODEL), OptimConfig(decay_tokens=decay_tokens), guarded=False, fused=False)
+        decaying = [len(group["params"]) for group in optimizer.param_groups if group["weight_decay"] > 0]
+        assert decaying == [len(parameter_groups(VideoMAE(MODEL), 0.05)[0]["params"]) + decay_tokens]  # one mask token more
 
 
 def test_every_parameter_is_in_exactly_one_group_and_vectors_do_not_decay():

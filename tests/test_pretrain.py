@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from video_mae import load_pretrained
 from video_mae.checkpoint import step_name
 from video_mae.config import PretrainConfig, load_config
+from video_mae.data import ClipDataset
 from video_mae.decoding import resolve_decoder
 from video_mae.engine import deepspeed_config, prepare_environment
 from video_mae.objective import Losses, Objective
@@ -69,6 +71,7 @@ def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("changes", [
     ["mask.kind=random"],
+    ["mask.kind=random_kept", "mask.ratio=0.8", "optim.decay_tokens=true", "data.reach_end=false"],
     ["mask.kind=frame", "mask.ratio=0.5"],
     ["model.num_frames=1", "model.tubelet_size=1"],
     ["objective.normalize=tubelet"],
@@ -258,6 +261,28 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> N
     assert run(prepare(config)) == DONE
     assert losses(config) == before  # steps 3 and 4 were done again from step 2
     assert "resumed after step 2" in (Path(config.output) / "log.txt").read_text()
+
+
+def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on_exactly(tiny: Tiny, tmp_path: Path,
+                                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    original = ClipDataset.__getitem__
+    monkeypatch.setattr(ClipDataset, "__getitem__", lambda self, key: seen.append(key) or original(self, key))
+    config = tiny("optim.steps=null", "optim.epochs=3", "optim.warmup_epochs=1", "optim.micro_batch=7", "optim.drop_last_batch=true",
+                  "journal.checkpoint_interval=4", "journal.picture_interval=0", "journal.picture_clips=1")
+    assert run(prepare(config)) == DONE
+    trained = [key for key in seen if key != (0, 0)]  # which the picture shows, too
+    assert [line["epoch"] for line in lines(config)] == [(step + 1) / 3 for step in range(9)]
+    for epoch in range(3):
+        visited = [index for e, index in trained if e == epoch]
+        assert len(set(visited)) == len(visited)
+        assert len(visited) in (20, 21)  # of 24 videos, without the one that is not counted here
+    before = losses(config)
+    shutil.rmtree(Path(config.output) / "checkpoints" / step_name(9))
+    (Path(config.output) / "checkpoints" / "latest").write_text(step_name(8) + "\n")
+    assert run(prepare(config)) == DONE
+    assert losses(config) == before
+    assert "resumed after step 8" in (Path(config.output) / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("override", "message"), [

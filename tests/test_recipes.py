@@ -21,22 +21,24 @@ FINETUNE = sorted((REPOSITORY / "configs" / "finetune").glob("*.yaml"))
 FINETUNE_PUBLISHED = [path for path in FINETUNE if path.stem != "demo"]
 DOCUMENTS = sorted((REPOSITORY / "docs").glob("*.md"))
 
-# name: videos of the list, videos a step, (V, M), peak and final learning rate, warm-up steps, steps; by hand from the sources' scripts.
+# name: videos of the list, videos a step, (V, M), peak and final learning rate, warm-up steps, steps; by hand from the sources' scripts,
+# whose epochs are so many whole steps as the list fills.
 # 240,000 stands for Kinetics-400, of which everybody has another part; the lists of the others are fixed or named by their authors.
 BY_HAND = {
-    "kinetics400_small": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 375_000),
-    "kinetics400_base": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_687, 93_750),
-    "kinetics400_base_contrastive": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_687, 93_750),
-    "kinetics400_large": (240_000, 512, (160, 1408), 3e-4, 2e-5, 18_750, 750_000),
-    "kinetics400_huge": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 375_000),
-    "ssv2_base": (168_913, 2048, (160, 1408), 1.2e-3, 8e-5, 3_299, 65_981),
-    "ucf101_base": (9_537, 192, (392, 1176), 2.25e-4, 7.5e-6, 1_986, 158_950),
-    "v2_base_dual": (1_350_000, 1024, (160, 704), 4e-3, 4e-5, 26_367, 263_671),
-    "v2_giant_dual": (1_350_000, 2048, (208, 920), 4.8e-3, 8e-5, 19_775, 197_753),
-    "mae_image_base": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_511, 250_227),
-    "mae_image_large": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_511, 250_227),
+    "kinetics400_small": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_360, 374_400),
+    "kinetics400_base": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_680, 93_600),
+    "kinetics400_base_contrastive": (240_000, 2048, (160, 1408), 1.2e-3, 8e-5, 4_680, 93_600),
+    "kinetics400_large": (240_000, 512, (160, 1408), 3e-4, 2e-5, 18_720, 748_800),
+    "kinetics400_huge": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_360, 374_400),
+    "ssv2_base": (168_913, 2048, (160, 1408), 1.2e-3, 8e-5, 3_280, 65_600),
+    "ucf101_base": (9_537, 192, (392, 1176), 2.25e-4, 7.5e-6, 1_960, 156_800),
+    "v2_base_dual": (1_350_000, 1024, (160, 704), 4e-3, 4e-5, 26_360, 263_600),
+    "v2_giant_dual": (1_350_000, 2048, (208, 920), 4.8e-3, 8e-5, 19_770, 197_700),
+    "mae_image_base": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_480, 249_600),
+    "mae_image_large": (1_281_167, 4096, (49, 147), 2.4e-3, 0.0, 12_480, 249_600),
+    "mae_st_large": (240_000, 128, (156, 1412), 8e-4, 0.0, 9_375, 187_500),
     "joint_image_video_base": (1_281_167 + 168_913, 2048, (160, 1408), 1.6e-3, 0.0, 28_321, 566_437),
-    "remote_sensing_base": (712_874, 4096, (36, 108), 1.6e-3, 0.0, 3_480, 34_808),
+    "remote_sensing_base": (712_874, 4096, (36, 108), 1.6e-3, 0.0, 3_480, 34_800),
     "volume_base": (18, 6, (54, 162), 1.5e-4, 0.0, 300, 30_000),
 }
 
@@ -45,13 +47,13 @@ BY_HAND = {
 # head, sampling, flip, classes; by hand from the sources' scripts. 650,000 stands for Kinetics-710.
 FINETUNED_BY_HAND = {
     "kinetics400_small": (240_000, 384, 2, 7.5e-4, 1.5e-6, 3_125, 93_750, 0.75, 0.1, 0.0, "dense", True, 400),
-    "kinetics400_base": (240_000, 512, 1, 2e-3, 2e-6, 2_343, 46_875, 0.75, 0.1, 0.0, "dense", True, 400),
+    "kinetics400_base": (240_000, 512, 1, 2e-3, 2e-6, 2_340, 46_800, 0.75, 0.1, 0.0, "dense", True, 400),
     "kinetics400_large": (240_000, 128, 2, 1e-3, 5e-7, 9_375, 65_625, 0.75, 0.1, 0.0, "dense", True, 400),
-    "kinetics400_huge": (240_000, 512, 2, 2e-3, 2e-5, 2_343, 23_437, 0.75, 0.2, 0.5, "dense", True, 400),
-    "ssv2_small": (168_913, 384, 2, 1.5e-3, 1.5e-6, 2_199, 17_595, 0.7, 0.1, 0.0, "uniform", False, 174),
-    "ssv2_base": (168_913, 512, 1, 1e-3, 2e-6, 1_649, 16_495, 0.75, 0.1, 0.0, "uniform", False, 174),
-    "ucf101_base": (9_537, 128, 2, 2.5e-4, 5e-6, 372, 7_450, 0.7, 0.2, 0.5, "dense", True, 101),
-    "v2_giant_k710": (650_000, 96, 2, 3.75e-4, 3.75e-7, 33_854, 236_979, 0.9, 0.3, 0.0, "dense", True, 710),
+    "kinetics400_huge": (240_000, 512, 2, 2e-3, 2e-5, 2_340, 23_400, 0.75, 0.2, 0.5, "dense", True, 400),
+    "ssv2_small": (168_913, 384, 2, 1.5e-3, 1.5e-6, 2_195, 17_560, 0.7, 0.1, 0.0, "parts", False, 174),
+    "ssv2_base": (168_913, 512, 1, 1e-3, 2e-6, 1_645, 16_450, 0.75, 0.1, 0.0, "parts", False, 174),
+    "ucf101_base": (9_537, 128, 2, 2.5e-4, 5e-6, 370, 7_400, 0.7, 0.2, 0.5, "dense", True, 101),
+    "v2_giant_k710": (650_000, 96, 2, 3.75e-4, 3.75e-7, 33_850, 236_950, 0.9, 0.3, 0.0, "dense", True, 710),
 }
 
 
@@ -159,6 +161,19 @@ def test_the_contrastive_recipe_is_the_base_recipe_with_another_objective() -> N
     assert ours["objective.contrastive_weight"] > 0
 
 
+VIDEOMAE = {"kinetics400_small", "kinetics400_base", "kinetics400_base_contrastive", "kinetics400_large", "kinetics400_huge", "ssv2_base",
+            "ucf101_base", "v2_base_dual", "v2_giant_dual"}
+MAE = {"mae_image_base", "mae_image_large", "mae_st_large", "remote_sensing_base", "volume_base"}
+
+
+@pytest.mark.parametrize("path", map(named, PUBLISHED))
+def test_a_recipe_counts_draws_and_decays_as_its_source_does(path: Path) -> None:
+    config = load_config(path)
+    assert (config.mask.kind == "random_kept") == config.optim.decay_tokens == (path.stem in MAE)
+    assert config.data.reach_end == (path.stem not in VIDEOMAE)
+    assert config.optim.drop_last_batch == (path.stem in VIDEOMAE | MAE - {"volume_base"})
+
+
 def test_every_published_recipe_of_fine_tuning_is_checked_by_hand() -> None:
     assert {path.stem for path in FINETUNE_PUBLISHED} == set(FINETUNED_BY_HAND)
 
@@ -190,6 +205,7 @@ def test_a_fine_tuning_has_the_published_numbers(path: Path) -> None:
     assert config.augment == AugmentConfig(  # rand-m7-n4-mstd0.5-inc1, and the rest of the common recipe
         randaugment_ops=4, randaugment_magnitude=7.0, randaugment_std=0.5, erasing=0.25, mixup=0.8, cutmix=1.0, mix_probability=1.0,
         switch_probability=0.5, label_smoothing=0.1)
+    assert (head.antialias, optim.drop_last_batch, optim.decay_tokens) == (False, True, False)
     is_giant = path.stem == "v2_giant_k710"
     assert (optim.weight_decay, optim.clip_grad) == ((0.1, 5.0) if is_giant else (0.05, 0.0))
 
@@ -256,7 +272,7 @@ def test_the_objective_document_names_keys_that_exist() -> None:
 def test_the_objective_document_counts_tokens_as_the_masks_do() -> None:
     rows = re.findall(r"^\| (\d+) x (\d+) x (\d+) \| (\d+) x (\d+) x \d+ \| (\w+) ([\d.]+)(?:, decoder ([\d.]+))? "
                       r"\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", (REPOSITORY / "docs" / "objective.md").read_text(), re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for frames, height, width, tubelet, patch, kind, ratio, skipped, *expected in rows:
         model = ModelConfig(num_frames=int(frames), height=int(height), width=int(width), tubelet_size=int(tubelet), patch_size=int(patch))
         counts = mask_counts(model.grid, kind, float(ratio), float(skipped or 0))

@@ -1,11 +1,23 @@
 """Which frames, which videos, which random numbers."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from video_mae.data.sampling import StepSampler, clip_indices, dense_indices, epoch_order, sample_rng, sample_seed, uniform_indices
+from video_mae.data.sampling import (
+    ShardStream,
+    StepSampler,
+    clip_indices,
+    dense_indices,
+    epoch_order,
+    part_indices,
+    sample_rng,
+    sample_seed,
+    uniform_indices,
+)
 
 
 def sampler(rank: int = 0, world_size: int = 1, micro_batch: int = 4, first: int = 0, last: int = 9, num_videos: int = 7) -> list:
@@ -74,6 +86,31 @@ def test_fewer_videos_than_a_micro_batch_come_again_in_the_next_epoch():
     assert [epoch for epoch, _ in sampler(num_videos=2, last=1)[0]] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize(("num_videos", "ranks", "micro_batch", "accumulation"),
+                         [(10, 2, 2, 1), (1000, 4, 8, 8), (12, 1, 3, 2), (7, 1, 1, 7)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dropped_last_batch_is_dropped_in_every_epoch_and_resumes_exactly(num_videos, ranks, micro_batch, accumulation, packed):
+    batch = ranks * micro_batch * accumulation
+    steps_an_epoch, key_at = num_videos // batch, None
+    if packed:
+        key_at = ShardStream(np.array([num_videos // 2, num_videos - num_videos // 2]), num_videos // 4, 5).key_at
+
+    def micro_batches(rank: int, first_step: int) -> list:
+        return list(StepSampler(num_videos, micro_batch, accumulation, rank, ranks, 5, first_step, 4 * steps_an_epoch, key_at,
+                                epoch_videos=steps_an_epoch * batch))
+
+    of_rank = [micro_batches(rank, 0) for rank in range(ranks)]
+    stream = [key for together in zip(*of_rank, strict=True) for some in together for key in some]
+    for epoch in range(4):
+        visited = stream[epoch * steps_an_epoch * batch: (epoch + 1) * steps_an_epoch * batch]
+        assert {e for e, _ in visited} == {epoch}
+        assert len({i for _, i in visited}) == len(visited) == num_videos // batch * batch
+        if not packed:
+            assert [i for _, i in visited] == epoch_order(5, epoch, num_videos)[: len(visited)].tolist()
+    for first_step in range(4 * steps_an_epoch + 1):
+        assert micro_batches(0, first_step) == of_rank[0][first_step * accumulation:]
+
+
 def test_a_dense_clip_has_the_published_indices():
     # 16 points from 0 to 64 are 64 / 15 = 4.27 apart; rounded down by hand.
     by_hand = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
@@ -101,3 +138,55 @@ def test_uniform_frames_are_one_of_each_equal_part():
         assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))
     assert uniform_indices(1, 8, sample_rng(0, 0, 0, 0)).tolist() == 8 * [0]
     assert all(0 <= uniform_indices(n, 5, sample_rng(0, 0, n, 0)).min() <= uniform_indices(n, 5).max() < n for n in range(1, 40))
+
+
+def extreme(share: int) -> Any:
+    """Stands for a generator whose every whole number is the smallest (0), or the largest (1), that it may be."""
+    return SimpleNamespace(integers=lambda high, size=None: share * (high - 1) if size is None else np.full(size, share * (high - 1)))
+
+
+@pytest.mark.parametrize("num_frames", [4, 16])
+def test_parts_of_whole_frames_are_those_of_the_sources_for_every_length(num_frames):
+    differing = 0
+    for length in range(1, 301):
+        part = length // num_frames
+        if part:  # of each part: its first, its middle, its last frame
+            low, middle, high = ([i * part + within for i in range(num_frames)] for within in (0, part // 2, part - 1))
+            first, every = (low, middle, high), (low, middle, high)
+        else:
+            first = 3 * ([0] * num_frames,)
+            every = 3 * ([0] * (num_frames - length) + list(range(length)),)
+        choices: Any = (("first", first), ("all", every))
+        for short, expected in choices:
+            drawn = [part_indices(length, num_frames, short, rng) for rng in (extreme(0), None, extreme(1))]
+            assert all(indices.dtype == np.int64 for indices in drawn)
+            assert tuple(indices.tolist() for indices in drawn) == expected, (length, short)
+        differing += length >= 5 and every[1] != uniform_indices(length, num_frames).tolist()
+    assert num_frames != 16 or differing == 269  # of the 296 lengths from 5 to 300
+
+
+def test_frames_drawn_of_whole_parts_are_all_of_them():
+    drawn = np.stack([part_indices(87, 8, "first", sample_rng(0, 0, index, 0)) for index in range(400)])
+    for part in range(8):
+        assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))  # 80 to 86 are left over
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_clip_that_does_not_reach_the_end_is_that_of_videomae_for_every_length(stride):
+    """Its frames count from 1; one moves on while the next is below the number of frames, not up to it."""
+    differing = []
+    for length in range(1, 301):
+        free = max(length - 16 * stride, 0)
+        for start, rng in ((0, extreme(0)), (free, extreme(1))):
+            place, expected = start + 1, []
+            for _ in range(16):
+                expected.append(place - 1)
+                place += stride if place + stride < length else 0
+            assert clip_indices(length, 16, stride, rng, reach_end=False).tolist() == expected, (length, start)
+            if clip_indices(length, 16, stride, rng).tolist() != expected:
+                differing.append(length)
+    if stride == 1:  # of every video that its last clip is taken from
+        assert set(differing) == set(range(2, 301))
+        assert clip_indices(40, 16, 1, extreme(1), reach_end=False).tolist() == [*range(24, 39), 38]
+    else:
+        assert set(differing) == {length for length in range(2, 16 * stride) if length % stride == 1}

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from video_mae.augment import crop_clip
 from video_mae.data import views as module
@@ -58,6 +59,13 @@ def test_uniform_clips_are_interleaved_sets_of_one_sorted_list():
         assert views(sampling="uniform", num_clips=2).frames(length).tolist() == expected
 
 
+@pytest.mark.parametrize("num_clips", [1, 2, 3])
+def test_a_test_sees_the_same_frames_however_those_of_training_are_counted(num_clips: int) -> None:
+    for length in range(1, 301):
+        uniform, *others = (views(sampling=kind, num_clips=num_clips).frames(length).tolist() for kind in ("uniform", "parts", "parts_v2"))
+        assert others == [uniform, uniform]
+
+
 def test_one_view_is_the_middle():
     assert views(num_clips=1, stride=1, num_frames=4).frames(11).tolist() == [[3, 4, 5, 6]]
     assert views(num_clips=1, sampling="uniform", num_frames=4).frames(16).tolist() == [[2, 6, 10, 14]]
@@ -104,6 +112,33 @@ def test_views_are_cut_from_one_decode_of_the_frames_they_share(tmp_path: Path, 
         alone_THWC = torch.from_numpy(decode(str(path), lambda total, clip=clip: chosen.frames(total)[clip]))
         resized_THWC = crop_clip(alone_THWC, (0, 0, 32, 48), (16, 24), flip=False)
         assert torch.equal(clip_VTHWC[view], resized_THWC[:, :, 8 * crop: 8 * crop + 16])
+
+
+@pytest.mark.parametrize(("height", "width"), [(240, 320), (720, 1280), (100, 90), (448, 448)])
+def test_frames_are_resized_as_opencv_does_it_where_that_is_asked_for(tmp_path: Path, height: int, width: int) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    np.save(tmp_path / "frame.npy", frame[None])
+    found = {antialias: views(num_clips=1, num_frames=1, antialias=antialias).read(str(tmp_path / "frame.npy")).frames_FHWC
+             for antialias in (False, True)}
+    size = views().resized(height, width)
+    video = torch.from_numpy(frame).permute(2, 0, 1)[None].double()
+    expected = F.interpolate(video, size, mode="bilinear", align_corners=False, antialias=False)[0].permute(1, 2, 0)
+    for definition in (expected, torch.from_numpy(bilinear(frame, size))):
+        assert (found[False][0].double() - definition.round()).abs().max() <= 1
+    # Averaging noise makes it flatter; a frame that grows is the same.
+    difference = (found[True].double() - found[False].double()).abs().mean()
+    assert difference < 0.1 if min(height, width) <= 224 else difference > 2
+
+
+def bilinear(frame_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """What OpenCV documents of INTER_LINEAR: centres at half pixels, two neighbours along each axis, the border repeated."""
+    for axis, num in enumerate(size):
+        place = np.clip((np.arange(num) + 0.5) * frame_HWC.shape[axis] / num - 0.5, 0, frame_HWC.shape[axis] - 1)
+        low = np.floor(place).astype(int)
+        high = np.minimum(low + 1, frame_HWC.shape[axis] - 1)
+        weight = (place - low).reshape([-1 if a == axis else 1 for a in range(3)])
+        frame_HWC = frame_HWC.take(low, axis) * (1 - weight) + frame_HWC.take(high, axis) * weight
+    return frame_HWC
 
 
 @pytest.mark.parametrize("workers", [0, 2])

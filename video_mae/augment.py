@@ -19,6 +19,7 @@ from video_mae.config import AugmentConfig, DataConfig
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
 
+SNAP = 2  # pixels
 # Quarters of the free space (down, right): corners, centre, middles of the edges, quarter points.
 PLACES = ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3))
 CROP_RATIOS = (3 / 4, 4 / 3)
@@ -30,7 +31,8 @@ def crop_box(config: DataConfig, height: int, width: int, target_height: int, ta
     """Draws the box (top, left, height, width) of a frame that becomes a picture of the target size.
 
     multiscale: sides are scales of the largest box with the target's aspect ratio that fits, the scales of height and width at most
-    one step of data.crop_scales apart, at one of 13 places (Source: VideoMAE, after TSN). random_resized: area and ratio are drawn
+    one step of data.crop_scales apart; a side within 2 pixels of the target's is the target's, as far as it fits in; at one of 13 places,
+    whole quarters of the free space (Source: VideoMAE, after TSN). random_resized: area and ratio are drawn
     (Source: Inception, torchvision's RandomResizedCrop). center: the largest box in the middle, nothing is drawn.
     """
     if config.crop == "center":
@@ -42,8 +44,13 @@ def crop_box(config: DataConfig, height: int, width: int, target_height: int, ta
     i, j = pairs[rng.integers(len(pairs))]
     down, right = PLACES[rng.integers(len(PLACES))]
     _, _, full_height, full_width = _central_box(height, width, target_width / target_height)
-    box_height, box_width = max(int(full_height * scales[i]), 1), max(int(full_width * scales[j]), 1)
-    return down * (height - box_height) // 4, right * (width - box_width) // 4, box_height, box_width
+    box_height, box_width = _side(full_height * scales[i], target_height, height), _side(full_width * scales[j], target_width, width)
+    return down * ((height - box_height) // 4), right * ((width - box_width) // 4), box_height, box_width
+
+
+def _side(scaled: float, target: int, available: int) -> int:
+    side = max(int(scaled), 1)
+    return target if abs(side - target) <= SNAP and target <= available else side
 
 
 def _central_box(height: int, width: int, ratio: float) -> Box:
@@ -69,20 +76,22 @@ def _random_box(areas: tuple[float, ...], ratios: tuple[float, float], height: i
     return None
 
 
-def crop_clip(clip_THWC: torch.Tensor, box: Box, size: tuple[int, int], flip: bool) -> torch.Tensor:
+def crop_clip(clip_THWC: torch.Tensor, box: Box, size: tuple[int, int], flip: bool, *, antialias: bool = True) -> torch.Tensor:
     """Cuts one box out of every frame, resizes it to size = (height, width), mirrors it if asked: clip_THWC, contiguous, of its type.
 
+    Resizing is bilinear between the centres of pixels. Where it makes smaller, antialias averages all pixels that a new one covers, as
+    Pillow does; without it only the four around its centre are read, as OpenCV does.
     A clip is uint8 or uint16; torch resizes the latter as float32.
     """
     if clip_THWC.stride(0) == 0 and len(clip_THWC) > 1:  # a picture shown T times is cut once
-        return crop_clip(clip_THWC[:1], box, size, flip).expand(len(clip_THWC), -1, -1, -1).contiguous()
+        return crop_clip(clip_THWC[:1], box, size, flip, antialias=antialias).expand(len(clip_THWC), -1, -1, -1).contiguous()
     if clip_THWC.dtype == torch.uint16:
         top, left, height, width = box
         region_THWC = clip_THWC[:, top: top + height, left: left + width].float()
-        return crop_clip(region_THWC, (0, 0, height, width), size, flip).round().to(torch.uint16)
+        return crop_clip(region_THWC, (0, 0, height, width), size, flip, antialias=antialias).round().to(torch.uint16)
     # The permuted view is what channels_last means to torch: it resizes uint8 in that order, without floats and without a copy.
     video_TCHW = tv_tensors.Video(clip_THWC.permute(0, 3, 1, 2))
-    video_TCHW = F.resized_crop(video_TCHW, *box, size=list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+    video_TCHW = F.resized_crop(video_TCHW, *box, size=list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
     if flip:
         video_TCHW = F.horizontal_flip(video_TCHW)
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()

@@ -7,7 +7,7 @@ M videos, K classes.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,13 +69,15 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     model_folder = find_model_folder(model)
     classifier = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
     head = classifier.classifier_config
+    if config.antialias is not None:
+        head = classifier.classifier_config = replace(head, antialias=config.antialias)
     videos = read_labeled("LIST", source, config.data.root, head.num_classes, head.class_names)
     num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
     workers = plan_workers(config.num_workers, config.data.decoder_threads)
     views = views_of(classifier, num_clips, config.num_crops, config.data, workers.threads)
     settings = {"model": str(model_folder.absolute()), "list": source if "://" in source else str(Path(source).absolute()),
                 "sampling": views.sampling, "stride": views.stride, "num_clips": num_clips, "num_crops": config.num_crops,
-                "precision": config.precision,
+                "antialias": views.antialias, "precision": config.precision,
                 "bad_videos_are": "left out" if config.skip_bad else "wrong"}
     folder = choose_folder(config.output, model)
     check_folder(folder, settings)

@@ -150,8 +150,8 @@ class _Finetuning(Stage):
     def after(self, done: int, *, ending: bool) -> None:
         if self.plan.validation is None:
             return
-        interval, per_step, num_videos = self.config.validation.interval, self.videos_per_step, len(self.run.videos)
-        is_epoch_over = interval == 0 and done * per_step // num_videos > (done - 1) * per_step // num_videos
+        interval, per_step, per_epoch = self.config.validation.interval, self.videos_per_step, self.videos_per_epoch
+        is_epoch_over = interval == 0 and done * per_step // per_epoch > (done - 1) * per_step // per_epoch
         if done == self.run.schedule.total_steps or is_epoch_over or is_due(done, interval):
             with self.journal.aside():
                 self._keep_best(done, self._validate(self.plan.validation))

@@ -45,7 +45,7 @@ def views_of(model: VideoClassifier, num_clips: int, num_crops: int, data: ReadC
     """The views of a test, of the size and with the frame sampling that the model was trained with."""
     c, head = model.config, model.classifier_config
     return Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=head.sampling, stride=head.stride, num_clips=num_clips,
-                 num_crops=num_crops, reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads))
+                 num_crops=num_crops, antialias=head.antialias, reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads))
 
 
 def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from video_mae.engine import Engine, check_resumable, deepspeed_config, leave, w
 from video_mae.journal import Journal
 from video_mae.jsonl import read_jsonl
 from video_mae.kernels.dispatch import describe
-from video_mae.optim import Schedule, make_schedule
+from video_mae.optim import Schedule, make_schedule, videos_of_epoch
 from video_mae.report import write_report
 from video_mae.reports import Report
 from video_mae.run_folder import settled
@@ -58,7 +58,9 @@ class Stage(ABC):
 
     def __init__(self, run: Run, engine: Engine, journal: Journal, model: Model, memory: dict[str, Any]) -> None:
         self.run, self.engine, self.journal, self.model, self.memory = run, engine, journal, model, memory
-        self.videos_per_step = run.config.optim.micro_batch * run.config.optim.accumulation * engine.world_size
+        optim = run.config.optim
+        self.videos_per_step = optim.micro_batch * optim.accumulation * engine.world_size
+        self.videos_per_epoch = videos_of_epoch(optim, len(run.videos), engine.world_size)
 
     @abstractmethod
     def dataset(self) -> ClipDataset:
@@ -82,7 +84,7 @@ class Stage(ABC):
 
     def epoch(self, done: int) -> float:
         """Passes over the list after `done` steps."""
-        return done * self.videos_per_step / len(self.run.videos)
+        return done * self.videos_per_step / self.videos_per_epoch
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""
@@ -243,7 +245,7 @@ class _Loop:
     def _loader(self, first_step: int, last_step: int) -> Any:
         optim, dataset = self.config.optim, self.dataset
         sampler = StepSampler(len(dataset), optim.micro_batch, optim.accumulation, self.engine.rank, self.engine.world_size,
-                              self.config.seed, first_step, last_step, dataset.paths.stream(self.config.seed))
+                              self.config.seed, first_step, last_step, dataset.paths.stream(self.config.seed), self.stage.videos_per_epoch)
         return make_loader(dataset, sampler, self.config.data, say=self.journal.say if self.engine.rank == 0 else print)
 
     def _reason_to_stop(self, done: int) -> str:

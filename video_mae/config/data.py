@@ -94,6 +94,8 @@ class DataConfig(ReadConfig):
 
     sources: dict[str, WeightedSourceConfig] = knob({}, "several sources of one run, `NAME: {source: ..., weight: ...}`, instead of the "
                                                     "keys above")
+    reach_end: bool = knob(True, "whether a clip may step to the last frame of its video; false: VideoMAE's pretraining, where a short "
+                           "video, and at stride 1 any, repeats a frame instead")
     clips_per_video: int = knob(1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)")
     crop: Literal["multiscale", "random_resized", "center"] = knob("multiscale", "how a box is drawn, one for all frames: fixed places "
                                                                    "and scales (VideoMAE), random area (MAE), or the middle")

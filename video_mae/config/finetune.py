@@ -103,6 +103,7 @@ class FinetuneConfig(RunConfig):
         super().__post_init__()
         require(self.data.stride in (DataConfig().stride, self.classifier.stride), "data.stride", self.data.stride,
                 f"is not used in fine-tuning: set classifier.stride (it is {self.classifier.stride}), which the model folder keeps")
+        require(self.data.reach_end, "data.reach_end", self.data.reach_end, "is for pretraining: set classifier.sampling")
         require(not self.data.sources, "data.sources", tuple(self.data.sources), "are for pretraining: name one data.source here")
         require(self.data.crop_where == "worker" or self.augment.where == "device" or not self.augment.changes_pixels, "augment.where",
                 self.augment.where, "comes after the crop: set it to device as well, as data.crop_where is")

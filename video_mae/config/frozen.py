@@ -20,6 +20,7 @@ class EvaluateConfig:
     output: str = knob("", "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the run folder")
     num_clips: int | None = knob(None, "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform ones")
     num_crops: int = knob(3, "crops of a clip along the longer side; 1 is the middle")
+    antialias: bool | None = knob(None, "average what resizing leaves out, or not (OpenCV); null: as the model's classifier.antialias says")
     skip_bad: bool = knob(False, "leave videos that cannot be decoded out of the figures, instead of counting them as wrong")
     all_scores: bool = knob(False, "write the scores of all classes into predictions.jsonl, not only of the first five")
     precision: Precision = knob("fp32", "of the activations; fp16 needs a GPU")

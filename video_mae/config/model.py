@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from video_mae.schema import knob, require
 
+Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
+"""How the frames of a clip that is to be named are chosen."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -142,9 +145,12 @@ class ClassifierConfig:
 
     num_classes: int = knob(400, "outputs of the head")
     class_names: tuple[str, ...] = knob((), "names of the labels 0, 1, ...; empty where they are not known")
-    sampling: Literal["dense", "uniform"] = knob("dense", "how a clip's frames are chosen: `stride` frames apart, or one of each of "
-                                                 "num_frames equal parts of the video (TSN)")
+    sampling: Sampling = knob("dense", "how a clip's frames are chosen: `stride` frames apart; one of each of num_frames equal parts of "
+                              "the whole video (uniform, TSN); or of parts of whole frames, which leave out its end (parts: VideoMAE on "
+                              "Something-Something; parts_v2: VideoMAE V2). In tests the last three are the same")
     stride: int = knob(4, "video frames from one frame of a dense clip to the next")
+    antialias: bool = knob(True, "average what resizing leaves out, in training, validation and tests; false: as OpenCV resizes, and "
+                           "so the fine-tuning and the tests of VideoMAE do")
     head_dropout: float = knob(0.0, "dropout before the head")
     head_init_scale: float = knob(0.001, "factor of the head's first weights")
     pooling: Literal["mean", "first"] = knob("mean", "mean of the patch tokens, then fc_norm; or the encoder's norm, then the first token: "

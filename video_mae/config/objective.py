@@ -36,8 +36,10 @@ class ObjectiveConfig:
 class MaskConfig:
     """Which tokens the encoder does not see, and which of those the decoder predicts."""
 
-    kind: Literal["tube", "random", "frame"] = knob("tube", "hide the same places in every frame, any tokens, or whole frames")
-    ratio: float = knob(0.9, "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the frames (frame)")
+    kind: Literal["tube", "random", "random_kept", "frame"] = knob("tube", "hide the same places in every frame, any tokens, any tokens "
+                                                                   "counted by those that are kept (MAE, mae_st), or whole frames")
+    ratio: float = knob(0.9, "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the frames (frame); "
+                       "random_kept keeps int((1 - ratio) * tokens)")
     decoder_mask_ratio: float = knob(0.0, "share of the tokens the decoder skips by a running cell (dual masking of VideoMAE V2: "
                                      "0.25, 0.5 or 0.75); 0 predicts every hidden token")
 

@@ -20,7 +20,10 @@ class OptimConfig:
     warmup_epochs: float = knob(40.0, "linear warm-up from 0, ignored where steps is given")
     steps: int | None = knob(None, "length of the run in optimizer steps")
     warmup_steps: int = knob(0, "linear warm-up where steps is given")
+    drop_last_batch: bool = knob(False, "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a step may "
+                                 "hold videos of two epochs")
     weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none")
+    decay_tokens: bool = knob(False, "weight decay also of class and mask tokens and learned positions (MAE, mae_st)")
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW")
     eps: float = knob(1e-8, "AdamW")
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip")

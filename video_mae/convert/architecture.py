@@ -213,9 +213,13 @@ class Draft:
         self.head = ObjectiveConfig(normalize=self.settle("normalize", told, guess, "as published"), pixels=pixels)
 
     def classifier(self, names: tuple[str, ...] = (), **sampling: Any) -> None:
-        """A head on the mean of the tokens where there is fc_norm, on the first token where there is not."""
+        """A head on the mean of the tokens where there is fc_norm, on the first token where there is not.
+
+        Videos are resized without antialiasing, as the tests of all these projects do it.
+        """
         pooling = "mean" if self.found.has("fc_norm.") else "first"
-        self.head = ClassifierConfig(num_classes=self.found.sizes["K"], class_names=names, pooling=pooling, **sampling)
+        self.head = ClassifierConfig(num_classes=self.found.sizes["K"], class_names=names, pooling=pooling,
+                                     antialias=self.fields["tubelet_size"] == 1, **sampling)
 
     def config(self) -> ModelConfig:
         """Raises: ValueError where the fields do not go together."""

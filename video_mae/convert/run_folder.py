@@ -61,7 +61,8 @@ def _unpartitioned(content: Mapping[str, Any], model: torch.nn.Module, config: P
     state, masters = dict(content["module"]), content["optimizer"]
     if "fp32_groups" in masters:
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for group, values in zip(parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay), masters["fp32_groups"],
-                                 strict=True):
+        optim = config.optim
+        groups = parameter_groups(model, optim.weight_decay, optim.layer_decay, decay_tokens=optim.decay_tokens)
+        for group, values in zip(groups, masters["fp32_groups"], strict=True):
             state.update((names[id(parameter)], value) for parameter, value in zip(group["params"], values, strict=True))
     return {name: tensor.detach().float() for name, tensor in state.items()}

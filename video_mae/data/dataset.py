@@ -143,6 +143,9 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class ClipDataset(Dataset[Sample]):
     """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone, whatever the worker, rank and batch."""
 
+    antialias = True
+    """Of the pixels that resizing leaves out, whether they are averaged in, or not looked at."""
+
     def __init__(self, paths: LabeledVideoPaths | Sources, data: DataConfig, num_frames: int, height: int, width: int, seed: int,
                  in_channels: int = 3) -> None:
         self.paths = paths if isinstance(paths, Sources) else Sources([("data", data, paths)])
@@ -195,12 +198,13 @@ class ClipDataset(Dataset[Sample]):
         seeds_R = torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws])
         sample = Sample((frames_THWC,), seeds_R, label["label"], used, (), fallback)
         if self.data.crop_where == "device":
-            return replace(sample, crops=crops, crop_size=CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit))
+            size = CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias)
+            return replace(sample, crops=crops, crop_size=size)
         return replace(sample, clips=tuple(self._finish(self._cut(frames_THWC, crop), epoch, index, draw)
                                            for draw, crop in enumerate(crops)))
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng)
+        return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng, reach_end=self.data.reach_end)
 
     def _draw(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> Crop:
         rng = sample_rng(self.seed, epoch, index, draw)
@@ -208,7 +212,7 @@ class ClipDataset(Dataset[Sample]):
         return Crop(box, self.data.flip and bool(rng.random() < 0.5))
 
     def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
-        clip_THWC = crop_clip(frames_THWC, crop.box, (self.height, self.width), crop.flip)
+        clip_THWC = crop_clip(frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias)
         # The clips of a run have one type; 257 = 65535 / 255.
         return clip_THWC.to(torch.uint16) * 257 if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8 else clip_THWC
 

@@ -34,6 +34,7 @@ class CropSize(NamedTuple):
     height: int
     width: int
     sixteen_bit: bool
+    antialias: bool = True
 
 
 class _Group(NamedTuple):
@@ -108,7 +109,7 @@ class UncutClips:
 
     def cut(self) -> torch.Tensor:
         """The clips clip_BTHWC, where the frames are: of each frame the box, resized bilinearly with a triangle filter as wide as a pixel
-        of the result (torchvision's antialias), mirrored where asked.
+        of the result (torchvision's antialias; without it as a pixel of the frame), mirrored where asked.
 
         Resizing is two products of matrices: with the weights of rows, then with those of columns. Within 1 level of `crop_clip`, which
         rounds uint8 between the two.
@@ -162,8 +163,8 @@ def _resized(frames_VFHWC: torch.Tensor, crop_VR5: torch.Tensor, size: CropSize)
     (num, frames, height, width, channels), num_crops = frames_VFHWC.shape, crop_VR5.shape[1]
     number = _number(frames_VFHWC.dtype, size, frames_VFHWC.device)
     top_B, left_B, rows_B, columns_B, flip_B = crop_VR5.flatten(0, 1).unbind(1)
-    row_BhH = _weights(top_B, rows_B, size.height, height)
-    column_BwW = _weights(left_B, columns_B, size.width, width)
+    row_BhH = _weights(top_B, rows_B, size.height, height, antialias=size.antialias)
+    column_BwW = _weights(left_B, columns_B, size.width, width, antialias=size.antialias)
     column_BwW = torch.where(flip_B[:, None, None] > 0, column_BwW.flip(1), column_BwW)
     frame_VHN = frames_VFHWC.permute(0, 2, 1, 4, 3).to(number, memory_format=torch.contiguous_format).view(num, height, -1)
     lines_BNW = (row_BhH.to(number).view(num, -1, height) @ frame_VHN).view(num * num_crops, -1, width)
@@ -175,7 +176,7 @@ def _resized(frames_VFHWC: torch.Tensor, crop_VR5: torch.Tensor, size: CropSize)
     return pixel_VRhFCw.permute(0, 1, 3, 2, 5, 4).to(torch.uint16 if size.sixteen_bit else torch.uint8)
 
 
-def _weights(begin_B: torch.Tensor, length_B: torch.Tensor, num_out: int, num_in: int) -> torch.Tensor:
+def _weights(begin_B: torch.Tensor, length_B: torch.Tensor, num_out: int, num_in: int, *, antialias: bool) -> torch.Tensor:
     """What each of num_in pixels gives to each of num_out: weight_Boi of the boxes [begin, begin + length), rows of sum 1.
 
     In float32, in the order in which torch computes them: a weight of the border of a large box is the same.
@@ -183,7 +184,8 @@ def _weights(begin_B: torch.Tensor, length_B: torch.Tensor, num_out: int, num_in
     scale_B = length_B.float() / num_out
     center_Bo = scale_B[:, None] * (torch.arange(num_out, device=begin_B.device) + 0.5)
     place_Bi = torch.arange(num_in, device=begin_B.device) - begin_B[:, None]
-    distance_Boi = (place_Bi[:, None] - center_Bo[:, :, None] + 0.5) * (1 / scale_B.clamp(min=1))[:, None, None]
+    reach_B = scale_B.clamp(min=1) if antialias else torch.ones_like(scale_B)
+    distance_Boi = (place_Bi[:, None] - center_Bo[:, :, None] + 0.5) * (1 / reach_B)[:, None, None]
     weight_Boi = (1 - distance_Boi.abs()).clamp(min=0)
     weight_Boi = weight_Boi * ((place_Bi >= 0) & (place_Bi < length_B[:, None]))[:, None]
     return weight_Boi / weight_Boi.sum(dim=2, keepdim=True)

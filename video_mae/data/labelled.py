@@ -16,7 +16,7 @@ from video_mae.augment import strengthen_clip
 from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.data.dataset import ClipDataset, Failure, Sample
 from video_mae.data.labels import read_labeled
-from video_mae.data.sampling import dense_indices, sample_seed, uniform_indices
+from video_mae.data.sampling import dense_indices, part_indices, sample_seed, uniform_indices
 from video_mae.data.sources import Sources
 from video_mae.decoding import Choose, VideoDecodeError
 
@@ -47,9 +47,11 @@ def read_validation_videos(config: FinetuneConfig) -> LabeledVideoPaths:
 
 def frame_choice(classifier: ClassifierConfig, num_frames: int, rng: np.random.Generator | None = None) -> Choose:
     """How the frames of a clip are chosen: drawn with rng, the middle without."""
+    if classifier.sampling == "dense":
+        return partial(dense_indices, num_frames=num_frames, stride=classifier.stride, rng=rng)
     if classifier.sampling == "uniform":
         return partial(uniform_indices, num_frames=num_frames, rng=rng)
-    return partial(dense_indices, num_frames=num_frames, stride=classifier.stride, rng=rng)
+    return partial(part_indices, num_frames=num_frames, short="all" if classifier.sampling == "parts_v2" else "first", rng=rng)
 
 
 class LabelledClips(ClipDataset):
@@ -59,6 +61,7 @@ class LabelledClips(ClipDataset):
         model = config.model
         super().__init__(paths, config.data, model.num_frames, model.height, model.width, config.seed, model.in_channels)
         self.config = config
+        self.antialias = config.classifier.antialias
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
         return frame_choice(self.config.classifier, self.num_frames, rng)
@@ -79,6 +82,7 @@ class ValidationClips(Dataset[Sample]):
     def __init__(self, paths: LabeledVideoPaths, config: FinetuneConfig) -> None:
         data, model = replace(config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"), config.model
         self.clips = ClipDataset(paths, data, model.num_frames, model.height, model.width, 0, model.in_channels)
+        self.clips.antialias = config.classifier.antialias
         self.choose = frame_choice(config.classifier, model.num_frames)
         self.black_THWC = torch.zeros(model.num_frames, model.height, model.width, model.in_channels,
                                       dtype=torch.uint16 if data.sixteen_bit else torch.uint8)

@@ -4,6 +4,7 @@ T frames of a clip.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,16 @@ Key = tuple[int, int]
 """(epoch, index of the video): names a sample of the endless training stream."""
 
 
-def clip_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def clip_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator, *, reach_end: bool = True,
+                 ) -> NDArray[np.int64]:
     """Frame indices [T] of a clip: a random start, then every stride-th frame; a short video starts at 0 and repeats its last step.
 
-    Source: VideoMAE's pretraining sampler (start uniform in [0, num_video_frames - num_frames * stride]).
+    Source: VideoMAE's pretraining sampler (start uniform in [0, num_video_frames - num_frames * stride]), which steps to no video's last
+    frame: without reach_end a step that would land there repeats the one before it.
     """
     start = int(rng.integers(max(num_video_frames - num_frames * stride, 0) + 1))
-    last_step = (num_video_frames - 1 - start) // stride
+    furthest = num_video_frames - (1 if reach_end else 2)
+    last_step = max(furthest - start, 0) // stride
     return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_step)
 
 
@@ -47,6 +51,20 @@ def uniform_indices(num_video_frames: int, num_frames: int, rng: np.random.Gener
     edges = np.arange(num_frames + 1) * (num_video_frames / num_frames)
     within = 0.5 if rng is None else rng.random(num_frames)
     return np.minimum(edges[:-1] + within * np.diff(edges), num_video_frames - 1).astype(np.int64)
+
+
+def part_indices(num_video_frames: int, num_frames: int, short: Literal["first", "all"],
+                 rng: np.random.Generator | None = None) -> NDArray[np.int64]:
+    """Frame indices [T]: one of each of T parts of num_video_frames // T whole frames, drawn, or the part's middle without rng.
+
+    What is left over at the end of the video is not seen. Of a video shorter than T frames: its first frame T times (short = first), or
+    all of its frames, after as many copies of the first as are missing (all). Source: Something-Something as VideoMAE (first) and VideoMAE
+    V2 (all) read it to train.
+    """
+    places_T, length = np.arange(num_frames, dtype=np.int64), num_video_frames // num_frames
+    if length == 0:
+        return np.maximum(places_T - (num_frames - num_video_frames), 0) if short == "all" else np.zeros_like(places_T)
+    return places_T * length + (length // 2 if rng is None else rng.integers(length, size=num_frames))
 
 
 def sample_rng(seed: int, epoch: int, index: int, draw: int) -> np.random.Generator:
@@ -140,15 +158,17 @@ class StepSampler(Sampler[list[Key]]):
 
     The videos form one endless stream, epoch after epoch; step s consumes the next micro_batch * accumulation * world_size of it, and
     rank r takes the r-th part of each micro-batch. So the videos of a step do not depend on the world size as long as that product
-    stays, and a run that resumes at first_step goes on exactly where it stopped. A batch may cross the border of two epochs.
+    stays, and a run that resumes at first_step goes on exactly where it stopped. A batch may cross the border of two epochs, unless
+    epoch_videos says that an epoch ends after so many of its num_videos videos, whole steps: the others are left out of it.
     key_at: the stream, as a function of the position in it, where it is another (several sources).
     """
 
     def __init__(self, num_videos: int, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int, first_step: int,
-                 last_step: int, key_at: Callable[[int], Key] | None = None) -> None:
+                 last_step: int, key_at: Callable[[int], Key] | None = None, epoch_videos: int | None = None) -> None:
         assert num_videos >= 1
         assert 0 <= rank < world_size
         assert 0 <= first_step <= last_step
+        assert epoch_videos in (None, num_videos) or epoch_videos % (micro_batch * accumulation * world_size) == 0
         self.num_videos = num_videos
         self.micro_batch = micro_batch
         self.accumulation = accumulation
@@ -158,6 +178,7 @@ class StepSampler(Sampler[list[Key]]):
         self.first_step = first_step
         self.last_step = last_step
         self.key_at = key_at or EpochStream(num_videos, seed).key_at
+        self.epoch_videos = epoch_videos or num_videos
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.accumulation
@@ -165,4 +186,5 @@ class StepSampler(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         for micro_step in range(self.first_step * self.accumulation, self.last_step * self.accumulation):
             first = (micro_step * self.world_size + self.rank) * self.micro_batch
+            first += first // self.epoch_videos * (self.num_videos - self.epoch_videos)  # over what the epochs before have left out
             yield [self.key_at(position) for position in range(first, first + self.micro_batch)]

@@ -5,7 +5,6 @@ S clips of a video, V views = S clips x crops, T frames of a clip, F different f
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from video_mae.augment import crop_clip
+from video_mae.config.model import Sampling
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import Loader, worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode
@@ -28,23 +28,24 @@ class Views:
     num_frames: int
     height: int
     width: int
-    sampling: Literal["dense", "uniform"]
+    sampling: Sampling
     stride: int
     num_clips: int
     num_crops: int
+    antialias: bool = True
     reading: Reading = Reading()
 
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [S, T].
 
         dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the middle ones where S is 1; where
-        there are fewer than T, the last repeats. uniform: the video in T equal parts, and of each the frame at clip / S of its length,
+        there are fewer than T, the last repeats. All others: the video in T equal parts, and of each the frame at clip / S of its length,
         the middle one where S is 1: S interleaved sets. Source: the official test of VideoMAE on Kinetics and on Something-Something
         (published for S = 2), in integers, so that no rounding of floats moves a frame.
         """
         clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
         places_T = np.arange(self.num_frames, dtype=np.int64)
-        if self.sampling == "uniform":
+        if self.sampling != "dense":
             parts, first_S1 = (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
             return (places_T * parts + first_S1) * num_video_frames // (self.num_frames * parts)
         num_strided = -(-num_video_frames // self.stride)
@@ -75,8 +76,8 @@ class Views:
         frames_FHWC = torch.from_numpy(decode(path, choose, self.reading))
         height, width = frames_FHWC.shape[1:3]
         size = self.resized(height, width)
-        return VideoViews(crop_clip(frames_FHWC, (0, 0, height, width), size, flip=False), torch.from_numpy(places_ST), self.corners(*size),
-                          (self.height, self.width))
+        resized_FHWC = crop_clip(frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias)
+        return VideoViews(resized_FHWC, torch.from_numpy(places_ST), self.corners(*size), (self.height, self.width))
 
 
 def _spread(free: int, num: int) -> NDArray[np.int64]:
