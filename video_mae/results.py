@@ -36,8 +36,10 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
         is_other_list = before.get(LIST_DIGEST, settings.get(LIST_DIGEST)) != settings.get(LIST_DIGEST)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    if changes or is_other_list:
-        raise ValueError(f"{file}: was made with {changes[0] if changes else 'another list of this name'}; choose another output, or remove it")
+    if is_other_list:
+        changes.append("another list of this name")
+    if changes:
+        raise ValueError(f"{file}: was made with {changes[0]}; choose another output, or remove it")
 
 
 def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:

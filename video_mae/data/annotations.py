@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.config.data import SourceConfig
-from video_mae.data.lists import NO_INTEGER, find_layout, read_lines
+from video_mae.data.lists import NO_FRAMES, NO_INTEGER, find_layout, read_lines
 from video_mae.data.shards import is_packed, read_manifest, read_packed
 from video_mae.data.videos import Paths, VideoList
 from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS, stills
@@ -32,6 +32,7 @@ TOLD = 8  # endings and classes that a note names
 _URL = re.compile(r"(?:^|/)((?:[a-z][a-z0-9+.-]*://|(?:async|cache|concat|crypto|data|file|pipe|subfile)[:,]).*)", re.IGNORECASE)
 """What FFmpeg would take for something else than a local file."""
 _COLUMN = re.compile(r"[ \t,;|]+[^ \t,;|/]+$")
+_NUMBER, _WORD = re.compile(r"[ \t,]*[+-]?[0-9]{1,18}"), re.compile(r"[ \t,]*([^ \t,;|]+)")
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"[ \t]*[ \t,;|][ \t]*(.+)$')
 
 
@@ -131,18 +132,17 @@ def _columns_mistake(path: str, label: int) -> str:
         shorter, columns = path, ""
         while not os.path.exists(shorter) and (column := _COLUMN.search(shorter)):
             shorter, columns = shorter[: column.start()], f"{column[0]}{columns}"
-    columns = columns.strip()
     if not columns or not os.path.exists(shorter):
         return ""
-    word = columns.lstrip(",;| \t")
-    if os.path.isfile(shorter) and label == -1 and columns[0] not in ";|" and not re.search(r"[ \t,;|]", word):
-        return NO_INTEGER.format(printable(word))
-    behind = printable(columns if label == -1 else f"{columns} {label}")
+    if label != -1 or _NUMBER.fullmatch(columns):  # a number in its place was the end of a longer line
+        columns = f"{columns} {label}"
+    columns, word = printable(columns.strip()), _WORD.fullmatch(columns)
     if os.path.isdir(shorter):
-        if not re.fullmatch(r"[-+0-9 \t,;|]+", columns):
-            return ""
-        return f"`{behind}` stands behind the folder {printable(shorter)}; folders of frames are not read, make a video of each"
-    return (f"`{behind}` stands behind {printable(shorter)}, where one label is expected; set data.list_format to what the columns are "
+        is_frames = re.fullmatch(r"[-+0-9 \t,]+", columns)
+        return f"`{columns}` stands behind the folder {printable(shorter)}; {NO_FRAMES}" if is_frames else ""
+    if label == -1 and word:
+        return NO_INTEGER.format(printable(word[1]))
+    return (f"`{columns}` stands behind {printable(shorter)}, where one label is expected; set data.list_format to what the columns are "
             "(frames_label, start_frames, header), or write lines `PATH LABEL`")
 
 

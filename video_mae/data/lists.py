@@ -13,6 +13,7 @@ from video_mae.config.data import ListFormat
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""
 NO_INTEGER = "the label `{}` is not an integer, number the classes from 0"
+NO_FRAMES = "folders of frames are not read, make a video of each"
 PATH_COLUMNS = ("path", "video_path", "videopath", "file_path", "filepath", "clip_path", "video", "file", "filename", "file_name",
                 "video_name", "clip_name", "name")
 """What a first line calls the column of paths, and that of labels; where there are several, the first of these counts."""
@@ -88,15 +89,14 @@ def find_layout(source: Path, list_format: ListFormat, is_file: Callable[[str], 
 
 
 def _text_lines(source: Path) -> Iterator[tuple[int, str, str]]:
-    """(number, text without blanks around it, mistake) of each line that is not blank."""
+    """(number, text without its end, mistake) of each line that is not blank."""
     with source.open("rb") as probe:
         is_utf16 = probe.read(2) in _UTF16
     # What is not UTF-8 comes through as surrogates, so that it costs its line and not the list.
     with source.open(encoding="utf-16" if is_utf16 else "utf-8-sig", errors="replace" if is_utf16 else "surrogateescape") as file:
         for number, text in enumerate(_pieces(file), start=1):
-            line = text.strip()
-            if line:
-                yield number, line, _mistake(text, is_utf16)
+            if not text.isspace():
+                yield number, text.rstrip("\r\n"), _mistake(text, is_utf16)
 
 
 def _pieces(file: TextIO) -> Iterator[str]:
@@ -119,8 +119,8 @@ def _mistake(text: str, is_utf16: bool) -> str:
 
 
 def split_line(line: str) -> tuple[str, int]:
-    """(path, label) of a line `PATH LABEL` or `PATH` without blanks around it; -1 is no label."""
-    path, label = _split_number(line)
+    """(path, label) of a line `PATH LABEL` or `PATH`; -1 is no label."""
+    path, label = _split_number(line.strip())
     return _unquoted(path), -1 if label is None else label
 
 
@@ -130,8 +130,7 @@ def _split_start_frames(line: str) -> tuple[str, int]:
     if len(numbers) < 2:
         raise ValueError("has no two numbers behind its path; data.list_format=start_frames reads lines `PATH 0 -1`")
     if numbers != [0, -1]:
-        raise ValueError(f"names frames `{numbers[0]} {numbers[1]}` of {path}; folders of frames and parts of videos are not read: make a "
-                         "video of them, and write `PATH 0 -1`")
+        raise ValueError(f"names frames `{numbers[0]} {numbers[1]}` of {path}, and not all of a video, `0 -1`; {NO_FRAMES}")
     return path, -1
 
 
@@ -148,7 +147,7 @@ _SPLITS = {"label": split_line, "start_frames": _split_start_frames, "frames_lab
 
 def _numbers_behind(line: str) -> tuple[str, list[int]]:
     """The path of a line and its last two numbers, or those that there are."""
-    before, last = _split_number(line)
+    before, last = _split_number(line.strip())
     path, first = _split_number(before)
     return _unquoted(path), [number for number in (first, last) if number is not None]
 

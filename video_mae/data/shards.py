@@ -46,7 +46,7 @@ class Members(Places):
     """Where packed videos lie, in 28 bytes each: members[index] is made when it is asked for."""
 
     def __init__(self, folder: str, shards: Sequence[str], ending: str, shard_M: NDArray[np.int32], number_M: NDArray[np.int64],
-                 offset_M: NDArray[np.int64], size_M: NDArray[np.int64], rows_digest: bytes) -> None:
+                 offset_M: NDArray[np.int64], size_M: NDArray[np.int64], rows_digest: bytes = b"") -> None:
         self.folder, self.shards, self.ending, self.rows_digest = folder, shards, ending, rows_digest
         self.shard_M, self.number_M, self.offset_M, self.size_M = shard_M, number_M, offset_M, size_M
 
