@@ -48,7 +48,7 @@ def found(videos: VideoList) -> list[tuple[str, int]]:
     (["Path,Label", "a.mp4,3", '"b c.mp4",5'], [3, 5], f"{NAMED}`path`, labels those of `label`"),
     (["video_path", "a.mp4", "b c.mp4"], [-1, -1], f"{NAMED}`video_path`, there are no labels"),
     (["", ",clip_name,clip_path,label", "0,one,a.mp4,3", '1,"t,wo","b c.mp4","5"'], [3, 5], f"{NAMED}`clip_path`, labels those of `label`"),
-    (["label\tfps\tfile", "3\t25\ta.mp4", "\t30\tb c.mp4"], [3, -1], f"{NAMED}`file`, labels those of `label`"),
+    (["label\tduration (s)\tfile", "3\t25\ta.mp4", "\t30\tb c.mp4"], [3, -1], f"{NAMED}`file`, labels those of `label`"),
     (["name;class_id", "a.mp4;3", "b c.mp4;5"], [3, 5], f"{NAMED}`name`, labels those of `class_id`"),
     (['label "path"', "3   a.mp4", '5 "b c.mp4"'], [3, 5], f"{NAMED}`path`, labels those of `label`"),
     (['"a.mp4","3"', '"b c.mp4", "5"'], [3, 5], ""),
@@ -111,9 +111,10 @@ def test_a_line_that_does_not_fit_its_header_is_named(folder: Path, lines: list[
         read(folder, lines)
 
 
-def test_a_header_without_a_column_of_paths_is_named(folder: Path) -> None:
+@pytest.mark.parametrize(("first", "list_format"), [("label,youtube_id,time_start,split", "auto"), ("class", "auto"), ("a,b", "header")])
+def test_a_header_without_a_column_of_paths_is_named(folder: Path, first: str, list_format: str) -> None:
     with pytest.raises(ValueError, match=r"list\.csv:1: names no column of paths; call it `path`"):
-        read(folder, ["label,youtube_id,split", "swim,---QUuC4vJs,validate"], "header")
+        read(folder, [first, "swim,---QUuC4vJs,0,validate"], list_format)
 
 
 def test_every_stage_reads_the_same_formats_and_tells_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ _QUOTED = re.compile(r'"((?:[^"]|"")+)"')
 _NUMBER = re.compile(r'[ \t,](")?([+-]?[0-9]{1,18})(?(1)")$')
 _NUMBER_LENGTH = 22
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_NAME = re.compile(r"[^\W\d][\w -]*|")  # the index of a data frame has no name
+_VALUE = re.compile(r"[-+.\d]+|.*/.*")  # no name of a column
 
 
 class Line(NamedTuple):
@@ -75,17 +75,19 @@ def find_layout(source: Path, list_format: ListFormat, is_file: Callable[[str], 
     if list_format in _SPLITS:
         return Layout(_SPLITS[list_format])
     number, first, mistake = next(_text_lines(source), (1, "", ""))
-    if list_format == "header":
-        layout = _table(source, first)
-        if layout is None:
-            raise ValueError(f"{source}:{number}: names no column of paths; call it `path`, or set another data.list_format")
-        return layout
-    if mistake or is_file(split_line(first)[0]):
+    if list_format == "auto" and (not first or mistake or is_file(split_line(first)[0])):
         return Layout(split_line)
-    if _numbers_behind(first)[1] == [0, -1]:
+    if list_format == "auto" and _numbers_behind(first)[1] == [0, -1]:
         return Layout(_split_start_frames, note=f"{source}: lines are `PATH 0 -1`, as VideoMAE V2 has them: whole videos without labels "
                                                 "(data.list_format=start_frames)")
-    return _table(source, first) or Layout(split_line)
+    separator = next((letter for letter in ",\t;|" if letter in first), " ")
+    columns = [name.lower() for name in _columns(first, separator)]
+    if list_format == "auto" and not _are_names(columns, separator):
+        return Layout(split_line)
+    path = next((name for name in PATH_COLUMNS if name in columns), None)
+    if path is None:
+        raise ValueError(f"{source}:{number}: names no column of paths; call it `path`, or set another data.list_format")
+    return _table(source, columns, separator, path)
 
 
 def _text_lines(source: Path) -> Iterator[tuple[int, str, str]]:
@@ -168,14 +170,16 @@ def _unquoted(path: str) -> str:
     return quoted[1].replace('""', '"') if quoted else path
 
 
-def _table(source: Path, first: str) -> Layout | None:
-    """The layout of a list whose first line names its columns; None where it is another line."""
-    separator = next((letter for letter in ",\t;|" if letter in first), " ")
-    columns = [name.lower() for name in _columns(first, separator)]
-    path = next((name for name in PATH_COLUMNS if name in columns), None)
+def _are_names(columns: list[str], separator: str) -> bool:
+    """Whether a first line can be nothing but names of columns."""
     known = {*PATH_COLUMNS, *LABEL_COLUMNS}
-    if path is None or not all(name in known if separator == " " else _NAME.fullmatch(name) for name in columns):
-        return None
+    if separator == " ":  # which paths hold as well
+        return known.issuperset(columns)
+    return not known.isdisjoint(columns) and not any(_VALUE.fullmatch(name) for name in columns)
+
+
+def _table(source: Path, columns: list[str], separator: str, path: str) -> Layout:
+    """The layout of a list whose first line names these columns, that of its paths `path`."""
     label = next((name for name in LABEL_COLUMNS if name in columns), None)
     note = (f"{source}: its first line names columns: paths are those of `{path}`, "
             + (f"labels those of `{label}`" if label else "there are no labels"))
