@@ -35,7 +35,7 @@ from video_mae.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighb
 from video_mae.jsonl import read_jsonl
 from video_mae.masking import token_mask
 from video_mae.model import Encoder
-from video_mae.optim import GuardedAdamW, Schedule, parameter_groups
+from video_mae.optim import Schedule, guard, parameter_groups
 from video_mae.schema import describe, knob, parse, require, to_dict
 from video_mae.weights import save_model_folder
 
@@ -162,17 +162,19 @@ def recolour(clips_BTHWC: Tensor, random: np.random.Generator) -> Tensor:
     return (x * gain_BC[:, None, None, None] + offset_BC[:, None, None, None] + 0.5).clamp(0, 1)
 
 
-def make_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> GuardedAdamW:
-    """The library's AdamW and groups, gradients clipped at 1."""
-    return GuardedAdamW(parameter_groups(model, weight_decay), clip_grad=1.0, betas=(0.9, beta2), fused=True)
+def make_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+    """The library's AdamW and groups."""
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), betas=(0.9, beta2), fused=True)
 
 
-def take_step(optimizer: GuardedAdamW, loss: Tensor, lr: float) -> None:
-    """One update at a learning rate."""
+def take_step(optimizer: torch.optim.AdamW, loss: Tensor, lr: float) -> None:
+    """One update at a learning rate, gradients clipped at 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad()
     loss.backward()
+    gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+    guard(optimizer, gradients, clip_grad=1.0, partitioned=False)
     optimizer.step()
 
 

@@ -25,14 +25,14 @@ ALLOWED = {
     "device_step": set(), "reports": set(), "jsonl": set(), "journal": {"jsonl"},
     "report": {"jsonl"},
     "train": {"config", "data", "decoding", "engine", "journal", "jsonl", "kernels", "optim", "report",
-              "reports", "run_folder", "schema", "weights"}, "run_folder": {"config", "decoding", "schema"},
+              "reports", "run_folder", "schema", "weights"}, "run_folder": {"atomic", "config", "decoding", "schema"},
     "picture": {"config", "model", "masking", "kernels"},
     "shard_writer": {"data"}, "scores": set(), "heads": set(), "feature_file": set(), "ranks": {"engine"}, "results": {"atomic"},
     "features": {"config", "data", "model", "weights"}, "predict": {"config", "data", "decoding", "features", "model", "weights"},
 }
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours
 ONLY = {"deepspeed": ("video_mae.engine",), "triton": ("kernels.",), "decord": ("video_mae.decoding.", *COMPETITORS),
-        "pytorchvideo": ("video_mae.data.", *COMPETITORS), "torchcodec": ("video_mae.decoding.", *COMPETITORS),
+        "pytorchvideo": COMPETITORS, "torchcodec": ("video_mae.decoding.", *COMPETITORS),
         "av": ("video_mae.decoding.", "video_mae.demo", *COMPETITORS)}
 
 

@@ -121,7 +121,7 @@ def test_tokens_and_learned_positions_decay_as_in_mae(decay_tokens, positions, c
 
 def test_the_optimizer_is_told_whether_tokens_decay():
     for decay_tokens in (False, True):
-        optimizer = make_optimizer(VideoMAE(MODEL), OptimConfig(decay_tokens=decay_tokens), guarded=False, fused=False)
+        optimizer = make_optimizer(VideoMAE(MODEL), OptimConfig(decay_tokens=decay_tokens), fused=False)
         decaying = [len(group["params"]) for group in optimizer.param_groups if group["weight_decay"] > 0]
         assert decaying == [len(parameter_groups(VideoMAE(MODEL), 0.05)[0]["params"]) + decay_tokens]  # one mask token more
 

@@ -352,7 +352,7 @@ def test_labels_and_names_of_classes_are_those_of_the_folder(classes: Path) -> N
     assert packed.labels == plain.labels == (0, 0, 0, 1, 1, 1)
     mapped = read_labeled("LIST", str(classes / "packed"), num_classes=3, names=("zebra", "bee", "ant"))
     assert mapped.labels == (2, 2, 2, 0, 0, 0)
-    again = mapped.as_paths()
+    again = mapped.videos
     assert isinstance(again, PackedVideos)
     assert [again[index][1]["label"] for index in range(6)] == [2, 2, 2, 0, 0, 0]
     assert again[4][0] == packed.paths[4]

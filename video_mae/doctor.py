@@ -5,7 +5,7 @@ import re
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -60,15 +60,15 @@ class DoctorConfig:
 
 def start(source: str, config: DoctorConfig) -> Callable[[], int]:
     """The stage as the command line starts it. Raises: ValueError or FileNotFoundError where there is no list, no such decoder."""
-    cases = list(_cases(source, config.data))
+    cases, notes = _cases(source, config.data)
     if not cases:
         raise ValueError(f"{source}: the list is empty, write lines `PATH LABEL` into it")
     output = config.output or _beside(source)
     config = replace(config, output=output, data=replace(config.data, source="", decoder=resolve_decoder(config.data.decoder)))
-    return lambda: run(source, cases, config)
+    return lambda: run(source, cases, config, notes)
 
 
-def run(source: str, cases: Sequence[Case], config: DoctorConfig) -> int:
+def run(source: str, cases: Sequence[Case], config: DoctorConfig, notes: Sequence[str] = ()) -> int:
     """Examines all, prints the report and writes its files. Returns the exit status: 0, or 1 where something is bad."""
     _compare_paths(cases)
     try:
@@ -78,7 +78,7 @@ def run(source: str, cases: Sequence[Case], config: DoctorConfig) -> int:
         return INTERRUPTED
     _compare_contents(cases)
     _compare_labels(cases)
-    report = Report(source, config.data, config.check, config.num_frames, cases, class_names(replace(config.data, source=source)))
+    report = Report(source, config.data, config.check, config.num_frames, cases, class_names(replace(config.data, source=source)), notes)
     print(report.text(report.write(Path(config.output)), config.worst), flush=True)
     return BAD if report.bad else GOOD
 
@@ -90,17 +90,13 @@ def _beside(source: str) -> str:
     return str(path.with_name(f"{path.name if path.is_dir() else path.stem}_doctor"))
 
 
-def _cases(source: str, data: ReadConfig) -> Iterator[Case]:
-    """The lines of a list, the files of a folder of classes, or the videos of a packed folder."""
+def _cases(source: str, data: ReadConfig) -> tuple[list[Case], tuple[str, ...]]:
+    """The lines of a list, the files of a folder of classes, or the videos of a packed folder; and what is to be told about them."""
     data = replace(data, source=source)
     if is_packed(source):
-        videos = read_annotations(data)
-        for number in range(len(videos)):
-            path, info = videos[number]
-            yield Case(number + 1, path, info["label"])  # pyright: ignore[reportIndexIssue]  (annotated as int, and is a dict)
-    else:
-        for number, path, label, mistake in read_entries(data):
-            yield Case(number, path, label, mistake, [Finding.BAD_LINE] if mistake else [])
+        return [Case(number, path, info["label"]) for number, (path, info) in enumerate(read_annotations(data), start=1)], ()
+    entries, notes = read_entries(data)
+    return [Case(*entry, [Finding.BAD_LINE] if entry.mistake else []) for entry in entries], notes
 
 
 def _examine_all(cases: Sequence[Case], config: DoctorConfig) -> None:

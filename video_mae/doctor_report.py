@@ -100,7 +100,9 @@ class Case:
 class Report:
     """All cases of a list."""
 
-    def __init__(self, source: str, data: ReadConfig, check: str, num_frames: int, cases: Sequence[Case], names: Sequence[str]) -> None:
+    def __init__(self, source: str, data: ReadConfig, check: str, num_frames: int, cases: Sequence[Case], names: Sequence[str],
+                 notes: Sequence[str] = ()) -> None:
+        self.notes = notes
         self.source, self.data, self.check, self.num_frames, self.cases, self.names = source, data, check, num_frames, cases, names
         for case in cases:
             if not case.is_bad and isinstance(case.path, str) and not _can_be_listed(case.path):
@@ -138,8 +140,8 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """What summary.json says."""
         return {
-            "source": self.source, "check": self.check, "decoder": self.data.decoder, "files": len(self.cases), "good": len(self.good),
-            "bad": len(self.bad),
+            "source": self.source, "notes": list(self.notes), "check": self.check, "decoder": self.data.decoder, "files": len(self.cases),
+            "good": len(self.good), "bad": len(self.bad),
             "findings": {finding.name.lower(): {"files": len(found), "bad": finding.is_bad, "meaning": finding.words,
                                                 "example": str(found[0].path)} for finding, found in self._found()},
             "distributions": {name: dict(zip(("min", "median", "max"), values, strict=True)) for name, values in self._distributions()},
@@ -151,7 +153,7 @@ class Report:
     def text(self, clean: Path | None, worst: int) -> str:
         """The report for a reader; `clean` is the list that was written."""
         lines = [f"{printable(self.source)}: {len(self.cases)} files, {len(self.good)} good, {len(self.bad)} bad "
-                 f"({self.check} check, decoder {self.data.decoder})"]
+                 f"({self.check} check, decoder {self.data.decoder})", *(f"  {note}" for note in self.notes)]
         found = self._found()
         if found:
             width = max(len(finding.words) for finding, _ in found)

@@ -24,7 +24,7 @@ from video_mae.kernels.dispatch import describe
 from video_mae.model import VideoClassifier
 from video_mae.predict import classify_views, names_of, views_of
 from video_mae.ranks import Ranks
-from video_mae.results import check_folder, choose_folder, write_metrics, write_text
+from video_mae.results import LIST_DIGEST, check_folder, choose_folder, write_metrics, write_text
 from video_mae.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
 from video_mae.weights import find_model_folder, load_pretrained
 
@@ -71,11 +71,13 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     head = classifier.classifier_config
     if config.antialias is not None:
         head = classifier.classifier_config = replace(head, antialias=config.antialias)
-    videos = read_labeled("LIST", source, config.data.root, head.num_classes, head.class_names)
+    videos = read_labeled("LIST", source, config.data.root, head.num_classes, head.class_names,
+                          config.data.list_format)
     num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
     workers = plan_workers(config.num_workers, config.data.decoder_threads)
     views = views_of(classifier, num_clips, config.num_crops, config.data, workers.threads)
     settings = {"model": str(model_folder.absolute()), "list": source if "://" in source else str(Path(source).absolute()),
+                LIST_DIGEST: videos.videos.digest(),
                 "sampling": views.sampling, "stride": views.stride, "num_clips": num_clips, "num_crops": config.num_crops,
                 "antialias": views.antialias, "precision": config.precision,
                 "bad_videos_are": "left out" if config.skip_bad else "wrong"}
@@ -99,6 +101,8 @@ def _outcomes(plan: Plan, ranks: Ranks) -> list[Outcome]:
     config, views = plan.config, plan.views
     model, mine = plan.model.to(ranks.device), ranks.share(len(plan.videos))
     if ranks.is_main:
+        for note in plan.videos.videos.notes:
+            print(note)
         print(f"{len(plan.videos)} videos, {views.num_clips} x {views.num_crops} views each ({views.sampling}), {ranks.size} ranks; "
               f"{describe(config.kernels, ranks.device)}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
         if plan.workers.told:

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.frozen import ExtractConfig
-from video_mae.data.annotations import EXTENSIONS, read_annotations
+from video_mae.data.annotations import read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
 from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Place, Reading
@@ -31,13 +31,13 @@ from video_mae.weights import Model, find_model_folder, load_pretrained
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
-FREE_KEYS = ("batch_size", "num_workers", "data.root", "data.decoder_threads")
+FREE_KEYS = ("batch_size", "num_workers", "data.root", "data.list_format", "data.decoder_threads")
 MAX_STEM = 100  # characters of a video's name that its file keeps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked extraction: files[i] is where the features of paths[i] go."""
+    """A checked extraction: files[i] is where the features of paths[i] go. notes: what is to be told about the list."""
 
     config: ExtractConfig
     model: Model
@@ -48,6 +48,7 @@ class Plan:
     files: tuple[Path, ...]
     folder: Path
     settings: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callable[[], int]:
@@ -69,13 +70,14 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
     windows = Windows(num_frames=c.num_frames, height=c.height, width=c.width, stride=config.data.stride,
                       hop=config.hop or c.num_frames * config.data.stride, crop=config.crop,
                       reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
-    paths = _paths(source, config.data.root)
+    notes: list[str] = []
+    paths = _paths(source, config.data.root, config.data.list_format, notes.append)
     target = Path(folder)
     files = tuple(target / file_name(path, config.format) for path in paths)
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {**knobs, "hop": windows.hop, "layers": list(layers), "span": windows.span, "weights": _fingerprint(encoder)}
     _check_folder(target, settings)
-    return Plan(config, encoder, windows, workers, layers, paths, files, target, settings)
+    return Plan(config, encoder, windows, workers, layers, paths, files, target, settings, tuple(notes))
 
 
 def file_name(path: Place, kind: str) -> str:
@@ -103,6 +105,8 @@ def _extract(plan: Plan, ranks: Ranks) -> dict[int, str]:
     config, encoder = plan.config, FrozenEncoder(plan.model, ranks.device, plan.config.precision)
     mine = [video for video in ranks.share(len(plan.paths)) if not plan.files[video].exists()]
     if ranks.is_main:
+        for note in plan.notes:
+            print(note)
         print(f"{len(plan.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip spans {plan.windows.span} frames, one "
               f"every {plan.windows.hop}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
         if plan.workers.told:
@@ -160,15 +164,15 @@ def _full(path: Place) -> str:
     return str(path) if "://" in str(path) else os.path.abspath(str(path))
 
 
-def _paths(source: str, root: str) -> tuple[Place, ...]:
-    """One video, or all of a list or folder, each once; labels do not matter."""
-    if Path(source).is_file() and Path(source).suffix.lower() in EXTENSIONS:
-        return (source,)
+def _paths(source: str, root: str, list_format: ListFormat = "auto", tell: Callable[[str], object] = print) -> tuple[Place, ...]:
+    """One video, or all of a list or folder, each once; labels do not matter. What is to be said about the source is told."""
     try:
-        videos = read_annotations(SourceConfig(source=source, root=root))
+        videos = read_annotations(SourceConfig(source=source, root=root, list_format=list_format))
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.source", "LIST_OR_VIDEO")) from None
-    return tuple({_full(path): path for path, _ in videos}.values())
+    for note in videos.notes:
+        tell(note)
+    return tuple({_full(path): path for path in videos.places}.values())
 
 
 def _fingerprint(model: Model) -> str:

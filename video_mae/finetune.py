@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +17,11 @@ from video_mae.data.labelled import LabelledClips, ShareSampler, ValidationClips
 from video_mae.data.loader import make_loader
 from video_mae.data.prefetch import DevicePrefetcher
 from video_mae.data.sampling import sample_seed
+from video_mae.data.videos import VideoList
 from video_mae.inflation import resized
 from video_mae.model import VideoClassifier, encoder_macs
 from video_mae.train import Run, Stage, check_run, is_due, run_and_leave, train
 from video_mae.weights import find_model_folder, load_pretrained
-
-if TYPE_CHECKING:
-    from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 # Fields of a model that fine-tuning may change, or that its encoder does not have.
 FREE_FIELDS = ("num_frames", "height", "width", "drop_path", "resize_positions", "position_grid", "head_norm_eps", "encoder_norm",
@@ -36,7 +34,7 @@ class Plan:
 
     run: Run
     config: FinetuneConfig
-    validation: "LabeledVideoPaths | None"
+    validation: VideoList | None
     weights: dict[str, torch.Tensor]
     weights_line: str
 
@@ -55,7 +53,7 @@ def prepare(config: FinetuneConfig) -> Plan:
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None
     config, weights, line = starting_weights(config)
-    checked = check_run(config, lambda: videos)
+    checked = check_run(config, lambda: videos, {"validation.source": validation} if validation else {})
     return Plan(checked, replace(config, data=checked.config.data), validation, weights, line)
 
 
@@ -159,7 +157,7 @@ class _Finetuning(Stage):
     def results(self) -> list[tuple[str, Path]]:
         return [("best", self.run.folder / "best")] if "best" in self.memory else []
 
-    def _validate(self, videos: "LabeledVideoPaths") -> dict[str, float]:
+    def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""
         validation, device = self.config.validation, self.engine.device
         sampler = ShareSampler(len(videos), validation.batch, self.engine.rank, self.engine.world_size)

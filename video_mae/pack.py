@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.data.annotations import class_names, file_mistake, read_entries
 from video_mae.data.labels import class_file
@@ -34,7 +34,7 @@ from video_mae.schema import to_dict
 from video_mae.shard_writer import ShardWriter
 
 DONE, FAILED, NOTHING = 0, 1, 3
-FREE_KEYS = ("root", "num_workers", "decode_seconds", "decode_memory_gb")
+FREE_KEYS = ("root", "list_format", "num_workers", "decode_seconds", "decode_memory_gb")
 START_SECONDS = 120.0
 AHEAD = 4
 """Videos that are packed or wait to be written, for each process."""
@@ -68,7 +68,7 @@ def start(source: str, folder: str, config: PackConfig) -> int:
     """
     if "://" in folder:
         raise ValueError(f"{folder}: is a URL; pack into a local folder, then copy it there")
-    items, names = read_items(source, config.root)
+    items, names = read_items(source, config.root, config.list_format)
     settings = {"format": FORMAT, "list_sha256": _digest(items, names), "pyav": decoders.version("pyav"),
                 **{key: value for key, value in to_dict(config).items() if key not in FREE_KEYS}}
     target = Path(folder)
@@ -96,14 +96,20 @@ def start(source: str, folder: str, config: PackConfig) -> int:
         writer.close()
 
 
-def read_items(source: str, root: str) -> tuple[list[Item], tuple[str, ...]]:
-    """What a list, a folder or a packed folder names, and the names of the classes. Raises: ValueError or FileNotFoundError."""
+def read_items(source: str, root: str, list_format: ListFormat = "auto") -> tuple[list[Item], tuple[str, ...]]:
+    """What a list, a folder or a packed folder names, and the names of the classes; prints what is to be told about the source.
+
+    Raises: ValueError or FileNotFoundError.
+    """
     try:
-        data = SourceConfig(source=source, root=root)
+        data = SourceConfig(source=source, root=root, list_format=list_format)
         if is_packed(source):
-            return [Item(place, place.name, info["label"]) for place, info in read_packed(source)], class_names(data)
+            videos = read_packed(source)
+            labels = videos.label_M.tolist()
+            return [Item(place, place.name, label) for place, label in zip(videos.places, labels, strict=True)], class_names(data)
         base = os.path.join(source if os.path.isdir(source) else root or os.path.dirname(source), "")
-        entries = list(read_entries(data))
+        named = read_entries(data)
+        entries = list(named.entries)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.source", "LIST").replace("data.root", "root")) from None
     if not entries:
@@ -111,6 +117,8 @@ def read_items(source: str, root: str) -> tuple[list[Item], tuple[str, ...]]:
     if not any(is_regular(entry.path) for entry in entries):  # one look, where the list is right
         mistake = (entries[0].mistake or file_mistake(entries[0].path)[1]).replace("data.root", "root")
         raise ValueError(f"{source}: none of its {len(entries)} files is there; the first: {mistake}")
+    for note in named.notes:
+        print(note, flush=True)
     items = [Item(entry.path, entry.path.removeprefix(base), entry.label, entry.mistake) for entry in entries]
     return items, class_names(data) or class_file(Path(source))
 

@@ -32,14 +32,14 @@ from video_mae.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighb
 from video_mae.model import VideoClassifier, VideoMAE
 from video_mae.predict import merge_views
 from video_mae.ranks import Ranks
-from video_mae.results import check_folder, choose_folder, write_metrics, write_text
+from video_mae.results import LIST_DIGEST, check_folder, choose_folder, write_metrics, write_text
 from video_mae.schema import flatten, require
 from video_mae.scores import Scores
 from video_mae.weights import Model, find_model_folder, load_pretrained
 
 DONE, NO_FIGURES = 0, 3
 CHOICE = "the settings of each probe were chosen on the validation list, so its figures flatter; those of the test list do not"
-FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads")  # other values of these give the same results
+FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads", "data.list_format")  # other values of these give the same results
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,18 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     c = encoder.config
     heads = config.num_heads or c.num_heads
     require(c.embed_dim % heads == 0, "num_heads", heads, f"does not divide the encoder's width {c.embed_dim}")
-    train = read_labeled("train", config.train, config.data.root)
+    train = read_labeled("train", config.train, config.data.root, list_format=config.data.list_format)
     lists = {"train": train}
     for name, source in (("validation", config.validation), ("test", config.test)):
         if source:
-            lists[name] = read_labeled(name, source, config.data.root, train.num_classes, train.class_names)
+            lists[name] = read_labeled(name, source, config.data.root, train.num_classes, train.class_names, config.data.list_format)
     workers = plan_workers(config.num_workers, config.data.decoder_threads)
     views = Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=config.sampling, stride=config.data.stride,
                   num_clips=config.num_clips, num_crops=config.num_crops,
                   reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
-    settings = {"model": str(model_folder.absolute()), **knobs}
+    settings = {"model": str(model_folder.absolute()), **knobs,
+                LIST_DIGEST: {name: videos.videos.digest() for name, videos in lists.items()}}
     folder = choose_folder(config.output, model, "probe" if config.weights == "pretrained" else "probe_random")
     check_folder(folder, settings)
     return Plan(config, encoder, lists, views, workers, folder, settings)
@@ -107,6 +108,9 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
 def run(plan: Plan) -> int:
     """Encodes, trains, chooses and writes the results. Returns 0; 3 where there are no figures, and says why."""
     config, folder = plan.config, plan.folder
+    for videos in plan.lists.values():
+        for note in videos.videos.notes:
+            print(note)
     print("; ".join(filter(None, (plan.workers.describe(), plan.workers.told))), flush=True)
     encoder = FrozenEncoder(plan.model, Ranks().device, config.precision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +194,7 @@ def _drawn(plan: Plan, encoder: FrozenEncoder, sampler: StepSampler) -> Iterator
     config, c = plan.config, encoder.config
     data = DataConfig(**asdict(config.data), crop="random_resized", crop_scales=config.crop_areas, flip=config.flip,
                       num_workers=config.num_workers)
-    clips = _DrawnClips(plan.lists["train"].as_paths(), data, c.num_frames, c.height, c.width, config.seed, c.in_channels)
+    clips = _DrawnClips(plan.lists["train"].videos, data, c.num_frames, c.height, c.width, config.seed, c.in_channels)
     clips.sampling = config.sampling
     for batch in make_loader(clips, sampler, data):
         features = encoder(batch.clip_BTHWC)

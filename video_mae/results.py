@@ -7,6 +7,8 @@ from typing import Any
 from video_mae.atomic import write_whole
 
 METRICS_FILE = "metrics.json"
+LIST_DIGEST = "list_sha256"
+"""The setting that tells one list from another under the same name; earlier versions did not write it."""
 
 
 def choose_folder(output: str, model: str, name: str = "") -> Path:
@@ -29,9 +31,13 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
         return
     try:
         before = json.loads(file.read_text())["settings"]
-        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in settings.items() if before.get(key) != value]
+        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in settings.items()
+                   if key != LIST_DIGEST and before.get(key) != value]
+        is_other_list = before.get(LIST_DIGEST, settings.get(LIST_DIGEST)) != settings.get(LIST_DIGEST)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
+    if is_other_list:
+        changes.append("another list of this name")
     if changes:
         raise ValueError(f"{file}: was made with {changes[0]}; choose another output, or remove it")
 

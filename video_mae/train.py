@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,6 +16,8 @@ from video_mae.data.dataset import Batch, ClipDataset
 from video_mae.data.loader import make_loader
 from video_mae.data.prefetch import DevicePrefetcher
 from video_mae.data.sampling import StepSampler, sample_seed
+from video_mae.data.sources import Sources
+from video_mae.data.videos import VideoList
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.engine import Engine, check_resumable, deepspeed_config, leave, world_from_environment
@@ -25,14 +27,9 @@ from video_mae.kernels.dispatch import describe
 from video_mae.optim import Schedule, make_schedule, videos_of_epoch
 from video_mae.report import write_report
 from video_mae.reports import Report
-from video_mae.run_folder import settled
+from video_mae.run_folder import ListFacts, check_lists, settled, write_lists
 from video_mae.schema import save_config
 from video_mae.weights import Model, save_model_folder
-
-if TYPE_CHECKING:
-    from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
-
-    from video_mae.data.sources import Sources
 
 DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
@@ -40,14 +37,19 @@ FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
 @dataclass(frozen=True)
 class Run:
-    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary. data.decoder names a decoder, not auto."""
+    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary. data.decoder names a decoder, not auto.
+
+    lists: facts of each list by its key; notes: what is to be told about them.
+    """
 
     config: RunConfig
     folder: Path
-    videos: "LabeledVideoPaths | Sources"
+    videos: VideoList | Sources
     schedule: Schedule
     schedule_line: str
     deepspeed: dict[str, Any]
+    lists: dict[str, ListFacts]
+    notes: tuple[str, ...]
 
 
 class Stage(ABC):
@@ -96,9 +98,10 @@ class Stage(ABC):
 MakeStage = Callable[[Run, Engine, Journal, Any, dict[str, Any]], Stage]
 
 
-def check_run(config: RunConfig, videos: Callable[[], "LabeledVideoPaths | Sources"]) -> Run:
+def check_run(config: RunConfig, videos: Callable[[], VideoList | Sources], others: Mapping[str, VideoList] | None = None) -> Run:
     """Checks what all training stages have in common, without starting anything; `videos` reads the list when its turn comes.
 
+    others: further lists that the run depends on, by their keys.
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
     _, world_size = world_from_environment()
@@ -112,11 +115,16 @@ def check_run(config: RunConfig, videos: Callable[[], "LabeledVideoPaths | Sourc
     config = settled(config, folder)
     check_resumable(folder, config.engine, world_size)
     paths = videos()
+    sources = paths.by_key if isinstance(paths, Sources) else {"data.source": paths}
+    every = {**sources, **(others or {})}
+    lists = {key: ListFacts(videos.digest(), len(videos)) for key, videos in every.items()}
+    changed = check_lists(folder, lists, allow_changed=config.data.allow_changed_list)
+    notes = [note for videos in every.values() for note in videos.notes]
     clips = config.data.clips_per_video
     schedule, line = make_schedule(config.optim, len(paths), world_size, clips)
     deepspeed = deepspeed_config(config.engine, config.optim, config.journal, clips_per_video=clips, world_size=world_size,
                                  run_folder=folder)
-    return Run(config, folder, paths, schedule, line, deepspeed)
+    return Run(config, folder, paths, schedule, line, deepspeed, lists, (*notes, *filter(None, [changed])))
 
 
 def run_and_leave(train: Callable[[], int]) -> Callable[[], int]:
@@ -142,6 +150,7 @@ def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
         (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+        write_lists(folder, run.lists)
     first_step, memory = engine.resume()
     decoder = f"{config.data.decoder} {decoder_version(config.data.decoder)}"
     earlier, memory["decoder"] = memory.get("decoder", decoder), decoder  # earlier versions wrote none
@@ -276,6 +285,8 @@ class _Loop:
         parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.stage.model.parameters())
         say(f"run folder {run.folder}: " + (f"resumed after step {first_step}" if first_step else "new"))
         say(f"{len(run.videos)} videos, {parameters / 1e6:.1f} million parameters, {self.stage.introduce()}")
+        for note in run.notes:
+            say(note)
         say(run.schedule_line)
         say(f"kernels: {describe(config.engine.kernels, self.engine.device)}; device {self.engine.device}, {config.engine.precision}, "
             f"ZeRO stage {config.engine.zero_stage}")

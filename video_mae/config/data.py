@@ -9,6 +9,11 @@ from video_mae.schema import knob, require
 
 Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
+ListFormat = Literal["auto", "label", "frames_label", "start_frames", "header"]
+"""What stands in a line of a list file."""
+LIST_FORMATS = ("lines of a list: label is `PATH LABEL` or `PATH`, frames_label `PATH FRAMES LABEL` (mmaction2, VideoMAE V2), start_frames "
+                "`PATH 0 -1` (VideoMAE V2's pretraining), header a first line that names columns (path, label); auto: label, or what the "
+                "first line shows for certain, which is told")
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 
 
@@ -16,9 +21,10 @@ ZYX_IS_THW = str.maketrans("ZYX", "THW")
 class SourceConfig:
     """Which files, and how they are read: videos, pictures, arrays (.npy, .npz) and TIFF stacks, by the endings of their names."""
 
-    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, or "
-                       "one that `video-mae pack` made, also behind a URL (s3://..., http://...)")
+    source: str = knob("", "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, one "
+                       "file, or a folder that `video-mae pack` made, also behind a URL (s3://..., http://...)")
     root: str = knob("", "where relative paths of a list start; empty: the folder of the list file")
+    list_format: ListFormat = knob("auto", LIST_FORMATS)
     stride: int = knob(4, "video frames (slices of a volume) from one frame of the clip to the next")
     shuffle_window: int = knob(10_000, "of a packed folder so many videos at least are shuffled together, those of some shards; a smaller "
                                "one is shuffled whole, as other sources are")
@@ -108,6 +114,7 @@ class DataConfig(ReadConfig):
     num_workers: int | None = knob(None, "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
                                    "process beside the training. More than there are cores are not started")
     prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready")
+    allow_changed_list: bool = knob(False, "let a run go on whose list is another than before, under the same name; it is logged")
     max_bad_share: float = knob(0.05, "the run stops when a larger share of the videos tried cannot be decoded")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from video_mae.config.data import DataConfig
+from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
 from video_mae.config.stages import RunConfig
 from video_mae.config.training import OptimConfig
@@ -29,6 +29,7 @@ class ValidationConfig:
 
     source: str = knob("", "as data.source, with the same labels; empty: no validation, and no best model")
     root: str = knob("", "where relative paths of the list start; empty: the folder of the list file")
+    list_format: ListFormat = knob("auto", "as data.list_format")
     interval: int = knob(0, "optimizer steps from one validation to the next; 0: after each epoch; the last step always validates")
     batch: int = knob(16, "clips that a rank takes at once")
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from video_mae.config.data import LIST_FORMATS, ListFormat
 from video_mae.schema import knob, require
 
 Form = Literal["video", "frames"]
@@ -24,6 +25,7 @@ class PackConfig:
     preset: Literal["veryfast", "faster", "fast", "medium", "slow"] = knob("medium", "form=video: of x264; slower packs into fewer bytes")
     shard_mb: int = knob(256, "megabytes of a shard, after which the next one is begun")
     root: str = knob("", "where relative paths of LIST start; empty: the folder of the list file")
+    list_format: ListFormat = knob("auto", LIST_FORMATS)
     num_workers: int | None = knob(None, "videos that are packed at once, each in a process of its own; null: one a core")
     decode_seconds: float = knob(60.0, "a video that makes no progress for so long is refused, and the process that hangs in it ended")
     decode_memory_gb: float = knob(4.0, "memory that packing a video may take, likewise")

@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from torch.utils.data import Dataset
 
 from video_mae.augment import crop_box, crop_clip
@@ -19,6 +18,7 @@ from video_mae.data.advice import Costs
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
 from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
 from video_mae.data.sources import Sources
+from video_mae.data.videos import VideoList
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
 
@@ -146,7 +146,7 @@ class ClipDataset(Dataset[Sample]):
     antialias = True
     """Of the pixels that resizing leaves out, whether they are averaged in, or not looked at."""
 
-    def __init__(self, paths: LabeledVideoPaths | Sources, data: DataConfig, num_frames: int, height: int, width: int, seed: int,
+    def __init__(self, paths: VideoList | Sources, data: DataConfig, num_frames: int, height: int, width: int, seed: int,
                  in_channels: int = 3) -> None:
         self.paths = paths if isinstance(paths, Sources) else Sources([("data", data, paths)])
         self.data = data

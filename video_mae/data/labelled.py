@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 from torch.utils.data import Dataset, Sampler
 
 from video_mae.augment import strengthen_clip
@@ -18,31 +17,33 @@ from video_mae.data.dataset import ClipDataset, Failure, Sample
 from video_mae.data.labels import read_labeled
 from video_mae.data.sampling import dense_indices, part_indices, sample_seed, uniform_indices
 from video_mae.data.sources import Sources
+from video_mae.data.videos import VideoList
 from video_mae.decoding import Choose, VideoDecodeError
 
 
-def read_training_videos(config: FinetuneConfig) -> tuple[LabeledVideoPaths, ClassifierConfig]:
+def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
     """The training list with every label checked, and the head with the names of its classes, where anybody names them.
 
     Raises: ValueError or FileNotFoundError with one line that names the list or key, and the remedy.
     """
     classifier, source = config.classifier, config.data.source
-    videos = read_labeled("data.source", source, config.data.root, names=classifier.class_names)
+    videos = read_labeled("data.source", source, config.data.root, names=classifier.class_names, list_format=config.data.list_format)
     if videos.class_names and len(videos.class_names) != classifier.num_classes:
         raise ValueError(f"classifier.num_classes: {classifier.num_classes} is not the number of classes that {source} has names for; set "
                          f"classifier.num_classes={len(videos.class_names)}")
     if videos.num_classes > classifier.num_classes:
-        label = max(videos.labels)
-        raise ValueError(f"data.source: {videos.paths[videos.labels.index(label)]} has the label {label}, classifier.num_classes = "
+        path, label = videos.paths[int(videos.videos.label_M.argmax())], videos.num_classes - 1
+        raise ValueError(f"data.source: {path} has the label {label}, classifier.num_classes = "
                          f"{classifier.num_classes} allows 0 to {classifier.num_classes - 1}; correct {source}, or set "
                          f"classifier.num_classes={label + 1}")
-    return videos.as_paths(), replace(classifier, class_names=videos.class_names)
+    return videos.videos, replace(classifier, class_names=videos.class_names)
 
 
-def read_validation_videos(config: FinetuneConfig) -> LabeledVideoPaths:
+def read_validation_videos(config: FinetuneConfig) -> VideoList:
     """The validation list, every label checked against the classes of config.classifier. Raises: as `read_training_videos`."""
     classifier, validation = config.classifier, config.validation
-    return read_labeled("validation.source", validation.source, validation.root, classifier.num_classes, classifier.class_names).as_paths()
+    return read_labeled("validation.source", validation.source, validation.root, classifier.num_classes, classifier.class_names,
+                        validation.list_format).videos
 
 
 def frame_choice(classifier: ClassifierConfig, num_frames: int, rng: np.random.Generator | None = None) -> Choose:
@@ -57,7 +58,7 @@ def frame_choice(classifier: ClassifierConfig, num_frames: int, rng: np.random.G
 class LabelledClips(ClipDataset):
     """Clips to train on: dataset[epoch, index] is a function of (seed, epoch, index) alone, and so is what augments it."""
 
-    def __init__(self, paths: LabeledVideoPaths | Sources, config: FinetuneConfig) -> None:
+    def __init__(self, paths: VideoList | Sources, config: FinetuneConfig) -> None:
         model = config.model
         super().__init__(paths, config.data, model.num_frames, model.height, model.width, config.seed, model.in_channels)
         self.config = config
@@ -79,7 +80,7 @@ class ValidationClips(Dataset[Sample]):
     A video that cannot be decoded, and the index -1 that fills a batch up, give a black clip with index -1: it does not count.
     """
 
-    def __init__(self, paths: LabeledVideoPaths, config: FinetuneConfig) -> None:
+    def __init__(self, paths: VideoList, config: FinetuneConfig) -> None:
         data, model = replace(config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"), config.model
         self.clips = ClipDataset(paths, data, model.num_frames, model.height, model.width, 0, model.in_channels)
         self.clips.antialias = config.classifier.antialias

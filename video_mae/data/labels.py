@@ -3,43 +3,44 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
-from video_mae.config import DataConfig
+from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.annotations import class_names, read_annotations
-from video_mae.data.shards import Members, PackedVideos
-from video_mae.decoding import Place
+from video_mae.data.videos import Places, VideoList
 
 CLASS_FILE = "classes.txt"
 
 
 @dataclass(frozen=True)
 class LabeledVideos:
-    """Paths and labels in the order of the list; names of the classes 0, 1, ..., empty where nobody names them."""
+    """Videos that all have a label, in the order of the list; names of the classes 0, 1, ..., empty where nobody names them."""
 
-    paths: Sequence[Place]
-    labels: tuple[int, ...]
+    videos: VideoList
     class_names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.videos)
+
+    @property
+    def paths(self) -> Places:
+        return self.videos.places
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(self.videos.label_M.tolist())
 
     @property
     def num_classes(self) -> int:
         """As many as have names, or as the largest label tells."""
-        return len(self.class_names) or max(self.labels) + 1
-
-    def as_paths(self) -> LabeledVideoPaths:
-        """The list as pytorchvideo's, which datasets take."""
-        if isinstance(self.paths, Members):
-            return PackedVideos(self.paths, np.array(self.labels))
-        return LabeledVideoPaths(list(zip(self.paths, self.labels, strict=True)))  # pyright: ignore[reportArgumentType]
+        return len(self.class_names) or int(self.videos.label_M.max()) + 1
 
 
-def read_labeled(what: str, source: str, root: str = "", num_classes: int | None = None, names: Sequence[str] = ()) -> LabeledVideos:
+def read_labeled(what: str, source: str, root: str = "", num_classes: int | None = None, names: Sequence[str] = (),
+                 list_format: ListFormat = "auto") -> LabeledVideos:
     """Reads a list or a folder of classes (as `read_annotations`) whose every video has a label below num_classes.
 
     what: how error messages call the source. names: those of the model's classes. A folder of classes is matched to them by name, and
@@ -47,31 +48,30 @@ def read_labeled(what: str, source: str, root: str = "", num_classes: int | None
     Raises: FileNotFoundError or ValueError with one line: a list that is empty, a video without a label, a label out of range, classes
     that do not match.
     """
-    data = DataConfig(source=source, root=root)
+    data = SourceConfig(source=source, root=root, list_format=list_format)
     try:
         videos = read_annotations(data)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("data.source", what).replace("data.root", "root")) from None
-    if isinstance(videos, PackedVideos):
-        paths, labels = videos.members, tuple(videos.label_M.tolist())
-    else:
-        paths, labels = zip(*((path, info["label"]) for path, info in videos), strict=True)  # pyright: ignore[reportIndexIssue]
     from_folder, found = class_names(data), class_file(Path(source))
     if from_folder and names:
-        number_of = {label: _number(from_folder[label], names, source) for label in set(labels) if label >= 0}
-        labels = tuple(number_of[label] if label >= 0 else label for label in labels)
+        there = np.unique(videos.label_M)
+        number_of = np.array([_number(from_folder[label], names, source) if label >= 0 else label for label in there.tolist()])
+        videos = videos.labelled(number_of[np.searchsorted(there, videos.label_M)])
     elif from_folder or found:
         found = from_folder or found
         _check_names(found, names, num_classes, source if from_folder else str(Path(source).parent / CLASS_FILE))
     names = tuple(names) or found
     limit = len(names) or num_classes
-    for path, label in zip(paths, labels, strict=True):
-        if label < 0:
-            raise ValueError(f"{what}: {path} has " + (f"the label {label}, number the classes from 0" if label < -1 else
-                             f"no label in {source}, write lines `PATH LABEL`"))
-        if limit is not None and label >= limit:
-            raise ValueError(f"{what}: {path} has the label {label}, there are {limit} classes (0 to {limit - 1}); correct {source}")
-    return LabeledVideos(paths, labels, names)
+    wrong_M = (videos.label_M < 0) | (videos.label_M >= (2**63 - 1 if limit is None else limit))
+    if wrong_M.any():
+        path, info = videos[int(wrong_M.argmax())]
+        label = info["label"]
+        if label >= 0:
+            raise ValueError(f"{what}: {path} has the label {label}, there are {limit} classes (0 to {(limit or 0) - 1}); correct {source}")
+        raise ValueError(f"{what}: {path} has " + (f"the label {label}, number the classes from 0" if label < -1 else
+                         f"no label in {source}, write lines `PATH LABEL`"))
+    return LabeledVideos(videos, names)
 
 
 def class_file(source: Path) -> tuple[str, ...]:

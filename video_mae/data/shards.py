@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
+from video_mae.data.videos import Places, VideoList
 from video_mae.decoding import Member
 
 FORMAT = "video-mae pack 1"
@@ -42,13 +42,17 @@ def number_of(shard: str) -> int:
     return int(shard[6:-4])
 
 
-class Members(Sequence[Member]):
+class Members(Places):
     """Where packed videos lie, in 28 bytes each: members[index] is made when it is asked for."""
 
     def __init__(self, folder: str, shards: Sequence[str], ending: str, shard_M: NDArray[np.int32], number_M: NDArray[np.int64],
-                 offset_M: NDArray[np.int64], size_M: NDArray[np.int64]) -> None:
-        self.folder, self.shards, self.ending = folder, shards, ending
+                 offset_M: NDArray[np.int64], size_M: NDArray[np.int64], rows_digest: bytes = b"") -> None:
+        self.folder, self.shards, self.ending, self.rows_digest = folder, shards, ending, rows_digest
         self.shard_M, self.number_M, self.offset_M, self.size_M = shard_M, number_M, offset_M, size_M
+
+    @property
+    def digest(self) -> bytes:
+        return self.rows_digest
 
     def __len__(self) -> int:
         return len(self.shard_M)
@@ -58,22 +62,14 @@ class Members(Sequence[Member]):
         return Member(archive, key_of(int(self.number_M[index])) + self.ending, int(self.offset_M[index]), int(self.size_M[index]))
 
 
-class PackedVideos(LabeledVideoPaths):
-    """The videos of a packed folder as (Member, {"label": label}), shard after shard."""
+class PackedVideos(VideoList):
+    """The videos of a packed folder, shard after shard."""
 
-    def __init__(self, members: Members, label_M: NDArray[np.int64]) -> None:
-        super().__init__([])
-        self.members, self.label_M = members, label_M
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> tuple[Member, dict[str, int]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.members[index], {"label": int(self.label_M[index])}
+    places: Members
 
     def shard_sizes(self) -> NDArray[np.int64]:
         """Videos in each shard [S]; of none there are none."""
-        return np.bincount(self.members.shard_M, minlength=len(self.members.shards)).astype(np.int64)
+        return np.bincount(self.places.shard_M, minlength=len(self.places.shards)).astype(np.int64)
 
 
 def is_packed(source: str) -> bool:
@@ -110,7 +106,7 @@ def read_packed(source: str, what: str = "data.source") -> PackedVideos:
             np.diff(shard_M) < 0).any() or (manifest["class_names"] and label_M.max() >= len(manifest["class_names"])):
         raise ValueError(f"{what}: {_inside(source, ROWS)}: is not what {MANIFEST} describes; copy the folder again, or pack it anew")
     _check_files(source, shards, sizes, what)
-    return PackedVideos(Members(source, shards, ending, shard_M.astype(np.int32), number_M, offset_M, size_M), label_M)
+    return PackedVideos(Members(source, shards, ending, shard_M.astype(np.int32), number_M, offset_M, size_M, digest.digest()), label_M)
 
 
 def read_manifest(source: str, what: str = "data.source") -> dict[str, Any]:

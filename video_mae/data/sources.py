@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pytorchvideo.data.labeled_video_paths import LabeledVideoPaths
 
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
 from video_mae.data.annotations import read_annotations
 from video_mae.data.sampling import EpochStream, Key, ShardStream, block_order
 from video_mae.data.shards import PackedVideos
+from video_mae.data.videos import VideoList
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode, is_video
 
 BLOCK = 1000
@@ -26,7 +26,7 @@ class Source:
 
     key: str
     config: SourceConfig
-    videos: LabeledVideoPaths
+    videos: VideoList
     first: int
 
     def stream(self, seed: int, number: int | None = None) -> EpochStream | ShardStream:
@@ -39,7 +39,7 @@ class Source:
 class Sources:
     """The videos of all sources as one list: sources[index] is (place, {"label": label}), as in pytorchvideo's."""
 
-    def __init__(self, parts: Sequence[tuple[str, SourceConfig, LabeledVideoPaths]]) -> None:
+    def __init__(self, parts: Sequence[tuple[str, SourceConfig, VideoList]]) -> None:
         self.parts: list[Source] = []
         for key, config, videos in parts:
             self.parts.append(Source(key, config, videos, len(self)))
@@ -49,7 +49,12 @@ class Sources:
 
     def __getitem__(self, index: int) -> tuple[Place, dict[str, int]]:
         source = self.at(index)
-        return source.videos[index - source.first]  # pyright: ignore[reportReturnType]  (annotated as int, and is a dict)
+        return source.videos[index - source.first]
+
+    @property
+    def by_key(self) -> dict[str, VideoList]:
+        """The videos of each source by what the user calls it."""
+        return {f"{source.key}.source": source.videos for source in self.parts}
 
     def at(self, index: int) -> Source:
         """The source of a video."""

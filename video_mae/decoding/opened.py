@@ -24,7 +24,19 @@ from video_mae.decoding.decoders import local_file, open_video, resolve
 from video_mae.decoding.packed_frames import open_frames
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
 
-VIDEO_EXTENSIONS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".ts", ".webm")
+VIDEO_EXTENSIONS = (
+    ".3g2", ".3gp", ".3gpp", ".f4v", ".ismv", ".m4v", ".mov", ".mp4", ".mp4v", ".qt",
+    ".mk3d", ".mkv", ".webm",
+    ".avi", ".divx", ".xvid",
+    ".asf", ".wmv",
+    ".m2p", ".m2v", ".mp2v", ".mpe", ".mpeg", ".mpg", ".mpv", ".m1v", ".vob",
+    ".m2t", ".m2ts", ".mts", ".ts",
+    ".flv", ".ogm", ".ogv", ".mxf", ".gif",
+    ".264", ".265", ".avc", ".h264", ".h265", ".hevc", ".mjpeg", ".mjpg", ".y4m",
+)
+"""Of files that a folder gives as videos, a container a line; a list may name any other."""
+ANIMATION = ".gif"
+"""A video beside videos; beside pictures a picture that nothing here reads."""
 READERS: dict[str, tuple[str, Callable[[str, SourceConfig, int], Frames]]] = {
     ".npy": ("numpy", open_npy),
     ".npz": ("numpy", open_npz),
