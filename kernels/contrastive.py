@@ -37,8 +37,8 @@ class _Fast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         loss_gradient = gradients[0]
-        dtemperature_1, weight_1, gradient_BMP = ctx.saved_tensors
-        dpredicted_BMP = chunked.scaled(gradient_BMP, loss_gradient * weight_1) if ctx.needs_input_grad[0] else None
+        dtemperature_1, weight_B, gradient_BMP = ctx.saved_tensors
+        dpredicted_BMP = chunked.scaled(gradient_BMP, loss_gradient * weight_B) if ctx.needs_input_grad[0] else None
         return dpredicted_BMP, None, loss_gradient * dtemperature_1, None, None
 
 
@@ -58,10 +58,10 @@ class _Least(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         loss_gradient = gradients[0]
-        predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_1, *rows = ctx.saved_tensors
+        predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows = ctx.saved_tensors
         dpredicted_BMP = None
         if ctx.needs_input_grad[0]:
-            dpredicted_BMP = streaming.backward(predicted_BMP, target_BMP, temperature_1, loss_gradient * weight_1, *rows)
+            dpredicted_BMP = streaming.backward(predicted_BMP, target_BMP, temperature_1, loss_gradient * weight_B, *rows)
         return dpredicted_BMP, None, loss_gradient * dtemperature_1
 
 
