@@ -90,8 +90,6 @@ def through_cosine_kernel(
     inverse = tl.load(inverse_predicted + row, mask=here < R, other=0.0)
     pull = tl.load(terms + N + row, mask=here < R, other=0.0)
     radial = tl.where(inverse < SHORT, SCALE * tl.load(temperature) * pull * inverse, 0.0)
-    if ADD:
-        factor = tl.load(weight + row // M, mask=here < R, other=0.0)
     for start in range(0, P, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = (here < R)[:, None] & (column < P)[None, :]
@@ -100,6 +98,7 @@ def through_cosine_kernel(
         g = tl.load(pulls + here.to(tl.int64)[:, None] * P + column[None, :], mask=inside, other=0.0)
         result = (g - radial[:, None] * x) * inverse[:, None]
         if ADD:
+            factor = tl.load(weight + row // M, mask=here < R, other=0.0)
             result = result * factor[:, None] + tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
