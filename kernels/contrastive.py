@@ -37,8 +37,8 @@ class _Fast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         loss_gradient = gradients[0]
-        dtemperature_1, weight_1, gradient_BMP = ctx.saved_tensors
-        dpredicted_BMP = chunked.scaled(gradient_BMP, loss_gradient * weight_1) if ctx.needs_input_grad[0] else None
+        dtemperature_1, weight_B, gradient_BMP = ctx.saved_tensors
+        dpredicted_BMP = chunked.scaled(gradient_BMP, loss_gradient * weight_B) if ctx.needs_input_grad[0] else None
         return dpredicted_BMP, None, loss_gradient * dtemperature_1, None, None
 
 
@@ -58,10 +58,10 @@ class _Least(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         loss_gradient = gradients[0]
-        predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_1, *rows = ctx.saved_tensors
+        predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows = ctx.saved_tensors
         dpredicted_BMP = None
         if ctx.needs_input_grad[0]:
-            dpredicted_BMP = streaming.backward(predicted_BMP, target_BMP, temperature_1, loss_gradient * weight_1, *rows)
+            dpredicted_BMP = streaming.backward(predicted_BMP, target_BMP, temperature_1, loss_gradient * weight_B, *rows)
         return dpredicted_BMP, None, loss_gradient * dtemperature_1
 
 
@@ -92,10 +92,11 @@ def contrastive_forward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, t
 def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature: float | torch.Tensor,
                      negatives: Negatives = "clip", impl: str = "auto", memory: Memory = "fast",
                      scratch_bytes: int = chunked.SCRATCH_BYTES) -> torch.Tensor:
-    """InfoNCE over the masked tubelets, cosine similarity, in float32.
+    """InfoNCE over the masked tubelets, cosine similarity, in float32: the mean of the clips' means over targets that are not flat.
 
-    temperature: tau, a number or a 0-d tensor that may need a gradient. negatives: the masked tubelets of the same clip, or
-    of all clips given. target_BMP: data, it gets no gradient from the kernels, which take it in the dtype of predicted_BMP.
+    temperature: tau, a number or a 0-d tensor that may need a gradient. negatives: the masked tubelets of the same clip, or of all
+    clips given, which then count as one clip. target_BMP: data, it gets no gradient from the kernels, which take it in the dtype of
+    predicted_BMP.
     memory (of the kernels): "fast" makes the gradient in the forward pass, with scratch_bytes (more is faster for thousands of
     negatives); "least" needs neither scratch nor that gradient, and computes the similarities again, several times.
     Raises: ValueError for shapes, dtypes or devices that do not fit. Source: van den Oord et al. (2018); patches of one image as

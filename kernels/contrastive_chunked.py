@@ -10,13 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, VECTOR, in_units, inverse_norms, mean_of_terms
+from . import contrastive_streaming as streaming
+from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, VECTOR, in_units
 from .launch import on_device, register
 
 if TYPE_CHECKING:
     from .compile_check import Case
 
-SCRATCH_BYTES = 32 << 20  # of a chunk: similarities, softmax weights and gradients; about what stays in the cache of a GPU
+# Of a chunk: similarities, softmax weights and gradients. A chunk is four launches, which cost the host about 50 us; a clip of 1408
+# tubelets needs 12.6 MB and an H100 about 30 us for it. 32 MB stay in its cache, but 2 clips are done before the host has launched the
+# next ones; 128 MB are 8 clips, five times what the host needs, for at most 5 us more a clip. Estimates, not yet timed on a GPU.
+SCRATCH_BYTES = 128 << 20
 SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}  # (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
 SCALE_BLOCK = 2048
 
@@ -68,15 +72,16 @@ def softmax_gradient_kernel(
             tl.store(weights + column, (share * inverse * row_weight).to(weights.dtype.element_ty), mask=column < M)
 
 
-@triton.jit(do_not_specialize=["first", "R", "N", "units"])
+@triton.jit(do_not_specialize=["first", "R", "M", "N", "units"])
 def through_cosine_kernel(
     pulls,  # [R, P] float32: SCALE * gradient by the normalised prediction
     predicted,  # [N, P]
     inverse_predicted,  # [N] float32
     terms,  # [2, N] float32, see softmax_gradient_kernel
-    temperature, weight,  # [1] float32
-    gradient,  # [N, P]; the result is added to it, times weight, if ADD, else it is overwritten
-    first, R, N, units, UNIT: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    temperature,  # [1] float32
+    weight,  # [B] float32
+    gradient,  # [N, P]; the result is added to it, times the clip's weight, if ADD, else it is overwritten
+    first, R, M, N, units, UNIT: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Takes some rows through the normalisation: (g - (g . x^) x^) / |x|. The product g . x^ is known: SCALE * tau * terms[1]."""
     P = units * UNIT
@@ -93,19 +98,24 @@ def through_cosine_kernel(
         g = tl.load(pulls + here.to(tl.int64)[:, None] * P + column[None, :], mask=inside, other=0.0)
         result = (g - radial[:, None] * x) * inverse[:, None]
         if ADD:
-            result = result * tl.load(weight) + tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+            factor = tl.load(weight + row // M, mask=here < R, other=0.0)
+            result = result * factor[:, None] + tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def scale_kernel(
-    x, out,  # [length]
-    factor,  # [1] float32
+    x, out,  # [B, length]
+    factor,  # [B] float32
     length, BLOCK: tl.constexpr,
 ):
     """out = factor * x, in float32 until it is stored: torch would round the factor to the dtype of x."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < length, other=0.0).to(tl.float32) * tl.load(factor)
+    blocks = tl.cdiv(length, BLOCK)
+    clip = tl.program_id(0) // blocks
+    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x += clip.to(tl.int64) * length
+    out += clip.to(tl.int64) * length
+    value = tl.load(x + at, mask=at < length, other=0.0).to(tl.float32) * tl.load(factor + clip)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < length)
 
 
@@ -129,8 +139,8 @@ def chunks(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> list[tuple
 
 def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, gradient_BMP: torch.Tensor | None,
              gradient_scale: float | None, scratch_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau, 1 / (terms * tau * GRADIENT_SCALE)); adds to gradient_BMP, or without a gradient_scale fills it with
-    the gradient over that last factor, which float16 can hold."""
+    """(loss, its derivative by tau, weight_B); adds to gradient_BMP, or without a gradient_scale fills it with the gradient over
+    weight_B, the clips' shares over (tau * GRADIENT_SCALE), which float16 can hold."""
     B, M, P = predicted_BMP.shape
     block, warps = SOFTMAX_BLOCKS[M > 256]
     bytes_per_row = 4 * M if gradient_BMP is None else 4 * max(M, P) + target_BMP.element_size() * M
@@ -140,9 +150,9 @@ def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
     weights = torch.empty(rows * M if gradient_BMP is not None else 1, dtype=target_BMP.dtype, device=predicted_BMP.device)
     terms_2N = torch.empty(2, B * M, dtype=torch.float32, device=predicted_BMP.device)
     with on_device(predicted_BMP):
-        inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
-        count = (inverse_target_N > 0).sum().clamp(min=1)
-        weight_1 = (1.0 if gradient_scale is None else gradient_scale) / (count * temperature_1 * GRADIENT_SCALE)
+        inverse_predicted_N, inverse_target_N = streaming.inverse_norms(predicted_BMP, target_BMP)
+        share_B = streaming.shares(inverse_target_N, B)
+        weight_B = share_B / temperature_1 * ((1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE)
         for clips, part in pieces:
             x_BRP, t_BMP = predicted_BMP[clips, part], target_BMP[clips]
             num_clips, num_rows, first = x_BRP.shape[0], x_BRP.shape[1], clips.start * M + part.start
@@ -154,11 +164,10 @@ def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
             if gradient_BMP is not None:
                 matmul(weights[:length].view(shape), t_BMP, products[:x_BRP.numel()].view(x_BRP.shape))  # the products are spent
                 through_cosine_kernel[(triton.cdiv(num_clips * num_rows, ROWS),)](
-                    products, predicted_BMP, inverse_predicted_N, terms_2N, temperature_1, weight_1, gradient_BMP, first,
-                    num_clips * num_rows, B * M, *in_units(P), gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
+                    products, predicted_BMP, inverse_predicted_N, terms_2N, temperature_1, weight_B, gradient_BMP, first,
+                    num_clips * num_rows, M, B * M, *in_units(P), gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
                     num_warps=4)  # pyright: ignore
-    loss, dtemperature_1, _ = mean_of_terms(terms_2N, inverse_target_N, temperature_1)
-    return loss, dtemperature_1, weight_1
+    return *streaming.mean_of_terms(terms_2N, share_B, temperature_1), weight_B
 
 
 def _loss_and_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
@@ -171,7 +180,8 @@ def _loss_and_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, te
 def _loss_and_gradient_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
                             scratch_bytes: int) -> tuple[torch.Tensor, ...]:
     gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else predicted_BMP.new_empty(0)
-    return *_scalars(predicted_BMP), torch.empty_like(temperature_1), gradient_BMP
+    weight_B = torch.empty(len(predicted_BMP), dtype=torch.float32, device=predicted_BMP.device)
+    return *_scalars(predicted_BMP), weight_B, gradient_BMP
 
 
 def _scalars(predicted_BMP: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,11 +193,12 @@ def _add_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, tempera
     return _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, gradient_scale, scratch_bytes)[:2]
 
 
-def _scaled(x: torch.Tensor, factor_1: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(x)
-    with on_device(x):
-        scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, out, factor_1, x.numel(), SCALE_BLOCK, num_warps=8)  # pyright: ignore
-    return out
+def _scaled(x_BMP: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
+    out_BMP, length = torch.empty_like(x_BMP), x_BMP[0].numel()
+    with on_device(x_BMP):
+        scale_kernel[(len(x_BMP) * triton.cdiv(length, SCALE_BLOCK),)](
+            x_BMP, out_BMP, factor_B, length, SCALE_BLOCK, num_warps=8)  # pyright: ignore
+    return out_BMP
 
 
 loss_and_gradient = register(
@@ -203,7 +214,7 @@ def compile_cases() -> list["Case"]:
     """Every kernel here, in every configuration that the launchers can pick."""
     from .compile_check import Case
     floats = ("products", "inverse_predicted", "inverse_target", "temperature", "terms", "pulls", "weight", "factor")
-    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "units"), "i32"), "length": "i64"}
+    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "units", "length"), "i32")}
     cases = []
     for kind in ("bf16", "fp16", "fp32"):
         types = {**shared, **dict.fromkeys(("weights", "predicted", "gradient", "x", "out"), "*" + kind)}
@@ -214,5 +225,5 @@ def compile_cases() -> list["Case"]:
         for add in (False, True):
             cases.append(Case(f"contrastive.through_cosine {kind} add={add}", through_cosine_kernel, types,
                               {"UNIT": VECTOR, "ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
-        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8))
+        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8, aligned=("length",)))
     return cases

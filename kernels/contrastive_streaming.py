@@ -88,13 +88,16 @@ def inverse_norms(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor) -> tupl
     return found[0], found[1]
 
 
-def mean_of_terms(terms_2N: torch.Tensor, inverse_target_N: torch.Tensor,
-                  temperature_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau [1], 1 / (terms * tau) [1]); terms are counted on the device."""
-    count = (inverse_target_N > 0).sum().clamp(min=1)
-    loss, pull = terms_2N.sum(1) / count
-    weight_1 = 1 / (count * temperature_1)
-    return loss.clone(), -pull / temperature_1, weight_1
+def shares(inverse_target_N: torch.Tensor, B: int) -> torch.Tensor:
+    """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms); counted on the device."""
+    terms_B = (inverse_target_N.view(B, -1) > 0).sum(1, dtype=torch.float32).clamp(min=1)
+    return (1 / B) / terms_B
+
+
+def mean_of_terms(terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, its derivative by tau [1])."""
+    loss, pull = (terms_2N.view(2, len(share_B), -1).sum(2) * share_B).sum(1)
+    return loss.clone(), -pull / temperature_1
 
 
 @triton.jit
@@ -201,7 +204,8 @@ def streamed_gradient_kernel(
     inverse_predicted, inverse_target,  # [N] float32
     lse, own_weight,  # [N] float32, see combine_kernel
     pull,  # [N] float32: (mean logit under the softmax) - (own logit)
-    temperature, weight,  # [1] float32; weight is the gradient of the loss over (terms * tau)
+    temperature,  # [1] float32
+    weight,  # [B] float32: the gradient of the loss times the clip's share over tau
     gradient,  # [B, M, P]
     M, units, SCALE: tl.constexpr, UNIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
@@ -213,7 +217,8 @@ def streamed_gradient_kernel(
     value = tl.program_id(0) % slices * BP + tl.arange(0, BP)
     top = tile % row_tiles * BM
     row = top + tl.arange(0, BM)
-    first = (tile // row_tiles).to(tl.int64) * M
+    clip = (tile // row_tiles).to(tl.int64)
+    first = clip * M
     tau = tl.load(temperature)
     inverse = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0)
     row_lse = tl.load(lse + first + row, mask=row < M, other=0.0)
@@ -236,7 +241,7 @@ def streamed_gradient_kernel(
     x = tl.load(predicted + at, mask=inside, other=0.0).to(tl.float32)
     # What points along the prediction does not change its cosine. It needs no product: its length is tau * pull.
     radial = tl.where(inverse < SHORT, tau * tl.load(pull + first + row, mask=row < M, other=0.0) * inverse, 0.0)
-    result = (sum_BMBP * (1 / SCALE) - radial[:, None] * x) * (inverse * tl.load(weight))[:, None]
+    result = (sum_BMBP * (1 / SCALE) - radial[:, None] * x) * (inverse * tl.load(weight + clip))[:, None]
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -258,16 +263,18 @@ def _forward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_
         combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
             partial_3SN, own_N, inverse_target_N, lse_N, own_weight_N, terms_2N, B * M, splits, COMBINE_BLOCK,
             num_warps=4)  # pyright: ignore
-    loss, dtemperature_1, weight_1 = mean_of_terms(terms_2N, inverse_target_N, temperature_1)
-    return loss, dtemperature_1, weight_1, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, terms_2N[1].clone()
+    share_B = shares(inverse_target_N, B)
+    loss, dtemperature_1 = mean_of_terms(terms_2N, share_B, temperature_1)
+    return loss, dtemperature_1, share_B / temperature_1, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, terms_2N[1].clone()
 
 
 def _forward_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    N = predicted_BMP.shape[0] * predicted_BMP.shape[1]
-    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1, 1, N, N, N, N, N))
+    B = predicted_BMP.shape[0]
+    N = B * predicted_BMP.shape[1]
+    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1, B, N, N, N, N, N))
 
 
-def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, weight_1: torch.Tensor,
+def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, weight_B: torch.Tensor,
               inverse_predicted_N: torch.Tensor, inverse_target_N: torch.Tensor, lse_N: torch.Tensor,
               own_weight_N: torch.Tensor, pull_N: torch.Tensor) -> torch.Tensor:
     B, M, P = predicted_BMP.shape
@@ -276,7 +283,7 @@ def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature
     gradient_BMP = torch.empty_like(predicted_BMP)
     with on_device(predicted_BMP):
         streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
-            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, pull_N, temperature_1, weight_1,
+            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, pull_N, temperature_1, weight_B,
             gradient_BMP, M, units, GRADIENT_SCALE, unit, BM, BN, BK, BP, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
     return gradient_BMP
 

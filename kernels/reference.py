@@ -134,9 +134,10 @@ def joint_loss(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_BM: 
 
 def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature: float | torch.Tensor,
                      negatives: Negatives) -> torch.Tensor:
-    """mean_i -log(exp(s_ii / tau) / sum_j exp(s_ij / tau)), s the cosine similarity of prediction i and target j.
+    """Mean over clips of mean_i -log(exp(s_ii / tau) / sum_j exp(s_ij / tau)), s the cosine similarity of prediction i and target j.
 
-    A target of zeros (a flat tubelet) has no direction: it is a negative of similarity 0 for others, and no term of the mean.
+    A target of zeros (a flat tubelet) has no direction: it is a negative of similarity 0 for others, and no term of its clip's mean.
+    A clip without any term has loss 0 and counts: a batch is the mean of its clips. Negatives of the batch: all is one clip.
     """
     if negatives == "batch":
         predicted_BMP, target_BMP = predicted_BMP.flatten(0, 1)[None], target_BMP.flatten(0, 1)[None]
@@ -146,4 +147,5 @@ def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temp
         logits_BMM = predicted_BMP @ target_BMP.transpose(1, 2) / temperature
     loss_BM = logits_BMM.logsumexp(-1) - logits_BMM.diagonal(dim1=1, dim2=2)
     has_direction_BM = target_BMP.any(dim=-1)
-    return torch.where(has_direction_BM, loss_BM, 0.0).sum() / has_direction_BM.sum().clamp(min=1)
+    mean_B = torch.where(has_direction_BM, loss_BM, 0.0).sum(1) / has_direction_BM.sum(1).clamp(min=1)
+    return mean_B.sum() / max(len(mean_B), 1)

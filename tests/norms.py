@@ -5,6 +5,7 @@ single wrong rows), and the error as a whole must be small (flash-linear-attenti
 """
 
 import torch
+from einops import rearrange
 
 RMSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}  # of the root mean square of the exact values
 
@@ -30,3 +31,25 @@ def assert_close(ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, wha
     ratio = (ours - exact).square().mean().sqrt().item() / (size + 1e-300)
     limit = RMSE[ours.dtype] if rmse is None else rmse
     assert ratio <= limit or error <= noise, f"{what}: relative error {ratio:.2e}, allowed {limit:.2e}"
+
+
+def attention_bounds(qkv_BN3HD: torch.Tensor, dout_BNHD: torch.Tensor, exact_products: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far float32 can take each value of packed attention's (out, dqkv) from the exact one, in whatever order a processor sums.
+
+    A sum of n products is off by at most n * 2 ** -24 of the sum of their sizes; an error of a score is a relative one of its weight.
+    exact_products: float32 holds q k^T, as of small integers.
+    """
+    unit, tokens, width = 2.0**-24, qkv_BN3HD.shape[1], qkv_BN3HD.shape[-1]
+    q, k, v = rearrange(qkv_BN3HD.double(), "b n three h d -> three b h n d")
+    dout = rearrange(dout_BNHD.double(), "b n h d -> b h n d").abs()
+    weights = (q @ k.mT * width**-0.5).softmax(-1)
+    q, k, v = q.abs(), k.abs(), v.abs()
+    roundings = 4 if exact_products else 4 + width  # 4: the scale, its product, the lse, a weight's exponent
+    of_scores = roundings * unit * (q @ k.mT * width**-0.5)
+    of_weights = torch.expm1(2 * of_scores.amax(-1, keepdim=True)) + (tokens + 4) * unit  # 2: a weight and the sum of all
+    products = dout @ v.mT
+    products = weights * (products + (weights * products).sum(-1, keepdim=True))
+    of_dscores = (2 * of_weights + (width + tokens) * unit) * products
+    out = of_weights * (weights @ v)
+    dq, dk, dv = of_dscores @ k * width**-0.5, of_dscores.mT @ q * width**-0.5, (of_weights * weights).mT @ dout
+    return rearrange(out, "b h n d -> b n h d"), rearrange([dq, dk, dv], "three b h n d -> b n three h d")

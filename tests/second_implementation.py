@@ -131,17 +131,23 @@ def targets(video_BCTHW: torch.Tensor, mean: tuple[float, ...], std: tuple[float
 
 
 def contrastive(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature: float | torch.Tensor, negatives: str) -> torch.Tensor:
-    """The definition, term by term: -log of the share of the own target among all that compete."""
+    """The definition, term by term: -log of the share of the own target among all that compete, in the mean of a clip, then of clips.
+
+    Flat targets have no term; as rivals they resemble nothing.
+    """
     groups = [predicted_BMP.flatten(0, 1)], [target_BMP.flatten(0, 1)]
     if negatives == "clip":
         groups = list(predicted_BMP), list(target_BMP)
-    terms = []
+    means = []
     for predicted, target in zip(*groups, strict=True):
+        terms = []
         for i, x in enumerate(predicted):
-            similarity = torch.stack([torch.dot(x, y) / (torch.linalg.norm(x) * torch.linalg.norm(y)) for y in target])
-            weights = torch.exp(similarity / temperature)
-            terms.append(-torch.log(weights[i] / weights.sum()))
-    return torch.stack(terms).mean()
+            similarity = [torch.dot(x, y) / (torch.linalg.norm(x) * torch.linalg.norm(y)) if y.any() else 0 * x[0] for y in target]
+            weights = torch.exp(torch.stack(similarity) / temperature)
+            if target[i].any():
+                terms.append(-torch.log(weights[i] / weights.sum()))
+        means.append(torch.stack(terms).mean() if terms else 0 * predicted.sum())
+    return torch.stack(means).mean()
 
 
 MAE_NAMES = (("mlp.0.", "mlp.fc1."), ("mlp.2.", "mlp.fc2."), ("patch_embed.", "patch_embed.proj."), ("class_token", "cls_token"),

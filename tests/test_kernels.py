@@ -2,18 +2,29 @@
 
 import itertools
 import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from video_mae.config import ModelConfig
+from video_mae.kernels import contrastive_chunked as chunked
+from video_mae.kernels import contrastive_streaming as streaming
 from video_mae.kernels import dispatch, reference
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.contrastive import contrastive_loss
 from video_mae.kernels.launch import INTERPRETED
 from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction_loss_and_targets
 from video_mae.kernels.tubelets import gather_tubelets
+from video_mae.masking import mask_counts
 
+second = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "second_implementation.py")))
 CPU = torch.device("cpu")
 TUBELET, MEAN, STD = (2, 4, 3), (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
 GRID = (2, 3, 5)  # of the clips below
@@ -177,6 +188,74 @@ def test_contrastive_loss_is_its_definition(negatives, temperature):
         terms.append(-math.log(weights[i if negatives == "clip" else 4 * b + i] / sum(weights)))
     ours = contrastive_loss(predicted, target, temperature, negatives)
     assert ours.item() == pytest.approx(sum(terms) / 12, rel=1e-12)
+
+
+def unevenly_flat(clips: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """(predicted_BMP, target_BMP): a full clip, one of two targets, one with none, one of a single target."""
+    predicted, target = (normal(4, 5, 6, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    target[1, 2:], target[2], target[3, 1:] = 0, 0, 0
+    return predicted[:clips].requires_grad_(), target[:clips]
+
+
+@pytest.mark.parametrize("clips", [2, 3, 4])
+def test_a_batch_is_the_mean_of_its_clips_however_flat_they_are(clips):
+    predicted, target = unevenly_flat(clips)
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    together = contrastive_loss(predicted, target, tau)
+    alone = torch.stack([contrastive_loss(predicted[b:b + 1], target[b:b + 1], tau) for b in range(clips)])
+    torch.testing.assert_close(together, alone.mean())
+    for ours, expected in zip(*(torch.autograd.grad(loss, (predicted, tau)) for loss in (together, alone.mean())), strict=True):
+        torch.testing.assert_close(ours, expected)
+        assert (expected != 0).any()
+    assert all((loss == 0) == (target[b].count_nonzero() == 0) for b, loss in enumerate(alone))
+
+
+@pytest.mark.parametrize("negatives", ["clip", "batch"])
+def test_contrastive_loss_of_flat_tubelets_equals_the_second_implementation(negatives):
+    predicted, target = unevenly_flat()
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (contrastive_loss, second.contrastive):
+        loss = function(predicted, target, tau, negatives)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (predicted, tau))))
+    torch.testing.assert_close(*results)
+
+
+class Started(TorchDispatchMode):
+    """Names what a GPU would start: kernels and products that take this object's place, and operations but for views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[tuple[int, ...]] = []
+        self.products = 0
+        self.operations: list[str] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: self.kernels.append(grid)
+
+    def product(self, *_: torch.Tensor) -> None:
+        self.products += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in ("view", "transpose", "slice", "unbind") and not name.startswith("empty"):
+            self.operations.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("preset", "dual", "chunks"), [("base", 0.0, 4), ("base", 0.5, 2), ("giant", 0.0, 6), ("giant", 0.5, 2)])
+def test_the_fast_contrastive_loss_of_32_clips_starts_few_kernels(preset, dual, chunks, monkeypatch):
+    model, started = ModelConfig.preset(preset), Started()
+    for module, name in ((streaming, "inverse_norm_kernel"), (chunked, "softmax_gradient_kernel"), (chunked, "through_cosine_kernel")):
+        monkeypatch.setattr(module, name, started)
+    monkeypatch.setattr(chunked, "matmul", started.product)
+    masked, values = mask_counts(model.grid, "tube", 0.9, dual)[1], math.prod(model.tubelet) * model.in_channels
+    predicted = torch.empty(32, masked, values, dtype=torch.bfloat16, device="meta")
+    gradient, temperature = torch.empty_like(predicted), torch.empty(1, device="meta")
+    with started:
+        chunked._add_gradient(predicted, predicted, temperature, gradient, 1.0, chunked.SCRATCH_BYTES)
+    assert (len(started.kernels), started.products) == (2 + 2 * chunks, 2 * chunks)
+    assert len(started.operations) <= 13, started.operations
 
 
 def test_batch_negatives_equal_one_long_clip():

@@ -146,6 +146,29 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Tiny, monkeypatc
     assert "step 2: skipped" in (Path(config.output) / "log.txt").read_text()
 
 
+def test_accumulation_does_not_change_the_joint_loss_however_flat_some_clips_are(tiny: Tiny, tmp_path: Path,
+                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = Objective.forward
+
+    def forward(self: Objective, predicted: torch.Tensor, clip: torch.Tensor, masked: torch.Tensor) -> Losses:
+        """Blackens a part of every clip, by what it shows: none of it, half, nearly all, all."""
+        clip = clip.clone()
+        for video in clip:
+            video[:, :(0, 16, 24, 32)[int(video.sum()) % 4]] = 0
+        return healthy(self, predicted, clip, masked)
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    curves = []
+    for micro_batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        config = tiny(f"output={tmp_path / str(accumulation)}", f"optim.micro_batch={micro_batch}", f"optim.accumulation={accumulation}",
+                      "objective.contrastive_weight=1", "objective.learn_temperature=true", "objective.temperature=0.2")
+        assert run(prepare(config)) == DONE
+        curves.append([line[key] for line in lines(config) for key in ("loss", "contrastive_loss", "grad_norm")])
+    assert len(curves[0]) == 12
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
 def test_many_bad_steps_in_a_row_stop_the_run_before_a_checkpoint_of_them(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("optim.steps=20", "journal.checkpoint_interval=4", "engine.max_skipped_in_a_row=3")
     poison(monkeypatch, set(range(6, 100)))

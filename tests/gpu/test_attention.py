@@ -50,11 +50,14 @@ def run(program: ModuleType, qkv, dout):
 
 def check(program, qkv, dout, **rule):
     ours, low, exact = run(program, qkv, dout), reference_of(qkv, dout), reference_of(qkv.double(), dout.double())
-    norms.assert_close(ours[0], low[0], exact[0], "out", rmse=rule.get("rmse"))
+    bounds = norms.attention_bounds(qkv, dout)  # for float32: what `low` is off by there is one processor's luck
+    in_float32 = 1.0 if qkv.dtype == torch.float32 else 0.0
+    norms.assert_close(ours[0], low[0], exact[0], "out", slack=in_float32 * bounds[0].max().item(), rmse=rule.get("rmse"))
     for i, name in enumerate(("dq", "dk", "dv")):
         parts = [gradient[:, :, i] for gradient in (ours[1], low[1], exact[1])]
-        slack = 1e-5 if qkv.shape[1] == 1 and name != "dv" else 0.0  # of one token, exactly 0 but for rounding
-        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if slack else None, **rule})
+        is_zero = qkv.shape[1] == 1 and name != "dv"  # but for the rounding of sums in float32
+        slack = max(in_float32, float(is_zero)) * bounds[1][:, :, i].max().item()
+        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule})
 
 
 @pytest.mark.parametrize(("program", "shape", "dtype"), CASES,

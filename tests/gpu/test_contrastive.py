@@ -26,12 +26,12 @@ SHAPES = [(1, 1, 24), (3, 2, 1176), (5, 15, 37), (2, 127, 1536), (3, 147, 768), 
 
 
 def clips(B: int, M: int, P: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predictions that resemble their targets; where there are enough, also empty ones and a flat target."""
+    """Predictions that resemble their targets; where there are enough, also an empty one and flat targets in the last clip."""
     generator = torch.Generator("cuda").manual_seed(seed)
     target = torch.randn(B, M, P, device="cuda", generator=generator)
     predicted = 0.3 * target + torch.randn(B, M, P, device="cuda", generator=generator)
     if M > 3:
-        predicted[0, 0], target[-1, 1] = 0, 0
+        predicted[0, 0], target[-1, 1:1 + M // 3] = 0, 0
     return predicted.to(dtype).requires_grad_(), target.to(dtype)
 
 
@@ -43,7 +43,7 @@ def low_loss(predicted, target, temperature, negatives):
     predicted, target = (F.normalize(x, dim=-1, eps=reference.NORM_FLOOR) for x in (predicted, target))
     logits = ((predicted @ target.transpose(1, 2)) / temperature.to(predicted.dtype)).float()
     loss = logits.logsumexp(-1) - logits.diagonal(dim1=1, dim2=2)
-    return torch.where(has_direction, loss, 0).sum() / has_direction.sum().clamp(min=1)
+    return (torch.where(has_direction, loss, 0).sum(1) / has_direction.sum(1).clamp(min=1)).mean()
 
 
 def with_gradients(function: Any, predicted, target, temperature, dtype, *options):
@@ -79,7 +79,7 @@ def test_thousands_of_negatives(memory):
     assert (ours - theirs).square().mean().sqrt() <= 5e-3 * theirs.square().mean().sqrt()
 
 
-@pytest.mark.parametrize(("memory", "megabytes"), [("fast", 33), ("least", 4)])
+@pytest.mark.parametrize(("memory", "megabytes"), [("fast", 129), ("least", 4)])
 def test_memory_is_bounded_by_the_scratch(memory, megabytes):
     predicted, target = clips(4, 1408, 1536)
     contrastive_loss(predicted, target, 0.1, "batch", "triton", memory)  # the BLAS takes its workspace once

@@ -50,13 +50,16 @@ def run(program: ModuleType, qkv, dout):
     return out, program.backward(qkv, out, lse, dout)
 
 
-def check(program, qkv, dout, **rule):
+def check(program, qkv, dout, exact_products=False, **rule):
     ours, low, exact = run(program, qkv, dout), reference_of(qkv, dout), reference_of(qkv.double(), dout.double())
-    norms.assert_close(ours[0], low[0], exact[0], "out", rmse=rule.get("rmse"))
+    bounds = norms.attention_bounds(qkv, dout, exact_products)  # for float32: what `low` is off by there is one processor's luck
+    in_float32 = 1.0 if qkv.dtype == torch.float32 else 0.0
+    norms.assert_close(ours[0], low[0], exact[0], "out", slack=in_float32 * bounds[0].max().item(), rmse=rule.get("rmse"))
     for i, name in enumerate(("dq", "dk", "dv")):
         parts = [gradient[:, :, i] for gradient in (ours[1], low[1], exact[1])]
-        slack = 1e-6 if qkv.shape[1] == 1 and name != "dv" else 0.0  # of one token, exactly 0 but for rounding
-        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if slack else None, **rule})
+        is_zero = qkv.shape[1] == 1 and name != "dv"  # but for the rounding of sums in float32
+        slack = max(in_float32, float(is_zero)) * bounds[1][:, :, i].max().item()
+        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule})
 
 
 @pytest.mark.parametrize(("program", "shape", "dtype"), [
@@ -84,9 +87,11 @@ def test_extreme_logits_neither_overflow_nor_lose_the_gradient(program, dtype):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_far_from_zero_leave_the_keys_that_do_not_exist_alone(program, sign):
     qkv, dout = inputs((1, 66, 2, 64))
+    qkv = qkv.round()
     qkv[:, :, 0] = sign * 8
     qkv[:, :, 1] += 8  # lse is near -740 or 740: 2 ** 740 would be the weight of a score of 0
-    check(program, qkv, dout, times=5, rmse=1e-3)
+    # A score of 512 and so a weight is known to 4 * 512 * 2 ** -24 = 1.2e-4; dq has 8 times that: the deviations of keys about 8
+    check(program, qkv, dout, exact_products=True, rmse=1e-3)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

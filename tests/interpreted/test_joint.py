@@ -22,6 +22,7 @@ def arguments(dtype=torch.float32, count=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (2, *(g * t for g, t in zip(GRID, TUBELET, strict=True)), 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    clip[1, :, 4:] = 99  # two thirds of the second clip are flat
     index = torch.stack([torch.randperm(math.prod(GRID), generator=generator)[:count] for _ in range(2)])
     predicted = torch.randn(2, count, 72, generator=generator).to(dtype).requires_grad_()
     return predicted, clip, index, TUBELET
@@ -46,6 +47,24 @@ def test_losses_and_gradients_are_those_of_the_references(normalize, temperature
     assert (gradient.double() - expected_gradient).abs().max() <= TOLERANCE[dtype] * expected_gradient.abs().max()
     assert tau_gradient.shape == tau.shape
     assert tau_gradient.item() == pytest.approx(expected_tau.item(), rel=20 * loose, abs=loose)
+
+
+@pytest.mark.parametrize(("impl", "memory"), [("triton", "fast"), ("triton", "least"), ("reference", "fast")])
+def test_a_batch_is_the_mean_of_its_clips_however_flat_they_are(impl, memory):
+    predicted, clip, index, tubelet = arguments()
+    clip[:, :, 8:] = 0
+    clip = torch.cat([clip, torch.zeros_like(clip[:1])])  # about a third of the first is flat, two thirds of the second, the third
+    index, predicted = index[[0, 1, 0]], predicted.detach()[[0, 1, 0]].requires_grad_()
+    tau = torch.tensor(0.2, requires_grad=True)
+    alone = [joint_loss(predicted[b:b + 1], clip[b:b + 1], index[b:b + 1], tubelet, "channel", tau, "clip", 0.7, impl, memory)
+             for b in range(3)]
+    together = joint_loss(predicted, clip, index, tubelet, "channel", tau, "clip", 0.7, impl, memory)
+    means = [torch.stack(parts).mean() for parts in zip(*alone, strict=True)]
+    torch.testing.assert_close(together, tuple(means))
+    for ours, expected in zip(*(torch.autograd.grad(losses[0], (predicted, tau)) for losses in (together, means)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+    assert alone[2][2] == 0
+    assert alone[1][2] > 0
 
 
 def test_only_the_sum_has_a_gradient_and_it_is_the_sum():
