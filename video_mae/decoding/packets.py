@@ -1,0 +1,208 @@
+"""What the packets of a video say before it is decoded: which frames there are, when each is shown, and whether that can be believed.
+
+A seek finds a frame by its time stamp, so stamps must tell the order of showing. Some containers store the order of decoding alone (AVI,
+ASF, MXF, raw streams), and whoever copies such a stream into an mp4 copies that as well.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.decoding.containers import NO_INDEX, has_offsets
+from video_mae.decoding.reading import shown_times
+
+SEEKABLE = ("mp4", "matroska", "flv", "avi")
+"""Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it leads to another, or to none."""
+NO_STAMPS, DECODING_ORDER = "time stamps missing or repeated", "time stamps in the order of decoding"
+LATE_START = "a first frame that is no key frame"
+IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START)
+"""What makes any seek go astray: frames can be numbered only as they come out, from the start of the file on."""
+ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that are no fresh start"
+MIRRORED = "a mirrored or slanted picture"
+
+REORDERS = 8  # FFmpeg's mark of a codec that may show frames in another order than it stores them in
+B_PICTURE = re.compile(rb"\x00\x00\x01\xb6[\x80-\xbf]")  # of MPEG-4 part 2
+VP8_SHOWN = 0x10
+IDR, NAL_TYPE, IDR_AFTER_START_CODE = 5, 0x1F, re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # of H.264
+
+Turn = tuple[bool, bool, bool]
+"""How a stored picture becomes the shown one: rows and columns change places; then left and right do; top and bottom do."""
+UPRIGHT: Turn = (False, False, False)
+
+
+class Packet(NamedTuple):
+    """A packet that holds a frame: when it is shown and decoded, in ticks of the stream's clock, and whether it is a key frame."""
+
+    pts: Any
+    dts: Any
+    is_key: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The packets of a video in the order of decoding. traits: what leads decoders astray. Of the first frame, where it was looked at:
+    how it is shown, and its (height, width) then.
+    """
+
+    container: str
+    codec: str
+    packets: Sequence[Packet]
+    traits: tuple[str, ...]
+    reorders: bool
+    tick_seconds: float
+    fps: float
+    turn: Turn = UPRIGHT
+    size: tuple[int, int] = (0, 0)
+    stamps: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", sorted(packet.pts for packet in self.packets if packet.pts is not None))
+
+    @property
+    def misleads(self) -> bool:
+        """Whether frames can be numbered only by decoding all of them in order."""
+        return any(trait in IN_ORDER for trait in self.traits)
+
+    def times(self) -> NDArray[np.float64]:
+        """When frames are shown, as `shown_times` has it."""
+        return shown_times(np.array(self.stamps, np.float64) * self.tick_seconds, self.fps)
+
+    def start(self) -> float:
+        """When the first frame is shown by the file's own clock, seconds; 0 where no stamp says it."""
+        return self.stamps[0] * self.tick_seconds if self.stamps else 0.0
+
+
+def open_container(path: str) -> Any:
+    """A video container, which may name no other file. Raises: av.FFmpegError."""
+    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
+    return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
+
+
+def video_stream(container: Any) -> Any:
+    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ValueError("the file has no video stream")
+    return stream
+
+
+def orientation(frame: av.VideoFrame) -> tuple[Turn, bool]:
+    """How a frame is shown, as its display matrix says, to the nearest quarter turn; and whether that is a quarter turn and no more."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return UPRIGHT, True
+    # The pixel (x, y) is shown at (a x + c y, b x + d y): FFmpeg's av_display_rotation_get, and what `ffmpeg` does with it.
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    turn = (transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
+    straight = (a == d == 0 if transposed else b == c == 0) and not is_mirrored(turn)
+    return turn, straight
+
+
+def is_mirrored(turn: Turn) -> bool:
+    """Whether no rotation alone would do."""
+    return sum(turn) % 2 == 1
+
+
+def survey(path: str) -> Survey:
+    """What is known of a video before its second frame is decoded. Raises: av.FFmpegError; ValueError where there is no video."""
+    with open_container(path) as container:
+        stream = video_stream(container)
+        stream.thread_type = "NONE"
+        return _survey(container, stream, container.demux(stream), thorough=True)
+
+
+def read_packets(path: str, container: Any, stream: Any) -> Survey:
+    """What PyAV needs to know of a video that it has open; what the index of the file says is not read from its packets."""
+    packets = container.demux(stream)
+    first = next(packets, None)
+    if first is None:
+        return _survey(container, stream, iter(()), thorough=False)
+    indexed = _indexed(path, container, stream, first.pts)
+    if indexed:
+        return _conclude(container, stream, indexed, {}, None)
+    return _survey(container, stream, chain([first], packets), thorough=False)
+
+
+def container_name(container: Any) -> str:
+    """One name for a container and its kin: mp4 for mov and 3gp, matroska for webm."""
+    names = container.format.name.split(",")
+    return "mp4" if "mp4" in names else names[0]
+
+
+def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence[Packet]:
+    """The packets as an mp4's index has them, where frames are shown when they are decoded: packed videos need not be read for it."""
+    if container_name(container) != "mp4" or stream.codec_context.name != "h264" or stream.codec_context.has_b_frames:
+        return ()
+    entries = stream.index_entries
+    if not len(entries) == stream.frames > 0 or entries[0].timestamp != first_pts:
+        return ()
+    with open(path, "rb") as file:
+        if has_offsets(file):
+            return ()
+    return [Packet(entry.timestamp, entry.timestamp, entry.is_keyframe) for entry in entries if not entry.is_discard]
+
+
+def _survey(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
+    context, name = stream.codec_context, container_name(container)
+    codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
+    packets, traits, frame = list[Packet](), dict[str, None](), None
+    may_reorder = name == "avi" and codec != "mpeg4" and bool(context.codec.properties & REORDERS)
+    for packet in rest:
+        if thorough and frame is None:
+            with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
+                frame = next(iter(packet.decode()), None)
+        if not packet.size or packet.is_discard:
+            continue
+        if codec == "vp8" and not memoryview(packet)[0] & VP8_SHOWN:  # others refer to it, nobody sees it
+            continue
+        packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
+        if name == "avi" and codec == "mpeg4" and B_PICTURE.search(packet):
+            may_reorder = True
+        if thorough and codec == "h264" and packet.is_keyframe and not _is_fresh(bytes(packet), context.extradata or b""):
+            traits[OPEN_GROUPS] = None
+    if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
+        traits[NO_INDEX] = None
+    if may_reorder:  # and AVI does not say how
+        traits[DECODING_ORDER] = None
+    return _conclude(container, stream, packets, traits, frame)
+
+
+def _conclude(container: Any, stream: Any, packets: Sequence[Packet], traits: dict[str, None], frame: av.VideoFrame | None) -> Survey:
+    name, reorders = container_name(container), bool(stream.codec_context.has_b_frames)
+    stamps, keys = [packet.pts for packet in packets], [packet for packet in packets if packet.is_key]
+    if None in stamps or len(set(stamps)) < len(stamps):
+        traits[NO_STAMPS] = None
+    elif reorders and len(stamps) > 2 and stamps == sorted(stamps):  # the decoder says it changes the order, the stamps say it does not
+        traits[DECODING_ORDER] = None
+    elif stamps and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what comes before the first key frame
+        traits[LATE_START] = None
+    elif name != "matroska" and any(None not in (one.pts, two.dts) and two.dts <= one.pts for one, two in pairwise(keys)):
+        traits[ADJACENT_KEYS] = None  # indexed by when it is decoded, the second one stands before the first one is shown
+    turn, is_straight, size = UPRIGHT, True, (0, 0)
+    if frame is not None:
+        turn, is_straight = orientation(frame)
+        size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
+    if not is_straight:
+        traits[MIRRORED] = None
+    return Survey(name, stream.codec_context.codec.canonical_name, packets, tuple(traits), reorders, float(stream.time_base),
+                  float(stream.average_rate or stream.guessed_rate or 1), turn, size)
+
+
+def _is_fresh(data: bytes, extradata: bytes) -> bool:
+    """Whether a key frame of H.264 is an IDR picture, to which nothing before it matters; others may become whole only in the end."""
+    if extradata[:1] != b"\x01":  # start codes between the units, not their lengths before them
+        return IDR_AFTER_START_CODE.search(data) is not None
+    place, length_bytes = 0, (extradata[4] & 3) + 1
+    while place + length_bytes < len(data):
+        if data[place + length_bytes] & NAL_TYPE == IDR:
+            return True
+        place += length_bytes + int.from_bytes(data[place: place + length_bytes], "big")
+    return False
