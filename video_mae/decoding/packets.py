@@ -5,10 +5,10 @@ ASF, MXF, raw streams), and whoever copies such a stream into an mp4 copies that
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import av
@@ -116,19 +116,17 @@ def survey(path: str) -> Survey:
     with open_container(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"
-        return _survey(container, stream, container.demux(stream), thorough=True)
+        return _read(container, stream, container.demux(stream), thorough=True)
 
 
 def read_packets(path: str, container: Any, stream: Any) -> Survey:
     """What PyAV needs to know of a video that it has open; what the index of the file says is not read from its packets."""
-    packets = container.demux(stream)
-    first = next(packets, None)
-    if first is None:
-        return _survey(container, stream, iter(()), thorough=False)
-    indexed = _indexed(path, container, stream, first.pts)
+    rest = container.demux(stream)
+    head = list(islice(rest, 1))
+    indexed = _indexed(path, container, stream, head[0].pts) if head else ()
     if indexed:
-        return _conclude(container, stream, indexed, {}, None)
-    return _survey(container, stream, chain([first], packets), thorough=False)
+        return _survey(container, stream, indexed, _stamp_traits(container_name(container), indexed, reorders=False, is_cut=False))
+    return _read(container, stream, chain(head, rest), thorough=False)
 
 
 def container_name(container: Any) -> str:
@@ -150,50 +148,58 @@ def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence
     return [Packet(entry.timestamp, entry.timestamp, entry.is_keyframe) for entry in entries if not entry.is_discard]
 
 
-def _survey(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
+def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
     context, name = stream.codec_context, container_name(container)
     codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
-    packets, traits, frame = list[Packet](), dict[str, None](), None
+    packets, frame = list[Packet](), None
+    is_cut = has_open_groups = False
     may_reorder = name == "avi" and codec != "mpeg4" and bool(context.codec.properties & REORDERS)
     for packet in rest:
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
                 frame = next(iter(packet.decode()), None)
-        if not packet.size or packet.is_discard:
-            continue
-        if codec == "vp8" and not memoryview(packet)[0] & VP8_SHOWN:  # others refer to it, nobody sees it
-            continue
-        packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
-        if name == "avi" and codec == "mpeg4" and B_PICTURE.search(packet):
-            may_reorder = True
-        if thorough and codec == "h264" and packet.is_keyframe and not _is_fresh(bytes(packet), context.extradata or b""):
-            traits[OPEN_GROUPS] = None
+        if packet.is_discard:
+            is_cut = True
+        elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):  # else only others refer to it
+            packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
+            if name == "avi" and codec == "mpeg4" and B_PICTURE.search(packet):
+                may_reorder = True
+            if thorough and codec == "h264" and packet.is_keyframe and not _is_fresh(bytes(packet), context.extradata or b""):
+                has_open_groups = True
+    traits = list(_stamp_traits(name, packets, reorders=bool(context.has_b_frames), is_cut=is_cut))
     if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
-        traits[NO_INDEX] = None
+        traits.append(NO_INDEX)
     if may_reorder:  # and AVI does not say how
-        traits[DECODING_ORDER] = None
-    return _conclude(container, stream, packets, traits, frame)
+        traits.append(DECODING_ORDER)
+    if has_open_groups:
+        traits.append(OPEN_GROUPS)
+    return _survey(container, stream, packets, traits, frame)
 
 
-def _conclude(container: Any, stream: Any, packets: Sequence[Packet], traits: dict[str, None], frame: av.VideoFrame | None) -> Survey:
-    name, reorders = container_name(container), bool(stream.codec_context.has_b_frames)
+def _stamp_traits(name: str, packets: Sequence[Packet], *, reorders: bool, is_cut: bool) -> Iterator[str]:
+    """What is wrong with the stamps of a container's packets, some of which an edit list hides (is_cut)."""
     stamps, keys = [packet.pts for packet in packets], [packet for packet in packets if packet.is_key]
     if None in stamps or len(set(stamps)) < len(stamps):
-        traits[NO_STAMPS] = None
-    elif reorders and len(stamps) > 2 and stamps == sorted(stamps):  # the decoder says it changes the order, the stamps say it does not
-        traits[DECODING_ORDER] = None
-    elif stamps and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what comes before the first key frame
-        traits[LATE_START] = None
-    elif name != "matroska" and any(None not in (one.pts, two.dts) and two.dts <= one.pts for one, two in pairwise(keys)):
-        traits[ADJACENT_KEYS] = None  # indexed by when it is decoded, the second one stands before the first one is shown
-    turn, is_straight, size = UPRIGHT, True, (0, 0)
+        yield NO_STAMPS
+        return
+    if reorders and len(stamps) > 2 and stamps == sorted(stamps):  # the decoder says that the order changes, the stamps that it does not
+        yield DECODING_ORDER
+    if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what they lack a key frame for
+        yield LATE_START
+    if name != "matroska" and any(two.dts is not None and two.dts <= one.pts for one, two in pairwise(keys)):
+        yield ADJACENT_KEYS  # in an index by the time of decoding the second one stands before the first one is shown
+
+
+def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iterable[str], frame: av.VideoFrame | None = None) -> Survey:
+    traits, turn, size = list(traits), UPRIGHT, (0, 0)
     if frame is not None:
         turn, is_straight = orientation(frame)
         size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
-    if not is_straight:
-        traits[MIRRORED] = None
-    return Survey(name, stream.codec_context.codec.canonical_name, packets, tuple(traits), reorders, float(stream.time_base),
-                  float(stream.average_rate or stream.guessed_rate or 1), turn, size)
+        traits += () if is_straight else (MIRRORED,)
+    context = stream.codec_context
+    fps = float(stream.average_rate or stream.guessed_rate or 1)
+    return Survey(container_name(container), context.codec.canonical_name, packets, tuple(dict.fromkeys(traits)), bool(context.has_b_frames),
+                  float(stream.time_base), fps, turn, size)
 
 
 def _is_fresh(data: bytes, extradata: bytes) -> bool:

@@ -98,7 +98,10 @@ class _Video:
             return
         self.in_order, self.stamps = False, survey.stamps
         self.places = {packet.pts: place for place, packet in enumerate(survey.packets)}
-        self.keys = sorted(packet for packet in survey.packets if packet.is_key)
+        keys = {packet for packet in survey.packets if packet.is_key}
+        if self.stamps:  # where an edit list hides the first key frame, the first stamp that is shown leads there
+            keys.add(survey.packets[0]._replace(pts=self.stamps[0]))
+        self.keys = sorted(keys, key=lambda key: key.pts)
         self.key_stamps = [key.pts for key in self.keys]
 
     def __del__(self) -> None:
