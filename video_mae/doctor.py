@@ -185,12 +185,17 @@ def _read(case: Case, reading: Reading, config: DoctorConfig) -> None:
 
 
 def _judge(case: Case, description: Description, decoder: str) -> None:
-    for finding in dict.fromkeys(TRAITS[trait] for trait in description.traits if trait in TRAITS):
-        case.add(finding)
+    known = list(dict.fromkeys(TRAITS[trait] for trait in description.traits if trait in TRAITS))
+    if len(known) > 1 and Finding.NO_ORDER in known:  # of packed B-frames and the like, which say more
+        known.remove(Finding.NO_ORDER)
     if description.codec == "hevc":
-        case.add(Finding.HEVC)
-    if case.fallback:
-        case.add(Finding.OTHER_DECODER if decoder in description.trusted_with else Finding.NOT_TRUSTED)
+        known.append(Finding.HEVC)
+    if case.fallback and decoder in description.trusted_with:
+        known.append(Finding.OTHER_DECODER)
+    elif case.fallback and not known:
+        known.append(Finding.NOT_TRUSTED)
+    for finding in known:
+        case.add(finding)
     if description.key_frame_distance > SLOW_SEEK:
         case.add(Finding.SLOW_SEEK)
     if not description.constant_rate:

@@ -28,9 +28,12 @@ ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that ar
 MIRRORED = "a mirrored or slanted picture"
 
 REORDERS = 8  # FFmpeg's mark of a codec that may show frames in another order than it stores them in
-B_PICTURE = re.compile(rb"\x00\x00\x01\xb6[\x80-\xbf]")  # of MPEG-4 part 2
 VP8_SHOWN = 0x10
-IDR, NAL_TYPE, IDR_AFTER_START_CODE = 5, 0x1F, re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # of H.264
+START_CODE, UNIT_BYTES, UNIT_TYPE = b"\x00\x00\x01", 9, 0x1F  # of H.264: of a unit its type, and what comes first in a slice
+SLICES, IDR, B_SLICE = (1, 2, 5), 5, 1
+# In MPEG-1, -2 and -4 two or three bits of what follows the start code of a picture.
+B_PICTURE = {"mpeg4": re.compile(rb"\x00\x00\x01\xb6[\x80-\xbf]")}
+B_PICTURE |= dict.fromkeys(("mpeg1video", "mpeg2video"), re.compile(rb"\x00\x00\x01\x00.[\x18-\x1f\x58-\x5f\x98-\x9f\xd8-\xdf]", re.DOTALL))
 
 Turn = tuple[bool, bool, bool]
 """How a stored picture becomes the shown one: rows and columns change places; then left and right do; top and bottom do."""
@@ -125,7 +128,8 @@ def read_packets(path: str, container: Any, stream: Any) -> Survey:
     head = list(islice(rest, 1))
     indexed = _indexed(path, container, stream, head[0].pts) if head else ()
     if indexed:
-        return _survey(container, stream, indexed, _stamp_traits(container_name(container), indexed, reorders=False, is_cut=False))
+        traits = _stamp_traits("mp4", indexed, reorders=False, is_cut=False)
+        return _survey(container, stream, indexed, traits, reorders=False)
     return _read(container, stream, chain(head, rest), thorough=False)
 
 
@@ -153,7 +157,8 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
     codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
     packets, frame = list[Packet](), None
     is_cut = has_open_groups = False
-    may_reorder = name == "avi" and codec != "mpeg4" and bool(context.codec.properties & REORDERS)
+    may_reorder = bool(context.has_b_frames) or (name == "avi" and bool(context.codec.properties & REORDERS))
+    reorders = False
     for packet in rest:
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
@@ -162,27 +167,56 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
             is_cut = True
         elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):  # else only others refer to it
             packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
-            if name == "avi" and codec == "mpeg4" and B_PICTURE.search(packet):
-                may_reorder = True
-            if thorough and codec == "h264" and packet.is_keyframe and not _is_fresh(bytes(packet), context.extradata or b""):
-                has_open_groups = True
-    traits = list(_stamp_traits(name, packets, reorders=bool(context.has_b_frames), is_cut=is_cut))
+            if may_reorder and not reorders:
+                reorders = _is_b_frame(packet, codec, context.extradata)
+            if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
+                has_open_groups = all(unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata))
+    traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
     if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
         traits.append(NO_INDEX)
-    if may_reorder:  # and AVI does not say how
-        traits.append(DECODING_ORDER)
     if has_open_groups:
         traits.append(OPEN_GROUPS)
-    return _survey(container, stream, packets, traits, frame)
+    return _survey(container, stream, packets, traits, reorders, frame)
+
+
+def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:
+    """Whether a packet holds a frame that is shown before one that is stored before it; true where nothing is known of the codec."""
+    if codec == "h264":
+        return any(unit[0] & UNIT_TYPE in SLICES and _slice_type(unit) == B_SLICE for unit in _units(bytes(packet), extradata))
+    return codec not in B_PICTURE or B_PICTURE[codec].search(packet) is not None
+
+
+def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
+    """The beginnings of the units of a packet of H.264."""
+    place = 0
+    if not extradata or extradata[0] != 1:  # start codes between the units, not their lengths before them
+        while (place := data.find(START_CODE, place) + len(START_CODE)) >= len(START_CODE) and place < len(data):
+            yield data[place: place + UNIT_BYTES]
+        return
+    length_bytes = (extradata[4] & 3) + 1
+    while place + length_bytes < len(data):
+        begin = place + length_bytes
+        yield data[begin: begin + UNIT_BYTES]
+        place = begin + int.from_bytes(data[place: begin], "big")
+
+
+def _slice_type(unit: bytes) -> int:
+    """The second of the numbers that a slice begins with, each as many bits after as zeros before its first one; 5 says what 0 says."""
+    bits, place, value = "".join(f"{byte:08b}" for byte in unit[1:]) + "1", 0, 0
+    for _ in range(2):
+        zeros = bits.index("1", place) - place
+        value = int(bits[place + zeros: place + 2 * zeros + 1], 2) - 1
+        place = min(place + 2 * zeros + 1, len(bits) - 1)
+    return value % 5
 
 
 def _stamp_traits(name: str, packets: Sequence[Packet], *, reorders: bool, is_cut: bool) -> Iterator[str]:
-    """What is wrong with the stamps of a container's packets, some of which an edit list hides (is_cut)."""
+    """What is wrong with the stamps of a container's packets, some of which an edit list may hide (is_cut)."""
     stamps, keys = [packet.pts for packet in packets], [packet for packet in packets if packet.is_key]
     if None in stamps or len(set(stamps)) < len(stamps):
         yield NO_STAMPS
         return
-    if reorders and len(stamps) > 2 and stamps == sorted(stamps):  # the decoder says that the order changes, the stamps that it does not
+    if reorders and (name == "avi" or stamps == sorted(stamps)):  # AVI has no other stamps than those of decoding
         yield DECODING_ORDER
     if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what they lack a key frame for
         yield LATE_START
@@ -190,7 +224,8 @@ def _stamp_traits(name: str, packets: Sequence[Packet], *, reorders: bool, is_cu
         yield ADJACENT_KEYS  # in an index by the time of decoding the second one stands before the first one is shown
 
 
-def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iterable[str], frame: av.VideoFrame | None = None) -> Survey:
+def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iterable[str], reorders: bool,
+            frame: av.VideoFrame | None = None) -> Survey:
     traits, turn, size = list(traits), UPRIGHT, (0, 0)
     if frame is not None:
         turn, is_straight = orientation(frame)
@@ -198,17 +233,5 @@ def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iter
         traits += () if is_straight else (MIRRORED,)
     context = stream.codec_context
     fps = float(stream.average_rate or stream.guessed_rate or 1)
-    return Survey(container_name(container), context.codec.canonical_name, packets, tuple(dict.fromkeys(traits)), bool(context.has_b_frames),
-                  float(stream.time_base), fps, turn, size)
-
-
-def _is_fresh(data: bytes, extradata: bytes) -> bool:
-    """Whether a key frame of H.264 is an IDR picture, to which nothing before it matters; others may become whole only in the end."""
-    if extradata[:1] != b"\x01":  # start codes between the units, not their lengths before them
-        return IDR_AFTER_START_CODE.search(data) is not None
-    place, length_bytes = 0, (extradata[4] & 3) + 1
-    while place + length_bytes < len(data):
-        if data[place + length_bytes] & NAL_TYPE == IDR:
-            return True
-        place += length_bytes + int.from_bytes(data[place: place + length_bytes], "big")
-    return False
+    return Survey(container_name(container), context.codec.canonical_name, packets, tuple(traits), reorders, float(stream.time_base), fps,
+                  turn, size)
