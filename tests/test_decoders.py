@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times
 from video_mae.decoding import decoders as table
-from video_mae.decoding.containers import ASF, EDIT_LIST, HEVC, NO_INDEX, PACKED_B_FRAMES, check_container
+from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
+from video_mae.decoding.inspection import describe
+from video_mae.decoding.packets import ADJACENT_KEYS, OPEN_GROUPS
 from video_mae.decoding.pyav_video import pixels, sequential
 from video_mae.decoding.reading import scaled_size
 
@@ -27,7 +29,7 @@ CLOSE = 6.0
 """Mean difference of two decoders' pixels, of 255: they convert colours and scale in ways of their own."""
 MOST = 100
 """Frames of a long file that are read in order."""
-KNOWN = {EDIT_LIST: ("editlist.mp4",), HEVC: ("h265_video.mp4",),
+KNOWN = {EDIT_LIST: ("editlist.mp4",), ADJACENT_KEYS: ("h265_video.mp4",),
          PACKED_B_FRAMES: ("RATRACE_wave_f_nm_np1_fr_goo_37.avi", "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
                            "TrumanShow_wave_f_nm_np1_fr_med_26.avi", "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi",
                            "tests_data_test.avi")}
@@ -101,7 +103,7 @@ RENDERED: dict[str, Callable[[Path], Path]] = {
     "h265.mp4": lambda path: render(path, 30, codec="libx265", x265_params="log-level=none:keyint=10",
                                        preset="ultrafast"),
 }
-MISREAD = {"hidden.mp4": EDIT_LIST, "h265.mp4": HEVC, "stream.ts": NO_INDEX, "stream.mpg": NO_INDEX, "windows.wmv": ASF}
+MISREAD = {"hidden.mp4": EDIT_LIST, "open.mkv": OPEN_GROUPS, "stream.ts": NO_INDEX, "stream.mpg": NO_INDEX, "windows.wmv": ASF}
 FILES = [*RENDERED, *REAL]
 
 
@@ -209,22 +211,22 @@ def test_frames_have_the_times_of_their_stamps(decoder, name, place):
     *((name, MISREAD.get(name, "")) for name in RENDERED),
     *((name, next((kind for kind, names in KNOWN.items() if name in names), "")) for name in REAL),
 ])
-def test_what_decoders_misread_is_known_by_its_container(name, kind, place):
-    with open(place(name), "rb") as file:
-        assert check_container(file, Path(place(name)).stat().st_size) == kind
+def test_what_leads_decoders_astray_is_known_before_they_open_a_file(name, kind, place):
+    assert set(describe(place(name)).traits[:1]) == {kind} - {""}
 
 
 @each_decoder
-@pytest.mark.parametrize("name", [*MISREAD, *(name for names in KNOWN.values() for name in names if name in REAL)])
+@pytest.mark.parametrize("name", [*MISREAD, "h265.mp4", *(name for names in KNOWN.values() for name in names if name in REAL)])
 def test_what_a_decoder_misreads_is_left_to_another_and_named(decoder, name, place):
     path = place(name)
-    with open(path, "rb") as file:
-        kind = check_container(file, Path(path).stat().st_size)
+    description = describe(path)
     found = read_clip(path, lambda n: np.array([n // 2]), Reading(decoder=decoder))
     truth_FHWC, _ = truth(path)
     assert shown_as(found.clip_THWC[0], len(truth_FHWC) // 2, truth_FHWC)
-    assert (found.decoder == decoder) == (kind not in table.MISREADS[decoder])
-    assert found.fallback == ("" if found.decoder == decoder else f"{decoder}: {kind}; it would be read wrongly, `video-mae pack` cures it")
+    assert (found.decoder == decoder) == (decoder in description.trusted_with)
+    reason = next(iter(description.traits), "hevc in mp4")
+    fallback = f"{decoder}: {reason}; it would be read wrongly, `video-mae pack` cures it"
+    assert found.fallback == ("" if found.decoder == decoder else fallback)
 
 
 def test_a_file_that_the_decoder_cannot_open_is_left_to_the_next_that_can(tmp_path):

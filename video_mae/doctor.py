@@ -21,10 +21,10 @@ from video_mae.config.data import ReadConfig
 from video_mae.data.annotations import class_names, file_mistake, read_annotations, read_entries
 from video_mae.data.shards import is_packed
 from video_mae.decoding import Place, Reading, VideoDecodeError, is_video, read_clip, resolve_decoder, stream
-from video_mae.decoding.containers import ASF, EDIT_LIST, HEVC, NO_INDEX, PACKED_B_FRAMES
-from video_mae.decoding.decoders import MISREADS
+from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import Description, count_frames, describe, sha256
 from video_mae.decoding.isolation import KilledError, decoder_process
+from video_mae.decoding.packets import DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Member
 from video_mae.doctor_report import Case, Finding, Report
 from video_mae.schema import knob, require, section
@@ -35,8 +35,8 @@ SLOW_SEEK = 64
 SLOWEST_READ = 1e7  # bytes a second of a disk that works
 SLOWEST_DECODE = 10  # frames a second, likewise
 NO_STREAM = re.compile("no video stream|find video stream|No valid stream")  # as pyav, decord and torchcodec say it
-KINDS = {EDIT_LIST: Finding.EDIT_LIST, PACKED_B_FRAMES: Finding.PACKED_B_FRAMES, NO_INDEX: Finding.NO_INDEX, ASF: Finding.ASF,
-         HEVC: Finding.HEVC}
+TRAITS = {EDIT_LIST: Finding.EDIT_LIST, PACKED_B_FRAMES: Finding.PACKED_B_FRAMES, NO_INDEX: Finding.NO_INDEX, ASF: Finding.ASF,
+          **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START), Finding.NO_ORDER), MIRRORED: Finding.MIRRORED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +181,17 @@ def _read(case: Case, reading: Reading, config: DoctorConfig) -> None:
 
 
 def _judge(case: Case, description: Description, decoder: str) -> None:
-    if description.kind in KINDS:
-        case.add(KINDS[description.kind])
-    if case.fallback and description.kind not in MISREADS[decoder]:
-        case.add(Finding.OTHER_DECODER)
+    known = list(dict.fromkeys(TRAITS[trait] for trait in description.traits if trait in TRAITS))
+    if len(known) > 1 and Finding.NO_ORDER in known:  # of packed B-frames and the like, which say more
+        known.remove(Finding.NO_ORDER)
+    if description.codec == "hevc":
+        known.append(Finding.HEVC)
+    if case.fallback and decoder in description.trusted_with:
+        known.append(Finding.OTHER_DECODER)
+    elif case.fallback and not known:
+        known.append(Finding.NOT_TRUSTED)
+    for finding in known:
+        case.add(finding)
     if description.key_frame_distance > SLOW_SEEK:
         case.add(Finding.SLOW_SEEK)
     if not description.constant_rate:

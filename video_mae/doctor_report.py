@@ -38,10 +38,13 @@ class Finding(Enum):
     NEGATIVE_LABEL = True, "a label below 0"
     NO_NAME = True, "a name that no list can hold"
     OTHER_DECODER = False, "the run's decoder cannot open it, another does"
+    NOT_TRUSTED = False, "of a kind that the run's decoder would read wrongly, another reads it"
     EDIT_LIST = False, "an edit list hides frames: decord would read it wrongly, and leaves it to others"
     PACKED_B_FRAMES = False, "packed B-frames (DivX): must be decoded from its start for each clip"
-    NO_INDEX = False, "an MPEG stream without an index: must be decoded from its start for each clip"
-    ASF = False, "ASF (WMV): decord would read it wrongly, and leaves it to others"
+    NO_INDEX = False, "no index of its frames (MPEG streams, Ogg, piped AVI ...): must be decoded from its start for each clip"
+    ASF = False, "ASF (WMV): must be decoded from its start for each clip"
+    NO_ORDER = False, "time stamps that do not tell the order of its frames: must be decoded from its start for each clip"
+    MIRRORED = False, "a mirrored or slanted picture: decord and torchcodec would show it wrongly, and leave it to pyav"
     HEVC = False, "H.265: decord would read it wrongly, and leaves it to others"
     SLOW_SEEK = False, "key frames far apart: most of what is decoded for a clip is thrown away"
     SAME_CONTENT = False, "the same content as another file"
@@ -58,8 +61,8 @@ class Finding(Enum):
         return self.value[1]
 
 
-CURED_BY_PACKING = (Finding.EDIT_LIST, Finding.PACKED_B_FRAMES, Finding.NO_INDEX, Finding.ASF, Finding.HEVC, Finding.SLOW_SEEK,
-                    Finding.OTHER_DECODER)
+CURED_BY_PACKING = (Finding.EDIT_LIST, Finding.PACKED_B_FRAMES, Finding.NO_INDEX, Finding.ASF, Finding.NO_ORDER, Finding.MIRRORED,
+                    Finding.HEVC, Finding.SLOW_SEEK, Finding.OTHER_DECODER, Finding.NOT_TRUSTED)
 
 
 @dataclass
@@ -184,6 +187,7 @@ class Report:
 
     def _kinds(self) -> list[tuple[str, int]]:
         return Counter(f"{d.codec} in {d.container}" + (f", {d.bits} bits" if d.bits > 8 else "") + (", turned" if d.rotation else "")
+                       + (", mirrored" if d.mirrored else "")
                        for case in self.cases if (d := case.description)).most_common()
 
     def _about_kinds_and_labels(self) -> list[str]:

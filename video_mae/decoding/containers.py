@@ -9,20 +9,27 @@ from typing import BinaryIO
 
 from video_mae.decoding.reading import Member, Place
 
-_NO_INDEX = (
-    b"\x47",  # MPEG transport stream
-    b"\x00\x00\x01\xba",  # MPEG program stream
-    b"\x00\x00\x01\xb3",  # MPEG video
+# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
+_INDEXED = (
+    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
+    b"FLV",
 )
 _ASF = b"\x30\x26\xb2\x75"
-# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
 _SIGNATURES = (
-    b"\x1a\x45\xdf\xa3",  # Matroska, WebM
-    *_NO_INDEX,
-    b"FLV",
-    b"OggS",
+    *_INDEXED,
     _ASF,
+    b"\x47",  # MPEG transport stream
+    b"\x00\x00\x01\xba",  # MPEG program stream
+    b"\x00\x00\x01\xb0",  # MPEG-4 video
+    b"\x00\x00\x01\xb3",  # MPEG-1 and MPEG-2 video
+    b"\x00\x00\x01\x67",  # H.264
+    b"\x00\x00\x00\x01",  # H.264, H.265
+    b"\x06\x0e\x2b\x34\x02\x05\x01\x01",  # MXF
+    b"OggS",
+    b"GIF8",
+    b"YUV4MPEG2 ",
 )
+_BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4  # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
@@ -30,10 +37,8 @@ _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 _PACKED = re.compile(rb"DivX\d{3}(?:b|Build)\d{1,6}p")
 _PACKED_WITHIN = 2**18
 
-_HEVC_SAMPLES, _HEVC_MATROSKA, _HEADER_BYTES = (b"hvc1", b"hev1"), b"V_MPEGH/ISO/HEVC", 2**16
-
 EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
-HEVC, NO_INDEX, ASF = "H.265", "MPEG stream without an index", "ASF (WMV)"
+NO_INDEX, ASF = "no index of its frames", "ASF (WMV)"
 Box = tuple[bytes, int, int]
 """(kind, first byte of its content, end)."""
 
@@ -59,7 +64,7 @@ def check_regular(place: Place) -> None:
 
 
 def check_container(file: BinaryIO, num_bytes: int) -> str:
-    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, HEVC, NO_INDEX, ASF or nothing ("").
+    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, NO_INDEX, ASF or nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
@@ -74,18 +79,24 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
         return PACKED_B_FRAMES if _PACKED.search(file.read(_PACKED_WITHIN)) else ""
     if head[4:8] in _MP4_BOXES:
         _check_mp4(file, num_bytes)
-        tracks = list(_video_tracks(file, num_bytes))
-        if any(_hides_frames(file, track, movie) for track, movie in tracks):
-            return EDIT_LIST
-        samples = [box for track, _ in tracks for box in _inside(file, track, b"mdia", b"minf", b"stbl", b"stsd")]
-        return HEVC if any(_numbers(file, box, 12, "4s")[0] in _HEVC_SAMPLES for box in samples if box[2] - box[1] >= 16) else ""
-    if not head.startswith(_SIGNATURES):
-        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv)")
-    if head.startswith(_NO_INDEX):
-        return NO_INDEX
+        return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
+    if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
+        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264)")
     if head.startswith(_ASF):
         return ASF
-    return HEVC if _HEVC_MATROSKA in head + file.read(_HEADER_BYTES) else ""
+    return "" if head.startswith(_INDEXED) else NO_INDEX
+
+
+def _is_blu_ray(file: BinaryIO) -> bool:
+    file.seek(_BLU_RAY_STAMP)
+    return file.read(_BLU_RAY_PACKET + 1)[:: _BLU_RAY_PACKET] == b"\x47\x47"
+
+
+def has_offsets(file: BinaryIO) -> bool:
+    """Whether an mp4 file shows frames at other times than it decodes them."""
+    path = (b"mdia", b"minf", b"stbl", b"ctts")
+    tracks = _video_tracks(file, file.seek(0, os.SEEK_END))
+    return any(True for track, _ in tracks for _ in _inside(file, track, *path))
 
 
 def _check_mp4(file: BinaryIO, num_bytes: int) -> None:

@@ -1,25 +1,37 @@
 """The video decoders behind one function, `open_video`: which there are, which a run takes, and what each is known to read wrongly."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any, get_args
 
 from video_mae.config.data import Decoder
-from video_mae.decoding.containers import ASF, EDIT_LIST, HEVC, NO_INDEX, PACKED_B_FRAMES, check_container
-from video_mae.decoding.reading import Frames, Member, Place, Reading
+from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES, check_container
+from video_mae.decoding.packets import ADJACENT_KEYS, IN_ORDER, MIRRORED, OPEN_GROUPS, Survey, survey
+from video_mae.decoding.reading import Frames, Member, Place, Read, Reading
 
 NAMES: tuple[str, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
 """In the order in which they are tried."""
-MISREADS = {"decord": (EDIT_LIST, PACKED_B_FRAMES, HEVC, NO_INDEX, ASF), "torchcodec": (PACKED_B_FRAMES, NO_INDEX), "pyav": ()}
-"""What seeking returns other frames than reading in order does; pyav decodes such files from their start.
+TRUSTED: dict[str, dict[str, tuple[str, ...]]] = {
+    "decord": {"mp4": ("ffv1", "h264", "mjpeg", "mpeg4", "prores", "vp9"), "matroska": ("ffv1", "h264", "mjpeg", "mpeg4", "prores", "vp9"),
+               "avi": ("mjpeg", "mpeg4")},
+    "torchcodec": {"mp4": ("av1", "ffv1", "h264", "hevc", "mjpeg", "mpeg2video", "mpeg4", "prores", "vp9"),
+                   "matroska": ("av1", "ffv1", "h264", "hevc", "mjpeg", "mpeg2video", "mpeg4", "prores", "vp9"),
+                   "avi": ("mjpeg", "mpeg4")},
+}
+"""Containers and their codecs of which each frame asked for alone is what reading in order gives; anything else is left to pyav.
 
-Measured with decord 0.6.0 and torchcodec 0.13.0 and 0.17.0: tests/test_decoders.py.
+Measured with decord 0.6.0 and torchcodec 0.13.0 and 0.17.0: tests/test_matrix.py. `mp4` is mov and 3gp too, `matroska` webm.
 """
-IN_ORDER = (PACKED_B_FRAMES, NO_INDEX)
-"""Where a seek goes astray, for PyAV as well."""
+REORDERED = {"decord": ("h264",), "torchcodec": ("h264", "hevc", "mpeg2video", "mpeg4")}
+"""Codecs that are trusted with B-frames."""
+MISREADS = {"decord": (EDIT_LIST, MIRRORED, OPEN_GROUPS, ADJACENT_KEYS, PACKED_B_FRAMES, ASF, *IN_ORDER),
+            "torchcodec": (MIRRORED, OPEN_GROUPS, ADJACENT_KEYS, PACKED_B_FRAMES, ASF, *IN_ORDER)}
+"""What is left to pyav whatever the codec."""
+FROM_START = (PACKED_B_FRAMES, NO_INDEX, ASF)
+"""Containers in which a seek goes astray, for PyAV as well."""
 
 
 @cache
@@ -57,31 +69,47 @@ def open_video(place: Place, reading: Reading) -> tuple[str, Frames, str]:
     """
     path, kept = local_file(place)
     with open(path, "rb") as file:
-        trouble = check_container(file, os.fstat(file.fileno()).st_size)
+        trait = check_container(file, os.fstat(file.fileno()).st_size)
     first = resolve(reading.decoder)
     try:
-        return first, replace(_open(first, path, reading, trouble), kept=kept), ""
+        return first, replace(_open(first, path, reading, trait), kept=kept), ""
     except Exception as error:  # each library has types of its own
         second = next((name for name in NAMES if name != first and not problem(name)), None)
         try:
             if second is not None:
-                return second, replace(_open(second, path, reading, trouble), kept=kept), f"{first}: {error}"
+                return second, replace(_open(second, path, reading, trait), kept=kept), f"{first}: {error}"
         except Exception:
             pass
         raise error
 
 
-def _open(name: str, path: str, reading: Reading, trouble: str) -> Frames:
-    if trouble in MISREADS[name]:
-        raise ValueError(f"{trouble}; it would be read wrongly, `video-mae pack` cures it")
+def distrust(name: str, traits: Sequence[str], found: Survey | None) -> str:
+    """Why a decoder is passed over for a file with these traits, or of this container and codec; empty where it reads it rightly."""
+    if name == "pyav":
+        return ""
+    known = next((trait for trait in MISREADS[name] if trait in traits), "")
+    if known or found is None:
+        return known
+    if found.codec not in TRUSTED[name].get(found.container, ()):
+        return f"{found.codec} in {found.container}"
+    return f"{found.codec} with B-frames" if found.reorders and found.codec not in REORDERED[name] else ""
+
+
+def _open(name: str, path: str, reading: Reading, trait: str) -> Frames:
     if name == "pyav":
         from video_mae.decoding import pyav_video
 
-        return pyav_video.open_video(path, reading, in_order=trouble in IN_ORDER)
-    frames = _module(name).open_video(path, reading)
-    if frames.num_frames < 1:
-        raise ValueError("the video has no frames")
-    return frames
+        return pyav_video.open_video(path, reading, in_order=trait in FROM_START)
+    reason = distrust(name, (trait,), None)
+    found = None if reason else survey(path)
+    if found is not None:
+        reason = distrust(name, (trait, *found.traits), found)
+    if found is None or reason:
+        raise ValueError(f"{reason}; it would be read wrongly, `video-mae pack` cures it")
+    num_frames, read = _module(name).open_video(path, reading, found.size)
+    if num_frames != len(found.stamps):
+        raise ValueError(f"it counts {num_frames} frames, the packets are {len(found.stamps)}; it would be read wrongly")
+    return Frames(num_frames, read, found.times, start=found.start())
 
 
 def _module(name: str) -> "_Module":
@@ -89,10 +117,10 @@ def _module(name: str) -> "_Module":
 
 
 class _Module:
-    """What the file of a decoder has."""
+    """What the file of a decoder has; `open_video`, which pyav has in another form, gives the number of frames and what reads them."""
 
     load: Callable[[], str]
-    open_video: Callable[[str, Reading], Frames]
+    open_video: Callable[[str, Reading, tuple[int, int]], tuple[int, Read]]
 
 
 def local_file(place: Place) -> tuple[str, Any]:

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.decoding.pyav_video import shown_size
-from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
+from video_mae.decoding.reading import Read, Reading, scaled_size
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
 
@@ -20,12 +19,14 @@ def load() -> str:
     return decord.__version__
 
 
-def open_video(path: str, reading: Reading) -> Frames:
-    """Opens a file that is a video container. Raises: what decord does, which is of many types."""
+def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int, Read]:
+    """Opens a file whose frames are shown in this (height, width): how many there are, and what reads them.
+
+    Raises: what decord does, which is of many types.
+    """
     import decord
 
-    # decord takes a size only as it opens, so where frames are to be smaller, the size of the video is asked elsewhere.
-    height, width = scaled_size(*shown_size(path), reading.short_side) if reading.short_side else (-1, -1)
+    height, width = scaled_size(*size, reading.short_side) if reading.short_side else (-1, -1)
     # Where decord cannot decode a frame it repeats another: fault_tol=1 makes more than one such frame an error.
     # DECORD_EOF_RETRY_MAX stays 10240: it counts polls of the decoding thread, and 64 failed a third of a set of good files.
     reader = decord.VideoReader(path, ctx=decord.cpu(0), width=width, height=height, num_threads=reading.threads, fault_tol=1)
@@ -37,13 +38,7 @@ def open_video(path: str, reading: Reading) -> Frames:
                 reader.seek(0)  # at once: decord's thread goes on decoding what follows, and keeps it
             yield from map(_without_padding, frames_FHWC)
 
-    def times() -> NDArray[np.float64]:
-        stamps = reader.get_frame_timestamp(np.arange(len(reader))).astype(np.float64)
-        has_all = np.all(np.abs(stamps) < 1e9)  # AVI with B-frames has some, and a number for "none"
-        begin = stamps[:, 0] if has_all else np.full(len(reader), np.nan)  # the end is that of packets, which may have no duration
-        return shown_times(begin, reader.get_avg_fps())
-
-    return Frames(len(reader), read, times)
+    return len(reader), read
 
 
 def _batch(reader: Any, wanted: NDArray[np.int64]) -> Iterable[NDArray[np.uint8]]:

@@ -78,7 +78,15 @@ def stream(place: Place, choose: Choose, reading: Reading = Reading()) -> Iterat
 
 
 def times(place: Place, reading: Reading) -> NDArray[np.float64]:
-    """When each frame of a video is shown, seconds [F, (begin, end)]; NaN for files without time. Raises: as `decode`."""
+    """When each frame of a video is shown, seconds from the first one on [F, (begin, end)]; NaN for files without time.
+
+    The same for every decoder. Raises: as `decode`.
+    """
+    return times_and_start(place, reading)[0]
+
+
+def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64], float]:
+    """The `times` of a video, and what its own clock says when the first frame is shown, seconds: often 0, in a recording anything."""
     with _opened(place, reading) as (facts, run):
         return run(frame_times, facts.handle)
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-import av
-
 from video_mae.decoding.containers import check_container
-from video_mae.decoding.decoders import local_file, read_member
-from video_mae.decoding.pyav_video import open_container, sequential, video_stream
+from video_mae.decoding.decoders import NAMES, distrust, local_file, read_member
+from video_mae.decoding.packets import UPRIGHT, Turn, is_mirrored, open_container, survey, video_stream
+from video_mae.decoding.pyav_video import sequential
 from video_mae.decoding.reading import Member, Place
 
 UNEVEN = 0.3
@@ -19,22 +18,27 @@ UNEVEN = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a container and its packets say. rotation: of the first frame, degrees; 0 where that cannot be decoded.
+    """What a container and its packets say. rotation, mirrored: how the first frame is shown, as if it were mirrored after it is turned
+    by so many degrees against the clock; 0 where it cannot be decoded.
 
-    kind: as `check_container` says. header_frames: as the header says, 0 where it does not. key_frame_distance: most frames from one key
-    frame to the next, or to the end. bits: of a colour.
+    traits: what leads decoders astray, as `check_container` and `Survey` have them. trusted_with: the decoders that read each frame
+    rightly. header_frames: as the header says, 0 where it does not. start_seconds: when the first frame is shown by the file's own
+    clock. key_frame_distance: most frames from one key frame to the next, or to the end. bits: of a colour.
     """
 
     container: str
     codec: str
-    kind: str
+    traits: tuple[str, ...]
+    trusted_with: tuple[str, ...]
     header_frames: int
     num_packets: int
+    start_seconds: float
     seconds: float
     fps: float
     constant_rate: bool
     key_frame_distance: int
     rotation: int
+    mirrored: bool
     bits: int
     has_sound: bool
 
@@ -51,33 +55,34 @@ def describe(place: Place) -> Description:
     """Describes a video container. Raises: ValueError where it is none or has no video; av.FFmpegError and others for damaged ones."""
     path, kept = local_file(place)
     with open(path, "rb") as file:
-        kind = check_container(file, os.fstat(file.fileno()).st_size)
+        trait = check_container(file, os.fstat(file.fileno()).st_size)
+    found = survey(path)
+    traits = tuple(dict.fromkeys((*((trait,) if trait else ()), *found.traits)))
     with open_container(path) as container:
         stream = video_stream(container)
-        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
-        stamps = sorted({pts for pts, _ in packets if pts is not None})
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        steps = [later - earlier for earlier, later in pairwise(stamps)]
+        steps = [later - earlier for earlier, later in pairwise(found.stamps)]
         usual = median(steps) if steps else 0
-        keys = [0, *(place for place, (_, is_key) in enumerate(packets) if is_key), len(packets)]
-        names = container.format.name.split(",")
+        keys = [0, *(place for place, packet in enumerate(found.packets) if packet.is_key), len(found.packets)]
         colour = stream.format.components if stream.format else ()
-        found = Description(
-            container="mp4" if "mp4" in names else names[0],
-            codec=stream.codec_context.name,
-            kind=kind,
+        description = Description(
+            container=found.container,
+            codec=found.codec,
+            traits=traits,
+            trusted_with=tuple(name for name in NAMES if not distrust(name, traits, found)),
             header_frames=stream.frames,
-            num_packets=len(packets),
-            seconds=float((stamps[-1] - stamps[0] + usual) * stream.time_base) if stamps else 0.0,
-            fps=fps,
+            num_packets=len(found.packets),
+            start_seconds=found.start(),
+            seconds=float((found.stamps[-1] - found.stamps[0] + usual) * stream.time_base) if found.stamps else 0.0,
+            fps=float(stream.average_rate or stream.guessed_rate or 0),
             constant_rate=all(abs(step - usual) <= UNEVEN * usual for step in steps),
             key_frame_distance=max(b - a for a, b in pairwise(keys)),
-            rotation=_rotation(path),
+            rotation=_rotation(found.turn),
+            mirrored=is_mirrored(found.turn),
             bits=max((component.bits for component in colour), default=0),
             has_sound=bool(container.streams.audio),
         )
     del kept
-    return found
+    return description
 
 
 def count_frames(place: Place) -> int:
@@ -88,8 +93,8 @@ def count_frames(place: Place) -> int:
     return num_frames
 
 
-def _rotation(path: str) -> int:
-    try:
-        return next((frame.rotation for frame in sequential(path)), 0)
-    except (av.FFmpegError, ValueError, MemoryError):  # whether it can be decoded is found out elsewhere
-        return 0
+def _rotation(turn: Turn) -> int:
+    """Degrees against the clock; of a mirrored picture before it is mirrored."""
+    transposed, mirrored, upside_down = turn
+    before = (transposed, mirrored != is_mirrored(turn), upside_down)
+    return {UPRIGHT: 0, (True, False, True): 90, (False, True, True): 180, (True, True, False): -90}[before]

@@ -171,11 +171,11 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
     return clip_FHWC, Cost(before.waiting + cost.waiting, before.computing + cost.computing)
 
 
-def frame_times(handle: int) -> NDArray[np.float64]:
-    """When each frame of an open file is shown, seconds [F, (begin, end)]; NaN for files without time. Raises: VideoDecodeError."""
+def frame_times(handle: int) -> tuple[NDArray[np.float64], float]:
+    """When each frame of an open file is shown, and by the file's own clock the first one: see `frames.times`. Raises: VideoDecodeError."""
     opened = _opened[handle]
     with as_decode_error(opened.place, opened.decoder):
-        return opened.frames.times()
+        return opened.frames.times(), opened.frames.start
 
 
 def close_file(handle: int) -> int:

@@ -1,10 +1,11 @@
 """Videos by PyAV: frames are numbered by the packets' time stamps, a seek goes to the key frame before, decoding goes on from there.
 
-Where packets and frames do not match (packed B-frames, missing stamps), the file is decoded from its start, twice: to count, and to read.
+Where stamps cannot be believed (`packets`), the file is decoded from its start, twice: to count, and to read.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from itertools import chain
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from video_mae.decoding.packets import Packet, Turn, open_container, orientation, read_packets, video_stream
 from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
 
 CONVERTER = VideoReformatter()
@@ -34,16 +36,7 @@ def open_video(path: str, reading: Reading, *, in_order: bool = False) -> Frames
     Raises: av.FFmpegError, and ValueError where a frame that the packets promise does not come out.
     """
     video = _Video(path, reading, in_order)
-    return Frames(len(video.stamps), video.read, video.times)
-
-
-def shown_size(path: str) -> tuple[int, int]:
-    """(height, width) of the frames of a video as they are shown, its rotation included."""
-    with open_container(path) as container:
-        stream = video_stream(container)
-        frame = next(container.decode(stream))
-        height, width = stream.codec_context.height, stream.codec_context.width
-        return (width, height) if frame.rotation % 180 else (height, width)
+    return Frames(len(video.stamps), video.read, video.times, start=video.start())
 
 
 def frame_rate(path: str) -> Fraction:
@@ -65,21 +58,15 @@ def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
     """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
     height, width = scaled_size(frame.height, frame.width, short_side)
     scaled = CONVERTER.reformat(frame, width, height, "rgb24")
-    return np.rot90(np.asarray(scaled.to_ndarray(), np.uint8), frame.rotation // 90)
+    return upright(np.asarray(scaled.to_ndarray(), np.uint8), orientation(frame)[0])
 
 
-def open_container(path: str) -> Any:
-    """A video container, which may name no other file. Raises: av.FFmpegError."""
-    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
-    return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
-
-
-def video_stream(container: Any) -> Any:
-    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
-    stream = container.streams.best("video")
-    if stream is None:
-        raise ValueError("the file has no video stream")
-    return stream
+def upright(picture: NDArray[Any], turn: Turn) -> NDArray[Any]:
+    """A stored picture [H, W, ...] as it is shown: a view."""
+    transposed, mirrored, upside_down = turn
+    if transposed:
+        picture = picture.swapaxes(0, 1)
+    return picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
 
 def _set_threads(stream: Any, threads: int) -> None:
@@ -87,26 +74,12 @@ def _set_threads(stream: Any, threads: int) -> None:
     stream.thread_type = "AUTO" if threads > 1 else "NONE"
 
 
-def _table(container: Any, stream: Any) -> list[tuple[Any, bool]]:
-    """(time stamp, whether it is a key frame) of each packet that is shown."""
-    first = next(container.demux(stream), None)
-    if first is None:
-        return []
-    if stream.codec_context.name == "h264" and not stream.codec_context.has_b_frames and "mp4" in container.format.name:
-        # The index of the file has the order of decoding, which here is that of showing: packed videos need not be read for it.
-        index = [(entry.timestamp, entry.is_keyframe) for entry in stream.index_entries if not entry.is_discard]
-        if len(index) == stream.frames > 0 and first.pts == index[0][0]:
-            return index
-    return [(p.pts, p.is_keyframe) for p in chain([first], container.demux(stream)) if p.size and not p.is_discard]
-
-
-def _decoded(container: Any, stream: Any, needed: set[Any]) -> Iterator[av.VideoFrame]:
-    """The frames from where the file is; those that are not needed, nor needed by others, are not decoded at all."""
-    skips = stream.codec_context.name in SKIPPING
-    for packet in container.demux(stream):
-        if skips:
-            stream.codec_context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
-        yield from packet.decode()
+def _at(frames: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
+    """The frame of a time stamp among those that come out; None where it is not among them."""
+    for frame in frames:
+        if frame.pts is not None and frame.pts >= stamp:
+            return frame if frame.pts == stamp else None
+    return None
 
 
 class _Video:
@@ -116,31 +89,41 @@ class _Video:
 
     def __init__(self, path: str, reading: Reading, in_order: bool) -> None:
         self.path, self.reading = path, reading
-        self.container = open_container(path)  # opening one costs milliseconds
-        self.stream = video_stream(self.container)
-        _set_threads(self.stream, reading.threads)
-        self.time_base = float(self.stream.time_base)
+        self._open()  # costs milliseconds
+        self.tick_seconds = float(self.stream.time_base)
         self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
-        packets = _table(self.container, self.stream)
-        self.ordered = in_order or any(pts is None for pts, _ in packets) or len({pts for pts, _ in packets}) < len(packets)
-        if self.ordered:
-            stamps = [frame.pts for frame in sequential(path, reading.threads)]
-            self.stamps: list[Any] = stamps
-            self.keys: list[Any] = []
-        else:
-            self.stamps = sorted(pts for pts, _ in packets)
-            self.keys = sorted(pts for pts, is_key in packets if is_key)
+        survey = None if in_order else read_packets(path, self.container, self.stream)
+        if survey is None or survey.misleads:
+            self.in_order, self.stamps = True, [frame.pts for frame in sequential(path, reading.threads)]
+            return
+        self.in_order, self.stamps = False, survey.stamps
+        self.places = {packet.pts: place for place, packet in enumerate(survey.packets)}
+        keys = {packet for packet in survey.packets if packet.is_key}
+        if self.stamps:  # where an edit list hides the first key frame, the first stamp that is shown leads there
+            keys.add(survey.packets[0]._replace(pts=self.stamps[0]))
+        self.keys = sorted(keys, key=lambda key: key.pts)
+        self.key_stamps = [key.pts for key in self.keys]
 
     def __del__(self) -> None:
         if self.container is not None:
             self.container.close()
 
+    def _open(self) -> None:
+        if self.container is not None:
+            self.container.close()
+        self.container = open_container(self.path)
+        self.stream = video_stream(self.container)
+        _set_threads(self.stream, self.reading.threads)
+
     def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        for frame in self._in_order(wanted) if self.ordered else self._by_seeking(wanted):
+        for frame in self._in_order(wanted) if self.in_order else self._by_seeking(wanted):
             yield pixels(frame, self.reading.short_side)
 
     def times(self) -> NDArray[np.float64]:
-        return shown_times(np.array(self.stamps, dtype=np.float64) * self.time_base, self.fps)  # None is NaN
+        return shown_times(np.array(self.stamps, dtype=np.float64) * self.tick_seconds, self.fps)  # None is NaN
+
+    def start(self) -> float:
+        return self.stamps[0] * self.tick_seconds if self.stamps and self.stamps[0] is not None else 0.0
 
     def _in_order(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
         rest = iter(wanted.tolist())
@@ -160,14 +143,53 @@ class _Video:
         position: Any = None
         for index in wanted.tolist():
             stamp = self.stamps[index]
-            key = bisect_right(self.keys, stamp)
-            if position is None or (key and self.keys[key - 1] > position):  # a key frame lies between: jump to it
-                self.container.seek(self.keys[key - 1] if key else self.stamps[0], stream=self.stream)
-                frames = _decoded(self.container, self.stream, needed)
-            for frame in frames:
-                position = frame.pts
-                if position is not None and position >= stamp:
-                    break
-            if position != stamp:
+            key = bisect_right(self.key_stamps, stamp) - 1
+            found = None
+            if position is not None and self.key_stamps[key] <= position:  # no key frame lies between
+                found = _at(frames, stamp)
+            if found is None:
+                found, frames = self._sought(stamp, key, needed)
+            if found is None:
                 raise ValueError(f"frame {index} of {len(self.stamps)} cannot be decoded")
-            yield frame  # pyright: ignore[reportPossiblyUnboundVariable]  (position is the last one's)
+            position = stamp
+            yield found
+
+    def _sought(self, stamp: int, key: int, needed: set[Any]) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
+        """The frame of a time stamp, and those after it; `key` is the last key frame that is not shown later.
+
+        What is shown after a key frame that is no fresh start may need the one before it. Where that does not help either, all is decoded
+        from the start of the file: a frame that comes out there is never refused.
+        """
+        for begin in self.keys[max(key - 1, 0): key + 1][::-1]:
+            with suppress(av.FFmpegError):
+                frames = self._decoded(self._packets_from(begin), needed)
+                found = _at(frames, stamp)
+                if found is not None:
+                    return found, frames
+        self._open()
+        frames = self.container.decode(self.stream)
+        return _at(frames, stamp), frames
+
+    def _packets_from(self, key: Packet) -> Iterator[Any]:
+        """The packets from a key frame on, or from one before it; which stamp leads there depends on what the container's index has."""
+        for target in (key.pts, key.dts):
+            if target is None:
+                continue
+            self.container.seek(target, stream=self.stream)
+            packets, head = self.container.demux(self.stream), []
+            for packet in packets:
+                head.append(packet)
+                if packet.pts in self.places:  # what is not shown has none
+                    break
+            if head and self.places.get(head[-1].pts, len(self.places)) <= self.places[key.pts]:
+                return chain(head, packets)
+        self._open()
+        return self.container.demux(self.stream)
+
+    def _decoded(self, packets: Iterator[Any], needed: set[Any]) -> Iterator[av.VideoFrame]:
+        """The frames of packets; those that are not needed, nor needed by others, are not decoded at all."""
+        context = self.stream.codec_context
+        for packet in packets:
+            if context.name in SKIPPING:
+                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+            yield from packet.decode()

@@ -62,18 +62,23 @@ class Reading:
                    device=data.decoder_device, seconds=data.decode_seconds, memory_gb=data.decode_memory_gb)
 
 
+Read = Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
+
+
 @dataclass(frozen=True)
 class Frames:
     """An opened file: how many frames it has, and what reads some of them.
 
     read: from increasing indices to those frames_HWC, one after another, each to be copied before the next one is asked for.
-    times: when each frame is shown, seconds [F, (begin, end)]; NaN for files without time. kept: what must live as long as it is read.
+    times: when each frame is shown, seconds from the first one on [F, (begin, end)]; NaN for files without time. kept: what must live as
+    long as it is read. start: when the first frame is shown by the file's own clock, seconds.
     """
 
     num_frames: int
-    read: Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
+    read: Read
     times: Callable[[], NDArray[np.float64]]
     kept: Any = None
+    start: float = 0.0
 
 
 def untimed(num_frames: int) -> Callable[[], NDArray[np.float64]]:
@@ -81,11 +86,16 @@ def untimed(num_frames: int) -> Callable[[], NDArray[np.float64]]:
     return lambda: np.full((num_frames, 2), np.nan)
 
 
-def shown_times(begin_F: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
-    """When frames are shown, seconds [F, (begin, end)]: by their time stamps where all are there (not NaN) and rise, else by the rate."""
-    if np.isfinite(begin_F).all() and np.all(np.diff(begin_F) > 0):
-        return np.stack([begin_F, np.append(begin_F[1:], begin_F[-1:] + 1 / fps)], axis=1)
-    return np.stack([np.arange(len(begin_F)), np.arange(1, len(begin_F) + 1)], axis=1) / fps
+def shown_times(stamps_F: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
+    """When frames are shown, seconds from the first one on [F, (begin, end)], the last one for as long as they are on average.
+
+    By their time stamps where all are there (not NaN) and rise, else, and where there is only one, by the frame rate.
+    """
+    num = len(stamps_F)
+    if num < 2 or not np.isfinite(stamps_F).all() or np.any(np.diff(stamps_F) <= 0):
+        return np.stack([np.arange(num), np.arange(1, num + 1)], axis=1) / fps
+    begin_F = stamps_F - stamps_F[0]
+    return np.stack([begin_F, np.append(begin_F[1:], begin_F[-1] * num / (num - 1))], axis=1)
 
 
 class VideoDecodeError(Exception):

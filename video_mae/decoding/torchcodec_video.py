@@ -3,12 +3,11 @@
 import os
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.decoding.reading import Frames, Reading, scaled_size
+from video_mae.decoding.reading import Read, Reading, scaled_size
 
 NVDEC = "cuda"
 
@@ -23,31 +22,22 @@ def load() -> str:
     return found
 
 
-def open_video(path: str, reading: Reading) -> Frames:
-    """Opens a file that is a video container. Raises: what torchcodec does, which is of many types."""
+def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int, Read]:
+    """Opens a file whose frames are shown in this (height, width): how many there are, and what reads them.
+
+    Raises: what torchcodec does, which is of many types.
+    """
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
     from torchcodec.transforms import Resize  # pyright: ignore[reportMissingImports]
 
     # A rank's processes decode on its own GPU, which is the one that its number among the ranks of the machine says.
     device = f"{NVDEC}:{os.environ.get('LOCAL_RANK', '0')}" if reading.device == NVDEC else reading.device
-
-    def make(transforms: list[Any]) -> Any:
-        return VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=device, seek_mode="exact",
-                            transforms=transforms)
-
-    decoder = make([])
-    size = (decoder.metadata.height, decoder.metadata.width)
     smaller = scaled_size(*size, reading.short_side)
-    if smaller != size:
-        decoder = make([Resize(smaller)])
+    decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=device, seek_mode="exact",
+                           transforms=[] if smaller == size else [Resize(smaller)])
 
     def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
         for index in wanted:
             yield decoder.get_frame_at(int(index)).data.cpu().numpy()
 
-    def times() -> NDArray[np.float64]:
-        begin = np.array([decoder.get_frame_at(i).pts_seconds for i in range(len(decoder))])
-        last = decoder.get_frame_at(len(decoder) - 1).duration_seconds or 1 / decoder.metadata.average_fps  # packets may have none
-        return np.stack([begin, np.append(begin[1:], begin[-1] + last)], axis=1)
-
-    return Frames(len(decoder), read, times)
+    return len(decoder), read

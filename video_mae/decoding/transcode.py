@@ -23,7 +23,8 @@ from video_mae.config.pack import PackConfig
 from video_mae.decoding.containers import check_container, check_regular
 from video_mae.decoding.decoders import local_file
 from video_mae.decoding.opened import READERS, as_decode_error, suffix
-from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequential
+from video_mae.decoding.packets import Turn, orientation
+from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequential, upright
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Place, shown_times
 
 STEP_FRAMES, STEP_BYTES = 32, 2**26
@@ -141,8 +142,7 @@ def _choice(path: str, rate: Fraction | None, config: PackConfig) -> Generator[N
 
 def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float64]:
     """When each frame is shown, from the first one on; where the stamps do not rise, as the frame rate says."""
-    seconds = shown_times(np.array(stamps, dtype=np.float64), float(rate))[:, 0]  # None is NaN
-    return seconds - seconds[:1]
+    return shown_times(np.array(stamps, dtype=np.float64), float(rate))[:, 0]  # None is NaN
 
 
 def _fps(seconds: NDArray[np.float64] | None, rate: Fraction | None) -> float | None:
@@ -195,7 +195,7 @@ class _Video:
 
     def add(self, frame: av.VideoFrame) -> None:
         height, width = _even_size(frame.height, frame.width, self.short_side)
-        small = _upright(CONVERTER.reformat(frame, width, height, "yuv420p"), frame.rotation)
+        small = _upright(CONVERTER.reformat(frame, width, height, "yuv420p"), orientation(frame)[0])
         if self.num_frames == 0:
             context = self.stream.codec_context
             self.stream.width, self.stream.height = small.width, small.height
@@ -231,14 +231,14 @@ def _even_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(2 * math.ceil(height * factor / 2 - 0.5), 2), max(2 * math.ceil(width * factor / 2 - 0.5), 2)
 
 
-def _upright(frame: av.VideoFrame, rotation: int) -> av.VideoFrame:
-    """A frame of 4:2:0 with even sides, turned as its note says."""
-    if rotation % 360 == 0:
+def _upright(frame: av.VideoFrame, turn: Turn) -> av.VideoFrame:
+    """A frame of 4:2:0 with even sides, as it is shown."""
+    if not any(turn):
         return frame
     planes_YUV, half = frame.to_ndarray().astype(np.uint8, copy=False), (frame.height // 2, frame.width // 2)
     luma_HW = planes_YUV[: frame.height]
     chroma = planes_YUV[frame.height:].reshape(2, *half)
-    turned = [np.rot90(plane, rotation // 90) for plane in (luma_HW, *chroma)]
+    turned = [upright(plane, turn) for plane in (luma_HW, *chroma)]
     height, width = turned[0].shape
     flat = np.concatenate([plane.ravel() for plane in turned])
     return av.VideoFrame.from_ndarray(flat.reshape(height * 3 // 2, width), format="yuv420p")

@@ -1,0 +1,237 @@
+"""What the packets of a video say before it is decoded: which frames there are, when each is shown, and whether that can be believed.
+
+A seek finds a frame by its time stamp, so stamps must tell the order of showing. Some containers store the order of decoding alone (AVI,
+ASF, MXF, raw streams), and whoever copies such a stream into an mp4 copies that as well.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, islice, pairwise
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from video_mae.decoding.containers import NO_INDEX, has_offsets
+from video_mae.decoding.reading import shown_times
+
+SEEKABLE = ("mp4", "matroska", "flv", "avi")
+"""Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it leads to another, or to none."""
+NO_STAMPS, DECODING_ORDER = "time stamps missing or repeated", "time stamps in the order of decoding"
+LATE_START = "a first frame that is no key frame"
+IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START)
+"""What makes any seek go astray: frames can be numbered only as they come out, from the start of the file on."""
+ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that are no fresh start"
+MIRRORED = "a mirrored or slanted picture"
+
+REORDERS = 8  # FFmpeg's mark of a codec that may show frames in another order than it stores them in
+VP8_SHOWN = 0x10
+START_CODE, UNIT_BYTES, UNIT_TYPE = b"\x00\x00\x01", 9, 0x1F  # of H.264: of a unit its type, and what comes first in a slice
+SLICES, IDR, B_SLICE = (1, 2, 5), 5, 1
+# In MPEG-1, -2 and -4 two or three bits of what follows the start code of a picture.
+B_PICTURE = {"mpeg4": re.compile(rb"\x00\x00\x01\xb6[\x80-\xbf]")}
+B_PICTURE |= dict.fromkeys(("mpeg1video", "mpeg2video"), re.compile(rb"\x00\x00\x01\x00.[\x18-\x1f\x58-\x5f\x98-\x9f\xd8-\xdf]", re.DOTALL))
+
+Turn = tuple[bool, bool, bool]
+"""How a stored picture becomes the shown one: rows and columns change places; then left and right do; top and bottom do."""
+UPRIGHT: Turn = (False, False, False)
+
+
+class Packet(NamedTuple):
+    """A packet that holds a frame: when it is shown and decoded, in ticks of the stream's clock, and whether it is a key frame."""
+
+    pts: Any
+    dts: Any
+    is_key: bool
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The packets of a video in the order of decoding. traits: what leads decoders astray. Of the first frame, where it was looked at:
+    how it is shown, and its (height, width) then.
+    """
+
+    container: str
+    codec: str
+    packets: Sequence[Packet]
+    traits: tuple[str, ...]
+    reorders: bool
+    tick_seconds: float
+    fps: float
+    turn: Turn = UPRIGHT
+    size: tuple[int, int] = (0, 0)
+    stamps: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", sorted(packet.pts for packet in self.packets if packet.pts is not None))
+
+    @property
+    def misleads(self) -> bool:
+        """Whether frames can be numbered only by decoding all of them in order."""
+        return any(trait in IN_ORDER for trait in self.traits)
+
+    def times(self) -> NDArray[np.float64]:
+        """When frames are shown, as `shown_times` has it."""
+        return shown_times(np.array(self.stamps, np.float64) * self.tick_seconds, self.fps)
+
+    def start(self) -> float:
+        """When the first frame is shown by the file's own clock, seconds; 0 where no stamp says it."""
+        return self.stamps[0] * self.tick_seconds if self.stamps else 0.0
+
+
+def open_container(path: str) -> Any:
+    """A video container, which may name no other file. Raises: av.FFmpegError."""
+    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
+    return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
+
+
+def video_stream(container: Any) -> Any:
+    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ValueError("the file has no video stream")
+    return stream
+
+
+def orientation(frame: av.VideoFrame) -> tuple[Turn, bool]:
+    """How a frame is shown, as its display matrix says, to the nearest quarter turn; and whether that is a quarter turn and no more."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return UPRIGHT, True
+    # The pixel (x, y) is shown at (a x + c y, b x + d y): FFmpeg's av_display_rotation_get, and what `ffmpeg` does with it.
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+    transposed = abs(b) + abs(c) > abs(a) + abs(d)
+    turn = (transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
+    straight = (a == d == 0 if transposed else b == c == 0) and not is_mirrored(turn)
+    return turn, straight
+
+
+def is_mirrored(turn: Turn) -> bool:
+    """Whether no rotation alone would do."""
+    return sum(turn) % 2 == 1
+
+
+def survey(path: str) -> Survey:
+    """What is known of a video before its second frame is decoded. Raises: av.FFmpegError; ValueError where there is no video."""
+    with open_container(path) as container:
+        stream = video_stream(container)
+        stream.thread_type = "NONE"
+        return _read(container, stream, container.demux(stream), thorough=True)
+
+
+def read_packets(path: str, container: Any, stream: Any) -> Survey:
+    """What PyAV needs to know of a video that it has open; what the index of the file says is not read from its packets."""
+    rest = container.demux(stream)
+    head = list(islice(rest, 1))
+    indexed = _indexed(path, container, stream, head[0].pts) if head else ()
+    if indexed:
+        traits = _stamp_traits("mp4", indexed, reorders=False, is_cut=False)
+        return _survey(container, stream, indexed, traits, reorders=False)
+    return _read(container, stream, chain(head, rest), thorough=False)
+
+
+def container_name(container: Any) -> str:
+    """One name for a container and its kin: mp4 for mov and 3gp, matroska for webm."""
+    names = container.format.name.split(",")
+    return "mp4" if "mp4" in names else names[0]
+
+
+def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence[Packet]:
+    """The packets as an mp4's index has them, where frames are shown when they are decoded: packed videos need not be read for it."""
+    if container_name(container) != "mp4" or stream.codec_context.name != "h264" or stream.codec_context.has_b_frames:
+        return ()
+    entries = stream.index_entries
+    if not len(entries) == stream.frames > 0 or entries[0].timestamp != first_pts:
+        return ()
+    with open(path, "rb") as file:
+        if has_offsets(file):
+            return ()
+    return [Packet(entry.timestamp, entry.timestamp, entry.is_keyframe) for entry in entries if not entry.is_discard]
+
+
+def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
+    context, name = stream.codec_context, container_name(container)
+    codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
+    packets, frame = list[Packet](), None
+    is_cut = has_open_groups = False
+    may_reorder = bool(context.has_b_frames) or (name == "avi" and bool(context.codec.properties & REORDERS))
+    reorders = False
+    for packet in rest:
+        if thorough and frame is None:
+            with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
+                frame = next(iter(packet.decode()), None)
+        if packet.is_discard:
+            is_cut = True
+        elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):  # else only others refer to it
+            packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
+            if may_reorder and not reorders:
+                reorders = _is_b_frame(packet, codec, context.extradata)
+            if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
+                has_open_groups = all(unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata))
+    traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
+    if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
+        traits.append(NO_INDEX)
+    if has_open_groups:
+        traits.append(OPEN_GROUPS)
+    return _survey(container, stream, packets, traits, reorders, frame)
+
+
+def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:
+    """Whether a packet holds a frame that is shown before one that is stored before it; true where nothing is known of the codec."""
+    if codec == "h264":
+        return any(unit[0] & UNIT_TYPE in SLICES and _slice_type(unit) == B_SLICE for unit in _units(bytes(packet), extradata))
+    return codec not in B_PICTURE or B_PICTURE[codec].search(packet) is not None
+
+
+def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
+    """The beginnings of the units of a packet of H.264."""
+    place = 0
+    if not extradata or extradata[0] != 1:  # start codes between the units, not their lengths before them
+        while (place := data.find(START_CODE, place) + len(START_CODE)) >= len(START_CODE) and place < len(data):
+            yield data[place: place + UNIT_BYTES]
+        return
+    length_bytes = (extradata[4] & 3) + 1
+    while place + length_bytes < len(data):
+        begin = place + length_bytes
+        yield data[begin: begin + UNIT_BYTES]
+        place = begin + int.from_bytes(data[place: begin], "big")
+
+
+def _slice_type(unit: bytes) -> int:
+    """The second of the numbers that a slice begins with, each as many bits after as zeros before its first one; 5 says what 0 says."""
+    bits, place, value = "".join(f"{byte:08b}" for byte in unit[1:]) + "1", 0, 0
+    for _ in range(2):
+        zeros = bits.index("1", place) - place
+        value = int(bits[place + zeros: place + 2 * zeros + 1], 2) - 1
+        place = min(place + 2 * zeros + 1, len(bits) - 1)
+    return value % 5
+
+
+def _stamp_traits(name: str, packets: Sequence[Packet], *, reorders: bool, is_cut: bool) -> Iterator[str]:
+    """What is wrong with the stamps of a container's packets, some of which an edit list may hide (is_cut)."""
+    stamps, keys = [packet.pts for packet in packets], [packet for packet in packets if packet.is_key]
+    if None in stamps or len(set(stamps)) < len(stamps):
+        yield NO_STAMPS
+        return
+    if reorders and (name == "avi" or stamps == sorted(stamps)):  # AVI has no other stamps than those of decoding
+        yield DECODING_ORDER
+    if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what they lack a key frame for
+        yield LATE_START
+    if name != "matroska" and any(two.dts is not None and two.dts <= one.pts for one, two in pairwise(keys)):
+        yield ADJACENT_KEYS  # in an index by the time of decoding the second one stands before the first one is shown
+
+
+def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iterable[str], reorders: bool,
+            frame: av.VideoFrame | None = None) -> Survey:
+    traits, turn, size = list(traits), UPRIGHT, (0, 0)
+    if frame is not None:
+        turn, is_straight = orientation(frame)
+        size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
+        traits += () if is_straight else (MIRRORED,)
+    context = stream.codec_context
+    fps = float(stream.average_rate or stream.guessed_rate or 1)
+    return Survey(container_name(container), context.codec.canonical_name, packets, tuple(traits), reorders, float(stream.time_base), fps,
+                  turn, size)
