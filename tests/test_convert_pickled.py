@@ -91,9 +91,9 @@ def message_hub() -> dict[str, Any]:
     runtime = collections.OrderedDict(
         cfg="model = dict(type='Recognizer3D')", max_iters=10, best=np.float64(0.5), root=pathlib.Path("work"),
         phase=Phase.TRAIN, recent=collections.deque([1.0, 2.0], maxlen=5), named=named, config=ConfigDict(a=1), seen={1, 2},
-        frozen=frozenset("ab"), raw=b"\x00\xff", call=functools.partial(print, 1, sep=""), logger=logging.getLogger("x"), state=Loop.State(),
-        rng=np.random.RandomState(0).get_state(),
-        generator=np.random.default_rng(0), counts=collections.Counter("abc"), large=10**2000)
+        frozen=frozenset("ab"), raw=b"\x00\xff", call=functools.partial(print, 1, sep=""), logger=logging.getLogger("x"),
+        state=Loop.State(), rng=np.random.RandomState(0).get_state(), generator=np.random.default_rng(0),
+        counts=collections.Counter("abc"), large=10**2000)
     return {"log_scalars": scalars, "runtime_info": runtime, "resumed_keys": collections.OrderedDict({"train/loss": True})}
 
 

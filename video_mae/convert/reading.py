@@ -138,8 +138,7 @@ def _sort(file: TorchFile, path: Path) -> tuple[dict[str, torch.Tensor], dict[st
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     weights = content if wrapper is None else content[wrapper]
     others = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
-    left_out = {_printable(key): _content(value) for key, value in others.items()}
-    left_out |= dict.fromkeys(OPTIONS & left_out.keys(), "options of the training, read only for what the tensors do not tell")
+    left_out = {_printable(key): _content(value, key in OPTIONS) for key, value in others.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
         if isinstance(value, Thing) and value.name.startswith(("torch._utils.", "torch._tensor.")):
@@ -207,14 +206,16 @@ def _read_tensor(file: TorchFile, stored: Stored, where: str) -> torch.Tensor:
         raise ValueError(f"{where}: is damaged or truncated ({_one_line(error)})") from None
 
 
-def _content(value: object) -> str:
+def _content(value: object, is_options: bool = False) -> str:
     """What something is that is left out, how many tensors are in it, and what else is passed over there."""
     count, names = things_in(value)
-    kind = value.name if isinstance(value, Thing) else type(value).__name__
+    kind = f"not part of the weights: {value.name if isinstance(value, Thing) else type(value).__name__}"
+    if is_options:
+        kind = "options of the training, read only for what the tensors do not tell"
     tensors = f" with {count} tensors" if count else ""
     more = f" and {len(names) - TOLD_NAMES} more" if len(names) > TOLD_NAMES else ""
     things = f"; passed over, no tensors: {', '.join(names[:TOLD_NAMES])}{more}" if names else ""
-    return f"not part of the weights: {kind}{tensors}{things}"
+    return f"{kind}{tensors}{things}"
 
 
 def _printable(key: object) -> str:
