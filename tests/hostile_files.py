@@ -100,6 +100,16 @@ def repacked(change: Callable[[str, bytes], bytes], compression: int = zipfile.Z
     return make
 
 
+def beside(payload: bytes) -> Callable[[Path], Path]:
+    """A file of torch.save with another entry beside the weights, whose value is a pickle written by hand."""
+    return repacked(lambda name, content: content[:-1] + text("x") + payload + b"s." if name.endswith("data.pkl") else content)
+
+
+def text(value: str) -> bytes:
+    """A text in a pickle."""
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
 def safetensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Path]:
     """A safetensors file whose header is changed."""
     def make(folder: Path) -> Path:
@@ -192,6 +202,29 @@ def meta(folder: Path) -> Path:
     return saved({"model": {**STATE, PROJ: torch.empty(24, 24, device="meta")}})(folder)
 
 
+TOUCH = text("touch EXECUTED")
+# What would be executed by a plain reader of pickles, one for each way of calling something.
+PAYLOADS: dict[str, tuple[bytes, str]] = {
+    "REDUCE": (b"cposix\nsystem\n" + TOUCH + b"\x85R", "system, which is code"),
+    "INST": (b"(" + TOUCH + b"iposix\nsystem\n", "system, which is code"),
+    "OBJ": (b"(cposix\nsystem\n" + TOUCH + b"o", "system, which is code"),
+    "STACK_GLOBAL": (text("posix") + text("system") + b"\x93" + TOUCH + b"\x85R", "system, which is code"),
+    "a name behind a module": (text("shutil") + text("os.system") + b"\x93" + TOUCH + b"\x85R", "system, which is code"),
+    "a name behind another package": (text("torch.serialization") + text("os.system") + b"\x93" + TOUCH + b"\x85R",
+                                      "system, which is code"),
+    "getattr": (b"c__builtin__\ngetattr\nc__builtin__\ngetattr\ncos\npath\n" + text("os") + b"\x86R" + text("system") + b"\x86R" + TOUCH
+                + b"\x85R", "system, which is code"),
+    "getattr of an object": (b"c__builtin__\ngetattr\nctorch.serialization\nos\n" + text("system") + b"\x86R" + TOUCH + b"\x85R",
+                             "system, which is code"),
+    "partial": (b"cfunctools\npartial\ncposix\nsystem\n\x85R" + TOUCH + b"\x85R", "system, which is code"),
+    "a name of Python 2": (b"ccommands\ngetoutput\n" + TOUCH + b"\x85R", "getoutput, which is code"),
+    "a call in a state": (b"ccollections\nCounter\n)R}" + text("x") + b"cposix\nsystem\n" + TOUCH + b"\x85Rsb", "system, which is code"),
+    "a call in a call": (b"c__builtin__\nset\ncposix\nsystem\n" + TOUCH + b"\x85R\x85\x85R", "system, which is code"),
+    "a call in a key": (b"}cposix\nsystem\n" + TOUCH + b"\x85RNs", "system, which is code"),
+    "an object that calls": (b"coperator\nmethodcaller\n" + text("system") + TOUCH + b"\x86Rcposix\n__loader__\n\x85R", "which is code"),
+    "another reader": (b"cpickle\nloads\nc_codecs\nencode\n" + text("cposix\nsystem\n(S'touch EXECUTED'\ntR.") + text("latin1")
+                       + b"\x86R\x85R", "loads, which is code"),
+}
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     # would execute code
     "system in the weights": (saved({"model": {**STATE, "x": Bomb()}}), "system, which is code"),
@@ -202,6 +235,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a whole pickled module": (saved(torch.nn.Linear(2, 2)), "Linear, which is code"),
     "plain pickle": (raw(pickle.dumps(Bomb(), protocol=2)), r"x\.pth: "),
     "plain pickle of protocol 4": (raw(pickle.dumps({"model": Bomb()}, protocol=4)), r"x\.pth: "),
+    **{f"by hand: {name}": (beside(payload), said) for name, (payload, said) in PAYLOADS.items()},
+    "a module in the place of the weights": (saved({"model": torch.nn.Linear(2, 2)}), "Linear, which is code"),
+    "reference to a module of torch's old format": (beside(b"(" + text("module") + b"NNNtQ"), "no storage"),
+    "an opcode of nobody": (beside(b"\xff"), "damaged"),
     "program of TorchScript": (torchscript, r"x\.pth: is damaged, truncated or no checkpoint"),
     # is no file of weights, or not all of one
     "zero bytes": (raw(b""), "is empty"),

@@ -226,10 +226,14 @@ def mae_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor
 
 
 def mae_classify(video_BCTHW: torch.Tensor, state: State, num_tokens: int, depth: int, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
-    """Logits: of the normed mean without the class token where there is an `fc_norm`, else of the first token after `norm`."""
+    """Logits: of the normed mean without the class token where there is an `fc_norm`, else of the first token after `norm`.
+
+    mae_st leaves the first token out of its mean whether it is a class token or not.
+    """
     x = mae_encode(video_BCTHW, state, torch.zeros(len(video_BCTHW), num_tokens, dtype=torch.bool), depth, num_heads, eps)
     if "fc_norm.weight" in state:
-        x = norm(x[:, 1 if "cls_token" in state else 0:].mean(1), state, "fc_norm", eps)
+        is_shorter = "cls_token" in state or "blocks.0.attn.q.weight" in state
+        x = norm(x[:, 1 if is_shorter else 0:].mean(1), state, "fc_norm", eps)
     else:
         x = norm(x, state, "norm", eps)[:, 0]
     return x @ state["head.weight"].T + state["head.bias"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask
 from video_mae.cli import main
 from video_mae.convert import Facts, Report, import_model
 from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.features import FrozenEncoder
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))
 second = official.second
@@ -47,6 +49,9 @@ LAYOUTS: dict[str, tuple[State, dict[str, Any]]] = {
     "mae_st, no class token": (official.mae_st(SIZE, class_token=False), FACTS),
     "mae_st, all frames": (official.mae_st(SIZE, predicted=2, separate=False, class_token=False), FACTS),
     "mae_st, fine-tuned": (official.mae_st(SIZE, part="classifier"), FACTS),
+    "mae_st, fine-tuned, no class token": (official.mae_st(SIZE, part="classifier", class_token=False), FACTS),
+    "mae_st, fine-tuned, no class token, norm": (official.mae_st(SIZE, part="classifier", class_token=False, norm="norm",
+                                                                 head="head.projection"), FACTS),
     "mae_st, fine-tuned, norm": (official.mae_st(SIZE, part="classifier", norm="norm", head="head.projection"), FACTS),
 }
 
@@ -235,6 +240,33 @@ def test_options_of_the_training_tell_what_tensors_do_not(tmp_path):
     assert isinstance(model, VideoClassifier)
     assert (model.classifier_config.sampling, model.classifier_config.stride) == ("uniform", 2)
     assert not model.classifier_config.antialias  # as its own test resizes
+
+
+@pytest.mark.parametrize("name", ["videomae", "mae", "mae_st"])
+def test_heads_are_those_of_the_training_where_it_tells_them(name, tmp_path):
+    state, facts = LAYOUTS[name]
+    size = replace(IMAGE if facts is IMAGE_FACTS else SIZE, heads=6, decoder_heads=4)
+    facts = {key: value for key, value in facts.items() if not key.endswith("heads")}
+    path = write(tmp_path / "x.pth", state, args=argparse.Namespace(num_heads=6, decoder_num_heads=4))
+    model, report = imported(path, **facts)
+    assert isinstance(model, VideoMAE)
+    assert (model.config.num_heads, model.config.decoder_num_heads) == (6, 4)
+    assert not [note for note in report.notes if "heads" in note]
+    clip, video = a_clip(model)
+    mask, hidden = a_mask(model)
+    torch.testing.assert_close(model.predict(clip, mask), theirs(state, video, size, hidden), **TOLERANCE)
+
+
+def test_the_first_patch_is_left_out_of_the_features_of_such_a_classifier_too(tmp_path):
+    state, facts = LAYOUTS["mae_st, fine-tuned, no class token"]
+    model, _ = imported(write(tmp_path / "x.pth", state), **facts)
+    assert isinstance(model, VideoClassifier)
+    assert model.classifier_config.pooling == "rest"
+    clip, _ = a_clip(model)
+    pooled = FrozenEncoder(model, torch.device("cpu"))(clip).pooled_BD
+    torch.testing.assert_close(model.head(pooled), model(clip), **TOLERANCE)
+    tokens = model.encoder(clip)
+    torch.testing.assert_close(pooled, model.fc_norm(tokens[:, 1:].mean(1)).detach(), **TOLERANCE)
 
 
 def test_a_folder_of_videomae_v2_on_the_hub_is_read_by_the_official_names(tmp_path):

@@ -26,6 +26,7 @@ from video_mae import (
 from video_mae.cli import main
 from video_mae.convert import Facts, import_model
 from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.kernels.tubelets import gather_tubelets
 from video_mae.pretrain import prepare, run
 
 pytestmark = pytest.mark.trains_here
@@ -91,7 +92,7 @@ def test_the_official_file_of_a_classifier_computes_the_same(pooling, tmp_path):
 @pytest.mark.parametrize("name", ["pretraining", "fine-tuned", "image"])
 def test_official_files_come_back_with_every_bit(name, tmp_path):
     size = official.Size(frames=1, tubelet=1, height=24) if name == "image" else SIZE
-    state = official.videomae_finetuned(size) if name == "fine-tuned" else official.videomae_pretraining(size)
+    state = official.videomae_finetuned(size) if name == "fine-tuned" else official.videomae_pretraining(size, image=name == "image")
     torch.save({"model": state}, tmp_path / "theirs.pth")
     facts: dict[str, Any] = {"num_heads": 3, "decoder_num_heads": 2, "num_frames": size.frames, "height": size.height, "width": size.width}
     convert(tmp_path / "theirs.pth", tmp_path / "ours", ConvertConfig(**facts))
@@ -99,6 +100,68 @@ def test_official_files_come_back_with_every_bit(name, tmp_path):
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert back.keys() == state.keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
+
+
+@pytest.mark.parametrize("kind", ["pretrained", "classifier"])
+def test_an_image_model_is_written_for_a_conv2d_and_read_back(kind, tmp_path):
+    config = replace(MODEL, num_frames=1, tubelet_size=1)
+    model = randomized(VideoMAE(config) if kind == "pretrained" else VideoClassifier(config, 5))
+    save_model_folder(tmp_path / "model", model)
+    lines = convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
+    assert any("Conv2d, which MAE-pytorch loads" in line for line in lines)
+    state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
+    (embed,) = [tensor for name, tensor in state.items() if name.endswith("patch_embed.proj.weight")]
+    conv = torch.nn.Conv2d(3, 24, 8, 8)
+    conv.load_state_dict({"weight": embed, "bias": torch.zeros(24)})
+    clip = a_clip(config)
+    patches = conv(video_of(clip, config)[:, :, 0]).flatten(2).transpose(1, 2)
+    ours = model.encoder.patch_embed
+    tubelets = gather_tubelets(clip, torch.arange(6).expand(2, -1), config.tubelet, config.mean, config.std, torch.float32)
+    torch.testing.assert_close(patches, ours(tubelets) - ours.bias, **TOLERANCE)
+    back, _ = import_model(tmp_path / "x.pth")
+    assert same(back, model)
+    assert back.config.num_frames == back.config.tubelet_size == 1
+
+
+def test_a_video_whose_tubelets_are_frames_keeps_its_conv3d(tmp_path):
+    model = randomized(VideoMAE(replace(MODEL, num_frames=3, tubelet_size=1)))
+    save_model_folder(tmp_path / "model", model)
+    convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["model"]["encoder.patch_embed.proj.weight"].shape == (24, 3, 1, 8, 8)
+    assert same(import_model(tmp_path / "x.pth")[0], model)
+
+
+def test_a_classifier_with_learned_positions_is_written_as_the_official_class_keeps_them(tmp_path):
+    model = randomized(VideoClassifier(replace(MODEL, positions="learned"), 5))
+    save_model_folder(tmp_path / "model", model)
+    lines = convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
+    assert any("use_learnable_pos_emb=True" in line for line in lines)
+    state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
+    assert torch.equal(state["pos_embed"], model.encoder.positions.table[None])
+    assert state.keys() - {"pos_embed"} == official.videomae_finetuned(SIZE).keys()
+    back, _ = import_model(tmp_path / "x.pth")
+    assert back.config.positions == "learned"
+    assert same(back, model)
+
+
+@pytest.mark.parametrize(("sampling", "stride"), [("uniform", 4), ("dense", 2)])
+def test_how_frames_are_chosen_goes_into_an_official_file_and_is_remarked_for_transformers(sampling, stride, tmp_path):
+    model = randomized(VideoClassifier(MODEL, ClassifierConfig(num_classes=174, sampling=sampling, stride=stride)))
+    save_model_folder(tmp_path / "model", model)
+    convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
+    back, report = import_model(tmp_path / "x.pth")
+    assert isinstance(back, VideoClassifier)
+    assert (back.classifier_config.sampling, back.classifier_config.stride) == (sampling, stride)
+    assert not [note for note in report.notes if note.startswith(("sampling", "stride"))]
+    lines = convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
+    assert any(line.startswith(f"classifier.sampling = {sampling}, stride = {stride}: ") for line in lines)
+
+
+@pytest.mark.parametrize("form", ["official", "hugging_face"])
+def test_a_mean_that_leaves_out_a_patch_has_no_place_elsewhere(form, tmp_path):
+    save_model_folder(tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=5, pooling="rest")))
+    with pytest.raises(ValueError, match=r"^format: .* has no classifier\.pooling = rest$"):
+        convert(tmp_path / "model", tmp_path / "out", ConvertConfig(format=form))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_file_of_one_project_becomes_a_folder_of_another_in_one_step(tmp_path):
@@ -137,7 +200,8 @@ def test_an_image_mae_becomes_a_vit_mae_with_its_computed_positions(bias, tmp_pa
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("official", {"class_tokens": 1}, "no model.class_tokens = 1"), ("official", {"positions": "learned"}, "no model.positions = learned"),
+    ("official", {"class_tokens": 1}, "no model.class_tokens = 1"), ("official", {"positions": "learned"}, "in its classifiers alone"),
+    ("official", {"positions": "sincos"}, "no model.positions = sincos"), ("official", {"positions": "separate"}, "no model.positions"),
     ("official", {"decoder_embed_bias": True}, "no model.decoder_embed_bias"), ("official", {"predicted_frames": 3}, "no model.predicted"),
     ("official", {"encoder_norm": False}, "no model.encoder_norm = False"), ("official", {"position_grid": (2, 2, 2)}, "interpolated"),
     ("hugging_face", {"layer_scale": 0.1}, "no model.layer_scale"), ("hugging_face", {"positions": "sincos"}, "no model.positions"),

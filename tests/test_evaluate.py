@@ -12,9 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, classify_video, load_pretrained, save_model_folder
-from video_mae.config.frozen import EvaluateConfig
-from video_mae.evaluate import start
+from video_mae import (
+    ClassifierConfig,
+    Facts,
+    ModelConfig,
+    VideoClassifier,
+    VideoMAE,
+    classify_video,
+    load_pretrained,
+    predict,
+    save_model_folder,
+)
+from video_mae.config.frozen import EvaluateConfig, PredictConfig
+from video_mae.evaluate import prepare, start
 from video_mae.predict import merge_views, views_of
 from video_mae.schema import parse
 
@@ -157,6 +167,42 @@ def test_a_run_folder_is_read_best_first_and_gets_the_results(model: Path, video
         start(str(run), str(videos / "list.txt"), config())
 
 
+def test_frames_can_be_chosen_otherwise_than_the_model_says_and_it_is_told(model: Path, videos: Path, tmp_path: Path, quiet_process: None,
+                                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = load_pretrained(model, VideoClassifier)
+    chosen.classifier_config = replace(chosen.classifier_config, sampling="uniform", stride=3)
+    save_model_folder(tmp_path / "chosen", chosen)
+    expected = evaluate(tmp_path / "chosen", videos / "list.txt", tmp_path / "expected", "all_scores=true")
+    assert "given" not in capsys.readouterr().out
+    found = evaluate(model, videos / "list.txt", tmp_path / "found", "sampling=uniform", "stride=3", "all_scores=true")
+    out = capsys.readouterr().out
+    assert "sampling = uniform: given, the model says dense\nstride = 3: given, the model says 2\n" in out
+    assert "(uniform)" in out
+    assert {**found["settings"], "model": ""} == {**expected["settings"], "model": ""}
+    assert rows(tmp_path / "found") == rows(tmp_path / "expected")
+    evaluate(model, videos / "list.txt", tmp_path / "own", "all_scores=true")
+    assert rows(tmp_path / "own") != rows(tmp_path / "found")
+    with pytest.raises(ValueError, match="was made with sampling = uniform, now dense"):
+        start(str(model), str(videos / "list.txt"), config(f"output={tmp_path / 'found'}"))
+
+
+def test_the_number_of_clips_follows_the_sampling_that_is_chosen(model: Path, videos: Path, tmp_path: Path, quiet_process: None) -> None:
+    plans = [prepare(str(model), str(videos / "list.txt"), parse(None, [f"output={tmp_path}", "num_workers=0", *more], EvaluateConfig))
+             for more in ([], ["sampling=uniform"])]
+    assert [(plan.views.num_clips, plan.views.stride) for plan in plans] == [(5, 2), (2, 2)]
+
+
+def test_predict_can_choose_frames_otherwise_too(model: Path, videos: Path, quiet_process: None,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    video = str(videos / "a" / "3.mp4")
+    chosen = load_pretrained(model, VideoClassifier, facts=Facts(sampling="uniform", stride=1))
+    assert predict.start(str(model), video, PredictConfig(sampling="uniform", stride=1)) == 0
+    first, second, best, *_ = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("sampling = uniform: given, the model says dense", "stride = 1: given, the model says 2")
+    name, probability = classify_video(chosen, video)[0]
+    assert best == f"{probability:7.2%}  {name}"
+
+
 def test_a_folder_of_classes_is_matched_by_name(model: Path, videos: Path, tmp_path: Path, quiet_process: None) -> None:
     for name, video in (("swim", "a/0.mp4"), ("fly", "a/1.mp4"), ("fly", "a/2.mp4")):  # no `run`: positions would be off by one
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
@@ -258,6 +304,7 @@ def test_other_mistakes_are_one_line(model: Path, videos: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match=r"the folder swin is none of the model's 3 classes \(did you mean swim\?\)"):
         start(str(model), str(tmp_path / "data"), config(f"output={tmp_path / 'out'}"))
     for override, message in (("num_clips=0", "num_clips: 0 must be at least 1"), ("data.source=x", "data.source: x is not read"),
-                              ("data.stride=7", "data.stride: 7 is not read")):
+                              ("data.stride=7", "data.stride: 7 is not read: .*`stride=`"), ("stride=0", "stride: 0 must be at least 1"),
+                              ("sampling=sparse", "sampling")):
         with pytest.raises(ValueError, match=message):
             config(override)

@@ -97,6 +97,35 @@ def test_features_are_those_of_a_direct_call_on_the_same_frames(model: Path, vid
     np.testing.assert_allclose(arrays["features"], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_uniform_clip_is_all_of_the_video(tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, sampling="uniform")).eval()
+    save_model_folder(tmp_path / "model", classifier)
+    arrays = extract(tmp_path / "model", video, tmp_path / "out", "sampling=uniform", "hop=0")
+    assert "frames:" not in capsys.readouterr().out
+    frames = torch.from_numpy(decode(str(video), np.arange))[[12, 38, 64, 90]]  # the middles of four parts of 103 frames
+    with torch.no_grad():
+        expected = FrozenEncoder(classifier, CPU)(frames[None]).pooled_BD
+    np.testing.assert_allclose(arrays["features"], expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert (arrays["start_frame"].tolist(), arrays["start_seconds"][0]) == ([0], 0.0)
+    assert arrays["end_seconds"] == pytest.approx([103 / 25])
+    with pytest.raises(ValueError, match="its features were made with sampling = uniform, now dense"):
+        extract(tmp_path / "model", video, tmp_path / "out", "hop=0")
+
+
+def test_frames_that_a_classifier_was_not_trained_on_are_told(tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model_folder(tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=3, stride=2)))
+    one = extract(tmp_path / "model", video, tmp_path / "one")
+    assert "frames: dense, stride 3, as given here; the model says dense, stride 2\n" in capsys.readouterr().out
+    same = parse(None, ["num_workers=0", "stride=3", "hop=10", "batch_size=4"], ExtractConfig)
+    assert start(str(tmp_path / "model"), str(video), str(tmp_path / "one"), same)() == 0  # the same features, by the other key
+    two = extract(tmp_path / "model", video, tmp_path / "two", "stride=2", "data.stride=4")
+    assert "frames:" not in capsys.readouterr().out.split("features")[-2]
+    assert not np.array_equal(one["features"], two["features"])
+    for overrides, said in ((("stride=2",), r"stride: 2 and data\.stride = 3 are two values"), (("sampling=uniform",), "hop: 10 is for")):
+        with pytest.raises(ValueError, match=said):
+            config(*overrides)
+
+
 def test_a_classifier_gives_what_its_head_reads(tmp_path: Path, video: Path) -> None:
     torch.manual_seed(1)
     classifier = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, head_init_scale=1.0)).eval()

@@ -26,7 +26,7 @@ from video_mae.predict import classify_views, names_of, views_of
 from video_mae.ranks import Ranks
 from video_mae.results import LIST_DIGEST, check_folder, choose_folder, write_metrics, write_text
 from video_mae.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
-from video_mae.weights import find_model_folder, load_pretrained
+from video_mae.weights import choose_frames, find_model_folder, load_pretrained
 
 DONE, NO_FIGURES = 0, 3
 TOLD_CLASSES = 5
@@ -44,6 +44,7 @@ class Plan:
     names: tuple[str, ...]
     folder: Path
     settings: dict[str, Any]
+    told: list[str]
 
 
 class Outcome(NamedTuple):
@@ -68,6 +69,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     check_precision(config.precision)
     model_folder = find_model_folder(model)
     classifier = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
+    told = choose_frames(classifier, config.sampling, config.stride)
     head = classifier.classifier_config
     if config.antialias is not None:
         head = classifier.classifier_config = replace(head, antialias=config.antialias)
@@ -84,7 +86,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     folder = choose_folder(config.output, model)
     check_folder(folder, settings)
     names = names_of(head) if head.class_names or not videos.class_names else videos.class_names
-    return Plan(config, classifier, videos, views, workers, names, folder, settings)
+    return Plan(config, classifier, videos, views, workers, names, folder, settings, told)
 
 
 def run(plan: Plan) -> int:
@@ -101,8 +103,8 @@ def _outcomes(plan: Plan, ranks: Ranks) -> list[Outcome]:
     config, views = plan.config, plan.views
     model, mine = plan.model.to(ranks.device), ranks.share(len(plan.videos))
     if ranks.is_main:
-        for note in plan.videos.videos.notes:
-            print(note)
+        for line in (*plan.videos.videos.notes, *plan.told):
+            print(line, flush=True)
         print(f"{len(plan.videos)} videos, {views.num_clips} x {views.num_crops} views each ({views.sampling}), {ranks.size} ranks; "
               f"{describe(config.kernels, ranks.device)}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
         if plan.workers.told:

@@ -24,6 +24,7 @@ from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.feature_file import FeatureFile
 from video_mae.features import FrozenEncoder, check_precision
+from video_mae.model import VideoClassifier
 from video_mae.ranks import Ranks
 from video_mae.results import write_text
 from video_mae.schema import flatten, require
@@ -31,7 +32,7 @@ from video_mae.weights import Model, find_model_folder, load_pretrained
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
-FREE_KEYS = ("batch_size", "num_workers", "data.root", "data.list_format", "data.decoder_threads")
+FREE_KEYS = ("batch_size", "num_workers", "stride", "data.root", "data.list_format", "data.decoder_threads")
 MAX_STEM = 100  # characters of a video's name that its file keeps
 
 
@@ -67,16 +68,20 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
         require(0 <= layer < c.depth, "layers", list(layers), f"must be blocks of the encoder, 0 to {c.depth - 1}")
     require(len(set(layers)) == len(layers), "layers", list(layers), "must differ")
     workers = plan_workers(config.num_workers, config.data.decoder_threads)
-    windows = Windows(num_frames=c.num_frames, height=c.height, width=c.width, stride=config.data.stride,
-                      hop=config.hop or c.num_frames * config.data.stride, crop=config.crop,
+    stride = config.stride or config.data.stride
+    windows = Windows(num_frames=c.num_frames, height=c.height, width=c.width, stride=stride, hop=config.hop or c.num_frames * stride,
+                      crop=config.crop, sampling=config.sampling,
                       reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
     notes: list[str] = []
     paths = _paths(source, config.data.root, config.data.list_format, notes.append)
     target = Path(folder)
     files = tuple(target / file_name(path, config.format) for path in paths)
     knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
-    settings = {**knobs, "hop": windows.hop, "layers": list(layers), "span": windows.span, "weights": _fingerprint(encoder)}
+    settings = {**knobs, "data.stride": stride, "hop": windows.hop, "layers": list(layers), "span": windows.span,
+                "weights": _fingerprint(encoder)}
     _check_folder(target, settings)
+    if unlike := _unlike_training(encoder, windows):
+        notes.append(unlike)
     return Plan(config, encoder, windows, workers, layers, paths, files, target, settings, tuple(notes))
 
 
@@ -106,7 +111,7 @@ def _extract(plan: Plan, ranks: Ranks) -> dict[int, str]:
     mine = [video for video in ranks.share(len(plan.paths)) if not plan.files[video].exists()]
     if ranks.is_main:
         for note in plan.notes:
-            print(note)
+            print(note, flush=True)
         print(f"{len(plan.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip spans {plan.windows.span} frames, one "
               f"every {plan.windows.hop}; device {ranks.device}, {config.precision}; {plan.workers.describe()}", flush=True)
         if plan.workers.told:
@@ -131,6 +136,16 @@ def _extract(plan: Plan, ranks: Ranks) -> dict[int, str]:
                 progress.update()
     assert not files, "a video ended before its last clip"
     return bad
+
+
+def _unlike_training(model: Model, windows: Windows) -> str:
+    """A line where a classifier would choose frames in another way; "" where not, or where the model does not say."""
+    if not isinstance(model, VideoClassifier):
+        return ""
+    head = model.classifier_config
+    if windows.sampling == head.sampling and (windows.sampling == "uniform" or windows.stride == head.stride):
+        return ""
+    return f"frames: {windows.sampling}, stride {windows.stride}, as given here; the model says {head.sampling}, stride {head.stride}"
 
 
 def _encode(plan: Plan, encoder: FrozenEncoder, clip_BTHWC: torch.Tensor) -> NDArray[np.float32]:
@@ -192,9 +207,9 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{folder}: is not empty and holds no features (no {SETTINGS_FILE}); choose another folder")
         return
     try:
-        before = json.loads(file.read_text())
+        before = {"sampling": "dense", **json.loads(file.read_text())}
         changes = [f"{key} = {before.get(key)}, now {value}" for key, value in settings.items() if before.get(key) != value]
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError):
         raise ValueError(f"{file}: is not readable; choose another folder") from None
     if changes:
         raise ValueError(f"{folder}: its features were made with {changes[0]}; choose another folder")

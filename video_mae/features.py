@@ -58,12 +58,7 @@ class FrozenEncoder:
             tokens_BSD = self.model.encoder(clip_BTHWC.to(self.device, non_blocking=True)).float()
             tokens_BND = tokens_BSD[:, self.config.class_tokens:]
             model = self.model
-            if not isinstance(model, VideoClassifier):
-                pooled_BD = tokens_BND.mean(dim=1)
-            elif model.classifier_config.pooling == "mean":
-                pooled_BD = model.fc_norm(tokens_BND.mean(dim=1))
-            else:
-                pooled_BD = tokens_BSD[:, 0]
+            pooled_BD = model.pool(tokens_BSD) if isinstance(model, VideoClassifier) else tokens_BND.mean(dim=1)
         return Features(tokens_BND, pooled_BD.float())
 
     @torch.no_grad()

@@ -76,7 +76,7 @@ def starting_weights(config: FinetuneConfig) -> tuple[FinetuneConfig, dict[str, 
         source = resized(source, num_frames=c.num_frames, height=c.height, width=c.width)  # pyright: ignore[reportArgumentType]
     _check_architecture(folder, source.config, c)
     config = replace(config, model=replace(c, position_grid=source.config.position_grid))
-    is_mean = config.classifier.pooling == "mean"
+    is_mean = config.classifier.pooling != "first"
     wanted, head = ["encoder."], "new head"
     if isinstance(source, VideoClassifier):
         ours, theirs = config.classifier, source.classifier_config

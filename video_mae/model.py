@@ -236,7 +236,7 @@ class VideoMAE(nn.Module):
 class VideoClassifier(nn.Module):
     """Action recognition: encoder, pooling, a linear head.
 
-    The mean over all tubelets leaves out the encoder's last norm and is normed by `fc_norm`; the first token has only the former.
+    A mean leaves out the encoder's last norm and is normed by `fc_norm`; the first token has only the former.
 
     `VideoClassifier(config, ClassifierConfig(...))`, or `VideoClassifier(config, K)` for K classes without names.
     Source: the official fine-tuning model of VideoMAE; linear layers start from a normal distribution of 0.02.
@@ -247,7 +247,7 @@ class VideoClassifier(nn.Module):
         self.config = config
         self.classifier_config = classifier = ClassifierConfig(num_classes=classifier) if isinstance(classifier, int) else classifier
         self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=classifier.pooling == "first")
-        self.fc_norm = nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps) if classifier.pooling == "mean" else nn.Identity()
+        self.fc_norm = nn.Identity() if classifier.pooling == "first" else nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps)
         self.head_dropout = nn.Dropout(classifier.head_dropout)
         self.head = nn.Linear(config.embed_dim, classifier.num_classes)
         for module in self.modules():
@@ -258,10 +258,15 @@ class VideoClassifier(nn.Module):
 
     def forward(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
         """Logits [B, K] of clips of any size."""
-        tokens_BSD = self.encoder(clip_BTHWC)
-        is_mean = self.classifier_config.pooling == "mean"
-        pooled_BD = tokens_BSD[:, self.config.class_tokens:].mean(dim=1) if is_mean else tokens_BSD[:, 0]
-        return self.head(self.head_dropout(self.fc_norm(pooled_BD)))
+        return self.head(self.head_dropout(self.pool(self.encoder(clip_BTHWC))))
+
+    def pool(self, tokens_BSD: torch.Tensor) -> torch.Tensor:
+        """The vector [B, D] of a clip that the head reads, of the encoder's tokens."""
+        pooling = self.classifier_config.pooling
+        if pooling == "first":
+            return tokens_BSD[:, 0]
+        left_out = 1 if pooling == "rest" else self.config.class_tokens
+        return self.fc_norm(tokens_BSD[:, left_out:].mean(dim=1))
 
 
 def pretraining_macs(config: ModelConfig, num_visible: int, num_masked: int) -> float:

@@ -14,12 +14,14 @@ from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError
 from video_mae.features import autocast
 from video_mae.model import VideoClassifier
-from video_mae.weights import Model, find_model_folder, load_pretrained
+from video_mae.weights import Model, choose_frames, find_model_folder, load_pretrained
 
 
 def start(model_folder: str, video: str, config: PredictConfig) -> int:
     """The stage as the command line starts it."""
     model = load_pretrained(find_model_folder(model_folder), VideoClassifier)
+    for line in choose_frames(model, config.sampling, config.stride):
+        print(line)
     for name, probability in classify_video(model, video, num_clips=config.num_clips, num_crops=config.num_crops, top=config.top):
         print(f"{probability:7.2%}  {name}")
     return 0

@@ -3,8 +3,9 @@
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError
@@ -51,21 +52,35 @@ def load_pretrained(path: str | Path, kind: type[Model] | None = None, *, impl: 
 
     path: a model folder, or what another project wrote: a checkpoint file, a Hugging Face folder (video_mae.convert.import_model; what
     it assumes, leaves out or makes anew is logged as a warning). kind: the class that the caller can use. facts: what another
-    project's file may leave open. Raises: FileNotFoundError; ValueError naming the file and what does not fit, or for a model of
-    another kind. Executes nothing from the files.
+    project's file may leave open; of a model folder too, sampling and stride can be others. Raises: FileNotFoundError;
+    ValueError naming the file and what does not fit, or for a model of another kind. Executes nothing from the files.
     """
     path = Path(path)
     if is_model_folder(path):
-        model = _load_folder(path, impl)
-        if facts is not None:
+        model, facts = _load_folder(path, impl), facts or Facts()
+        if replace(facts, sampling=None, stride=None) != Facts():
             raise ValueError(f"{path}: is a model folder, which leaves nothing open; facts are for files of other projects")
+        remarks = choose_frames(model, facts.sampling, facts.stride)
     else:
         model, report = import_model(path, facts, impl=impl)
-        for remark in report.remarks():
-            logging.getLogger(__name__).warning("%s: %s", path, remark)
+        remarks = report.remarks()
+    for remark in remarks:
+        logging.getLogger(__name__).warning("%s: %s", path, remark)
     if kind is not None and not isinstance(model, kind):
         raise ValueError(f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted")
     return model
+
+
+def choose_frames(model: Model, sampling: Literal["dense", "uniform"] | None, stride: int | None) -> list[str]:
+    """Has frames chosen in another way than a classifier says, where one is given; returns a line on each. Raises: ValueError."""
+    given = {key: value for key, value in (("sampling", sampling), ("stride", stride)) if value is not None}
+    if not given:
+        return []
+    if not isinstance(model, VideoClassifier):
+        raise ValueError(f"{next(iter(given))}: is how frames of a classifier are chosen, and this model is a {type(model).__name__}")
+    lines = [f"{key} = {value}: given, the model says {getattr(model.classifier_config, key)}" for key, value in given.items()]
+    model.classifier_config = replace(model.classifier_config, **given)
+    return lines
 
 
 def is_model_folder(path: Path) -> bool:

@@ -11,6 +11,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """Of activations; weights stay float32."""
 Kind = Literal["linear", "attentive", "knn"]
 """Of probes."""
+Sampling = Literal["dense", "uniform"]
+"""How the frames of a clip are chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,8 @@ class EvaluateConfig:
 
     output: str = knob("", "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the run folder")
     num_clips: int | None = knob(None, "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform ones")
+    sampling: Sampling | None = knob(None, "how frames are chosen, where it is not as the model says: it was converted by a wrong guess")
+    stride: int | None = knob(None, "video frames from one frame of a dense clip to the next, likewise")
     num_crops: int = knob(3, "crops of a clip along the longer side; 1 is the middle")
     antialias: bool | None = knob(None, "average what resizing leaves out, or not (OpenCV); null: as the model's classifier.antialias says")
     skip_bad: bool = knob(False, "leave videos that cannot be decoded out of the figures, instead of counting them as wrong")
@@ -38,7 +42,9 @@ class EvaluateConfig:
         _check_workers(self.num_workers)
         unset = ReadConfig()
         require(self.data.source == unset.source, "data.source", self.data.source, "is not read: LIST is the word after the model")
-        require(self.data.stride == unset.stride, "data.stride", self.data.stride, "is not read: a classifier keeps that of its training")
+        require(self.data.stride == unset.stride, "data.stride", self.data.stride,
+                "is not read: a classifier keeps that of its training, and `stride=` is another")
+        _check_stride(self.stride)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +52,15 @@ class PredictConfig:
     """`video-mae predict MODEL_OR_RUN_FOLDER VIDEO key=value ...`."""
 
     num_clips: int = knob(5, "clips, spread over the video")
+    sampling: Sampling | None = knob(None, "how frames are chosen, where it is not as the model says: it was converted by a wrong guess")
+    stride: int | None = knob(None, "video frames from one frame of a dense clip to the next, likewise")
     num_crops: int = knob(1, "crops of a clip along the longer side; 1 is the middle")
     top: int = knob(5, "how many classes are told, the most probable first")
 
     def __post_init__(self) -> None:
         for name in ("num_clips", "num_crops", "top"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        _check_stride(self.stride)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,10 @@ class ExtractConfig:
     level: Literal["pooled", "tokens", "pyramid"] = knob("pooled", "a vector a clip; its tokens [time, row, column]; or those that leave "
                                                          "each of `layers`, for dense tasks")
     layers: tuple[int, ...] = knob((), "blocks of a pyramid, the first is 0; empty: the ends of four equal parts of the encoder")
-    hop: int = knob(0, "video frames from the start of a clip to that of the next; 0: as many as a clip spans, num_frames * data.stride")
+    hop: int = knob(0, "video frames from the start of a clip to that of the next; 0: as many as a clip spans, num_frames * stride")
+    sampling: Sampling = knob("dense", "dense: clips along the video, frames a stride apart; uniform: one clip, a frame of each of as many "
+                              "equal parts of the video as a clip has frames, as models of Something-Something take them")
+    stride: int | None = knob(None, "video frames from one frame of a dense clip to the next; null: data.stride")
     crop: Literal["center", "whole"] = knob("center", "what of a frame is resized to the model's size: the middle, or all of it, squeezed")
     format: Literal["npz", "safetensors"] = knob("npz", "of the files, one a video")
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
@@ -133,7 +145,16 @@ class ExtractConfig:
         for name, least in (("hop", 0), ("batch_size", 1)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}")
         _check_workers(self.num_workers)
+        _check_stride(self.stride)
+        unset = ReadConfig().stride
+        require(self.stride is None or self.data.stride in (unset, self.stride), "stride", self.stride,
+                f"and data.stride = {self.data.stride} are two values for one thing")
+        require(self.sampling == "dense" or not self.hop, "hop", self.hop, "is for sampling = dense: a uniform clip is all of the video")
         require(not self.layers or self.level == "pyramid", "layers", self.layers, "are those of level=pyramid")
+
+
+def _check_stride(stride: int | None) -> None:
+    require(stride is None or stride >= 1, "stride", stride, "must be at least 1, or null")
 
 
 def _check_workers(num_workers: int | None) -> None:

@@ -153,8 +153,9 @@ class ClassifierConfig:
                            "so the fine-tuning and the tests of VideoMAE do")
     head_dropout: float = knob(0.0, "dropout before the head")
     head_init_scale: float = knob(0.001, "factor of the head's first weights")
-    pooling: Literal["mean", "first"] = knob("mean", "mean of the patch tokens, then fc_norm; or the encoder's norm, then the first token: "
-                                             "the class token where there is one")
+    pooling: Literal["mean", "first", "rest"] = knob("mean", "mean of the patch tokens, then fc_norm; the encoder's norm, then the first "
+                                                     "token: the class token where there is one; or, as mean, of all tokens but the first: "
+                                                     "mae_st without a class token leaves out its first patch")
 
     def __post_init__(self) -> None:
         require(self.num_classes >= 1, "classifier.num_classes", self.num_classes, "must be at least 1")

@@ -17,7 +17,8 @@ from video_mae.positions import computed_positions
 from video_mae.schema import knob, require
 
 HEADS = {preset["embed_dim"]: preset["num_heads"] for preset in PRESETS.values()}  # of VideoMAE; MAE and mae_st have the same
-USUAL_FRAMES, USUAL_SIDE = 16, 224
+USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
+SOMETHING_CLASSES = 174  # of Something-Something, V1 and V2, whose models take one frame of each part of a video
 MAX_TOKENS = 1 << 20  # of a clip that a file may name: its positions are computed, whatever their number
 
 
@@ -30,13 +31,16 @@ class Facts:
     num_frames: int | None = knob(None, f"frames of a clip; null: as the source says, or {USUAL_FRAMES} (1 for an image model)")
     height: int | None = knob(None, f"pixels; null: as the source says, or {USUAL_SIDE}")
     width: int | None = knob(None, "pixels, likewise")
+    sampling: Literal["dense", "uniform"] | None = knob(None, "how a classifier's frames are chosen (classifier.sampling); null: as the "
+                                                        "source says, or uniform for the 174 classes of Something-Something, else dense")
+    stride: int | None = knob(None, f"video frames from one frame of a dense clip to the next; null: as the source says, or {USUAL_STRIDE}")
     mean: tuple[float, ...] = knob((), "channel means of the input in [0, 1]; empty: as the source says, or as its project has them")
     std: tuple[float, ...] = knob((), "channel standard deviations, likewise")
     normalize: Literal["channel", "tubelet", "none"] | None = knob(None, "what normalised the targets of pretraining; null: as the source "
                                                                    "says, or as published")
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "decoder_num_heads", "num_frames", "height", "width"):
+        for name in ("num_heads", "decoder_num_heads", "num_frames", "height", "width", "stride"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
         require(len(self.mean) == len(self.std), "std", self.std, f"must have as many values as mean = {self.mean}")
@@ -210,16 +214,27 @@ class Draft:
 
     def objective(self, told: str | None, guess: str, pixels: Literal["unit", "normalized"]) -> None:
         """What pretraining minimises. Of an encoder alone it is what it would."""
+        for key in ("sampling", "stride"):
+            if getattr(self.facts, key) is not None:
+                raise self.wrong(f"has no classes, and {key}=... is how frames of a classifier are chosen")
         self.head = ObjectiveConfig(normalize=self.settle("normalize", told, guess, "as published"), pixels=pixels)
 
-    def classifier(self, names: tuple[str, ...] = (), **sampling: Any) -> None:
+    def classifier(self, names: tuple[str, ...] = (), sampling: str | None = None, stride: int | None = None, *,
+                   pooling: Literal["mean", "rest"] = "mean") -> None:
         """A head on the mean of the tokens where there is fc_norm, on the first token where there is not.
 
         Videos are resized without antialiasing, as the tests of all these projects do it.
         """
-        pooling = "mean" if self.found.has("fc_norm.") else "first"
-        self.head = ClassifierConfig(num_classes=self.found.sizes["K"], class_names=names, pooling=pooling,
-                                     antialias=self.fields["tubelet_size"] == 1, **sampling)
+        classes, is_image = self.found.sizes["K"], self.fields["num_frames"] == 1
+        guess, why = "dense", "as usual; models of Something-Something have sampling=uniform"
+        if classes == SOMETHING_CLASSES:
+            guess, why = "uniform", f"as Something-Something has {SOMETHING_CLASSES} classes; others that many have sampling=dense"
+        sampling = self.settle("sampling", "dense" if is_image else sampling, guess, why)
+        if stride is None and (is_image or sampling == "uniform"):  # then it chooses no frame
+            stride = USUAL_STRIDE
+        frames_apart = self.settle("stride", stride, USUAL_STRIDE, "as usual")
+        self.head = ClassifierConfig(num_classes=classes, class_names=names, pooling=pooling if self.found.has("fc_norm.") else "first",
+                                     sampling=sampling, stride=frames_apart, antialias=self.fields["tubelet_size"] == 1)
 
     def config(self) -> ModelConfig:
         """Raises: ValueError where the fields do not go together."""

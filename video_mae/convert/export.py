@@ -20,7 +20,7 @@ from video_mae.convert.official import OFFICIAL
 from video_mae.model import Attention, Encoder, VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
-PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None, "positions": "sinusoid"}
+PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
 
 
 def export_official(model: Model, path: str | Path) -> list[str]:
@@ -29,15 +29,31 @@ def export_official(model: Model, path: str | Path) -> list[str]:
     Returns: remarks on what the file does not say. Raises: ValueError for a model that this code has no place for.
     """
     c = model.config
-    _require(model, "the official VideoMAE", PLAIN if isinstance(model, VideoClassifier) else {**PLAIN, "encoder_norm": True})
+    is_classifier, has_learned = isinstance(model, VideoClassifier), c.positions == "learned"
+    if has_learned and not is_classifier:
+        raise ValueError("format: the official VideoMAE has learned positions in its classifiers alone (use_learnable_pos_emb); those of "
+                         "its decoder are always computed")
+    required = PLAIN if is_classifier else {**PLAIN, "encoder_norm": True}
+    _require(model, "the official VideoMAE", required if has_learned else {**required, "positions": "sinusoid"})
     remarks = _differences(model, "the official VideoMAE", "channel", "unit", norm_eps=1e-6, head_norm_eps=1e-6, mean=IMAGENET_MEAN,
                            std=IMAGENET_STD)
-    state, left = _named(model, OFFICIAL)
-    if isinstance(model, VideoClassifier):
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("positions.table")}
+    state, left = _named(model, OFFICIAL, own)
+    if has_learned:
+        state["encoder.pos_embed"] = model.encoder.positions(c.grid)[0][None].detach().float().cpu()
+        remarks.append("pos_embed: is read by the official class where it is made with use_learnable_pos_emb=True")
+    if c.tubelet_size == c.num_frames == 1:
+        embed = "encoder.patch_embed.proj.weight"
+        state[embed] = state[embed].squeeze(2)
+        remarks.append("patch_embed.proj.weight: is that of a Conv2d, which MAE-pytorch loads; VideoMAE's own class has a Conv3d")
+    if is_classifier:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
     arguments: dict[str, Any] = {"num_frames": c.num_frames, "height": c.height, "width": c.width, "num_heads": c.num_heads}
     if isinstance(model, VideoMAE):
         arguments |= {"decoder_num_heads": c.decoder_num_heads, "normlize_target": model.objective_config.normalize == "channel"}
+    else:
+        head = model.classifier_config
+        arguments |= {"sparse_sample": head.sampling == "uniform", "sampling_rate": head.stride}
     write_whole(Path(path), lambda building: torch.save({"model": state, "args": arguments}, building))
     return remarks + left
 
@@ -86,7 +102,7 @@ def export_program(model: Model, path: str | Path) -> list[str]:
 
 def _videomae(model: Model, version: Version) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]:
     c, name = model.config, "Hugging Face's VideoMAE"
-    _require(model, name, {**PLAIN, "layer_scale": 0.0})
+    _require(model, name, {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0})
     remarks = _differences(model, name, "channel", "unit" if c.in_channels == 3 else "normalized", head_norm_eps=hugging_face.HEAD_NORM_EPS)
     config = {**_sizes(c), "model_type": "videomae", "num_frames": c.num_frames, "tubelet_size": c.tubelet_size,
               "qv_bias": c.qkv_bias != "none"}
@@ -96,8 +112,11 @@ def _videomae(model: Model, version: Version) -> tuple[dict[str, torch.Tensor], 
         config |= {"architectures": ["VideoMAEForPreTraining"], "use_mean_pooling": not c.encoder_norm,
                    "norm_pix_loss": model.objective_config.normalize == "channel"}
     else:
-        names = model.classifier_config.class_names or tuple(f"LABEL_{i}" for i in range(model.classifier_config.num_classes))
-        config |= {"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": model.classifier_config.pooling == "mean",
+        head = model.classifier_config
+        names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
+        if c.num_frames > 1:
+            remarks.append(f"classifier.sampling = {head.sampling}, stride = {head.stride}: {name} does not keep how frames are chosen")
+        config |= {"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": head.pooling == "mean",
                    "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
     state, left = _named(model, hugging_face.videomae(version))
     inner = ("embeddings.", "encoder.", "layernorm.")
@@ -167,6 +186,8 @@ def _require(model: Model, name: str, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if getattr(c, key) != value:
             raise ValueError(f"format: {name} has no model.{key} = {getattr(c, key)}")
+    if isinstance(model, VideoClassifier) and model.classifier_config.pooling == "rest":
+        raise ValueError(f"format: {name} has no classifier.pooling = rest")
     if c.positions == "sinusoid" and c.position_grid not in (None, c.grid):
         raise ValueError(f"format: {name} has no positions interpolated from another grid (model.position_grid = {c.position_grid})")
 

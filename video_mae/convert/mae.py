@@ -1,5 +1,7 @@
 """Files of image MAE and of mae_st, its sequel for video: class tokens, stored positions, other normalisation."""
 
+from typing import Literal
+
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.convert.architecture import USUAL_FRAMES, Draft, whole
 from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
@@ -44,7 +46,7 @@ def describe(draft: Draft) -> None:
     """The configuration of an image MAE."""
     told = draft.source.arguments
     draft.shapes(decoder_embed_bias=True)
-    draft.heads(None, None, DECODER_HEADS)
+    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
     table, size = draft.table("pos_embed"), whole(told, "input_size")
     draft.clip(None, size, size, places=None if table is None else len(table) - draft.fields["class_tokens"])
     draft.positions("sincos", JOINT, 0.0, required=True)
@@ -55,7 +57,7 @@ def describe_st(draft: Draft) -> None:
     """The configuration of a mae_st: positions are learned, together or apart for space and time."""
     told = draft.source.arguments
     draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
-    draft.heads(None, None, DECODER_HEADS)
+    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
     size, class_tokens = whole(told, "input_size"), draft.fields["class_tokens"]
     frames = whole(told, "num_frames")
     space, time, table = (draft.table(name) for name in ("pos_embed_spatial", "pos_embed_temporal", "pos_embed"))
@@ -82,7 +84,8 @@ def describe_st(draft: Draft) -> None:
     if draft.is_classifier and not draft.found.has("fc_norm."):  # its norm comes after the mean
         for name in [name for name in draft.found.ours if name.startswith("encoder.norm.")]:
             draft.found.ours[name.replace("encoder.norm", "fc_norm")] = draft.found.ours.pop(name)
-    _purpose(draft, (MAE_ST_MEAN, MAE_ST_STD))
+    # Its classifier leaves the first token out of the mean, where there is no class token too.
+    _purpose(draft, (MAE_ST_MEAN, MAE_ST_STD), "mean" if class_tokens else "rest")
 
 
 def _separate(draft: Draft) -> None:
@@ -99,11 +102,12 @@ def _separate(draft: Draft) -> None:
             draft.found.used += 1
 
 
-def _purpose(draft: Draft, usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)) -> None:
+def _purpose(draft: Draft, usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
+             pooling: Literal["mean", "rest"] = "mean") -> None:
     told = draft.source.arguments
     draft.statistics(usual=usual)
     if draft.is_classifier:
-        draft.classifier(stride=whole(told, "sampling_rate") or 4)
+        draft.classifier(stride=whole(told, "sampling_rate"), pooling=pooling)
     else:
         normalized = told.get("norm_pix_loss")
         draft.objective({True: "tubelet", False: "none"}[normalized] if isinstance(normalized, bool) else None, "tubelet", "normalized")

@@ -1,5 +1,9 @@
 """Files of VideoMAE, VideoMAE V2, MAE-pytorch (whose names VideoMAE took over, with a 2-D patch embedding), and of mmaction2."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from video_mae.config import PRESETS
 from video_mae.convert.architecture import Draft, whole
 from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
@@ -54,8 +58,32 @@ def describe(draft: Draft) -> None:
     draft.positions("sinusoid", {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"}, ROUNDING, required=False)
     draft.statistics()
     if draft.is_classifier:
-        uniform = "SSV2" in str(told.get("data_set"))  # whose frames are chosen from equal parts of the video
-        draft.classifier(sampling="uniform" if uniform else "dense", stride=whole(told, "sampling_rate") or 4)
+        draft.classifier((), *_frames(told))
     else:
         normalized = told.get("normlize_target")  # their spelling
         draft.objective({True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None, "channel", "unit")
+
+
+def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """(sampling, stride) of a classifier as the options of its training tell them, or the configuration that mmengine keeps as a text."""
+    stride, data_set, config = whole(told, "sampling_rate"), told.get("data_set"), told.get("cfg")
+    if isinstance(config, str):
+        return _frames_of_pipelines(config)
+    sparse = told.get("sparse_sample")
+    if not isinstance(data_set, str) and not isinstance(sparse, bool):
+        return None, stride
+    is_something = re.search("ssv|sth|something", str(data_set), re.IGNORECASE)
+    return "uniform" if sparse is True or is_something else "dense", stride
+
+
+def _frames_of_pipelines(config: str) -> tuple[str | None, int | None]:
+    """Likewise; (None, None) where the pipelines of a configuration differ."""
+    found: set[tuple[str, int | None]] = set()
+    for step in re.findall(r"dict\(([^()]*)\)", config):
+        keys = dict(re.findall(r"(\w+)\s*=\s*['\"]?(\w+)", step))
+        kind = keys.get("type")
+        if kind in ("UniformSample", "UniformSampleFrames") or (kind == "SampleFrames" and keys.get("clip_len") == "1"):
+            found.add(("uniform", None))
+        elif kind in ("SampleFrames", "DenseSampleFrames"):
+            found.add(("dense", int(keys.get("frame_interval", "1"))))
+    return next(iter(found)) if len(found) == 1 else (None, None)

@@ -1,15 +1,13 @@
 """What other projects' files and folders hold, read as data: nothing in them is ever executed.
 
-A file is what its content says, not its suffix: safetensors, or a pickle of torch.save, which is read with weights_only=True. Beyond
-torch's own list only names that carry data are let through, and what stands in for them is inert: no code of another package runs.
+A file is what its content says, not its suffix: safetensors, or a pickle of torch.save (pickled.py). What is beside the weights may be
+objects of any package: they are passed over and named.
 """
 
 import json
-import pickle
 import re
-import warnings
 import zipfile
-from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,30 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from video_mae.checkpoint import MANIFEST
+from video_mae.convert.pickled import CodeError, Stored, Thing, TorchFile, things_in
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
 WRAPPERS = ("model", "module", "state_dict")  # under which the projects keep the weights, in order of preference
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"  # in which a training under DeepSpeed leaves its weights, where it does not partition them
+OPTIONS = {"args", "meta"}  # where the official projects and mmengine keep the options of a training
+TOLD_NAMES = 12  # of what is passed over
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-
-class Opaque:
-    """Stands in for an object that is no tensor and is not needed: takes anything, does nothing."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-class Arguments:
-    """Stands in for argparse.Namespace, in which the official projects keep the options of a training."""
-
-
-# Names found in the projects' own files. Nothing that is called here can do more than be created.
-STAND_INS: list[Any] = [(Arguments, "argparse.Namespace")] + [(Opaque, name) for name in (
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    "numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "pathlib.PurePosixPath", "mmengine.logging.history_buffer.HistoryBuffer",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,57 +116,72 @@ def _read_shards(index: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 def _read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
     """(weights, options of the training, what is left out and why)."""
-    content, size = _read_content(path), path.stat().st_size
+    if _is_safetensors(path):
+        try:
+            return load_file(path), {}, {}
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: cannot be read as safetensors ({_one_line(error)})") from None
+    try:
+        file = TorchFile(path)
+    except CodeError as error:
+        raise ValueError(f"{path}: holds {error}, which is code and no tensor; nothing of this file is read") from None
+    except Exception as error:  # a damaged pickle can make the reader raise anything
+        raise ValueError(f"{path}: is damaged, truncated or no checkpoint ({_one_line(error)})") from None
+    with closing(file):
+        return _sort(file, path)
+
+
+def _sort(file: TorchFile, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, str]]:
+    content = file.content
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+        raise _unlike_weights(path, content)
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     weights = content if wrapper is None else content[wrapper]
     others = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
-    left_out = {_printable(key): _content(value) for key, value in others.items()}
-    if "args" in left_out:
-        left_out["args"] = "options of the training, read only for what the tensors do not tell"
+    left_out = {_printable(key): _content(value, key in OPTIONS) for key, value in others.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
-        if not isinstance(value, torch.Tensor):
+        if isinstance(value, Thing) and value.name.startswith(("torch._utils.", "torch._tensor.")):
+            raise ValueError(f"{path}: {_printable(name)}: is made by {value.name}, not an ordinary one")
+        if not isinstance(value, Stored):
             left_out[_printable(name)] = _content(value)
         elif not isinstance(name, str) or not name.isprintable():
             raise ValueError(f"{path}: {name!r} is no name of a tensor")
         else:
-            tensors[name] = _checked(value, f"{path}: {name}")
+            tensors[name] = _read_tensor(file, value, f"{path}: {name}")
     if not tensors:
-        raise ValueError(f"{path}: holds no tensors" + (f" under {wrapper!r}" if wrapper else ""))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        thing = next((value for value in content.values() if isinstance(value, Thing)), None)
+        raise _unlike_weights(path, thing) if thing else ValueError(
+            f"{path}: holds no tensors" + (f" under {wrapper!r}" if wrapper else ""))
+    total, size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), path.stat().st_size
     if total > size:
         raise ValueError(f"{path}: says that it holds {total} bytes of weights, but has {size} bytes")
-    arguments = others.get("args")
-    arguments = vars(arguments) if isinstance(arguments, Arguments) else arguments
-    return tensors, dict(arguments) if isinstance(arguments, dict) else {}, left_out
+    options = next((value for key, value in others.items() if key in OPTIONS), {})
+    if isinstance(options, Thing) and options.name == "argparse.Namespace":
+        options = options.state
+    return tensors, options if isinstance(options, dict) else {}, left_out
 
 
-def _read_content(path: Path) -> Any:
+def _unlike_weights(path: Path, content: object) -> ValueError:
+    if isinstance(content, Thing):
+        return ValueError(f"{path}: holds a {content.name}, which is code and no tensor; nothing of this file is read")
+    return ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Raises: ValueError for what is neither safetensors nor a file of torch.save."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
         raise ValueError(f"{path}: is empty")
-    if start[8:] == b"{":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors ({_one_line(error)})") from None
     if start == b"version h":
         raise ValueError(f"{path}: is a pointer of Git LFS to a file, not the file; `git lfs pull` fetches it")
-    if start.startswith(b"PK"):
+    is_safetensors = start[8:] == b"{"
+    if start.startswith(b"PK") and not is_safetensors:
         _check_archive(path)
-    elif not start.startswith(b"\x80"):
+    elif not start.startswith(b"\x80") and not is_safetensors:
         raise ValueError(f"{path}: is no checkpoint: neither safetensors nor a file of torch.save")
-    try:
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a hostile pickle can make the reader raise anything
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
-            raise ValueError(f"{path}: holds {code[1]}, which is code and no tensor; nothing of this file is read") from None
-        raise ValueError(f"{path}: is damaged, truncated or no checkpoint ({_one_line(error)})") from None
+    return is_safetensors
 
 
 def _check_archive(path: Path) -> None:
@@ -199,32 +196,26 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path}: would unpack to {unpacked} bytes from {size}, as no file of torch.save does; nothing of it is read")
 
 
-def _checked(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """A tensor without autograd whose values are all in the file. Raises: ValueError."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu" \
-            or tensor.is_quantized:
-        raise ValueError(f"{where}: is a {tensor.layout} tensor on {tensor.device}, not an ordinary one")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{where}: has shape {tuple(tensor.shape)}, but only {tensor.untyped_storage().nbytes()} bytes")
-    return tensor.detach()
+def _read_tensor(file: TorchFile, stored: Stored, where: str) -> torch.Tensor:
+    """Raises: ValueError for a tensor that is no ordinary one, or whose values are not all in the file."""
+    if stored.storage.dtype is None:
+        raise ValueError(f"{where}: is of {stored.storage.kind}, not an ordinary one")
+    try:
+        return file.tensor(stored)
+    except Exception as error:
+        raise ValueError(f"{where}: is damaged or truncated ({_one_line(error)})") from None
 
 
-def _content(value: object) -> str:
-    """What something is that is left out, and how many tensors are in it."""
-    count, stack, seen = 0, [value], set()
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:  # objects may hold each other
-            continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            count += 1
-        elif isinstance(item, Mapping):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple | set):
-            stack.extend(item)
+def _content(value: object, is_options: bool = False) -> str:
+    """What something is that is left out, how many tensors are in it, and what else is passed over there."""
+    count, names = things_in(value)
+    kind = f"not part of the weights: {value.name if isinstance(value, Thing) else type(value).__name__}"
+    if is_options:
+        kind = "options of the training, read only for what the tensors do not tell"
     tensors = f" with {count} tensors" if count else ""
-    return f"not part of the weights: {type(value).__name__}{tensors}"
+    more = f" and {len(names) - TOLD_NAMES} more" if len(names) > TOLD_NAMES else ""
+    things = f"; passed over, no tensors: {', '.join(names[:TOLD_NAMES])}{more}" if names else ""
+    return f"{kind}{tensors}{things}"
 
 
 def _printable(key: object) -> str:

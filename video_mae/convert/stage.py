@@ -1,7 +1,7 @@
 """The conversion stage: a model of any project as one of ours, or ours as another's."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from video_mae.convert.hugging_face import Version
 from video_mae.convert.importing import import_model
 from video_mae.convert.run_folder import checkpoint_folder, load_checkpoint
 from video_mae.schema import knob
-from video_mae.weights import Model, find_model_folder, is_model_folder, load_pretrained, save_model_folder
+from video_mae.weights import Model, choose_frames, find_model_folder, is_model_folder, load_pretrained, save_model_folder
 
 REPORT = "import.json"
 
@@ -67,8 +67,9 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
     if not is_model_folder(source):
         model, report = import_model(source, facts)
         return model, report.lines(), {REPORT: json.dumps(report.to_dict(), indent=2) + "\n"}
-    if facts != Facts():
-        changed = next(f.name for f in fields(Facts) if getattr(facts, f.name) != getattr(Facts(), f.name))
+    others = replace(facts, sampling=None, stride=None)
+    if others != Facts():
+        changed = next(f.name for f in fields(Facts) if getattr(others, f.name) != getattr(Facts(), f.name))
         raise ValueError(f"{changed}: is for files of other projects; {source} is of this one, and leaves nothing open")
     checkpoint = checkpoint_folder(source)
     try:
@@ -76,6 +77,8 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
     except FileNotFoundError:
         if checkpoint is None:
             raise
-        return load_checkpoint(checkpoint, trust=config.trust), [f"weights of {checkpoint}"], {}
-    report = folder / REPORT
-    return load_pretrained(folder), [f"model of {folder}"], {REPORT: report.read_text()} if report.is_file() else {}
+        model, lines, report = load_checkpoint(checkpoint, trust=config.trust), [f"weights of {checkpoint}"], None
+    else:
+        model, lines, report = load_pretrained(folder), [f"model of {folder}"], folder / REPORT
+    lines += choose_frames(model, facts.sampling, facts.stride)
+    return model, lines, {REPORT: report.read_text()} if report is not None and report.is_file() else {}

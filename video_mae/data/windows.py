@@ -22,7 +22,10 @@ from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of them, resized to height x width."""
+    """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of them, resized to height x width.
+
+    With sampling = uniform there is one, of the middle frame of each of num_frames equal parts of the video.
+    """
 
     num_frames: int
     height: int
@@ -31,6 +34,7 @@ class Windows:
     hop: int
     crop: Literal["center", "whole"]
     reading: Reading
+    sampling: Literal["dense", "uniform"] = "dense"
 
     @property
     def span(self) -> int:
@@ -39,13 +43,17 @@ class Windows:
 
     def starts(self, num_video_frames: int) -> NDArray[np.int64]:
         """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is left out where hop <= span."""
+        if self.sampling == "uniform":
+            return np.zeros(1, dtype=np.int64)
         num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
         return np.arange(num_clips, dtype=np.int64) * self.hop
 
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [C, T]; beyond the end of the video its last frame repeats."""
-        places_T = np.arange(self.num_frames, dtype=np.int64) * self.stride
-        return np.minimum(self.starts(num_video_frames)[:, None] + places_T, num_video_frames - 1)
+        places_T = np.arange(self.num_frames, dtype=np.int64)
+        if self.sampling == "uniform":
+            return ((2 * places_T + 1) * num_video_frames // (2 * self.num_frames))[None]
+        return np.minimum(self.starts(num_video_frames)[:, None] + places_T * self.stride, num_video_frames - 1)
 
     def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
         """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs are kept. Raises: VideoDecodeError."""
@@ -88,6 +96,8 @@ def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
     seconds_F2 = times(path, windows.reading)
     starts_C = windows.starts(num_video_frames)
     ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
+    if windows.sampling == "uniform":
+        ends_C = np.array([num_video_frames - 1])
     return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1])
 
 
