@@ -229,12 +229,12 @@ class Draft:
         guess, why = "dense", "as usual; models of Something-Something have sampling=uniform"
         if classes == SOMETHING_CLASSES:
             guess, why = "uniform", f"as Something-Something has {SOMETHING_CLASSES} classes; others that many have sampling=dense"
-        sampling = self.settle("sampling", "dense" if is_image else sampling, guess, why)
-        if stride is None and (is_image or sampling == "uniform"):  # then it chooses no frame
+        kind = self.settle("sampling", "dense" if is_image else sampling, guess, why)
+        if stride is None and (is_image or kind == "uniform"):  # then it chooses no frame
             stride = USUAL_STRIDE
         frames_apart = self.settle("stride", stride, USUAL_STRIDE, "as usual")
         self.head = ClassifierConfig(num_classes=classes, class_names=names, pooling=pooling if self.found.has("fc_norm.") else "first",
-                                     sampling=sampling, stride=frames_apart, antialias=self.fields["tubelet_size"] == 1)
+                                     sampling=kind, stride=frames_apart, antialias=self.fields["tubelet_size"] == 1)
 
     def config(self) -> ModelConfig:
         """Raises: ValueError where the fields do not go together."""
