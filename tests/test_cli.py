@@ -62,7 +62,7 @@ def test_a_mistake_is_one_line_and_status_2(model_folder: Path, video: str, tmp_
 def test_help_explains_every_key(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(stage, "--help") == 0
     text = capsys.readouterr().out
-    expected = {"pretrain": ["optim.micro_batch = 32", "model.embed_dim = 768", "{tube | random | frame}"],
+    expected = {"pretrain": ["optim.micro_batch = 32", "model.embed_dim = 768", "{tube | random | random_kept | frame}"],
                 "finetune": ['checkpoint = ""', "augment.mixup = 0.8", "classifier.num_classes = 400", "{worker | device}"],
                 "reconstruct": ["stride = 4", "mask.ratio = 0.9"], "demo": ["train_clips = 1024", "{easy | medium | hard}"]}
     assert all(words in text for words in expected[stage])
