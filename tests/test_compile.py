@@ -9,6 +9,7 @@ import deepspeed
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 
 from video_mae import ModelConfig, ObjectiveConfig, VideoClassifier, VideoMAE, token_mask
 from video_mae.config import EngineConfig, JournalConfig, OptimConfig
@@ -23,7 +24,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], float]] = {  # the model, and th
     "checkpointing": (lambda: VideoMAE(MODEL, checkpointing=True), 0.0),
     "classifier": (lambda: VideoClassifier(replace(MODEL, drop_path=0.1), 5), -1.0),
 }
-
 pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 
@@ -71,3 +71,35 @@ def test_a_compiled_model_is_one_graph_and_trains_as_the_eager_one(case: str, st
     assert losses(case, tmp_path, zero_stage=stage, precision=precision, compile=True) == pytest.approx(eager, rel=tolerance)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_gpu_would_compile_is_one_graph(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors with a CUDA device and no content: as far as it goes without a driver, which a backward pass asks for."""
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    make, skipped = CASES[case]
+    captured: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        captured.append(graph)
+        return graph.forward
+
+    model = make().bfloat16()
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")))
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+        clip = torch.empty(2, 4, 32, 32, 3, dtype=torch.uint8, device="cuda")
+        mask = token_mask(torch.arange(2, device="cuda"), MODEL.grid, "tube", 0.75, max(skipped, 0.0))
+        output = torch.compile(model, fullgraph=True, backend=backend)(*((clip,) if skipped < 0 else (clip, mask)))
+    assert (output if skipped < 0 else output.loss).device.type == "cuda"
+    graphs = [part for graph in captured for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+    operations = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert len(captured) == 1
+    assert "video_mae.gather_tubelets.default" in operations
+    assert skipped < 0 or operations & {"video_mae.token_errors.default", "video_mae.joint_loss.default"}

@@ -55,9 +55,10 @@ class EngineConfig:
                                                               "state, with zero_stage 3 also the parameters")
     precision: Literal["fp32", "bf16", "fp16"] = knob("bf16", "of activations and gradients; parameters have a float32 master copy")
     activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass instead of keeping their activations")
-    compile: bool = knob(False, "torch.compile the forward and backward pass")
+    compile: bool = knob(False, "torch.compile the forward and backward pass: one graph in ZeRO 0 to 2")
     kernels: Literal["auto", "reference", "triton"] = knob("auto", "which implementation of the fused operations")
-    max_skipped_in_a_row: int = knob(5, "the run stops when so many steps in a row had a loss or gradient that is not finite")
+    max_skipped_in_a_row: int = knob(5, "the run stops, at most a step later, when so many steps in a row had a loss or gradient that "
+                                        "is not finite")
     extra: dict[str, Any] = knob({}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error")
 
     def __post_init__(self) -> None:
