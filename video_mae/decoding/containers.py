@@ -29,6 +29,7 @@ _SIGNATURES = (
     b"GIF8",
     b"YUV4MPEG2 ",
 )
+_AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10  # after the first 16 bytes; what is written to a pipe has none, and what is cut off none that is whole
 _BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4  # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
@@ -76,7 +77,10 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
         claimed = int.from_bytes(head[4:8], "little")
         if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:  # writers disagree about the last padding byte
             raise ValueError(f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}")
-        return PACKED_B_FRAMES if _PACKED.search(file.read(_PACKED_WITHIN)) else ""
+        beginning = file.read(_PACKED_WITHIN)
+        if _PACKED.search(beginning):
+            return PACKED_B_FRAMES
+        return "" if beginning[_AVI_FLAGS: _AVI_FLAGS + 1] and beginning[_AVI_FLAGS] & _AVI_HAS_INDEX else NO_INDEX
     if head[4:8] in _MP4_BOXES:
         _check_mp4(file, num_bytes)
         return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
