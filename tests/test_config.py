@@ -73,9 +73,9 @@ def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path):
 TEXTS = [
     "/data/set #2/train.txt", "007", "1e3", "no", "12:30", "[a]/t.txt", "{a: 1}/t.txt", "@x", "", "a=b=c", "${seed}", "${", "$", "\\${x}",
     "\\\\${x}", "a\\b", "C:\\t\\n", "\\", "'", '"', "''", '"a"', "it's", " a", "a ", " ", "\t", "a\tb", "b\u00e4r \u65e5\u672c \U0001f600",
-    "null", "~", "true", "0x1f", "0o7", "1_000", "-", "- a", "? a", ": a", "a: b", "a:", "#", "# a", "*a", "&a", "!a", "!!int 3", "%a", "|",
-    ">", "---", "...", "<<", "=", ".5", "1.", "-1", "+1", ".inf", ".nan", "a\nb", "a\r\nb", "a\u2028b", "a\x85b", "a\v\x1b[2J",
-    "\ufeffa", "b\udce4r", "a\xa0b", "x" * 5000, "a, b", "a b c " * 40, "y", "on", "OFF", "2020-01-01", "Null", "\\x24{", "\u0378", "\uffff"]
+    "null", "~", "2020-01-01", "true", "0x1f", "0o7", "1_000", "-", "- a", "? a", ": a", "a: b", "a:", "#", "# a", "*a", "&a", "!a",
+    "!!int 3", "%a", "|", ">", "---", "...", "<<", "=", ".5", "1.", "-1", "+1", ".inf", ".nan", "a\nb", "a\r\nb", "a\u2028b", "a\x85b", "a\v\x1b[2J",
+    "\ufeffa", "b\udce4r", "a\xa0b", "x" * 5000, "a, b", "a b c " * 40, "y", "on", "OFF", "Null", "\\x24{", "\u0378", "\uffff"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -65,6 +65,11 @@ def json_line(entry: Any) -> bytes:
     return (json_text(entry) + "\n").encode()
 
 
+def as_read_back(value: Any) -> Any:
+    """What JSON makes of a value, to be compared with what a file holds."""
+    return json.loads(json_text(value))
+
+
 def _escape(letter: str) -> str:
     code = ord(letter)
     if 0xDC80 <= code <= 0xDCFF:

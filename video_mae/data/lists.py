@@ -1,14 +1,14 @@
 """List files: what a line says, in which encodings, and how one is written."""
 
-import codecs
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from video_mae.text import is_utf16, one_line, open_text
+
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"(?:[ \t,][ \t]*([+-]?[0-9]{1,18}))?')
 _LABEL = re.compile(r"[ \t,]([+-]?[0-9]{1,18})$")
 _LABEL_LENGTH = 20
@@ -30,15 +30,13 @@ def read_lines(source: Path) -> Iterator[Line]:
     itself ends like a label, or begins with a quote, stands in double quotes (a quote inside is written twice). There are no comments:
     names of files begin with # as well. Text is UTF-8, or UTF-16 with its mark; lines end in any system's way.
     """
-    with source.open("rb") as probe:
-        is_utf16 = probe.read(2) in _UTF16
-    # What is not UTF-8 comes through as surrogates, so that it costs its line and not the list.
-    with source.open(encoding="utf-16" if is_utf16 else "utf-8-sig", errors="replace" if is_utf16 else "surrogateescape") as file:
+    utf16 = is_utf16(source)
+    with open_text(source) as file:
         for number, text in enumerate(_pieces(file), start=1):
             line = text.strip()
             if not line:
                 continue
-            if mistake := _mistake(text, is_utf16):
+            if mistake := _mistake(text, utf16):
                 yield Line(number, "", -1, mistake)
             else:
                 path, label = split_line(line)
@@ -54,13 +52,14 @@ def _pieces(file: TextIO) -> Iterator[str]:
         yield text
 
 
-def _mistake(text: str, is_utf16: bool) -> str:
+def _mistake(text: str, utf16: bool) -> str:
     if len(text) == MAX_LINE:
         return f"the line is longer than {MAX_LINE} characters, is this a list with lines `PATH LABEL`?"
     if "\0" in text:
         return "the line holds a NUL byte, is this a list? Save it as UTF-8 text"
-    if not text.isascii() and ("\ufffd" in text if is_utf16 else any("\ud800" <= letter <= "\udfff" for letter in text)):
-        return "the line is not " + ("UTF-16" if is_utf16 else "UTF-8") + ", save the list as UTF-8 text"
+    if not text.isascii() and ("\ufffd" in text if utf16 else any("\ud800" <= letter <= "\udfff" for letter in text)):
+        return (f"the line `{one_line(text.strip()[:100])}` is not {'UTF-16' if utf16 else 'UTF-8'}, save the list as UTF-8 text; where a "
+                "file itself is named so, rename it")
     return ""
 
 
@@ -80,6 +79,6 @@ def split_line(line: str) -> tuple[str, int]:
 def format_line(path: str, label: int) -> str:
     """The line that says so; quotes only where they are needed."""
     plain = path if label == -1 else f"{path} {label}"
-    if plain == plain.strip() and split_line(plain) == (path, label):
+    if plain == plain.strip("\ufeff").strip() and split_line(plain) == (path, label):  # the first line may not begin with a mark
         return plain
     return '"' + path.replace('"', '""') + '"' + ("" if label == -1 else f" {label}")
