@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         left = _start(STAGES[options.stage], options)
     except (ValueError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(PATIENCE_SECONDS)  # the launcher kills all ranks when one exits: the first one is to say why, once
         print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
         sys.exit(USAGE_ERROR)

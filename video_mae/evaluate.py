@@ -29,6 +29,7 @@ from video_mae.results import check_folder, choose_folder, write_metrics, write_
 from video_mae.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
 from video_mae.text import json_text
 from video_mae.weights import find_model_folder, load_pretrained
+from video_mae.world import World
 
 DONE, NO_FIGURES = 0, 3
 TOLD_CLASSES = 5
@@ -67,6 +68,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
+    World.from_environment()
     check_precision(config.precision)
     model_folder = find_model_folder(model)
     classifier = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)

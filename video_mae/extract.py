@@ -29,6 +29,7 @@ from video_mae.results import write_text
 from video_mae.schema import flatten, require
 from video_mae.text import as_read_back, json_text
 from video_mae.weights import Model, find_model_folder, load_pretrained
+from video_mae.world import World
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
@@ -59,6 +60,7 @@ def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callab
 
 def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan:
     """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or FileNotFoundError with one line."""
+    World.from_environment()
     check_precision(config.precision)
     encoder = load_pretrained(find_model_folder(model))
     c = encoder.config
