@@ -34,7 +34,7 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-16" if is_utf16(path) else "utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: is not UTF-8 text, save it as such") from None
+        raise ValueError(f"{path}: is neither UTF-8 nor UTF-16, save it as UTF-8 text") from None
     if "\0" in text:
         raise ValueError(f"{path}: holds control characters (NUL), save it as UTF-8 text")
     return text
