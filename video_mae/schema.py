@@ -53,7 +53,7 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
         if presets and isinstance(model, dict) and (preset := model.pop("preset", None)) is not None:
             require(isinstance(preset, str) and preset in presets, "model.preset", preset, f"is not one of {', '.join(presets)}")
             values["model"] = {**presets[preset], **model}
-        return _build(values, schema, schema)
+        return _build(values, schema)
     except ValueError as error:
         raise ValueError(f"{f'{path}: ' if path else ''}{error}") from None
 
@@ -91,7 +91,7 @@ def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schem
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {values!r} is not a mapping")
     try:
-        return _build(values, schema, schema)
+        return _build(values, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -137,8 +137,25 @@ def _near(key: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def _build(values: Any, schema: Any, root: type, prefix: str = "") -> Any:
-    """The dataclass that the values of a section describe. Raises: ValueError for an unknown key, a wrong type, a value out of range."""
+def _build(values: dict[str, Any], schema: Any) -> Any:
+    """The dataclass that the values of a section describe. Raises: ValueError for an unknown key, a wrong type, and then for a range."""
+    return _make(_typed(values, schema, schema), schema)
+
+
+def _make(knobs: dict[str, Any], schema: Any) -> Any:
+    hints, made = get_type_hints(schema), dict[str, Any]()
+    for key, value in knobs.items():
+        if is_dataclass(hints[key]):
+            made[key] = _make(value, hints[key])
+        elif named := _named_kind(hints[key]):
+            made[key] = {name: _make(part, named) for name, part in value.items()}
+        else:
+            made[key] = value
+    return schema(**made)
+
+
+def _typed(values: Any, schema: Any, root: type, prefix: str = "") -> dict[str, Any]:
+    """The values with the types of their knobs. Raises: ValueError for an unknown key or a wrong type."""
     if not isinstance(values, dict):
         raise ValueError(f"{prefix[:-1]}: {_MAPPING}")
     hints, knobs = get_type_hints(schema), dict[str, Any]()
@@ -149,18 +166,18 @@ def _build(values: Any, schema: Any, root: type, prefix: str = "") -> Any:
             raise ValueError(f"unknown key {prefix}{key}{elsewhere or _near(str(key), hints) or _near(f'{prefix}{key}', everywhere)}")
         hint, where = hints[key], f"{prefix}{key}"
         if is_dataclass(hint):
-            knobs[key] = _build(value, hint, root, f"{where}.")
+            knobs[key] = _typed(value, hint, root, f"{where}.")
         elif named := _named_kind(hint):
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {_MAPPING}")
-            knobs[key] = {str(name): _build(part, named, root, f"{where}.{name}.") for name, part in value.items()}
+            knobs[key] = {str(name): _typed(part, named, root, f"{where}.{name}.") for name, part in value.items()}
         else:
             try:
                 knobs[key] = _convert(value, hint)
             except (TypeError, ValueError, OverflowError):
                 kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
                 raise ValueError(f"{where}: {value!r} is not of type {kind}") from None
-    return schema(**knobs)
+    return knobs
 
 
 def _convert(value: Any, hint: Any) -> Any:
