@@ -3,12 +3,14 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 from video_mae import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config, save_config
-from video_mae.config import DataConfig, EngineConfig, OptimConfig
+from video_mae.cli import STAGES
+from video_mae.config import PRESETS, DataConfig, EngineConfig, FinetuneConfig, OptimConfig
 from video_mae.schema import describe, flatten, from_dict, knob, parse, section, to_dict
 
 ODD = PretrainConfig(
@@ -68,6 +70,101 @@ def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     assert load_config(path, ["optim.steps=null"]).optim.steps is None
 
 
+TEXTS = [
+    "/data/set #2/train.txt", "007", "1e3", "no", "12:30", "[a]/t.txt", "{a: 1}/t.txt", "@x", "", "a=b=c", "${seed}", "${", "$", "\\${x}",
+    "\\\\${x}", "a\\b", "C:\\t\\n", "\\", "'", '"', "''", '"a"', "it's", " a", "a ", " ", "\t", "a\tb", "b\u00e4r \u65e5\u672c \U0001f600",
+    "null", "~", "2020-01-01", "true", "0x1f", "0o7", "1_000", "-", "- a", "? a", ": a", "a: b", "a:", "#", "# a", "*a", "&a", "!a",
+    "!!int 3", "%a", "|", ">", "---", "...", "<<", "=", ".5", "1.", "-1", "+1", ".inf", ".nan", "a\nb", "a\r\nb", "a\u2028b", "a\x85b",
+    "a\v\x1b[2J", "\ufeffa", "b\udce4r", "a\xa0b", "x" * 5000, "a, b", "a b c " * 40, "y", "on", "OFF", "Null", "\\x24{",
+    "\u0378", "\uffff"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_what_follows_the_equals_sign_and_comes_back_from_the_saved_file(tmp_path, text):
+    overrides = [f"data.sources.some.source={text}", f"data.sources.some.root={text}", f"journal.wandb_project={text}"]
+    config = parse(None, overrides, PretrainConfig)
+    some = config.data.sources["some"]
+    assert (some.source, some.root, config.journal.wandb_project) == (text, text, text)
+    extra = {"texts": [text], f"key {text}": text}
+    config = replace(config, engine=EngineConfig(extra=extra))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").read_bytes().decode("utf-8")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_the_same_on_the_command_line_of_every_stage(text):
+    for stage in STAGES.values():
+        schema = getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
+        for f in dataclasses.fields(schema):
+            if get_type_hints(schema)[f.name] is str and f.name not in ("ops", "presets", "compiled", "kind"):
+                need = {"ProbeConfig": ["train=a", "validation=a"]}.get(schema.__name__, [])
+                if f"{f.name}={text}" not in ("output=", "train=", "validation="):
+                    assert getattr(parse(None, [*need, f"{f.name}={text}"], schema), f.name) == text
+
+
+def test_a_list_of_texts_keeps_each_as_it_is_written():
+    config = parse(None, ["classifier.num_classes=7", "classifier.class_names=[no, 007, 1e3, 12:30, a b, 2020-01-01, '${x} #1, \u00e4']"],
+                   FinetuneConfig)
+    assert config.classifier.class_names == ("no", "007", "1e3", "12:30", "a b", "2020-01-01", "${x} #1, \u00e4")
+    config = parse(None, ["data={source: 007, root: no, stride: 2}", "data.sources={}"], PretrainConfig)
+    assert (config.data.source, config.data.root, config.data.stride) == ("007", "no", 2)
+    config = parse(None, ["data.sources={a: {source: 1e3, weight: 1e3}}"], PretrainConfig)
+    assert (config.data.sources["a"].source, config.data.sources["a"].weight) == ("1e3", 1000.0)
+
+
+def test_numbers_lists_and_null_are_yaml_as_before():
+    config = parse(None, ["optim.base_lr=1e-3", "optim.betas=[0.5, 1e-1]", "optim.steps=null", "seed=007", "data.flip=yes",
+                          "model.preset=small", "data.value_range=[0, 255]", "data.channels=[]", "mask.kind='random'",
+                          "engine.extra={a: {b: 5e8, c: no}, d: [1, x]}", "engine.extra.a.c=on", "engine.extra.e=1e-3"],
+                   PretrainConfig, PRESETS)
+    assert (config.optim.base_lr, config.optim.betas, config.optim.steps) == (1e-3, (0.5, 0.1), None)
+    assert (config.seed, config.data.flip) == (7, True)
+    assert (config.model.embed_dim, config.data.value_range, config.data.channels, config.mask.kind) == (384, (0.0, 255.0), (), "random")
+    assert config.engine.extra == {"a": {"b": 5e8, "c": True}, "d": [1, "x"], "e": 1e-3}
+    assert isinstance(config.optim.base_lr, float)
+
+
+def test_a_text_in_a_file_is_as_it_is_written_there(tmp_path):
+    (tmp_path / "c.yaml").write_text("output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: 007\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert (config.output, config.data.source, config.data.root, config.journal.wandb_project) == ("007", "no", "1e3", "2020-01-01")
+    assert config.seed == 7
+    (tmp_path / "c.yaml").write_bytes("\ufeffoutput: b\u00e4r\r\nseed: 3\r\n".encode())
+    assert (load_config(tmp_path / "c.yaml").output, load_config(tmp_path / "c.yaml").seed) == ("b\u00e4r", 3)
+    (tmp_path / "c.yaml").write_bytes("output: b\u00e4r\nseed: 3\n".encode("utf-16"))
+    assert load_config(tmp_path / "c.yaml").output == "b\u00e4r"
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("optim.betas=[0.9,", "optim.betas: "), ("optim.steps=@x", "optim.steps: "),
+    ("classifier.class_names=[a]/t.txt", "classifier.class_names: "),
+    ("optim.steps={", "optim.steps: "), ("engine.extra=[a]/t", "engine.extra: "), ("dta.source=[a]/t", "unknown key dta"),
+    ("data.crop=[a]/t", "data.crop: "), ("optim.steps=!!python/name:os.system", "optim.steps: "),
+    ("optim.betas=" + "[" * 2000, "optim.betas: "),
+    ("data=@x", "data: "), ("engine.extra={a: 1, a: 2}", "engine.extra: ")])
+def test_a_parser_never_speaks_without_the_key(override, said):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
+        parse(None, [override], FinetuneConfig)
+    assert str(error.value).startswith(said)
+    assert len(str(error.value)) < 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optional:
+    """Knobs of kinds that no stage has today."""
+
+    text: str | None = knob(None, "a text or null")
+    texts: tuple[str, ...] = knob((), "texts")
+    pair: tuple[str, int] = knob(("a", 1), "a text and a number")
+
+
+def test_a_text_or_null_is_null_by_that_word_alone():
+    assert parse(None, ["text=null", "texts=[null_, ~a]"], Optional) == Optional(texts=("null_", "~a"))
+    assert parse(None, ["text=~", "pair=[2, 2]"], Optional) == Optional(text="~", pair=("2", 2))
+    assert parse(None, ["text="], Optional).text == ""
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
@@ -115,7 +212,10 @@ def wrong_values(key: str) -> list[str]:
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key in LEAVES for value in wrong_values(key)])
 def test_value_of_a_wrong_type_is_refused_by_name_in_file_and_override(tmp_path, key, value):
-    assert key in message(tmp_path, "", f"{key}={value}")
+    if kind_of(key) is str and key != "data.axes":  # on the command line these are texts
+        assert flatten(parse(None, [f"{key}={value}"], PretrainConfig))[key] == value
+    else:
+        assert key in message(tmp_path, "", f"{key}={value}")
     *sections, name = key.split(".")
     text = "".join(f"{'  ' * i}{word}:\n" for i, word in enumerate(sections)) + f"{'  ' * len(sections)}{name}: {value}\n"
     assert key in message(tmp_path, text)
@@ -139,7 +239,7 @@ OUT_OF_RANGE += [
     "model.preset=bse", "model.preset=[1]", "optim.betas=[0.9, 1]", "optim.min_lr=1", "optim.warmup_epochs=900",
     "data.crop_scales=[0.5, 2]", "data.max_bad_share=2", "data.crop=random_resized", "objective.temperature=2",
     "objective.learn_temperature=true",
-    "engine.zero_stage=4", "engine.offload=parameters", "seed=9223372036854775808", "output=''"]
+    "engine.zero_stage=4", "engine.offload=parameters", "seed=9223372036854775808", "output="]
 
 
 @pytest.mark.parametrize("override", OUT_OF_RANGE)
@@ -174,7 +274,7 @@ def test_file_that_is_no_text_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("override", ["model.depth", "=3", "--seed=1", "", "model depth=3", "model..depth=1", ".=1", "seed =1",
-                                      "optim.betas=[0.9,", "output=${seed}"])
+                                      "optim.betas=[0.9,", "optim.steps=", "model.depth=${seed}"])
 def test_override_that_is_no_assignment_is_refused(tmp_path, override):
     assert message(tmp_path, "", override)
 

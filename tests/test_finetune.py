@@ -141,7 +141,7 @@ def test_the_best_model_is_kept_beside_the_last(tiny_finetune: Tiny, monkeypatch
 def test_augmenting_on_the_device_draws_what_the_workers_draw(tiny_finetune: Tiny, tmp_path: Path) -> None:
     curves = []
     for where in ("worker", "device"):
-        config = tiny_finetune(f"augment.where={where}", f"output={tmp_path / where}", "data.clips_per_video=2", "validation.source=''")
+        config = tiny_finetune(f"augment.where={where}", f"output={tmp_path / where}", "data.clips_per_video=2", "validation.source=")
         run(prepare(config))
         curves.append([line["loss"] for line in lines(config)])
     assert curves[0] == curves[1]
@@ -149,7 +149,7 @@ def test_augmenting_on_the_device_draws_what_the_workers_draw(tiny_finetune: Tin
 
 
 def test_a_learning_rate_falls_from_layer_to_layer(tiny_finetune: Tiny) -> None:
-    config = tiny_finetune("optim.steps=1", "optim.warmup_steps=0", "optim.layer_decay=0.1", "optim.weight_decay=0", "validation.source=''")
+    config = tiny_finetune("optim.steps=1", "optim.warmup_steps=0", "optim.layer_decay=0.1", "optim.weight_decay=0", "validation.source=")
     run(prepare(config))
     torch.manual_seed(config.seed)
     before, after = VideoClassifier(config.model, config.classifier).state_dict(), state(Path(config.output) / "model")

@@ -98,7 +98,7 @@ def test_random_weights_have_the_architecture_and_no_knowledge(model: Path, vide
     trained.encoder.patch_embed.weight.data.zero_()  # an encoder that has unlearned to see
     save_model_folder(tmp_path / "run" / "model", trained)
     for weights, folder in (("pretrained", "probe"), ("random", "probe_random")):
-        overrides = [f"weights={weights}", 'output=""', "kind=linear"]
+        overrides = [f"weights={weights}", "output=", "kind=linear"]
         assert start(str(tmp_path / "run"), config(videos, tmp_path, *overrides))() == 0
         metrics = json.loads((tmp_path / "run" / folder / "metrics.json").read_text())
         assert metrics["probes"]["linear"]["validation"]["top1"] == (8 / 9 if weights == "random" else 3 / 9)
@@ -158,13 +158,14 @@ def test_mistakes_are_one_line(model: Path, videos: Path, tmp_path: Path, monkey
                                ([f"test={tmp_path / 'none.txt'}"], "test: no such list file or folder"),
                                (["num_heads=5"], "num_heads: 5 does not divide the encoder's width 24"),
                                (["kind=linear", "ks=[0]"], r"ks: \(0,\) must be one or more numbers"),
-                               (['train=""'], r"train: \(empty\) must name a list file"),
+                               (['train='], r"train: \(empty\) must name a list file"),
                                (["data.source=x"], "data.source: x is not read")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             start(str(model), config(videos, tmp_path / "out", *overrides))
     (tmp_path / "bad.txt").write_text(f"{videos / 'val' / '4.mp4'} 0\n{videos / 'val' / '0.mp4'} 0\n")
     assert start(str(model), config(videos, tmp_path / "out", f"validation={tmp_path / 'bad.txt'}"))() == 3
     assert not (tmp_path / "out" / "metrics.json").exists()
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="probe: runs in one process"):
         start(str(model), config(videos, tmp_path / "out"))

@@ -1,6 +1,7 @@
 """The command line: STAGE WORD ... key=value ... ; the only argument parser."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
+
+from video_mae.text import one_line
 
 USAGE_ERROR = 2
 PATIENCE_SECONDS = 30
@@ -66,12 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where), else as the stage says."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that it cannot say, as sys.stderr does
     try:
         left = _start(STAGES[options.stage], options)
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(PATIENCE_SECONDS)  # the launcher kills all ranks when one exits: the first one is to say why, once
-        print(f"video-mae {options.stage}: {error}", file=sys.stderr, flush=True)
+        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
         sys.exit(USAGE_ERROR)
     sys.exit(left if isinstance(left, int) else left())
 

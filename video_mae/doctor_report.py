@@ -1,6 +1,5 @@
 """What `video-mae doctor` found: a case for each line, a table of all of them, and the files."""
 
-import json
 import os
 import shlex
 import textwrap
@@ -16,10 +15,11 @@ from typing import Any
 from video_mae.atomic import write_whole
 from video_mae.config.data import ReadConfig
 from video_mae.data.annotations import place, printable
-from video_mae.data.labels import CLASS_FILE
+from video_mae.data.labels import CLASS_FILE, class_file
 from video_mae.data.lists import format_line
 from video_mae.decoding import Member, Place
 from video_mae.decoding.inspection import Description
+from video_mae.text import json_text
 
 VIDEOS_FILE, SUMMARY_FILE, CLEAN_FILE = "videos.jsonl", "summary.json", "clean.txt"
 WIDTH = 118
@@ -118,8 +118,8 @@ class Report:
     def write(self, folder: Path) -> Path | None:
         """Writes videos.jsonl, summary.json and, of what is no packed folder, clean.txt; returns the latter's path."""
         folder.mkdir(parents=True, exist_ok=True)
-        _write_lines(folder / VIDEOS_FILE, (json.dumps(case.as_row()) for case in self.cases))
-        _write_lines(folder / SUMMARY_FILE, [json.dumps(self.summary(), indent=2)])
+        _write_lines(folder / VIDEOS_FILE, (json_text(case.as_row()) for case in self.cases))
+        _write_lines(folder / SUMMARY_FILE, [json_text(self.summary(), indent=2)])
         if any(isinstance(case.path, Member) for case in self.cases):
             return None
         _write_lines(folder / CLEAN_FILE, (format_line(self._path_from(folder, str(case.path)), case.label) for case in self.good))
@@ -127,7 +127,7 @@ class Report:
         if self.names:
             _write_lines(folder / CLASS_FILE, self.names)
         elif beside.is_file() and Path(self.source).is_file():
-            _write_lines(folder / CLASS_FILE, beside.read_text(encoding="utf-8").splitlines())
+            _write_lines(folder / CLASS_FILE, class_file(Path(self.source)))
         return folder / CLEAN_FILE
 
     def _path_from(self, folder: Path, path: str) -> str:

@@ -18,6 +18,7 @@ from video_mae import checkpoint, device_step
 from video_mae.config import EngineConfig, JournalConfig, OptimConfig
 from video_mae.optim import guard, make_optimizer
 from video_mae.reports import Reports, filled
+from video_mae.world import World, ranks_here
 
 # DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it documents.
 EXTRA_KEYS = frozenset({
@@ -76,8 +77,9 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
 
 
 def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher tells it; (0, 1) without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, world size) as the launcher tells it; (0, 1) without one. Raises: ValueError for half an environment."""
+    world = World.from_environment()
+    return world.rank, world.size
 
 
 class StepResult(NamedTuple):
@@ -267,14 +269,19 @@ def check_resumable(run_folder: Path, engine: EngineConfig, world_size: int) -> 
 
 
 def prepare_environment() -> None:
-    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the cores."""
-    if "RANK" not in os.environ:
+    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the cores. Raises: ValueError."""
+    world = World.from_environment()
+    if not os.environ.get("RANK"):
+        os.environ.update(LOCAL_WORLD_SIZE="1")
+    if not os.environ.get("RANK") or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):  # one process, then
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    if torch.cuda.is_available() and world.local_rank >= torch.cuda.device_count():
+        raise ValueError(f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} here; start as many processes")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # as torchrun or deepspeed calls it
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(ranks_here)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))

@@ -5,9 +5,9 @@ order of the list: neither the number of ranks nor the batch size can change the
 M videos, K classes.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from video_mae.atomic import draw_or_tell
 from video_mae.config.frozen import EvaluateConfig
 from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.views import ViewDataset, Views, make_view_loader
@@ -26,7 +27,9 @@ from video_mae.predict import classify_views, names_of, views_of
 from video_mae.ranks import Ranks
 from video_mae.results import LIST_DIGEST, check_folder, choose_folder, write_metrics, write_text
 from video_mae.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
+from video_mae.text import json_text
 from video_mae.weights import choose_frames, find_model_folder, load_pretrained
+from video_mae.world import World
 
 DONE, NO_FIGURES = 0, 3
 TOLD_CLASSES = 5
@@ -66,6 +69,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
+    World.from_environment()
     check_precision(config.precision)
     model_folder = find_model_folder(model)
     classifier = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
@@ -145,9 +149,9 @@ def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_text(plan.folder / "predictions.jsonl", "".join(_row(plan, scores, outcome) for outcome in outcomes))
     write_class_table(plan.folder / "classes.csv", figures, plan.names)
-    draw_confusion(plan.folder / "confusion.png", figures.confusion(), plan.names)
     write_metrics(plan.folder, plan.settings, metrics)
     _tell(plan, metrics)
+    draw_or_tell(plan.folder / "confusion.png", partial(draw_confusion, confusion=figures.confusion(), names=plan.names))
     return DONE
 
 
@@ -163,7 +167,7 @@ def _row(plan: Plan, scores: Scores, outcome: Outcome) -> str:
                 "top": [{"class": plan.names[k], "probability": float(outcome.scores_K[k])} for k in first]}
         if plan.config.all_scores:
             row["scores"] = outcome.scores_K.tolist()
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json_text(row) + "\n"
 
 
 def _tell(plan: Plan, metrics: dict[str, Any]) -> None:

@@ -28,12 +28,14 @@ from video_mae.model import VideoClassifier
 from video_mae.ranks import Ranks
 from video_mae.results import write_text
 from video_mae.schema import flatten, require
+from video_mae.text import as_read_back, json_text
 from video_mae.weights import Model, find_model_folder, load_pretrained
+from video_mae.world import World
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
 FREE_KEYS = ("batch_size", "num_workers", "stride", "data.root", "data.list_format", "data.decoder_threads")
-MAX_STEM = 100  # characters of a video's name that its file keeps
+MAX_STEM, MAX_BYTES = 100, 224  # of a video's name that its file keeps; with hash, ending and .part a name has at most 255 bytes
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callab
 
 def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan:
     """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or FileNotFoundError with one line."""
+    World.from_environment()
     check_precision(config.precision)
     encoder = load_pretrained(find_model_folder(model))
     c = encoder.config
@@ -88,7 +91,8 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
 def file_name(path: Place, kind: str) -> str:
     """The name of a video's file: its own, and a hash of its full path, so that no two videos share one."""
     full = _full(path)
-    return f"{Path(full).stem[:MAX_STEM]}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}.{kind}"
+    stem = os.fsencode(Path(full).stem[:MAX_STEM])[:MAX_BYTES].decode(errors="ignore")  # what is not UTF-8 is left out
+    return f"{stem}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}.{kind}"
 
 
 def run(plan: Plan) -> int:
@@ -97,7 +101,7 @@ def run(plan: Plan) -> int:
     try:
         if ranks.is_main:
             plan.folder.mkdir(parents=True, exist_ok=True)
-            write_text(plan.folder / SETTINGS_FILE, json.dumps(plan.settings, indent=2) + "\n")
+            write_text(plan.folder / SETTINGS_FILE, json_text(plan.settings, indent=2) + "\n")
         ranks.gather([])  # the folder is there
         bad = ranks.gather(list(_extract(plan, ranks).items()))
         return _conclude(plan, dict(bad)) if ranks.is_main else DONE
@@ -167,7 +171,7 @@ def _new_file(plan: Plan, piece: Piece, shape: tuple[int, ...]) -> FeatureFile:
 def _conclude(plan: Plan, bad: dict[int, str]) -> int:
     rows = [{"path": _full(path), **({"bad": bad[video]} if video in bad else {"file": plan.files[video].name})}
             for video, path in enumerate(plan.paths)]
-    write_text(plan.folder / INDEX_FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(plan.folder / INDEX_FILE, "".join(json_text(row) + "\n" for row in rows))
     if bad:
         print(f"{len(bad)} of {len(plan.paths)} videos could not be decoded; {INDEX_FILE} names them")
     print(f"features {plan.folder}", flush=True)
@@ -207,8 +211,8 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{folder}: is not empty and holds no features (no {SETTINGS_FILE}); choose another folder")
         return
     try:
-        before = {"sampling": "dense", **json.loads(file.read_text())}
-        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in settings.items() if before.get(key) != value]
+        before = {"sampling": "dense", **json.loads(file.read_bytes())}
+        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in as_read_back(settings).items() if before.get(key) != value]
     except (ValueError, TypeError):
         raise ValueError(f"{file}: is not readable; choose another folder") from None
     if changes:

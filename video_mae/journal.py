@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from video_mae.jsonl import Register, cut_after, json_line
+from video_mae.jsonl import Register, cut_after
+from video_mae.text import json_line, one_line
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Event = tuple[str, float, int]
@@ -73,6 +74,7 @@ class Journal:
         """Prints a message once, on the main rank, and keeps it in log.txt."""
         if not self.is_main:
             return
+        message = one_line(message)  # it may name files
         if self._bar is None:
             print(message, flush=True)
         else:

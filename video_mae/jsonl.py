@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from video_mae.text import json_line, unicode_text
+
 
 class Failure(Protocol):
     """A video, the decoder, and what is to be said of them."""
@@ -41,8 +43,8 @@ class Register:
 
     def add(self, failures: Iterable[Failure]) -> None:
         """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of the run has written."""
-        failures = [failure for failure in failures if failure.path not in self._paths]
-        if not failures:
+        named = {unicode_text(failure.path): failure for failure in failures}
+        if named.keys() <= self._paths:
             return
         with self.file.open("ab+") as stream:
             with suppress(OSError):  # a file system without locks: two ranks may then both write a path, which is no reason to stop
@@ -52,9 +54,8 @@ class Register:
                 stream.write(b"\n")
                 stream.flush()
                 self._read_on(stream.fileno())
-            new = {failure.path: failure for failure in failures if failure.path not in self._paths}
             stream.writelines(json_line({"path": path, "decoder": failure.decoder, "reason": failure.reason, "time": time.time()})
-                              for path, failure in new.items())
+                              for path, failure in named.items() if path not in self._paths)
 
     @property
     def paths(self) -> frozenset[str]:
@@ -72,11 +73,6 @@ class Register:
         new = new[: new.rfind(b"\n") + 1]
         self._paths.update(entry["path"] for entry in _objects(new))
         self._bytes_read += len(new)
-
-
-def json_line(entry: dict[str, Any]) -> bytes:
-    """An object as a line. Raises: ValueError for a number that is not finite."""
-    return (json.dumps(entry, allow_nan=False) + "\n").encode()
 
 
 def _objects(text: bytes) -> Iterator[dict[str, Any]]:

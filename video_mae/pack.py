@@ -32,6 +32,7 @@ from video_mae.decoding.containers import is_regular
 from video_mae.decoding.isolation import Isolated, KilledError
 from video_mae.schema import to_dict
 from video_mae.shard_writer import ShardWriter
+from video_mae.text import json_text
 
 DONE, FAILED, NOTHING = 0, 1, 3
 FREE_KEYS = ("root", "list_format", "num_workers", "decode_seconds", "decode_memory_gb")
@@ -269,7 +270,7 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _indented(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, indent=1).encode() + b"\n"
+    return json_text(values, indent=1).encode() + b"\n"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -5,7 +5,7 @@ P values of a tubelet (frame, row, column, channel: channel fastest), G groups o
 """
 
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
+
+from video_mae.atomic import write_whole
+from video_mae.text import one_line
 
 Tubelet = tuple[int, int, int]
 Normalize = Literal["channel", "tubelet", "none"]
@@ -116,17 +119,14 @@ def draw_reconstruction(path: Path, clip_BTHWC: torch.Tensor, visible_BV: torch.
         pen.text((MARGIN, 8 + i * LINE), line, fill="black", font=font)
     for b in range(B):
         top = (len(header) + 1) * LINE + b * clip_height
-        pen.text((MARGIN, top + 2), _fit(titles[b] if titles else f"clip {b}", font, width - MARGIN), fill="black", font=font)
+        pen.text((MARGIN, top + 2), _fit(one_line(titles[b]) if titles else f"clip {b}", font, width - MARGIN), fill="black", font=font)
         for row, (name, row_BTHWC) in enumerate(zip(("original", "visible", "predicted"), frames, strict=True)):
             y = top + LINE + row * (tile_height + GAP)
             pen.text((8, y + tile_height // 2 - 8), name, fill="black", font=font)
             for column, frame in enumerate(shown):
                 tile = Image.fromarray(_rgb(row_BTHWC[b, frame])).resize((tile_width, tile_height), Image.Resampling.NEAREST)
                 canvas.paste(tile, (MARGIN + column * (tile_width + GAP), y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # whoever looks at the folder sees whole pictures only
-    canvas.save(unfinished, format="PNG")
-    unfinished.replace(path)
+    write_whole(path, partial(canvas.save, format="PNG"))
 
 
 def _statistics(tubelets_BMP: torch.Tensor, num_groups: int, normalize: Normalize) -> tuple[torch.Tensor, torch.Tensor]:

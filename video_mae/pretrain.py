@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from video_mae.atomic import draw_or_tell
 from video_mae.config import DataConfig, PretrainConfig
 from video_mae.data.dataset import Batch, ClipDataset, collate
 from video_mae.data.sources import read_sources
@@ -98,6 +99,8 @@ class _Pretraining(Stage):
         if self.engine.rank == 0:
             names = [Path(str(self.run.videos[int(index)][0])).name for index in self.examples.index_B]
             picture, model = self.run.folder / "reconstructions" / f"step_{done:08d}.png", self.config.model
-            draw_reconstruction(picture, predicted_clip(clip_BTHWC, model).cpu(), mask.visible_BV.cpu(), mask.masked_BM.cpu(),
-                                predicted_BMP.float().cpu(), model.predicted_tubelet, self.config.objective.normalize, names,
-                                pixel_scale=pixel_scale(model, self.config.objective))
+            draw = partial(draw_reconstruction, clip_BTHWC=predicted_clip(clip_BTHWC, model).cpu(), visible_BV=mask.visible_BV.cpu(),
+                           masked_BM=mask.masked_BM.cpu(), predicted_BMP=predicted_BMP.float().cpu(), tubelet=model.predicted_tubelet,
+                           normalize=self.config.objective.normalize, titles=names,
+                           pixel_scale=pixel_scale(model, self.config.objective))
+            draw_or_tell(picture, draw, self.journal.say)

@@ -2,6 +2,8 @@
 
 import re
 import statistics
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from video_mae.atomic import draw_or_tell
 from video_mae.jsonl import read_jsonl
+from video_mae.text import unicode_text
 
 NUM_PICTURES = 3
 NUM_BAD_VIDEOS = 50  # rows of the table; the file has all
@@ -25,7 +29,7 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, say: Callable[[str], None] = print) -> Path:
     """Writes report.html and curves.png into a run folder and returns the page's path: images by relative links, no scripts.
 
     Reads metrics.jsonl, config.yaml, reconstructions/*.png, quarantine.jsonl and fallbacks.jsonl; any of them may be missing or short.
@@ -35,7 +39,6 @@ def write_report(run_folder: Path) -> Path:
         raise FileNotFoundError(f"{run_folder}: no such run folder")
     lines, bad_videos = read_jsonl(run_folder / "metrics.jsonl"), read_jsonl(run_folder / "quarantine.jsonl")
     num_fallbacks = len(read_jsonl(run_folder / "fallbacks.jsonl"))
-    draw_curves(lines, run_folder / "curves.png")
     config_file = run_folder / "config.yaml"
     config = config_file.read_text(encoding="utf-8", errors="replace") if config_file.exists() else "(no config.yaml in this folder)"
     pictures = sorted((run_folder / "reconstructions").glob("*.png"), key=_step_of, reverse=True)[:NUM_PICTURES]
@@ -52,8 +55,9 @@ def write_report(run_folder: Path) -> Path:
         body.append(_table([(entry["path"], f"{entry['decoder']}: {entry['reason']}") for entry in bad_videos[-NUM_BAD_VIDEOS:]]))
     body += ["<h2>Configuration</h2>", f"<pre>{escape(config)}</pre>"]
     page = run_folder / "report.html"
-    page.write_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
-                    f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n", encoding="utf-8")
+    page.write_text(unicode_text(f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+                    f"<style>{STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"), encoding="utf-8")
+    draw_or_tell(run_folder / "curves.png", partial(draw_curves, lines), say)
     return page
 
 
@@ -123,7 +127,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path) -> None:
         panels[1, 2].set_axis_off()
     if not training:
         figure.suptitle("no step logged yet")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def _draw_accuracy(axes: Axes, training: list[dict[str, Any]], validation: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from video_mae.atomic import write_whole
+from video_mae.text import as_read_back, json_text, unicode_text
 
 METRICS_FILE = "metrics.json"
 LIST_DIGEST = "list_sha256"
@@ -30,8 +31,8 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         return
     try:
-        before = json.loads(file.read_text())["settings"]
-        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in settings.items()
+        before = json.loads(file.read_bytes())["settings"]
+        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in as_read_back(settings).items()
                    if key != LIST_DIGEST and before.get(key) != value]
         is_other_list = before.get(LIST_DIGEST, settings.get(LIST_DIGEST)) != settings.get(LIST_DIGEST)
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -44,13 +45,13 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
-    write_text(folder / METRICS_FILE, json.dumps({"settings": settings, **metrics}, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / METRICS_FILE, json_text({"settings": settings, **metrics}, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
 
     def write(unfinished: Path) -> None:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(unicode_text(text), encoding="utf-8")
 
     write_whole(path, write)

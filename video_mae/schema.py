@@ -4,15 +4,18 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
+
+from video_mae.text import read_text
+from video_mae.yaml_text import TAG, Loader, reason, refuse_interpolation, to_yaml
 
 Schema = TypeVar("Schema")
+_MAPPING = "must hold `key: value` lines"
 
 
 def knob(default: Any, meaning: str) -> Any:
@@ -37,44 +40,35 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
           presets: Mapping[str, Mapping[str, Any]] | None = None) -> Schema:
     """Defaults < `model.preset` (one of `presets`) < the file < dotted overrides, checked key by key.
 
+    A text is what follows the = of an override, character by character; any other value is YAML. In YAML, too, what stands where a text
+    belongs is one: no, 007, 1e3.
     Raises: ValueError with one line that names the file, the key, and the nearest valid key, the type or the range.
     """
-    where = f"{path}: " if path else ""
+    text = read_text(path) if path else ""
     try:
-        from_file = OmegaConf.load(path) if path else OmegaConf.create()
-        if not OmegaConf.is_dict(from_file):
-            raise ValueError("the file must hold `key: value` lines")
+        values = _read_file(text, schema)
         for override in overrides:
-            if not re.match(r"^[\w.]+=", override):
-                raise ValueError(f"override `{override}` is not of the form key=value")
-        from_user = OmegaConf.merge(from_file, OmegaConf.from_dotlist(
-            [f"{override}''" if override.endswith("=") else override for override in overrides]))  # `key=` is the empty text, not null
-        if "${" in OmegaConf.to_yaml(from_user):
-            raise ValueError("`${...}` is not supported: write the value itself")
-        has_preset = bool(presets) and "model" in from_user and OmegaConf.is_dict(from_user.model)
-        preset = from_user.model.pop("preset", None) if has_preset else None
-        mistake = _first_mistake(from_user, schema, schema)
-        if mistake:
-            raise ValueError(mistake)
-        base = OmegaConf.structured(schema)
-        if preset is not None:
-            presets = presets or {}
+            values = _merge(values, _read_override(override, schema))
+        model = values.get("model")
+        if presets and isinstance(model, dict) and (preset := model.pop("preset", None)) is not None:
             require(isinstance(preset, str) and preset in presets, "model.preset", preset, f"is not one of {', '.join(presets)}")
-            base = OmegaConf.merge(base, {"model": presets[preset]})
-        config = OmegaConf.to_object(OmegaConf.merge(base, from_user))
-    except OmegaConfBaseException as error:
-        reason = str(getattr(error, "msg", None) or error).strip().splitlines()[0]
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{where}{f'{key}: ' if key else ''}{reason}") from None
-    except (ValueError, YAMLError, OSError) as error:  # OSError: OmegaConf's for a file that holds a bare number
-        raise ValueError(f"{where}{' '.join(str(error).split())}") from None
-    assert isinstance(config, schema)
-    return config
+            values["model"] = {**presets[preset], **model}
+        return _build(values, schema)
+    except ValueError as error:
+        raise ValueError(f"{f'{path}: ' if path else ''}{error}") from None
+
+
+def read_keys(path: Path) -> dict[str, Any]:
+    """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
+    try:
+        return _read_file(read_text(path), Any)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def save_config(config: Any, path: str | Path) -> None:
     """Writes a dataclass of knobs as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    Path(path).write_text(to_yaml(asdict(config)), encoding="utf-8")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -96,15 +90,10 @@ def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schem
     """The inverse of `to_dict` for one flat section, as config.json stores it. Raises: ValueError naming `where` and the key."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {values!r} is not a mapping")
-    mistake = _first_mistake(OmegaConf.create(values), schema, schema)
-    if mistake:
-        raise ValueError(f"{where}: {mistake}")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{where}: {str(error).strip().splitlines()[0]}") from None
-    assert isinstance(config, schema)
-    return config
+        return _build(values, schema)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def describe(schema: type) -> str:
@@ -148,34 +137,154 @@ def _near(key: str, known: Iterable[str]) -> str:
     return f" (did you mean {match[0]}?)" if match else ""
 
 
-def _first_mistake(config: Any, schema: Any, root: type, prefix: str = "") -> str | None:
-    """An unknown key or a value of a wrong type. OmegaConf finds these too, but does not name the key of every one."""
-    hints = get_type_hints(schema)
-    for key in config:
+def _build(values: dict[str, Any], schema: Any) -> Any:
+    """The dataclass that the values of a section describe. Raises: ValueError for an unknown key, a wrong type, and then for a range."""
+    return _make(_typed(values, schema, schema), schema)
+
+
+def _make(knobs: dict[str, Any], schema: Any) -> Any:
+    hints, made = get_type_hints(schema), dict[str, Any]()
+    for key, value in knobs.items():
+        if is_dataclass(hints[key]):
+            made[key] = _make(value, hints[key])
+        elif named := _named_kind(hints[key]):
+            made[key] = {name: _make(part, named) for name, part in value.items()}
+        else:
+            made[key] = value
+    return schema(**made)
+
+
+def _typed(values: Any, schema: Any, root: type, prefix: str = "") -> dict[str, Any]:
+    """The values with the types of their knobs. Raises: ValueError for an unknown key or a wrong type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix[:-1]}: {_MAPPING}")
+    hints, knobs = get_type_hints(schema), dict[str, Any]()
+    for key, value in values.items():
         if key not in hints:
             everywhere = [name for name, _, _ in _walk(root, "")]
             elsewhere = next((f" (did you mean {name}?)" for name in everywhere if name.split(".")[-1] == key), "")
-            return f"unknown key {prefix}{key}{elsewhere or _near(str(key), hints) or _near(f'{prefix}{key}', everywhere)}"
-        if is_dataclass(hints[key]):
-            if not OmegaConf.is_dict(config[key]):
-                return f"{prefix}{key}: must hold `key: value` lines"
-            found = _first_mistake(config[key], hints[key], root, f"{prefix}{key}.")
-            if found:
-                return found
-            continue
-        if named := _named_kind(hints[key]):
-            if not OmegaConf.is_dict(config[key]):
-                return f"{prefix}{key}: must hold `key: value` lines"
-            for name, value in config[key].items():
-                if not OmegaConf.is_dict(value):
-                    return f"{prefix}{key}.{name}: must hold `key: value` lines"
-                found = _first_mistake(value, named, root, f"{prefix}{key}.{name}.")
-                if found:
-                    return found
-            continue
-        try:
-            OmegaConf.merge(OmegaConf.structured(schema), {key: config[key]})
-        except (OmegaConfBaseException, TypeError):
-            kind = hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
-            return f"{prefix}{key}: {config[key]!r} is not of type {kind}"
-    return None
+            raise ValueError(f"unknown key {prefix}{key}{elsewhere or _near(str(key), hints) or _near(f'{prefix}{key}', everywhere)}")
+        hint, where = hints[key], f"{prefix}{key}"
+        if is_dataclass(hint):
+            knobs[key] = _typed(value, hint, root, f"{where}.")
+        elif named := _named_kind(hint):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {_MAPPING}")
+            knobs[key] = {str(name): _typed(part, named, root, f"{where}.{name}.") for name, part in value.items()}
+        else:
+            try:
+                knobs[key] = _convert(value, hint)
+            except (TypeError, ValueError, OverflowError):
+                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+                raise ValueError(f"{where}: {value!r} is not of type {kind}") from None
+    return knobs
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """The value of a knob. Raises: TypeError, ValueError or OverflowError where it is of another type."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in of):
+            return value
+    elif NoneType in of:
+        return None if value is None else _convert(value, next(kind for kind in of if kind is not NoneType))
+    elif origin is tuple and isinstance(value, list | tuple):
+        kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
+        return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return value
+    elif hint is bool and value in (0, 1):
+        return bool(value)
+    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int | str) and not isinstance(value, bool):
+        return int(value)
+    elif hint is Any or (hint is str and isinstance(value, str)):
+        return value
+    raise TypeError
+
+
+def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The values with those of `more`, which win; mappings are merged key by key."""
+    merged = {**values}
+    for key, value in more.items():
+        before = values.get(key)
+        merged[key] = _merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_file(text: str, schema: Any) -> dict[str, Any]:
+    """The keys of a file. Raises: ValueError."""
+    try:
+        refuse_interpolation(text)
+        values = _load(text, schema, {})
+    except yaml.YAMLError as error:
+        raise ValueError(reason(error)) from None
+    if not isinstance(values, dict):
+        raise ValueError(f"the file {_MAPPING}, not {str(values)[:60]!r}")
+    return values
+
+
+def _read_override(override: str, schema: Any) -> dict[str, Any]:
+    """{"optim": {"steps": 5}} of `optim.steps=5`. Raises: ValueError."""
+    key, is_given, text = override.partition("=")
+    names = key.split(".")
+    if not is_given or not all(re.fullmatch(r"\w+", name) for name in names):
+        raise ValueError(f"override `{override}` is not of the form key=value")
+    hint = schema
+    for name in names:
+        hint = _inside(hint, name)
+    try:
+        value = text if hint is None or _is_text(hint) else _load(text, hint, "")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{key}: {text[:100]!r} cannot be read as a value ({reason(error)}); put texts in it into quotes") from None
+    if text == "null" and hint is not str and _is_text(hint):
+        value = None
+    for name in reversed(names[1:]):
+        value = {name: value}
+    return {names[0]: value}
+
+
+def _load(text: str, hint: Any, empty: Any) -> Any:
+    """A value of YAML for a knob or a section; `empty` where there is none. Raises: YAMLError."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return empty
+        _keep_text(node, hint)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("brackets in brackets without end") from None
+    finally:
+        loader.dispose()
+
+
+def _keep_text(node: Any, hint: Any) -> None:
+    """What YAML would take for a truth or a number stays as it is written where a text belongs."""
+    if isinstance(node, yaml.ScalarNode):
+        is_text = _is_text(hint) or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
+        if is_text and node.tag in (f"{TAG}bool", f"{TAG}int", f"{TAG}float"):
+            node.tag = f"{TAG}str"
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _keep_text(item, _inside(hint, ""))
+    else:
+        for key, value in node.value:
+            _keep_text(value, _inside(hint, key.value))
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or set(get_args(hint)) == {str, NoneType}
+
+
+def _inside(hint: Any, name: str) -> Any:
+    """The type of what a section, a dictionary or a list holds under a name; None where it holds nothing of that name."""
+    if is_dataclass(hint):
+        return get_type_hints(hint).get(name)
+    if hint is Any:
+        return Any
+    of = get_args(hint)
+    if NoneType in of:
+        return _inside(next(kind for kind in of if kind is not NoneType), name)
+    return {dict: of[-1:], tuple: of[:1]}.get(get_origin(hint), (None,))[0]  # pyright: ignore[reportArgumentType, reportCallIssue]

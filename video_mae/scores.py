@@ -4,6 +4,7 @@ M videos, K classes.
 """
 
 import csv
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from video_mae.text import one_line, unicode_text
+
 CONFIDENCE = 0.95
 MAX_NAMED, MAX_NUMBERED = 60, 20  # classes whose names fit beside a picture, whose percentages fit into it
+MAX_NAME = 40  # letters of a name beside a picture
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             others = np.where(np.arange(len(names)) == label, 0, confusion[label])
             worst = int(others.argmax())
             shares = [f"{(place_M[mine] < min(k, len(names))).mean():.4f}" if mine.any() else "" for k in (1, 5)]
-            table.writerow([label, name, mine.sum(), (mine & ~seen).sum(), *shares, names[worst] if others[worst] else "", others[worst]])
+            taken = unicode_text(names[worst]) if others[worst] else ""
+            table.writerow([label, unicode_text(name), mine.sum(), (mine & ~seen).sum(), *shares, taken, others[worst]])
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str]) -> None:
@@ -93,15 +98,19 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
     totals = confusion.sum(axis=1, keepdims=True)
     share = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
     side = min(max(4.0, 0.32 * num_classes + 1), 12.0)
-    figure = Figure(figsize=(side + 2, side + 1), layout="constrained")
+    shown = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in map(one_line, names)]
+    margin = max(1.0, 0.09 * max(map(len, shown)) if num_classes <= MAX_NAMED else 0.0)  # inches for the names
+    figure = Figure(figsize=(side + 1 + margin, side + margin), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the row's videos")
     axes.set(xlabel="taken for", ylabel="is")
     if num_classes <= MAX_NAMED:
-        axes.set_xticks(range(num_classes), names, rotation=90)
-        axes.set_yticks(range(num_classes), names)
+        axes.set_xticks(range(num_classes), shown, rotation=90, parse_math=False)  # a $ is no formula
+        axes.set_yticks(range(num_classes), shown, parse_math=False)
     if num_classes <= MAX_NUMBERED:
         for i, j in zip(*np.nonzero(confusion), strict=True):
             axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.6 else "black")
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are boxes
+        figure.savefig(path, format="png", dpi=120)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from video_mae.data.shards import ENDINGS, ROWS, SHARD, SHARDS, key_of, number_of
+from video_mae.text import json_line
 
 BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = bytes(2 * BLOCK)
@@ -164,14 +165,6 @@ def _read_rows(path: Path) -> tuple[list[_Place], list[int], list[bool]]:
             ends.append((ends[-1] if ends else 0) + len(line))
             refused.append("refused" in row)
     return places, ends, refused
-
-
-def json_line(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON in UTF-8; where a path is not, its bytes as escapes."""
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(row).encode() + b"\n"
 
 
 def _padded(size: int) -> int:

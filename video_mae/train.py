@@ -1,6 +1,5 @@
 """What the training stages share: the checks before a run, and the loop with its checkpoints, stop reasons and journal."""
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,8 +26,10 @@ from video_mae.kernels.dispatch import describe
 from video_mae.optim import Schedule, make_schedule, videos_of_epoch
 from video_mae.report import write_report
 from video_mae.reports import Report
+from video_mae.results import write_text
 from video_mae.run_folder import ListFacts, check_lists, settled, write_lists
 from video_mae.schema import save_config
+from video_mae.text import json_text
 from video_mae.weights import Model, save_model_folder
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -149,7 +150,7 @@ def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -
     if engine.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")
-        (folder / "deepspeed.json").write_text(json.dumps(run.deepspeed, indent=2) + "\n")
+        write_text(folder / "deepspeed.json", json_text(run.deepspeed, indent=2) + "\n")
         write_lists(folder, run.lists)
     first_step, memory = engine.resume()
     decoder = f"{config.data.decoder} {decoder_version(config.data.decoder)}"
@@ -224,7 +225,7 @@ class _Loop:
                 journal.say(f"stopped by signal {self.signal} after step {done}; start the same command again to go on")
                 return 128 + self.signal
         if engine.rank == 0:
-            self._conclude(write_report(self.plan.folder))
+            self._conclude(write_report(self.plan.folder, journal.say))
         return DONE
 
     def _take_in(self, reports: Iterable[Report]) -> None:

@@ -18,6 +18,7 @@ from video_mae.convert.architecture import MAX_TOKENS
 from video_mae.convert.reading import is_deepspeed_folder
 from video_mae.model import VideoClassifier, VideoMAE
 from video_mae.schema import from_dict, to_dict
+from video_mae.text import json_text
 
 Model = VideoMAE | VideoClassifier
 Kind = TypeVar("Kind", VideoMAE, VideoClassifier)
@@ -32,13 +33,13 @@ def save_model_folder(folder: str | Path, model: Model, state: Mapping[str, torc
     further files by name.
     """
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in (state or model.state_dict()).items()}
-    texts = {**(more or {}), "config.json": json.dumps(_describe(model), indent=2) + "\n"}
+    texts = {**(more or {}), "config.json": json_text(_describe(model), indent=2) + "\n"}
 
     def write(building: Path) -> None:
         building.mkdir()
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
         for name, text in texts.items():
-            (building / name).write_text(text)
+            (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write)
 
@@ -88,7 +89,7 @@ def is_model_folder(path: Path) -> bool:
     if path.is_file() or is_deepspeed_folder(path):
         return False
     try:
-        description = json.loads((path / "config.json").read_text())
+        description = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return True
     return not (isinstance(description, dict) and "kind" not in description and {"model_type", "architectures"} & description.keys())
@@ -145,7 +146,7 @@ def _read_configuration(folder: Path) -> tuple[ModelConfig, ObjectiveConfig | Cl
             raise FileNotFoundError(f"{folder / name}: no such file; a model folder holds config.json and model.safetensors")
     where = f"{folder / 'config.json'}"
     try:
-        description = json.loads((folder / "config.json").read_text())
+        description = json.loads((folder / "config.json").read_bytes())
         section, schema = HEADS[description["kind"]]
         model_config, head_config = description["model"], description[section]
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:

@@ -24,6 +24,7 @@ from video_mae.kernels.benchmark_measure import quantiles
 from video_mae.pack import PackConfig
 from video_mae.pack import start as pack
 from video_mae.schema import knob, require
+from video_mae.text import one_line
 
 BENCHMARK = "data"
 OFFICIAL = next(contender.name for contender in CONTENDERS if contender.pipeline is official)
@@ -85,7 +86,7 @@ def measure(config: DataBenchConfig) -> Iterator[Run]:
         sources, sizes = _sources(source, Path(workshop), config.stride, {contender.form for contender in contenders})
         job = Job(sources, config.num_frames, config.stride, config.side, config.batch)
         videos = read_annotations(SourceConfig(source=source))
-        name = f"{len(videos)} {'videos of ' + Path(source).name if config.source else 'rendered videos of 340x256'}"
+        name = f"{len(videos)} {'videos of ' + one_line(Path(source).name) if config.source else 'rendered videos of 340x256'}"
         header = {**environment(torch.device("cpu")), "benchmark": BENCHMARK, "source": name, "appetite": config.appetite, "bytes": sizes}
         yield Run(header, measure_job(job, contenders, config.rounds, name, config.appetite))
 

@@ -4,7 +4,6 @@ What a format cannot hold is refused where the outputs would be others, and told
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from video_mae.convert.hugging_face import Version
 from video_mae.convert.layout import Layout, write
 from video_mae.convert.official import OFFICIAL
 from video_mae.model import Attention, Encoder, VideoClassifier, VideoMAE
+from video_mae.text import json_text
 
 Model = VideoMAE | VideoClassifier
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
@@ -77,7 +77,7 @@ def export_hugging_face(model: Model, folder: str | Path, version: Version = "v4
         building.mkdir()
         save_file(state, building / "model.safetensors", metadata={"format": "pt"})
         for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-            (building / name).write_text(json.dumps(content, indent=2) + "\n")
+            (building / name).write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
     write_whole(Path(folder), fill)
     return remarks

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from video_mae.checkpoint import MANIFEST, damaged_files, newest, read_manifest
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.engine import partitioned_weights
 from video_mae.model import VideoClassifier, VideoMAE
 from video_mae.optim import parameter_groups
+from video_mae.schema import read_keys
 
 
 def checkpoint_folder(path: Path) -> Path | None:
@@ -49,7 +49,7 @@ def load_checkpoint(folder: Path, *, trust: bool) -> VideoMAE | VideoClassifier:
 def _model_of_run(file: Path) -> tuple[VideoMAE | VideoClassifier, PretrainConfig | FinetuneConfig]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; a checkpoint is read beside the configuration of its run")
-    if "classifier" in OmegaConf.load(file):
+    if "classifier" in read_keys(file):
         config = load_config(file, schema=FinetuneConfig)
         return VideoClassifier(config.model, config.classifier), config
     config = load_config(file)

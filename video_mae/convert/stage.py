@@ -1,6 +1,5 @@
 """The conversion stage: a model of any project as one of ours, or ours as another's."""
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from video_mae.convert.hugging_face import Version
 from video_mae.convert.importing import import_model
 from video_mae.convert.run_folder import checkpoint_folder, load_checkpoint
 from video_mae.schema import knob
+from video_mae.text import json_text
 from video_mae.weights import Model, choose_frames, find_model_folder, is_model_folder, load_pretrained, save_model_folder
 
 REPORT = "import.json"
@@ -66,7 +66,7 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
     facts = Facts(**{f.name: getattr(config, f.name) for f in fields(Facts)})
     if not is_model_folder(source):
         model, report = import_model(source, facts)
-        return model, report.lines(), {REPORT: json.dumps(report.to_dict(), indent=2) + "\n"}
+        return model, report.lines(), {REPORT: json_text(report.to_dict(), indent=2) + "\n"}
     others = replace(facts, sampling=None, stride=None)
     if others != Facts():
         changed = next(f.name for f in fields(Facts) if getattr(others, f.name) != getattr(Facts(), f.name))
@@ -81,4 +81,4 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
     else:
         model, lines, report = load_pretrained(folder), [f"model of {folder}"], folder / REPORT
     lines += choose_frames(model, facts.sampling, facts.stride)
-    return model, lines, {REPORT: report.read_text()} if report is not None and report.is_file() else {}
+    return model, lines, {REPORT: report.read_text(encoding="utf-8")} if report is not None and report.is_file() else {}

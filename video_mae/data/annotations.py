@@ -21,6 +21,7 @@ from video_mae.data.shards import is_packed, read_manifest, read_packed
 from video_mae.data.videos import Paths, VideoList
 from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS, stills
 from video_mae.decoding.containers import is_regular
+from video_mae.text import one_line
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 STAT_THREADS, STAT_CHUNK = 16, 2000
@@ -96,7 +97,7 @@ def read_entries(data: SourceConfig, key: str = "data") -> Named:
     if data.source == "":
         raise ValueError(f"{key}.source: (empty), name a list file with lines `PATH LABEL` or a folder with a folder per class")
     if source.is_dir():
-        return _read_folder(source, class_names(data))
+        return _read_folder(source, _class_folders(source))
     if not source.is_file():
         raise FileNotFoundError(f"{key}.source: no such list file or folder: {source}, check the path (this program runs in {Path.cwd()})")
     if _ending(data.source) in EXTENSIONS:
@@ -159,7 +160,11 @@ def class_names(data: SourceConfig) -> tuple[str, ...]:
     source = Path(data.source)
     if not source.is_dir():
         return ()
-    return tuple(sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    return tuple(one_line(name) for name in _class_folders(source))
+
+
+def _class_folders(source: Path) -> list[str]:
+    return sorted(entry.name for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _read_list(source: Path, data: SourceConfig, key: str) -> Named:

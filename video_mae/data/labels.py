@@ -11,6 +11,7 @@ import numpy as np
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.annotations import class_names, read_annotations
 from video_mae.data.videos import Places, VideoList
+from video_mae.text import read_text
 
 CLASS_FILE = "classes.txt"
 
@@ -79,7 +80,7 @@ def class_file(source: Path) -> tuple[str, ...]:
     file = source.parent / CLASS_FILE
     if source.is_dir() or not file.is_file():
         return ()
-    return tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    return tuple(line.strip() for line in read_text(file).split("\n") if line.strip())
 
 
 def _number(name: str, names: Sequence[str], source: str) -> int:

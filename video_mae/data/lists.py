@@ -1,6 +1,5 @@
 """List files: what a line says in each format, in which encodings, and how one is written."""
 
-import codecs
 import csv
 import re
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from video_mae.config.data import ListFormat
+from video_mae.text import is_utf16, one_line, open_text
 
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""
@@ -18,7 +18,6 @@ PATH_COLUMNS = ("path", "video_path", "videopath", "file_path", "filepath", "cli
                 "video_name", "clip_name", "name")
 """What a first line calls the column of paths, and that of labels; where there are several, the first of these counts."""
 LABEL_COLUMNS = ("label", "label_id", "class_id", "class_index", "class_idx", "target", "category_id", "class", "category")
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _QUOTED = re.compile(r'"((?:[^"]|"")+)"')
 _NUMBER = re.compile(r'[ \t,](")?([+-]?[0-9]{1,18})(?(1)")$')
 _NUMBER_LENGTH = 22
@@ -92,13 +91,11 @@ def find_layout(source: Path, list_format: ListFormat, is_file: Callable[[str], 
 
 def _text_lines(source: Path) -> Iterator[tuple[int, str, str]]:
     """(number, text without its end, mistake) of each line that is not blank."""
-    with source.open("rb") as probe:
-        is_utf16 = probe.read(2) in _UTF16
-    # What is not UTF-8 comes through as surrogates, so that it costs its line and not the list.
-    with source.open(encoding="utf-16" if is_utf16 else "utf-8-sig", errors="replace" if is_utf16 else "surrogateescape") as file:
+    utf16 = is_utf16(source)
+    with open_text(source) as file:
         for number, text in enumerate(_pieces(file), start=1):
             if not text.isspace():
-                yield number, text.rstrip("\r\n"), _mistake(text, is_utf16)
+                yield number, text.rstrip("\r\n"), _mistake(text, utf16)
 
 
 def _pieces(file: TextIO) -> Iterator[str]:
@@ -110,13 +107,14 @@ def _pieces(file: TextIO) -> Iterator[str]:
         yield text
 
 
-def _mistake(text: str, is_utf16: bool) -> str:
+def _mistake(text: str, utf16: bool) -> str:
     if len(text) == MAX_LINE:
         return f"the line is longer than {MAX_LINE} characters, is this a list with lines `PATH LABEL`?"
     if "\0" in text:
         return "the line holds a NUL byte, is this a list? Save it as UTF-8 text"
-    if not text.isascii() and ("\ufffd" in text if is_utf16 else any("\ud800" <= letter <= "\udfff" for letter in text)):
-        return "the line is not " + ("UTF-16" if is_utf16 else "UTF-8") + ", save the list as UTF-8 text"
+    if not text.isascii() and ("\ufffd" in text if utf16 else any("\ud800" <= letter <= "\udfff" for letter in text)):
+        return (f"the line `{one_line(text.strip()[:100])}` is not {'UTF-16' if utf16 else 'UTF-8'}, save the list as UTF-8 text; where a "
+                "file itself is named so, rename it")
     return ""
 
 
@@ -209,6 +207,6 @@ def _columns(line: str, separator: str) -> list[str]:
 def format_line(path: str, label: int) -> str:
     """The line that says so; quotes only where they are needed."""
     plain = path if label == -1 else f"{path} {label}"
-    if plain == plain.strip() and split_line(plain) == (path, label):
+    if plain == plain.strip("\ufeff").strip() and split_line(plain) == (path, label):  # the first line may not begin with a mark
         return plain
     return '"' + path.replace('"', '""') + '"' + ("" if label == -1 else f" {label}")

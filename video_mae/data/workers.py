@@ -4,6 +4,8 @@ import ctypes
 import os
 from dataclasses import dataclass
 
+from video_mae.world import ranks_here
+
 MOST_WORKERS, MOST_THREADS = 16, 4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST_KEPT = 2**25  # bytes; glibc takes no more
@@ -40,7 +42,7 @@ def plan_workers(num_workers: int | None, decoder_threads: int | None) -> Worker
     come last: the threads of one video wait for one another after each seek and decode ahead what nobody wants, processes each do a
     video of their own. A rank has one process and one thread where there are more ranks than cores.
     """
-    cores, ranks = len(os.sched_getaffinity(0)), _local_ranks()
+    cores, ranks = len(os.sched_getaffinity(0)), ranks_here()
     share = max(cores // ranks, 1)
     threads = min(decoder_threads or 1, share)
     num = min(MOST_WORKERS if num_workers is None else num_workers, share // threads)
@@ -61,7 +63,3 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(M_TRIM_THRESHOLD, 2**30)
-
-
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")  # as torchrun or deepspeed calls it
