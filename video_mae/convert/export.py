@@ -50,7 +50,8 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
     arguments: dict[str, Any] = {"num_frames": c.num_frames, "height": c.height, "width": c.width, "num_heads": c.num_heads}
     if isinstance(model, VideoMAE):
-        arguments |= {"decoder_num_heads": c.decoder_num_heads, "normlize_target": model.objective_config.normalize == "channel"}
+        arguments |= {"decoder_num_heads": c.decoder_num_heads, "normlize_target": model.objective_config.normalize == "channel",
+                      "decoder_context": c.decoder_context}
     else:
         head = model.classifier_config
         arguments |= {"sparse_sample": head.sampling == "uniform", "sampling_rate": head.stride}
