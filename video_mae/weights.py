@@ -74,10 +74,10 @@ def load_pretrained(path: str | Path, kind: type[Model] | None = None, *, impl: 
 def choose_frames(model: Model, sampling: Literal["dense", "uniform"] | None, stride: int | None) -> list[str]:
     """Has frames chosen in another way than a classifier says, where one is given; returns a line on each. Raises: ValueError."""
     given = {key: value for key, value in (("sampling", sampling), ("stride", stride)) if value is not None}
-    if given and not isinstance(model, VideoClassifier):
-        raise ValueError(f"{next(iter(given))}: is how frames of a classifier are chosen, and this model is a {type(model).__name__}")
     if not given:
         return []
+    if not isinstance(model, VideoClassifier):
+        raise ValueError(f"{next(iter(given))}: is how frames of a classifier are chosen, and this model is a {type(model).__name__}")
     lines = [f"{key} = {value}: given, the model says {getattr(model.classifier_config, key)}" for key, value in given.items()]
     model.classifier_config = replace(model.classifier_config, **given)
     return lines

@@ -231,11 +231,11 @@ class Draft:
         guess, why = "dense", "as usual; models of Something-Something have sampling=uniform"
         if classes == SOMETHING_CLASSES:
             guess, why = "uniform", f"as Something-Something has {SOMETHING_CLASSES} classes; others that many have sampling=dense"
-        sampling = self.settle("sampling", "dense" if is_image else sampling, guess, why)
-        is_told = is_image or sampling == "uniform"  # then it chooses no frame
-        stride = self.settle("stride", stride or USUAL_STRIDE if is_told else stride, USUAL_STRIDE, "as usual")
+        chosen = self.settle("sampling", "dense" if is_image else sampling, guess, why)
+        is_told = is_image or chosen == "uniform"  # then the stride chooses no frame
+        apart = self.settle("stride", stride or USUAL_STRIDE if is_told else stride, USUAL_STRIDE, "as usual")
         self.head = ClassifierConfig(num_classes=classes, class_names=names, pooling=pooling if self.found.has("fc_norm.") else "first",
-                                     sampling=sampling, stride=stride)
+                                     sampling=chosen, stride=apart)
 
     def config(self) -> ModelConfig:
         """Raises: ValueError where the fields do not go together."""

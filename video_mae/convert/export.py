@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from video_mae.atomic import write_whole
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from video_mae.convert import hugging_face
+from video_mae.convert.architecture import SOMETHING_CLASSES, USUAL_STRIDE
 from video_mae.convert.hugging_face import Version
 from video_mae.convert.layout import Layout, write
 from video_mae.convert.official import OFFICIAL
@@ -115,7 +116,8 @@ def _videomae(model: Model, version: Version) -> tuple[dict[str, torch.Tensor], 
     else:
         head = model.classifier_config
         names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
-        if c.num_frames > 1:
+        guess = "uniform" if head.num_classes == SOMETHING_CLASSES else "dense"
+        if c.num_frames > 1 and (head.sampling != guess or (guess == "dense" and head.stride != USUAL_STRIDE)):
             remarks.append(f"classifier.sampling = {head.sampling}, stride = {head.stride}: {name} does not keep how frames are chosen")
         config |= {"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": head.pooling == "mean",
                    "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
