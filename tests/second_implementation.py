@@ -113,6 +113,19 @@ def pretraining_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torc
     return norm(x[:, -masked.shape[1]:], state, "decoder.norm", eps[1]) @ state["decoder.head.weight"].T + state["decoder.head.bias"]
 
 
+def dual_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, decoded_BN: torch.Tensor, depths: tuple[int, int],
+                 heads: tuple[int, int]) -> torch.Tensor:
+    """Predictions of VideoMAE V2 for all tokens that its decoder mask chooses, in raster order, whether the encoder sees them or not."""
+    x = embed(video_BCTHW, state)
+    x = x[~hidden_BN].reshape(len(x), -1, x.shape[2])
+    x = norm(blocks(x, state, "encoder.blocks", depths[0], heads[0]), state, "encoder.norm") @ state["encoder_to_decoder.weight"].T
+    positions = sinusoid_table(hidden_BN.shape[1], x.shape[2]).to(x.dtype).expand(len(x), -1, -1)
+    visible = x + positions[~hidden_BN].reshape(x.shape)
+    chosen = state["mask_token"].reshape(1, 1, -1) + positions[decoded_BN].reshape(len(x), -1, x.shape[2])
+    x = blocks(torch.cat([visible, chosen], dim=1), state, "decoder.blocks", depths[1], heads[1])
+    return norm(x[:, -chosen.shape[1]:], state, "decoder.norm") @ state["decoder.head.weight"].T + state["decoder.head.bias"]
+
+
 def targets(video_BCTHW: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...], tubelet: tuple[int, int, int],
             hidden_BN: torch.Tensor, normalize: str) -> torch.Tensor:
     """Targets [B, M, P] in float64: un-normalise, cut into tubelets with loops, normalise each."""

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask
+from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask, token_mask
 from video_mae.cli import main
 from video_mae.convert import Facts, Report, import_model
 from video_mae.convert.stage import ConvertConfig, convert
 from video_mae.features import FrozenEncoder
+from video_mae.masking import ContextMask
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))
 second = official.second
@@ -255,6 +256,49 @@ def test_heads_are_those_of_the_training_where_it_tells_them(name, tmp_path):
     clip, video = a_clip(model)
     mask, hidden = a_mask(model)
     torch.testing.assert_close(model.predict(clip, mask), theirs(state, video, size, hidden), **TOLERANCE)
+
+
+V2 = Size(frames=16, height=32, width=48)
+
+
+def dual_case(tmp_path: Path, skipped: float, **facts: Any) -> tuple[Any, ...]:
+    """(model, its predictions and loss with the mask of a V2 training, theirs, what is hidden and decoded)."""
+    state = official.videomae_pretraining(V2)
+    path = write(tmp_path / "x.pth", state, args=argparse.Namespace(decoder_mask_ratio=skipped, decoder_mask_type="run_cell"))
+    model, report = imported(path, num_heads=3, decoder_num_heads=2, num_frames=16, height=32, width=48, **facts)
+    assert isinstance(model, VideoMAE)
+    clip, video = a_clip(model)
+    mask = token_mask(torch.tensor([1, 2]), model.grid, "tube", 0.75, skipped, "all")
+    assert isinstance(mask, ContextMask)
+    hidden = torch.ones(2, model.config.num_tokens, dtype=torch.bool).scatter(1, mask.visible_BV, False)
+    decoded = torch.zeros_like(hidden).scatter(1, torch.cat([mask.masked_BM, mask.context_BC], dim=1), True)
+    expected = second.dual_forward(video, state, hidden, decoded, (V2.depth, V2.decoder_depth), (V2.heads, V2.decoder_heads))
+    scored = expected[hidden[decoded].reshape(2, -1)].reshape(2, mask.masked_BM.shape[1], -1)
+    return model, report, clip, mask, scored
+
+
+@pytest.mark.parametrize("skipped", [0.25, 0.5, 0.75])
+def test_dual_masking_of_v2_predicts_exactly_what_theirs_does(skipped, tmp_path):
+    model, report, clip, mask, expected = dual_case(tmp_path, skipped)
+    assert model.config.decoder_context == "all"
+    assert any(note.startswith("decoder_context = all: as in its training") for note in report.notes)
+    torch.testing.assert_close(model.predict(clip, mask), expected, rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match=r"mask: leaves tokens out, .*decoder_context=\"all\""):
+        model(clip, token_mask(torch.tensor([1, 2]), model.grid, "tube", 0.75, skipped))
+    convert(tmp_path / "x.pth", tmp_path / "model", ConvertConfig(num_heads=3, decoder_num_heads=2, num_frames=16, height=32, width=48))
+    convert(tmp_path / "model", tmp_path / "back.pth", ConvertConfig(format="official"))
+    for path in ("model", "back.pth"):
+        again = load_pretrained(tmp_path / path, VideoMAE)
+        assert again.config == model.config
+        assert torch.equal(again.predict(clip, mask), model.predict(clip, mask))
+
+
+def test_leaving_out_what_is_not_scored_changes_predictions(tmp_path):
+    model, _, clip, mask, expected = dual_case(tmp_path, 0.5, decoder_context="scored")
+    assert model.config.decoder_context == "scored"
+    shorter = model.predict(clip, token_mask(torch.tensor([1, 2]), model.grid, "tube", 0.75, 0.5))
+    assert torch.equal(model.predict(clip, mask), shorter)  # what it has no use for does not matter
+    assert (shorter - expected).abs().max() > 1e-4
 
 
 def test_the_first_patch_is_left_out_of_the_features_of_such_a_classifier_too(tmp_path):

@@ -29,7 +29,8 @@ ALLOWED = {
     "train": {"config", "data", "decoding", "engine", "journal", "jsonl", "kernels", "optim", "report",
               "reports", "results", "run_folder", "schema", "text", "weights"}, "run_folder": {"atomic", "config", "decoding", "schema"},
     "picture": {"atomic", "config", "model", "masking", "kernels", "text"},
-    "shard_writer": {"data", "text"}, "scores": {"text"}, "heads": set(), "feature_file": set(), "ranks": {"engine"}, "results": {"atomic", "text"},
+    "shard_writer": {"data", "text"}, "scores": {"text"}, "heads": set(), "feature_file": set(),
+    "ranks": {"engine"}, "results": {"atomic", "text"},
     "features": {"config", "data", "model", "weights"}, "predict": {"config", "data", "decoding", "features", "model", "weights"},
 }
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours

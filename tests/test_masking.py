@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from video_mae import TokenMask, frame_mask, random_mask, token_mask, tube_mask
-from video_mae.masking import _noise, mask_counts, random_kept_mask
+from video_mae.masking import ContextMask, _noise, mask_counts, random_kept_mask
 
 KINDS = {"tube": tube_mask, "random": random_mask, "random_kept": random_kept_mask, "frame": frame_mask}
 GRIDS = [(8, 14, 14), (4, 6, 6), (5, 3, 7), (2, 1, 9), (3, 2, 2)]
@@ -124,6 +124,24 @@ def running_cell(start: int, skipped: int, grid: tuple[int, int, int]) -> np.nda
         cell = np.array(queue).reshape(2, 2)
         decoded[frame] = np.tile(cell, (height // 2, width // 2)) == 0
     return decoded
+
+
+@pytest.mark.parametrize("grid", [(8, 14, 14), (4, 6, 8), (12, 2, 4)])
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_scored_tokens_and_context_are_all_that_the_running_cell_chooses(grid, ratio):
+    seeds = torch.arange(64)
+    mask = token_mask(seeds, grid, "tube", 0.75, ratio, "all")
+    assert isinstance(mask, ContextMask)
+    for ours, theirs in zip(mask, token_mask(seeds, grid, "tube", 0.75, ratio), strict=False):
+        assert torch.equal(ours, theirs)
+    chosen = chosen_grid(torch.cat([mask.masked_BM, mask.context_BC], dim=1), grid).numpy()
+    assert all(any(np.array_equal(one, running_cell(start, int(4 * ratio), grid)) for start in range(4)) for one in chosen)
+    assert isinstance(token_mask(seeds, grid, "tube", 0.75, 0.0, "all"), TokenMask)  # nothing is left out
+
+
+def test_the_published_context_is_of_80_tokens():
+    mask = token_mask(EXTREME, (8, 14, 14), "tube", 0.9, 0.5, "all")
+    assert [index.shape[1] for index in mask] == [160, 704, 80]
 
 
 @pytest.mark.parametrize("grid", [(8, 14, 14), (4, 6, 8), (12, 2, 4)])

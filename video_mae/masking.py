@@ -4,12 +4,13 @@ A mask depends on its sample's own 64-bit seed alone (integer mixing, then a sor
 Letters: B samples, N tokens of the grid (time, height, width) in raster order, V visible, M masked (to be predicted).
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
 Grid = tuple[int, int, int]
 Kind = Literal["tube", "random", "random_kept", "frame"]
+Context = Literal["scored", "all"]
 
 CELL = 4  # places of the 2 x 2 cell that runs over time in decoder masking
 
@@ -19,6 +20,17 @@ class TokenMask(NamedTuple):
 
     visible_BV: torch.Tensor
     masked_BM: torch.Tensor
+
+
+class ContextMask(NamedTuple):
+    """A `TokenMask`, and visible tokens for which the decoder of model.decoder_context = all gets a mask token besides."""
+
+    visible_BV: torch.Tensor
+    masked_BM: torch.Tensor
+    context_BC: torch.Tensor
+
+
+AnyMask = TokenMask | ContextMask
 
 
 def tube_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
@@ -83,12 +95,24 @@ def running_cell(seeds_B: torch.Tensor, grid: Grid, ratio: float, masked_BM: tor
 MASKS = {"tube": tube_mask, "random": random_mask, "random_kept": random_kept_mask, "frame": frame_mask}
 
 
-def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> TokenMask:
-    """The mask that a configuration asks for; `decoder_mask_ratio` > 0 leaves to predict what the running cell keeps."""
+@overload
+def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> TokenMask: ...
+@overload
+def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float,
+               decoder_context: Context) -> AnyMask: ...
+def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0,
+               decoder_context: Context = "scored") -> AnyMask:
+    """The mask that a configuration asks for; `decoder_mask_ratio` > 0 leaves to predict what the running cell keeps.
+
+    decoder_context: the model's; with `all` such a mask is a `ContextMask`.
+    """
     mask = MASKS[kind](seeds_B, grid, ratio)
     if decoder_mask_ratio == 0:
         return mask
-    return TokenMask(mask.visible_BV, running_cell(seeds_B, grid, decoder_mask_ratio, mask.masked_BM))
+    scored_BM = running_cell(seeds_B, grid, decoder_mask_ratio, mask.masked_BM)
+    if decoder_context == "scored":
+        return TokenMask(mask.visible_BV, scored_BM)
+    return ContextMask(mask.visible_BV, scored_BM, running_cell(seeds_B, grid, decoder_mask_ratio, mask.visible_BV))
 
 
 def mask_counts(grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> tuple[int, int]:

@@ -7,6 +7,7 @@ Letters: B clips, T frames, H W pixels, C channels, N tokens of the grid, V visi
 of a sequence, D width of encoder or decoder, P values of a tubelet, K classes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torchvision.ops import StochasticDepth
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.tubelets import gather_tubelets
-from video_mae.masking import TokenMask
+from video_mae.masking import AnyMask, ContextMask
 from video_mae.objective import Objective, target_clip
 from video_mae.positions import Grid, Positions
 
@@ -167,7 +168,7 @@ class Decoder(nn.Module):
         _xavier(self.blocks, self.head)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, encoded_BSD: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> torch.Tensor:
+    def forward(self, encoded_BSD: torch.Tensor, mask: AnyMask, grid: Grid | None = None) -> torch.Tensor:
         """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel).
 
         encoded_BSD: class tokens, then the visible ones; grid: of the clip, where it is not the model's.
@@ -176,8 +177,10 @@ class Decoder(nn.Module):
         visible_BSD = self.encoder_to_decoder(encoded_BSD)
         positions_ND, class_position_D = self.positions(grid or self.config.grid)
         positions_ND = positions_ND.to(visible_BSD.dtype)
-        masked_BMD = self.mask_token + positions_ND[mask.masked_BM]
-        parts = [visible_BSD[:, num_class:] + positions_ND[mask.visible_BV], masked_BMD]
+        absent_BM = mask.masked_BM
+        if isinstance(mask, ContextMask) and self.config.decoder_context == "all":
+            absent_BM = torch.cat([mask.context_BC, absent_BM], dim=1)
+        parts = [visible_BSD[:, num_class:] + positions_ND[mask.visible_BV], self.mask_token + positions_ND[absent_BM]]
         if num_class:
             class_BAD = visible_BSD[:, :num_class] if self.class_token is None else self.class_token.expand(len(visible_BSD), num_class, -1)
             parts.insert(0, class_BAD + class_position_D)
@@ -214,19 +217,24 @@ class VideoMAE(nn.Module):
         """(time, height, width) in tokens: what the mask functions take."""
         return self.config.grid
 
-    def predict(self, clip_BTHWC: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> torch.Tensor:
+    def predict(self, clip_BTHWC: torch.Tensor, mask: AnyMask, grid: Grid | None = None) -> torch.Tensor:
         """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel).
 
-        A mask belongs to a grid: name it where it is not the model's. Raises: ValueError for a clip of another grid.
+        A mask belongs to a grid: name it where it is not the model's. Raises: ValueError for a clip of another grid, or a mask that
+        lacks what model.decoder_context = all needs.
         """
         grid = grid or self.grid
         size = *(tokens * side for tokens, side in zip(grid, self.config.tubelet, strict=True)), self.config.in_channels
         if clip_BTHWC.shape[1:] != size:
             raise ValueError(f"clip_BTHWC: (frames, height, width, channels) is {tuple(clip_BTHWC.shape[1:])}, the mask is of a clip of "
                              f"{size}; name the grid of another mask as `grid`")
+        is_whole = mask.visible_BV.shape[1] + mask.masked_BM.shape[1] == math.prod(grid)
+        if self.config.decoder_context == "all" and not is_whole and not isinstance(mask, ContextMask):
+            raise ValueError("mask: leaves tokens out, and does not say which of them model.decoder_context = all has the decoder see; "
+                             "make it by token_mask(..., decoder_context=\"all\")")
         return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask, grid)
 
-    def forward(self, clip_BTHWC: torch.Tensor, mask: TokenMask, grid: Grid | None = None) -> VideoMAEOutput:
+    def forward(self, clip_BTHWC: torch.Tensor, mask: AnyMask, grid: Grid | None = None) -> VideoMAEOutput:
         """clip_BTHWC: uint8; grid: of the mask, where it is not the model's. Raises: ValueError for a clip of another grid."""
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
         losses = self.objective(predicted_BMP, target_clip(clip_BTHWC, self.config, self.objective_config), mask.masked_BM)
@@ -269,11 +277,14 @@ class VideoClassifier(nn.Module):
         return self.fc_norm(tokens_BSD[:, left_out:].mean(dim=1))
 
 
-def pretraining_macs(config: ModelConfig, num_visible: int, num_masked: int) -> float:
-    """Multiply-accumulates of one clip's forward pass; training costs about 6 floating point operations for each."""
+def pretraining_macs(config: ModelConfig, num_visible: int, num_masked: int, num_context: int = 0) -> float:
+    """Multiply-accumulates of one clip's forward pass; training costs about 6 floating point operations for each.
+
+    num_context: further mask tokens that the decoder sees (of a ContextMask).
+    """
     d, e, encoded = config.embed_dim, config.decoder_embed_dim, config.class_tokens + num_visible
     return (encoder_macs(config, num_visible) + encoded * d * e
-            + _block_macs(encoded + num_masked, e, config.decoder_depth, config.decoder_mlp_ratio)
+            + _block_macs(encoded + num_context + num_masked, e, config.decoder_depth, config.decoder_mlp_ratio)
             + num_masked * e * config.predicted_values)
 
 

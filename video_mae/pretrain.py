@@ -12,7 +12,7 @@ from video_mae.atomic import draw_or_tell
 from video_mae.config import DataConfig, PretrainConfig
 from video_mae.data.dataset import Batch, ClipDataset, collate
 from video_mae.data.sources import read_sources
-from video_mae.masking import TokenMask, mask_counts, token_mask
+from video_mae.masking import AnyMask, mask_counts, token_mask
 from video_mae.model import VideoMAE, pretraining_macs
 from video_mae.objective import pixel_scale, predicted_clip
 from video_mae.picture import draw_reconstruction
@@ -27,6 +27,7 @@ class Plan:
     config: PretrainConfig
     num_visible: int
     num_masked: int
+    num_context: int
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -41,10 +42,13 @@ def prepare(config: PretrainConfig) -> Plan:
     """
     mask = config.mask
     num_visible, num_masked = mask_counts(config.model.grid, mask.kind, mask.ratio, mask.decoder_mask_ratio)
+    num_context = num_visible - int(mask.decoder_mask_ratio * num_visible)
+    if config.model.decoder_context == "scored" or mask.decoder_mask_ratio == 0:
+        num_context = 0
     if config.objective.contrastive_weight > 0 and num_masked < 2 and config.objective.negatives == "clip":
         raise ValueError("objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to contrast; raise mask.ratio")
     checked = check_run(config, partial(read_sources, config.data, config.model.in_channels))
-    return Plan(checked, replace(config, data=checked.config.data), num_visible, num_masked)
+    return Plan(checked, replace(config, data=checked.config.data), num_visible, num_masked, num_context)
 
 
 def run(plan: Plan) -> int:
@@ -52,7 +56,8 @@ def run(plan: Plan) -> int:
     config = plan.config
     torch.manual_seed(config.seed)
     model = VideoMAE(config.model, config.objective, impl=config.engine.kernels, checkpointing=config.engine.activation_checkpointing)
-    return train(plan.run, model, pretraining_macs(config.model, plan.num_visible, plan.num_masked), partial(_Pretraining, plan))
+    macs = pretraining_macs(config.model, plan.num_visible, plan.num_masked, plan.num_context)
+    return train(plan.run, model, macs, partial(_Pretraining, plan))
 
 
 class _Pretraining(Stage):
@@ -68,6 +73,8 @@ class _Pretraining(Stage):
 
     def introduce(self) -> str:
         tokens = f"{self.plan.num_visible} of {self.config.model.num_tokens} tokens visible, {self.plan.num_masked} predicted"
+        if self.plan.num_context:
+            tokens += f", {self.plan.num_context} more in the decoder"
         return ", ".join(filter(None, (tokens, self.dataset().paths.describe())))
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
@@ -81,9 +88,10 @@ class _Pretraining(Stage):
     def results(self) -> list[tuple[str, Path]]:
         return [("pictures", self.run.folder / "reconstructions")]
 
-    def _mask(self, seeds_B: torch.Tensor, *, whole: bool = False) -> TokenMask:
-        mask = self.config.mask
-        return token_mask(seeds_B, self.config.model.grid, mask.kind, mask.ratio, 0.0 if whole else mask.decoder_mask_ratio)
+    def _mask(self, seeds_B: torch.Tensor, *, whole: bool = False) -> AnyMask:
+        mask, model = self.config.mask, self.config.model
+        skipped = 0.0 if whole else mask.decoder_mask_ratio
+        return token_mask(seeds_B, model.grid, mask.kind, mask.ratio, skipped, model.decoder_context)
 
     def _dataset(self, data: DataConfig) -> ClipDataset:
         model = self.config.model

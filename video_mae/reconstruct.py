@@ -62,7 +62,8 @@ def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path
     box = crop_box(DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0])
     clip_BTHWC = torch.stack(crop_clip(frames_THWC, box, size, flip=False).chunk(config.num_clips))
     seeds_B = torch.tensor([sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)])
-    mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
+    mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio,
+                      model.config.decoder_context)
     with torch.no_grad():
         predicted_BMP = model.predict(clip_BTHWC, mask)
     titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]

@@ -51,6 +51,8 @@ class ModelConfig:
     head_norm_eps: float = knob(1e-6, "epsilon of the norm before a head: decoder.norm and fc_norm")
     encoder_norm: bool = knob(True, "a norm after the encoder's last block in pretraining; a classifier's pooling decides for itself")
     predicted_frames: int | None = knob(None, "frames of a clip that the decoder predicts, spread evenly (mae_st: half); null: all")
+    decoder_context: Literal["scored", "all"] = knob("scored", "where dual masking has the decoder see mask tokens: at those places alone "
+                                                     "that are scored, or at all that the running cell chooses (VideoMAE V2)")
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "num_frames", "height", "width", "tubelet_size", "patch_size", "embed_dim", "depth",

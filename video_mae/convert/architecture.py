@@ -38,6 +38,8 @@ class Facts:
     std: tuple[float, ...] = knob((), "channel standard deviations, likewise")
     normalize: Literal["channel", "tubelet", "none"] | None = knob(None, "what normalised the targets of pretraining; null: as the source "
                                                                    "says, or as published")
+    decoder_context: Literal["scored", "all"] | None = knob(None, "what the decoder sees in dual masking (model.decoder_context); null: as "
+                                                            "the source says, or scored")
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "decoder_num_heads", "num_frames", "height", "width", "stride"):
@@ -212,11 +214,14 @@ class Draft:
         self.fields["mean"] = self.settle("mean", mean, guesses[0], why)
         self.fields["std"] = self.settle("std", std, guesses[1], why)
 
-    def objective(self, told: str | None, guess: str, pixels: Literal["unit", "normalized"]) -> None:
+    def objective(self, told: str | None, guess: str, pixels: Literal["unit", "normalized"], context: str | None = None) -> None:
         """What pretraining minimises. Of an encoder alone it is what it would."""
         for key in ("sampling", "stride"):
             if getattr(self.facts, key) is not None:
                 raise self.wrong(f"has no classes, and {key}=... is how frames of a classifier are chosen")
+        self.fields["decoder_context"] = used = self.facts.decoder_context or context or "scored"
+        if used == context == "all":
+            self.notes.append("decoder_context = all: as in its training; masks are then those of token_mask(..., decoder_context=\"all\")")
         self.head = ObjectiveConfig(normalize=self.settle("normalize", told, guess, "as published"), pixels=pixels)
 
     def classifier(self, names: tuple[str, ...] = (), sampling: str | None = None, stride: int | None = None, *,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from video_mae.atomic import write_whole
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from video_mae.convert import hugging_face
+from video_mae.convert.architecture import SOMETHING_CLASSES, USUAL_STRIDE
 from video_mae.convert.hugging_face import Version
 from video_mae.convert.layout import Layout, write
 from video_mae.convert.official import OFFICIAL
@@ -50,7 +51,8 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         state = {name.removeprefix("encoder."): tensor for name, tensor in state.items()}
     arguments: dict[str, Any] = {"num_frames": c.num_frames, "height": c.height, "width": c.width, "num_heads": c.num_heads}
     if isinstance(model, VideoMAE):
-        arguments |= {"decoder_num_heads": c.decoder_num_heads, "normlize_target": model.objective_config.normalize == "channel"}
+        arguments |= {"decoder_num_heads": c.decoder_num_heads, "normlize_target": model.objective_config.normalize == "channel",
+                      "decoder_context": c.decoder_context}
     else:
         head = model.classifier_config
         arguments |= {"sparse_sample": head.sampling == "uniform", "sampling_rate": head.stride}
@@ -114,7 +116,8 @@ def _videomae(model: Model, version: Version) -> tuple[dict[str, torch.Tensor], 
     else:
         head = model.classifier_config
         names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
-        if c.num_frames > 1:
+        guess = "uniform" if head.num_classes == SOMETHING_CLASSES else "dense"
+        if c.num_frames > 1 and (head.sampling != guess or (guess == "dense" and head.stride != USUAL_STRIDE)):
             remarks.append(f"classifier.sampling = {head.sampling}, stride = {head.stride}: {name} does not keep how frames are chosen")
         config |= {"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": head.pooling == "mean",
                    "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}

@@ -61,7 +61,16 @@ def describe(draft: Draft) -> None:
         draft.classifier((), *_frames(told))
     else:
         normalized = told.get("normlize_target")  # their spelling
-        draft.objective({True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None, "channel", "unit")
+        draft.objective({True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None, "channel", "unit",
+                        _context(told))
+
+
+def _context(told: Mapping[str, Any]) -> str | None:
+    """What the decoder sees: a training of VideoMAE V2 tells of dual masking, an export of ours says it."""
+    skipped, said = told.get("decoder_mask_ratio"), told.get("decoder_context")
+    if said in ("scored", "all"):
+        return said
+    return "all" if isinstance(skipped, float) and 0 < skipped < 1 else None
 
 
 def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:
