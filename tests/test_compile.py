@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 
-import deepspeed
 import pytest
 import torch
 from torch import nn
@@ -62,6 +61,8 @@ def losses(case: str, folder: Path, **engine: object) -> list[float]:
 @pytest.mark.parametrize(("case", "stage", "precision"), [*((case, 2, "fp32") for case in CASES), ("full", 0, "bf16")])
 def test_a_compiled_model_is_one_graph_and_trains_as_the_eager_one(case: str, stage: int, precision: str, tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed
+
     # The knob's own backend makes kernels of the graph, which takes minutes; whether there is one graph does not depend on it.
     compiled = partialmethod(deepspeed.DeepSpeedEngine.compile, backend="aot_eager", compile_kwargs={"fullgraph": True})
     monkeypatch.setattr(deepspeed.DeepSpeedEngine, "compile", compiled)
