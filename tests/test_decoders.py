@@ -16,9 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from video_mae.config.pack import PackConfig
-from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times, times_and_start
+from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times, times_and_start, transcode
 from video_mae.decoding import decoders as table
-from video_mae.decoding import transcode
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import describe
 from video_mae.decoding.packets import ADJACENT_KEYS, OPEN_GROUPS
