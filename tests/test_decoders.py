@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times
+from video_mae.config.pack import PackConfig
+from video_mae.decoding import Reading, VideoDecodeError, decode, read_clip, resolve_decoder, times, times_and_start, transcode
 from video_mae.decoding import decoders as table
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import describe
@@ -268,3 +269,92 @@ def test_auto_is_the_first_that_works_and_what_is_asked_for_is_not_replaced(monk
 def test_a_run_is_given_the_decoder_that_it_asks_for(decoder):
     assert resolve_decoder(decoder) == decoder
     assert table.version(decoder)[0].isdigit()
+
+
+CORNERS = np.array([[(230, 30, 30), (30, 200, 30)], [(30, 30, 230), (220, 220, 220)]], np.uint8)
+TILTED = [np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) for angle in np.radians([-44, -0.2, 0.2, 30])]
+TURNS = [np.array(matrix) for matrix in ([[1, 0], [0, 1]], [[0, 1], [-1, 0]], [[-1, 0], [0, -1]], [[0, -1], [1, 0]], [[-1, 0], [0, 1]],
+                                         [[1, 0], [0, -1]], [[0, 1], [1, 0]], [[0, -1], [-1, 0]])]
+
+
+def corners(path: Path) -> Path:
+    """A video of 80 x 48 pixels, in each corner another colour."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25, options=QUICK)
+        stream.height, stream.width, stream.pix_fmt = 48, 80, "yuv444p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.kron(CORNERS, np.ones((24, 40, 1), np.uint8)), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def shown_corners(matrix: NDArray[np.float64]) -> list[list[int]]:
+    """Which corner of the stored picture is shown where, by its number: each goes where the matrix takes it."""
+    places = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]]) @ np.round(matrix).astype(int)  # (x, y) as rows
+    shown = [[0, 0], [0, 0]]
+    for number, (x, y) in enumerate(places.tolist()):
+        shown[(y + 1) // 2][(x + 1) // 2] = number
+    return shown
+
+
+def corner_numbers(frame_HWC: NDArray[np.uint8]) -> list[list[int]]:
+    height, width = frame_HWC.shape[:2]
+    found = frame_HWC[[[height // 5], [height - 1 - height // 5]], [[width // 5, width - 1 - width // 5]]].astype(int)
+    return np.abs(found[:, :, None] - CORNERS.reshape(4, 3)).sum(-1).argmin(-1).tolist()
+
+
+@each_decoder
+@pytest.mark.parametrize("short_side", [0, 24])
+def test_pictures_are_turned_and_mirrored_as_their_matrix_says(decoder, short_side, tmp_path):
+    plain = corners(tmp_path / "plain.mp4").read_bytes()
+    for turn in TURNS:
+        for matrix in [turn, *(tilt @ turn for tilt in TILTED)]:
+            path = tmp_path / "turned.mp4"
+            path.write_bytes(plain)
+            turned(path, tuple(matrix.ravel()))
+            found = read_clip(str(path), lambda n: np.array([1]), Reading(decoder=decoder, short_side=short_side))
+            height, width = (48, 80) if turn[0, 0] else (80, 48)
+            assert found.clip_THWC.shape[1:3] == scaled_size(height, width, short_side)
+            assert corner_numbers(found.clip_THWC[0]) == shown_corners(turn)
+            assert found.decoder == (decoder if matrix is turn and np.linalg.det(turn) > 0 else "pyav")
+
+
+@each_decoder
+def test_times_count_from_the_first_frame_whatever_the_clock_of_the_file_says(decoder, tmp_path):
+    for name in ("late.mkv", "late.mp4", "late.flv"):
+        path = render(tmp_path / name, 20, stamps=lambda i: 100_000 + 40 * i, bf="2", b_strategy="0", g="10", preset="ultrafast")
+        seconds_F2, start = times_and_start(str(path), Reading(decoder=decoder))
+        np.testing.assert_allclose(seconds_F2, np.stack([np.arange(20), np.arange(1, 21)], axis=1) / 25, atol=1e-6)
+        assert start == describe(str(path)).start_seconds == pytest.approx(100, abs=0.2)
+
+
+@each_decoder
+def test_transport_streams_of_camcorders_are_read(decoder, tmp_path):
+    path = render(tmp_path / "a.ts", 30, g="10", bf="2", preset="ultrafast")
+    data = path.read_bytes()
+    path = tmp_path / "a.mts"
+    path.write_bytes(b"".join(bytes(4) + data[place: place + 188] for place in range(0, len(data), 188)))
+    found = read_clip(str(path), np.arange, Reading(decoder=decoder))
+    assert (found.decoder, len(found.clip_THWC)) == ("pyav", 30)
+    np.testing.assert_array_equal(found.clip_THWC, truth(str(path))[0])
+
+
+@pytest.mark.parametrize("form", ["video", "frames"])
+def test_packing_bakes_in_how_a_picture_is_shown_and_when(form, tmp_path):
+    plain = corners(tmp_path / "plain.mp4").read_bytes()
+    for turn in TURNS:
+        path = tmp_path / "turned.mp4"
+        path.write_bytes(plain)
+        turned(path, tuple(turn.ravel()))
+        description = describe(str(path))
+        assert description.mirrored == (np.linalg.det(turn) < 0)
+        assert abs(description.rotation) % 180 == (90 if turn[0, 0] == 0 else 0)
+        handle = transcode.begin(str(path), PackConfig(form=form))
+        packed = next(filter(None, iter(lambda handle=handle: transcode.go_on(handle), ())))
+        copy = tmp_path / ("packed.mp4" if form == "video" else "packed.npy")
+        copy.write_bytes(packed.media.tobytes())
+        clip_THWC = decode(str(copy), np.arange, Reading())
+        assert clip_THWC.shape == (3, packed.height, packed.width, 3)
+        assert corner_numbers(clip_THWC[0]) == shown_corners(turn)
+        if form == "video":
+            np.testing.assert_allclose(times(str(copy), Reading()), times(str(path), Reading()), atol=1e-4)

@@ -155,7 +155,7 @@ def packed(stream: Any, packets: list[av.Packet]) -> list[av.Packet]:
 
 def in_order(path: str) -> list[int]:
     """The numbers in the frames of a file that is read from its start."""
-    return [number_in(frame.to_ndarray(format="rgb24")) for frame in sequential(path)]
+    return [number_in(np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)) for frame in sequential(path)]
 
 
 def alone(path: str, decoder: str) -> tuple[str, str, list[int]]:

@@ -165,6 +165,8 @@ def _new_file(plan: Plan, piece: Piece, shape: tuple[int, ...]) -> FeatureFile:
     times, config = piece.times, plan.config
     assert times is not None
     beside = {"start_frame": times.start_frame_C, "start_seconds": times.start_seconds_C, "end_seconds": times.end_seconds_C}
+    if times.video_start_seconds:  # where the file's own clock does not begin with its first frame
+        beside["video_start_seconds"] = np.array(times.video_start_seconds)
     return FeatureFile(plan.files[piece.video], config.format, (len(times.start_frame_C), *shape), config.dtype, beside)
 
 

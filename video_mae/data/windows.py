@@ -17,7 +17,7 @@ from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
-from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times
+from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,21 +84,24 @@ class Windows:
 
 
 class Times(NamedTuple):
-    """When the clips of a video are: first frames, begin of the first and end of the last frame that each spans, in seconds."""
+    """When the clips of a video are: first frames, begin of the first and end of the last frame that each spans, in seconds from the first
+    frame of the video on; which by the file's own clock is shown at video_start_seconds.
+    """
 
     start_frame_C: NDArray[np.int64]
     start_seconds_C: NDArray[np.float64]
     end_seconds_C: NDArray[np.float64]
+    video_start_seconds: float
 
 
 def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
     """The times of the clips of a video as its time stamps say; NaN for files without time, such as arrays."""
-    seconds_F2 = times(path, windows.reading)
+    seconds_F2, start = times_and_start(path, windows.reading)
     starts_C = windows.starts(num_video_frames)
     ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
     if windows.sampling == "uniform":
         ends_C = np.array([num_video_frames - 1])
-    return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1])
+    return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1], start)
 
 
 @dataclass(frozen=True)

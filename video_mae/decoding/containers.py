@@ -29,7 +29,7 @@ _SIGNATURES = (
     b"GIF8",
     b"YUV4MPEG2 ",
 )
-_AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10  # after the first 16 bytes; what is written to a pipe has none, and what is cut off none that is whole
+_AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10  # after the first 16 bytes; what is written to a pipe has no index
 _BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4  # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
