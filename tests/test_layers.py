@@ -20,7 +20,7 @@ ALLOWED = {
     "objective": {"config", "masking", "kernels"}, "positions": {"config"},
     "model": {"config", "masking", "kernels", "objective", "positions"}, "inflation": {"config", "model", "positions"},
     "weights": {"atomic", "config", "convert", "model", "schema", "text"}, "atomic": set(),
-    "convert.layout": set(), "convert.pickled": set(), "convert.reading": {"checkpoint", "convert"},
+    "convert.layout": set(), "convert.pickled": set(), "convert.torch_file": {"convert"}, "convert.reading": {"checkpoint", "convert"},
     "convert.architecture": {"config", "convert", "positions", "schema"},
     "convert.importing": {"config", "convert", "model"}, "convert.export": {"atomic", "config", "convert", "model", "text"},
     "engine": {"config", "optim", "checkpoint", "device_step", "reports", "world"}, "world": set(),

@@ -69,6 +69,16 @@ def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
+def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_keeps_that(tiny: Tiny) -> None:
+    config = tiny("optim.steps=2", "mask.decoder_mask_ratio=0.5", "model.decoder_context=all", "journal.picture_interval=2")
+    plan = prepare(config)
+    assert run(plan) == DONE
+    visible = plan.num_visible
+    assert f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} more in the decoder" in (
+        Path(config.output) / "log.txt").read_text()
+    assert load_pretrained(Path(config.output) / "model").config.decoder_context == "all"
+
+
 @pytest.mark.parametrize("changes", [
     ["mask.kind=random"],
     ["mask.kind=random_kept", "mask.ratio=0.8", "optim.decay_tokens=true", "data.reach_end=false"],

@@ -1,6 +1,6 @@
 """What other projects' files and folders hold, read as data: nothing in them is ever executed.
 
-A file is what its content says, not its suffix: safetensors, or a pickle of torch.save (pickled.py). What is beside the weights may be
+A file is what its content says, not its suffix: safetensors, or a pickle of torch.save (torch_file.py). What is beside the weights may be
 objects of any package: they are passed over and named.
 """
 
@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from video_mae.checkpoint import MANIFEST
-from video_mae.convert.pickled import CodeError, Stored, Thing, TorchFile, things_in
+from video_mae.convert.pickled import CodeError, Stored, Thing, things_in
+from video_mae.convert.torch_file import TorchFile
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
 WRAPPERS = ("model", "module", "state_dict")  # under which the projects keep the weights, in order of preference
