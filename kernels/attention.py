@@ -1,18 +1,16 @@
 """Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins torch."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
+from .attention_tiles import WIDTH_CLASSES
 from .dispatch import attention_limit, choose
 from .launch import register
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
-MAX_WIDTH = 128  # of a head in the kernels
+MAX_WIDTH = WIDTH_CLASSES[-1]  # of a head in the kernels
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,7 +18,7 @@ def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.de
     """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there is none."""
     tokens, width = shape[1], shape[4]
     if impl == "auto" and device.type == "cuda":
-        return "triton" if dtype in HALF and width <= MAX_WIDTH and tokens <= attention_limit(device) else "sdpa"
+        return "triton" if dtype in HALF and tokens <= attention_limit(device, width) else "sdpa"
     chosen = choose("packed_attention", impl, device)
     if chosen == "triton" and (dtype not in (*HALF, torch.float32) or width > MAX_WIDTH):
         raise ValueError(f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
@@ -84,8 +82,3 @@ _forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda q
 _backward = register("packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",
                      lambda qkv, out, lse, dout: _kernels(qkv).backward(qkv, out, lse, dout),
                      lambda qkv, out, lse, dout: qkv.new_empty(qkv.shape))
-
-
-def compile_cases() -> "list[Case]":
-    """Every kernel of attention, short and long, for compile_check."""
-    return attention_short.compile_cases() + attention_long.compile_cases()

@@ -19,6 +19,7 @@ import triton.language as tl
 from .launch import dot
 
 LOG2_E = math.log2(math.e)
+WIDTH_CLASSES = (64, 96, 128)
 VECTOR = 8  # values that a thread can read at once, of 16 bits each
 
 
@@ -30,8 +31,8 @@ def split(width: int) -> tuple[int, int]:
 
 
 def width_class(width: int) -> int:
-    """The key of a tile table: 64, 96 or 128, the least that holds the padded head."""
-    return next(limit for limit in (64, 96, 128) if sum(split(width)) <= limit)
+    """The key of a table: the least of WIDTH_CLASSES that holds the padded head."""
+    return next(limit for limit in WIDTH_CLASSES if sum(split(width)) <= limit)
 
 
 def has_hopper_products(device: torch.device) -> bool:

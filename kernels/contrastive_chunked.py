@@ -4,17 +4,14 @@ that turns similarities into gradients. The gradient is made in the forward pass
 Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, VECTOR, in_units, inverse_norms, mean_of_terms
+from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, in_units, inverse_norms, mean_of_terms
 from .launch import on_device, register
-
-if TYPE_CHECKING:
-    from .compile_check import Case
 
 SCRATCH_BYTES = 32 << 20  # of a chunk: similarities, softmax weights and gradients; about what stays in the cache of a GPU
 SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}  # (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
@@ -197,22 +194,3 @@ add_gradient = register(
     "contrastive_chunked_add(Tensor predicted, Tensor target, Tensor temperature, Tensor(a!) gradient, float gradient_scale, "
     "int scratch_bytes) -> (Tensor, Tensor)", _add_gradient, _scalars)
 scaled = register("contrastive_scaled(Tensor x, Tensor factor) -> Tensor", _scaled, lambda x, factor: torch.empty_like(x))
-
-
-def compile_cases() -> list["Case"]:
-    """Every kernel here, in every configuration that the launchers can pick."""
-    from .compile_check import Case
-    floats = ("products", "inverse_predicted", "inverse_target", "temperature", "terms", "pulls", "weight", "factor")
-    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "units"), "i32"), "length": "i64"}
-    cases = []
-    for kind in ("bf16", "fp16", "fp32"):
-        types = {**shared, **dict.fromkeys(("weights", "predicted", "gradient", "x", "out"), "*" + kind)}
-        for block, warps in SOFTMAX_BLOCKS.values():
-            for gradient in (True,) if kind != "bf16" else (True, False):  # without a gradient, the dtype is of nothing
-                cases.append(Case(f"contrastive.softmax_gradient {kind} {block} gradient={gradient}", softmax_gradient_kernel, types,
-                                  {"GRADIENT": gradient, "SCALE": GRADIENT_SCALE, "BLOCK": block}, warps, aligned=("M",)))
-        for add in (False, True):
-            cases.append(Case(f"contrastive.through_cosine {kind} add={add}", through_cosine_kernel, types,
-                              {"UNIT": VECTOR, "ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
-        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8))
-    return cases
