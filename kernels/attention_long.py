@@ -35,13 +35,14 @@ TILES = {
     "key_gradient": {(True, 64): (64, 128, 8, 2), (True, 96): (64, 128, 8, 2), (True, 128): (64, 64, 8, 2),
                      (False, 64): (32, 64, 4, 2), (False, 96): (32, 32, 8, 2), (False, 128): (32, 64, 8, 2)},
 }
-EXACT_TILES = (16, 16, 8, 1)  # of float32, whose unrounded products run outside the tensor cores, and hold their operands in registers
+# Of float32, whose unrounded products run outside the tensor cores, and hold their operands in registers.
+EXACT_TILES = {"forward": (16, 16, 8, 1), "query_gradient": (16, 16, 8, 1), "key_gradient": (16, 32, 8, 1)}
 
 
 def tiles(kernel: str, qkv_BN3HD: torch.Tensor) -> tuple[int, int, int, int]:
     """(BM, BN, warps, stages)."""
     if qkv_BN3HD.dtype == torch.float32 and qkv_BN3HD.is_cuda:
-        return EXACT_TILES
+        return EXACT_TILES[kernel]
     return TILES[kernel][has_hopper_products(qkv_BN3HD.device), width_class(qkv_BN3HD.shape[-1])]
 
 
@@ -71,7 +72,8 @@ def forward_kernel(
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
     units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out and lse of BM queries of one head; neighbouring programs share a head and so find its keys in the cache."""
@@ -105,7 +107,8 @@ def query_gradient_kernel(
     delta,  # [B, H, N] float32, written
     dqkv,  # [B, N, 3, H, D], dq is written
     units_b, dout_units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq and delta of BM queries of one head."""
@@ -115,9 +118,10 @@ def query_gradient_kernel(
     q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     rows = tl.cast(head, tl.int64) * N
-    query_gradient(q, k, k + stride_3, (), (), out + (tl.cast(b, tl.int64) * N * H + h) * D, dout + head_offset(b, h, dout_units_b, UNIT, dout_h),
-                   lse + rows, delta + rows, dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D, start, stride_n, H * D, dout_n,
-                   3 * H * D, N, scale, D, D0, D1, BM, BN, (), True, PRECISION)
+    query_gradient(q, k, k + stride_3, (), (), out + (tl.cast(b, tl.int64) * N * H + h) * D,
+                   dout + head_offset(b, h, dout_units_b, UNIT, dout_h), lse + rows, delta + rows,
+                   dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D, start, stride_n, H * D, dout_n, 3 * H * D, N, scale, D, D0, D1,
+                   BM, BN, (), True, PRECISION)
 
 
 @triton.jit
@@ -128,7 +132,8 @@ def key_gradient_kernel(
     delta,  # [B, H, N] float32
     dqkv,  # [B, N, 3, H, D], dk and dv are written
     units_b, dout_units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk and dv of BN keys of one head."""
@@ -139,8 +144,8 @@ def key_gradient_kernel(
     k = q + stride_3
     rows = tl.cast(head, tl.int64) * N
     dk = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D + H * D
-    key_gradient(q, k, k + stride_3, dout + head_offset(b, h, dout_units_b, UNIT, dout_h), lse + rows, delta + rows, dk, dk + H * D, start,
-                 stride_n, dout_n, 3 * H * D, N, scale, D, D0, D1, BM, BN, True, PRECISION)
+    key_gradient(q, k, k + stride_3, dout + head_offset(b, h, dout_units_b, UNIT, dout_h), lse + rows, delta + rows, dk, dk + H * D,
+                 start, stride_n, dout_n, 3 * H * D, N, scale, D, D0, D1, BM, BN, True, PRECISION)
 
 
 def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -64,7 +64,8 @@ def forward_kernel(
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
     units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BM: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out and lse of one head of one clip."""
@@ -137,12 +138,16 @@ def backward_kernel(
                      D, D0, D1, KEY_BM, KEY_BN, False, PRECISION)
 
 
-def forward_tiles(tokens: int, width: int) -> tuple[int, int, int]:
-    """(K0, K1, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
+def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[int, int, int, int]:
+    """(K0, K1, BM, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
     if width_class(width) == 128:
-        return max(16, triton.next_power_of_2(tokens)), 0, 8
+        return max(16, triton.next_power_of_2(tokens)), 0, FORWARD_ROWS, 8
     low, high = split(tokens)
-    return low, high, 8 if low == 256 and sum(split(width)) > 80 else 4
+    if low < 256 or sum(split(width)) == 80:
+        return low, high, FORWARD_ROWS, 4
+    if width_class(width) == 64:
+        return (128, 128, FORWARD_ROWS, 4) if hopper else (256, 0, FORWARD_ROWS, 4)
+    return 256, 0, FORWARD_ROWS if hopper else 16, 8
 
 
 def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
@@ -158,10 +163,10 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
     unit, units_b = in_units(qkv.stride(0))
-    low, high, warps = forward_tiles(tokens, width)
+    low, high, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
     with on_device(qkv):
         forward_kernel[(batch * heads,)](qkv, out, lse, units_b, tokens, LOG2_E * width**-0.5, unit, **head_constants(qkv), K0=low, K1=high,
-                                         BM=FORWARD_ROWS, num_warps=warps, num_stages=1)
+                                         BM=rows, num_warps=warps, num_stages=1)
     return out, lse
 
 

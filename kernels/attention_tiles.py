@@ -148,7 +148,8 @@ def load_tiles(base, stride, end, D: tl.constexpr, D0: tl.constexpr, D1: tl.cons
     """All rows as a tuple of tiles of these sizes, to be kept; rows are missing in the last tile alone."""
     tiles = ()
     for i in tl.static_range(len(SIZES)):
-        tiles = tiles + (load_tile(base, i * SIZES[0], stride, end, D, D0, D1, SIZES[i], i == len(SIZES) - 1),)
+        tile = load_tile(base, i * SIZES[0], stride, end, D, D0, D1, SIZES[i], i == len(SIZES) - 1)
+        tiles = tiles + (tile,)  # noqa: RUF005, Triton has no starred tuples
     return tiles
 
 

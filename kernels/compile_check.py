@@ -42,11 +42,12 @@ HALF_DOT = re.compile(r"tt\.dot .*x(?:bf16|f16)[,>]")  # of float32, products ar
 
 
 class Run(NamedTuple):
-    """A call of launchers, to be made on fake CUDA tensors. wide: rows are multiples of 16 bytes, so no value need be moved alone."""
+    """A call of launchers, to be made on fake CUDA tensors. narrow: instructions that may move 1 or 2 bytes a thread, -1 for any number:
+    0 where rows are multiples of 16 bytes."""
 
     name: str
     call: Callable[[], Any]
-    wide: bool = True
+    narrow: int = 0
 
 
 class Launch(NamedTuple):
@@ -58,11 +59,11 @@ class Launch(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One compilation: a launch, and what Triton makes of it."""
+    """One compilation, of a launch; see Run."""
 
     name: str
     launch: Launch
-    wide: bool = True
+    narrow: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,8 @@ def compile_case(case: Case, arch: int) -> Result:
         result.problems.append("a product runs outside the Hopper tensor cores")
     if has_dot and arch == 80 and result.hmma == 0:
         result.problems.append("a product runs outside the tensor cores")
-    if case.wide and narrow > 0:
-        result.problems.append("values are read or written one by one")
+    if 0 <= case.narrow < narrow:
+        result.problems.append(f"{narrow} instructions move values one by one, {case.narrow} would do")
     return result
 
 
@@ -151,7 +152,7 @@ def cases(arch: int, only: str = "", modules: tuple[str, ...] = MODULES) -> list
             with FakeTensorMode(), captured(arch) as launches:
                 run.call()
             for made in launches:
-                case = Case(f"{run.name}: {made.kernel.__name__.removesuffix('_kernel')}", made, run.wide)
+                case = Case(f"{run.name}: {made.kernel.__name__.removesuffix('_kernel')}", made, run.narrow)
                 source, options = specialize(made, arch)
                 found.setdefault(repr((made.kernel.__module__, made.kernel.__name__, source.signature, source.constants, source.attrs,
                                        sorted(options.items()))), case)

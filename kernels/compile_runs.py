@@ -20,6 +20,7 @@ from .tubelets import CLIP_TYPES, FLOAT_TYPES, gather_tubelets
 
 BATCH, VISIBLE, MASKED = 32, 160, 1408
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ANY = -1  # of the instructions that move 1 or 2 bytes
 BASE, GIANT, STILL = (2, 16, 16), (2, 14, 14), (1, 16, 16)  # tubelets of presets, and of images
 Tubelet = tuple[int, int, int]
 
@@ -93,30 +94,32 @@ def _attention_runs() -> list[Run]:
 
 def _clip_runs() -> list[Run]:
     others = [(GIANT, 3), (STILL, 3), (BASE, 1), (BASE, 5)]  # tubelets and channels
-    runs = [Run(f"gather {_name(clip)} to {_name(out)} 2x16x16 3 channels", partial(_gather, clip, out), wide=False)
+    runs = [Run(f"gather {_name(clip)} to {_name(out)} 2x16x16 3 channels", partial(_gather, clip, out), ANY)
             for clip, out in product(CLIP_TYPES, FLOAT_TYPES) if clip == torch.uint8 or out == BF16]
     runs += [Run(f"gather uint8 to bf16 {'x'.join(map(str, tubelet))} {channels} channels",
-                 partial(_gather, torch.uint8, BF16, tubelet, channels), wide=False) for tubelet, channels in others]
+                 partial(_gather, torch.uint8, BF16, tubelet, channels), ANY) for tubelet, channels in others]
+    # The first pixel is read by itself; the rows of giant's tubelets, 42 bytes each, lie at odd places of the clip.
     ways: list[tuple[Normalize, torch.dtype]] = [("channel", BF16), ("tubelet", BF16), ("none", BF16), ("channel", FP16), ("tubelet", FP32)]
-    runs += [Run(f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual", partial(_reconstruct, torch.uint8, dtype, way))
+    runs += [Run(f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual", partial(_reconstruct, torch.uint8, dtype, way), 3)
              for way, dtype in ways]
     runs += [Run(f"reconstruction {_name(clip)} bf16 channel 2x16x16 3 channels residual target",
-                 partial(_reconstruct, clip, BF16, targets=True)) for clip in CLIP_TYPES]
+                 partial(_reconstruct, clip, BF16, targets=True), 3) for clip in CLIP_TYPES]
     runs += [Run(f"reconstruction uint8 bf16 channel {'x'.join(map(str, tubelet))} {channels} channels residual",
-                 partial(_reconstruct, torch.uint8, BF16, "channel", tubelet, channels)) for tubelet, channels in others]
-    runs.append(Run("reconstruction uint8 bf16 channel 2x16x16 3 channels", partial(_reconstruct, torch.uint8, BF16, gradient=False)))
+                 partial(_reconstruct, torch.uint8, BF16, "channel", tubelet, channels), 64 if tubelet == GIANT else channels)
+             for tubelet, channels in others]
+    runs.append(Run("reconstruction uint8 bf16 channel 2x16x16 3 channels", partial(_reconstruct, torch.uint8, BF16, gradient=False), 3))
     scales = [(BF16, BF16, 1536), (FP16, FP16, 1536), (FP32, FP32, 1536), (FP32, FP16, 1536), (BF16, BF16, 1176)]
     return runs + [Run(f"reconstruction scale {_name(values)} to {_name(out)} {count} values", partial(_scale, values, out, count))
                    for values, out, count in scales]
 
 
 def _contrastive_runs() -> list[Run]:
-    runs = [Run(f"contrastive {_name(dtype)} M={masked} P=1536", partial(_contrast, dtype, masked, 1536))
+    runs = [Run(f"contrastive {_name(dtype)} M={masked} P=1536", partial(_contrast, dtype, masked, 1536), 0 if masked % 8 == 0 else ANY)
             for dtype, masked in product(FLOAT_TYPES, (MASKED, 147))]
     runs.append(Run(f"contrastive bf16 M={MASKED} P=1536 without gradient", partial(_contrast, BF16, MASKED, 1536, gradient=False)))
     runs += [Run(f"contrastive {_name(dtype)} M={MASKED} P=1536 least memory", partial(_contrast_in_little_memory, dtype, MASKED, 1536))
              for dtype in FLOAT_TYPES]
-    return runs + [Run(f"contrastive joint {_name(dtype)} P=1536", partial(_join, dtype)) for dtype in FLOAT_TYPES]
+    return runs + [Run(f"contrastive joint {_name(dtype)} P=1536", partial(_join, dtype), 3) for dtype in FLOAT_TYPES]
 
 
 def compile_runs() -> list[Run]:

@@ -94,7 +94,7 @@ def through_cosine_kernel(
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit
 def scale_kernel(
     x, out,  # [length]
     factor,  # [1] float32

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .dispatch import check_clip, choose
 from .attention_tiles import in_units
+from .dispatch import check_clip, choose
 from .launch import on_device, register
 from .reference import EPSILON, Normalize
 from .tubelets import check_dtypes, check_index, dense_rows, geometry, locate
@@ -245,7 +245,8 @@ def _token_errors_fake(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, in
 def _shape(clip_BTHWC: torch.Tensor, tubelet: list[int]) -> dict[str, Any]:
     t, p, row = tubelet[0], tubelet[1], tubelet[2] * clip_BTHWC.shape[-1]
     run = 16 if row % 16 == 0 else 8  # what a thread reads at once: 16 bytes of a uint8 clip, or else of the prediction alone
-    return {"EPSILON": EPSILON, **geometry(clip_BTHWC, tubelet), "GROUPS": triton.next_power_of_2(triton.cdiv(t * p * row, run)), "RUN": run}
+    groups = triton.next_power_of_2(triton.cdiv(t * p * row, run))
+    return {"EPSILON": EPSILON, **geometry(clip_BTHWC, tubelet), "GROUPS": groups, "RUN": run}
 
 
 def _num_warps(clip_BTHWC: torch.Tensor, tubelet: list[int]) -> int:

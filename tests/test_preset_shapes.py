@@ -16,7 +16,8 @@ CLIP = {"num_frames": 16, "height": 224, "width": 224}
 
 
 def dimensions(model: ModelConfig) -> tuple[int, ...]:
-    return (model.num_heads, model.embed_dim // model.num_heads, model.decoder_num_heads, model.decoder_embed_dim // model.decoder_num_heads)
+    pairs = ((model.num_heads, model.embed_dim), (model.decoder_num_heads, model.decoder_embed_dim))
+    return tuple(number for heads, width in pairs for number in (heads, width // heads))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
