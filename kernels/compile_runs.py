@@ -100,8 +100,8 @@ def _clip_runs() -> list[Run]:
                  partial(_gather, torch.uint8, BF16, tubelet, channels), ANY) for tubelet, channels in others]
     # The first pixel is read by itself; the rows of giant's tubelets, 42 bytes each, lie at odd places of the clip.
     ways: list[tuple[Normalize, torch.dtype]] = [("channel", BF16), ("tubelet", BF16), ("none", BF16), ("channel", FP16), ("tubelet", FP32)]
-    runs += [Run(f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual", partial(_reconstruct, torch.uint8, dtype, way), 3)
-             for way, dtype in ways]
+    runs += [Run(f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual",
+                 partial(_reconstruct, torch.uint8, dtype, way), 3) for way, dtype in ways]
     runs += [Run(f"reconstruction {_name(clip)} bf16 channel 2x16x16 3 channels residual target",
                  partial(_reconstruct, clip, BF16, targets=True), 3) for clip in CLIP_TYPES]
     runs += [Run(f"reconstruction uint8 bf16 channel {'x'.join(map(str, tubelet))} {channels} channels residual",

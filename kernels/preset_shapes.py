@@ -21,6 +21,11 @@ class Shape(NamedTuple):
     decoder_heads: int
     decoder_head_width: int
 
+    @property
+    def predicted(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        """(name, tokens that the decoder predicts) of both ways."""
+        return ("full", self.masked), ("dual", self.dual)
+
 
 class AttentionShape(NamedTuple):
     """What packed_attention gets."""
