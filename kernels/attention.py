@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
-from .attention_tiles import WIDTH_CLASSES
+from .attention_tiles import WIDTH_CLASSES, has_hopper_products, width_class
 from .dispatch import attention_limit, choose
 from .launch import register
 
@@ -68,9 +68,12 @@ class PackedAttention(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, dout_BNHD)
 
 
-def _kernels(qkv_BN3HD: torch.Tensor) -> Any:
-    """The module to run: float32 would not fit where one program holds every key."""
-    return attention_short if qkv_BN3HD.shape[1] <= attention_short.MAX_TOKENS and qkv_BN3HD.dtype in HALF else attention_long
+def kernels(qkv_BN3HD: torch.Tensor) -> Any:
+    """The module to run: one program holds every key of a head where they fit, which float32 does not, nor elsewhere than on Hopper
+    more than 192 keys of a wide head."""
+    tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
+    limit = attention_short.MAX_TOKENS if width_class(width) == 64 or has_hopper_products(qkv_BN3HD.device) else 192
+    return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
 def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +81,7 @@ def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-_forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda qkv: _kernels(qkv).forward(qkv), _empty_forward)
+_forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda qkv: kernels(qkv).forward(qkv), _empty_forward)
 _backward = register("packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",
-                     lambda qkv, out, lse, dout: _kernels(qkv).backward(qkv, out, lse, dout),
+                     lambda qkv, out, lse, dout: kernels(qkv).backward(qkv, out, lse, dout),
                      lambda qkv, out, lse, dout: qkv.new_empty(qkv.shape))

@@ -54,7 +54,7 @@ class Tiles(NamedTuple):
 # GPU. Four warps share 64 rows: eight would each compute what another one does.
 BACKWARD_TILES = {
     (True, 64): Tiles(64, 64, 64, 64, 4, 2, True), (True, 96): Tiles(64, 64, 32, 64, 4, 2), (True, 128): Tiles(64, 64, 32, 64, 4, 1),
-    (False, 64): Tiles(64, 32, 32, 32, 4, 2), (False, 96): Tiles(64, 32, 32, 32, 4, 2), (False, 128): Tiles(32, 32, 32, 32, 4, 2),
+    (False, 64): Tiles(64, 32, 32, 32, 4, 2), (False, 96): Tiles(32, 32, 16, 32, 4, 2), (False, 128): Tiles(32, 32, 32, 32, 4, 2),
 }
 
 
@@ -143,11 +143,11 @@ def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[int, int, int,
     if width_class(width) == 128:
         return max(16, triton.next_power_of_2(tokens)), 0, FORWARD_ROWS, 8
     low, high = split(tokens)
-    if low < 256 or sum(split(width)) == 80:
-        return low, high, FORWARD_ROWS, 4
-    if width_class(width) == 64:
-        return (128, 128, FORWARD_ROWS, 4) if hopper else (256, 0, FORWARD_ROWS, 4)
-    return 256, 0, FORWARD_ROWS if hopper else 16, 8
+    if low == 256 and not hopper:
+        return 256, 0, 16, 8
+    if low == 256 and split(width) == (64, 0):
+        return 128, 128, FORWARD_ROWS, 4
+    return low, high, FORWARD_ROWS, 8 if low == 256 and sum(split(width)) > 80 else 4
 
 
 def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from itertools import product
 
 import torch
 
-from . import attention_long, attention_short
 from . import contrastive_chunked as chunked
 from . import contrastive_streaming as streaming
+from .attention import kernels
 from .compile_check import Run
 from .joint import joint_loss
 from .preset_shapes import ENCODER_TOKENS, attention_shapes
@@ -71,8 +71,8 @@ def _join(predicted: torch.dtype, tubelet: Tubelet = BASE) -> None:
 
 
 def _attend(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
-    program = attention_short if tokens <= attention_short.MAX_TOKENS and dtype != FP32 else attention_long
     qkv, dout = _empty(BATCH, tokens, 3, heads, width, dtype=dtype), _empty(BATCH, tokens, heads, width, dtype=dtype)
+    program = kernels(qkv)
     out, lse = program.forward(qkv)
     program.backward(qkv, out, lse, dout)
 
