@@ -1,18 +1,16 @@
 """Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins torch."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
+from .attention_tiles import WIDTH_CLASSES, has_hopper_products, width_class
 from .dispatch import attention_limit, choose
 from .launch import register
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
-MAX_WIDTH = 128  # of a head in the kernels
+MAX_WIDTH = WIDTH_CLASSES[-1]  # of a head in the kernels
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -20,7 +18,7 @@ def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.de
     """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there is none."""
     tokens, width = shape[1], shape[4]
     if impl == "auto" and device.type == "cuda":
-        return "triton" if dtype in HALF and width <= MAX_WIDTH and tokens <= attention_limit(device) else "sdpa"
+        return "triton" if dtype in HALF and tokens <= attention_limit(device, width) else "sdpa"
     chosen = choose("packed_attention", impl, device)
     if chosen == "triton" and (dtype not in (*HALF, torch.float32) or width > MAX_WIDTH):
         raise ValueError(f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
@@ -70,9 +68,12 @@ class PackedAttention(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, dout_BNHD)
 
 
-def _kernels(qkv_BN3HD: torch.Tensor) -> Any:
-    """The module to run: float32 would not fit where one program holds every key."""
-    return attention_short if qkv_BN3HD.shape[1] <= attention_short.MAX_TOKENS and qkv_BN3HD.dtype in HALF else attention_long
+def kernels(qkv_BN3HD: torch.Tensor) -> Any:
+    """The module to run: one program holds every key of a head where they fit, which float32 does not, nor elsewhere than on Hopper
+    more than 192 keys of a wide head."""
+    tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
+    limit = attention_short.MAX_TOKENS if width_class(width) == 64 or has_hopper_products(qkv_BN3HD.device) else 192
+    return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
 def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,12 +81,7 @@ def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-_forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda qkv: _kernels(qkv).forward(qkv), _empty_forward)
+_forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda qkv: kernels(qkv).forward(qkv), _empty_forward)
 _backward = register("packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",
-                     lambda qkv, out, lse, dout: _kernels(qkv).backward(qkv, out, lse, dout),
+                     lambda qkv, out, lse, dout: kernels(qkv).backward(qkv, out, lse, dout),
                      lambda qkv, out, lse, dout: qkv.new_empty(qkv.shape))
-
-
-def compile_cases() -> "list[Case]":
-    """Every kernel of attention, short and long, for compile_check."""
-    return attention_short.compile_cases() + attention_long.compile_cases()

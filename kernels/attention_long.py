@@ -4,10 +4,6 @@ Source of the method: FlashAttention-2 (Dao, 2023), as three kernels without ato
 Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), BM query rows of a tile, BN key rows of a tile.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
-
-import itertools
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +11,10 @@ import triton.language as tl
 from .attention_tiles import (
     LOG2_E,
     accumulate,
-    compile_case,
     has_hopper_products,
     head_constants,
     head_offset,
+    in_units,
     inner,
     key_gradient,
     last_stride_one,
@@ -30,9 +26,6 @@ from .attention_tiles import (
 )
 from .launch import on_device
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
 # kernel -> (Hopper products, width class) -> (BM, BN, warps, stages): spill-free by the compile check; not yet timed on a GPU.
 TILES = {
     "forward": {(True, 64): (128, 64, 4, 3), (True, 96): (128, 64, 8, 3), (True, 128): (128, 64, 8, 3),
@@ -42,13 +35,14 @@ TILES = {
     "key_gradient": {(True, 64): (64, 128, 8, 2), (True, 96): (64, 128, 8, 2), (True, 128): (64, 64, 8, 2),
                      (False, 64): (32, 64, 4, 2), (False, 96): (32, 32, 8, 2), (False, 128): (32, 64, 8, 2)},
 }
-EXACT_TILES = (16, 16, 8, 1)  # of float32, whose unrounded products run outside the tensor cores, and hold their operands in registers
+# Of float32, whose unrounded products run outside the tensor cores, and hold their operands in registers.
+EXACT_TILES = {"forward": (16, 16, 8, 1), "query_gradient": (16, 16, 8, 1), "key_gradient": (16, 32, 8, 1)}
 
 
 def tiles(kernel: str, qkv_BN3HD: torch.Tensor) -> tuple[int, int, int, int]:
     """(BM, BN, warps, stages)."""
     if qkv_BN3HD.dtype == torch.float32 and qkv_BN3HD.is_cuda:
-        return EXACT_TILES
+        return EXACT_TILES[kernel]
     return TILES[kernel][has_hopper_products(qkv_BN3HD.device), width_class(qkv_BN3HD.shape[-1])]
 
 
@@ -77,15 +71,16 @@ def forward_kernel(
     qkv,  # [B, N, 3, H, D], strides given, the last one 1
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
-    stride_b, stride_3, stride_h, N, scale,
-    stride_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    units_b, N, scale,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out and lse of BM queries of one head; neighbouring programs share a head and so find its keys in the cache."""
     num_tiles = tl.cdiv(N, BM)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BM
     b, h = head // H, head % H
-    q = qkv + head_offset(b, h, stride_b, stride_h)
+    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     v = k + stride_3
     q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, True)
@@ -111,20 +106,22 @@ def query_gradient_kernel(
     dout,  # [B, N, H, D], strides given, the last one 1
     delta,  # [B, H, N] float32, written
     dqkv,  # [B, N, 3, H, D], dq is written
-    stride_b, stride_3, stride_h, dout_b, dout_h, N, scale,
-    stride_n: tl.constexpr, dout_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    units_b, dout_units_b, N, scale,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dq and delta of BM queries of one head."""
     num_tiles = tl.cdiv(N, BM)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BM
     b, h = head // H, head % H
-    q = qkv + head_offset(b, h, stride_b, stride_h)
+    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     rows = tl.cast(head, tl.int64) * N
-    query_gradient(q, k, k + stride_3, out + (tl.cast(b, tl.int64) * N * H + h) * D, dout + head_offset(b, h, dout_b, dout_h),
-                   lse + rows, delta + rows, dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D, start, stride_n, H * D, dout_n,
-                   3 * H * D, N, scale, D, D0, D1, BM, BN, True, PRECISION)
+    query_gradient(q, k, k + stride_3, (), (), out + (tl.cast(b, tl.int64) * N * H + h) * D,
+                   dout + head_offset(b, h, dout_units_b, UNIT, dout_h), lse + rows, delta + rows,
+                   dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D, start, stride_n, H * D, dout_n, 3 * H * D, N, scale, D, D0, D1,
+                   BM, BN, (), True, PRECISION)
 
 
 @triton.jit
@@ -134,20 +131,21 @@ def key_gradient_kernel(
     dout,  # [B, N, H, D], strides given, the last one 1
     delta,  # [B, H, N] float32
     dqkv,  # [B, N, 3, H, D], dk and dv are written
-    stride_b, stride_3, stride_h, dout_b, dout_h, N, scale,
-    stride_n: tl.constexpr, dout_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    units_b, dout_units_b, N, scale,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dk and dv of BN keys of one head."""
     num_tiles = tl.cdiv(N, BN)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BN
     b, h = head // H, head % H
-    q = qkv + head_offset(b, h, stride_b, stride_h)
+    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     rows = tl.cast(head, tl.int64) * N
     dk = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D + H * D
-    key_gradient(q, k, k + stride_3, dout, dout + head_offset(b, h, dout_b, dout_h), lse + rows, delta + rows, dk, dk + H * D, start,
-                 stride_n, H * D, dout_n, 3 * H * D, N, scale, D, D0, D1, BM, BN, True, PRECISION)
+    key_gradient(q, k, k + stride_3, dout + head_offset(b, h, dout_units_b, UNIT, dout_h), lse + rows, delta + rows, dk, dk + H * D,
+                 start, stride_n, dout_n, 3 * H * D, N, scale, D, D0, D1, BM, BN, True, PRECISION)
 
 
 def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,11 +154,12 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
+    unit, units_b = in_units(qkv.stride(0))
     rows, keys, warps, stages = tiles("forward", qkv)
     with on_device(qkv):
         forward_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
-            qkv, out, lse, qkv.stride(0), qkv.stride(2), qkv.stride(3), tokens, LOG2_E * width**-0.5, **head_constants(qkv),
-            BM=rows, BN=keys, num_warps=warps, num_stages=stages)
+            qkv, out, lse, units_b, tokens, LOG2_E * width**-0.5, unit, **head_constants(qkv), BM=rows, BN=keys, num_warps=warps,
+            num_stages=stages)
     return out, lse
 
 
@@ -170,25 +169,14 @@ def backward(qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Ten
     batch, tokens, _, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse_BHN)
-    strides = (qkv.stride(0), qkv.stride(2), qkv.stride(3), dout.stride(0), dout.stride(2), tokens, LOG2_E * width**-0.5)
-    constants = {**head_constants(qkv), "dout_n": dout.stride(1)}
+    unit, *units = in_units(qkv.stride(0), dout.stride(0))
+    numbers = (*units, tokens, LOG2_E * width**-0.5, unit)
+    constants = {**head_constants(qkv), "dout_n": dout.stride(1), "dout_h": dout.stride(2)}
     with on_device(qkv):
         rows, keys, warps, stages = tiles("query_gradient", qkv)
         query_gradient_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
-            qkv, out_BNHD, lse_BHN, dout, delta, dqkv, *strides, **constants, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
+            qkv, out_BNHD, lse_BHN, dout, delta, dqkv, *numbers, **constants, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
         rows, keys, warps, stages = tiles("key_gradient", qkv)
         key_gradient_kernel[(batch * heads * triton.cdiv(tokens, keys),)](
-            qkv, lse_BHN, dout, delta, dqkv, *strides, **constants, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
+            qkv, lse_BHN, dout, delta, dqkv, *numbers, **constants, BM=rows, BN=keys, num_warps=warps, num_stages=stages)
     return dqkv
-
-
-def compile_cases() -> "list[Case]":
-    """Every tile table entry, on the shapes of fine-tuning and of the decoder."""
-    kernels = {"forward": forward_kernel, "query_gradient": query_gradient_kernel, "key_gradient": key_gradient_kernel}
-    cases = []
-    for kernel, (dtype, heads, width), arch in itertools.product(
-            TILES, [("bf16", 6, 64), ("fp16", 6, 64), ("bf16", 16, 80), ("bf16", 16, 88), ("bf16", 8, 128), ("fp32", 6, 64)], (90, 80)):
-        rows, keys, warps, stages = EXACT_TILES if dtype == "fp32" else TILES[kernel][arch == 90, width_class(width)]
-        constants = {"BM": rows, "BN": keys}
-        cases.append(compile_case(f"long {kernel}", kernels[kernel], dtype, 1568, heads, width, constants, warps, stages, (arch,)))
-    return cases

@@ -5,7 +5,7 @@ Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py)
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,14 +14,15 @@ import triton.language as tl
 from .attention_tiles import (
     LOG2_E,
     accumulate,
-    compile_case,
     has_hopper_products,
     head_constants,
     head_offset,
+    in_units,
     inner,
     key_gradient,
     last_stride_one,
     load_tile,
+    load_tiles,
     query_gradient,
     split,
     store_tile,
@@ -30,17 +31,30 @@ from .attention_tiles import (
 )
 from .launch import on_device
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
 MAX_TOKENS = 256
 FORWARD_ROWS = 64  # the least that a Hopper product takes
 
-# (Hopper products, width class) -> (BM, BN, warps) of the backward kernel: the largest tiles without spills by the compile check; not
-# yet timed on a GPU. One stage: more of them spill.
+
+class Tiles(NamedTuple):
+    """Of the backward kernel: BM queries meet BN keys for dq, KEY_BN keys meet KEY_BM queries for dk and dv.
+
+    keeps: all keys and values stay in shared memory while dq is made. Where registers do not allow that, and for dk and dv everywhere,
+    the tiles of the inner loop are copied to shared memory while the one before is multiplied (stages = 2)."""
+
+    BM: int
+    BN: int
+    KEY_BM: int
+    KEY_BN: int
+    warps: int
+    stages: int
+    keeps: bool = False
+
+
+# (Hopper products, width class): without spills, with two programs a multiprocessor on sm_90, by the compile check; not yet timed on a
+# GPU. Four warps share 64 rows: eight would each compute what another one does.
 BACKWARD_TILES = {
-    (True, 64): (64, 64, 4), (True, 96): (64, 64, 8), (True, 128): (64, 64, 8),
-    (False, 64): (32, 64, 8), (False, 96): (32, 32, 8), (False, 128): (32, 64, 8),
+    (True, 64): Tiles(64, 64, 64, 64, 4, 2, True), (True, 96): Tiles(64, 64, 32, 64, 4, 2), (True, 128): Tiles(64, 64, 32, 64, 4, 1),
+    (False, 64): Tiles(64, 32, 32, 32, 4, 2), (False, 96): Tiles(32, 32, 16, 32, 4, 2), (False, 128): Tiles(32, 32, 32, 32, 4, 2),
 }
 
 
@@ -49,13 +63,14 @@ def forward_kernel(
     qkv,  # [B, N, 3, H, D], strides given, the last one 1
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
-    stride_b, stride_3, stride_h, N, scale,
-    stride_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
+    units_b, N, scale,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     BM: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """out and lse of one head of one clip."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    q = qkv + head_offset(b, h, stride_b, stride_h)
+    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     v = k + stride_3
     out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
@@ -95,36 +110,50 @@ def backward_kernel(
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
     dout,  # [B, N, H, D], strides given, the last one 1
+    delta,  # [B, H, N] float32, written, then read by the same program
     dqkv,  # [B, N, 3, H, D]
-    stride_b, stride_3, stride_h, dout_b, dout_h, N, scale,
-    stride_n: tl.constexpr, dout_n: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    units_b, dout_units_b, N, scale,
+    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    KEY_BM: tl.constexpr, KEY_BN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dqkv of one head of one clip: first all dq, then all dk and dv; the weights are computed in both."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    q = qkv + head_offset(b, h, stride_b, stride_h)
+    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
     v = k + stride_3
-    dout_head = dout + head_offset(b, h, dout_b, dout_h)
+    dout_head = dout + head_offset(b, h, dout_units_b, UNIT, dout_h)
     out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
-    lse_head = lse + tl.cast(tl.program_id(0), tl.int64) * N
+    rows = tl.cast(tl.program_id(0), tl.int64) * N
     dq = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D
     dk = dq + H * D
-    dv = dk + H * D
-    for start in range(0, N, BM):
-        query_gradient(q, k, v, out_head, dout_head, lse_head, lse_head, dq, start, stride_n, H * D, dout_n, 3 * H * D, N, scale,
-                       D, D0, D1, BM, BN, False, PRECISION)
-    for start in range(0, N, BN):
-        key_gradient(q, k, v, out_head, dout_head, lse_head, lse_head, dk, dv, start, stride_n, H * D, dout_n, 3 * H * D, N, scale,
-                     D, D0, D1, BM, BN, False, PRECISION)
+    keys = load_tiles(k, stride_n, N, D, D0, D1, KEPT)
+    values = load_tiles(v, stride_n, N, D, D0, D1, KEPT)
+    for start in tl.range(0, N, BM, num_stages=1):
+        query_gradient(q, k, v, keys, values, out_head, dout_head, lse + rows, delta + rows, dq, start, stride_n, H * D, dout_n, 3 * H * D,
+                       N, scale, D, D0, D1, BM, BN, KEPT, False, PRECISION)
+    tl.debug_barrier()  # every thread's delta is there
+    for start in tl.range(0, N, KEY_BN, num_stages=1):
+        key_gradient(q, k, v, dout_head, lse + rows, delta + rows, dk, dk + H * D, start, stride_n, dout_n, 3 * H * D, N, scale,
+                     D, D0, D1, KEY_BM, KEY_BN, False, PRECISION)
 
 
-def forward_tiles(tokens: int, width: int) -> tuple[int, int, int]:
-    """(K0, K1, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
+def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[int, int, int, int]:
+    """(K0, K1, BM, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
     if width_class(width) == 128:
-        return max(16, triton.next_power_of_2(tokens)), 0, 8
+        return max(16, triton.next_power_of_2(tokens)), 0, FORWARD_ROWS, 8
     low, high = split(tokens)
-    return low, high, 8 if low == 256 and sum(split(width)) > 80 else 4
+    if low == 256 and not hopper:
+        return 256, 0, 16, 8
+    if low == 256 and split(width) == (64, 0):
+        return 128, 128, FORWARD_ROWS, 4
+    return low, high, FORWARD_ROWS, 8 if low == 256 and sum(split(width)) > 80 else 4
+
+
+def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
+    """Tiles of so many rows that hold all tokens, the last one no larger than it must be."""
+    full = (tokens - 1) // rows
+    return (rows,) * full + (max(16, triton.next_power_of_2(tokens - full * rows)),)
 
 
 def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,10 +162,11 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, _, heads, width = qkv.shape
     out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-    low, high, warps = forward_tiles(tokens, width)
+    unit, units_b = in_units(qkv.stride(0))
+    low, high, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
     with on_device(qkv):
-        forward_kernel[(batch * heads,)](qkv, out, lse, qkv.stride(0), qkv.stride(2), qkv.stride(3), tokens, LOG2_E * width**-0.5,
-                                         **head_constants(qkv), K0=low, K1=high, BM=FORWARD_ROWS, num_warps=warps, num_stages=1)
+        forward_kernel[(batch * heads,)](qkv, out, lse, units_b, tokens, LOG2_E * width**-0.5, unit, **head_constants(qkv), K0=low, K1=high,
+                                         BM=rows, num_warps=warps, num_stages=1)
     return out, lse
 
 
@@ -145,28 +175,12 @@ def backward(qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Ten
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
     batch, tokens, _, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    rows, keys, warps = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(width)]
+    delta = torch.empty_like(lse_BHN)
+    unit, *units = in_units(qkv.stride(0), dout.stride(0))
+    tiles = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(width)]
     with on_device(qkv):
-        backward_kernel[(batch * heads,)](qkv, out_BNHD, lse_BHN, dout, dqkv, qkv.stride(0), qkv.stride(2), qkv.stride(3), dout.stride(0),
-                                          dout.stride(2), tokens, LOG2_E * width**-0.5, dout_n=dout.stride(1), **head_constants(qkv),
-                                          BM=rows, BN=keys, num_warps=warps, num_stages=1)
+        backward_kernel[(batch * heads,)](
+            qkv, out_BNHD, lse_BHN, dout, delta, dqkv, *units, tokens, LOG2_E * width**-0.5, unit, dout_n=dout.stride(1),
+            dout_h=dout.stride(2), **head_constants(qkv), KEPT=kept_sizes(tokens, tiles.BN) if tiles.keeps else (), BM=tiles.BM,
+            BN=tiles.BN, KEY_BM=tiles.KEY_BM, KEY_BN=tiles.KEY_BN, num_warps=tiles.warps, num_stages=tiles.stages)
     return dqkv
-
-
-def compile_cases() -> "list[Case]":
-    """The encoders of all model sizes, other lengths where they make other tiles, and every width class."""
-    cases = []
-    for dtype, tokens, heads, width in [
-        ("bf16", 160, 12, 64), ("fp16", 160, 12, 64), ("bf16", 160, 16, 80), ("bf16", 160, 16, 88), ("bf16", 160, 8, 128),
-        ("bf16", 16, 12, 64), ("bf16", 192, 12, 64), ("bf16", 192, 16, 80), ("bf16", 192, 16, 88),
-        ("bf16", 256, 12, 64), ("fp16", 256, 12, 64), ("bf16", 256, 16, 80), ("bf16", 256, 16, 88), ("bf16", 256, 8, 128),
-    ]:
-        low, high, warps = forward_tiles(tokens, width)
-        constants = {"K0": low, "K1": high, "BM": FORWARD_ROWS}
-        cases.append(compile_case("short forward", forward_kernel, dtype, tokens, heads, width, constants, warps, 1, (90, 80)))
-        if tokens == 160:
-            for arch in (90, 80):
-                rows, keys, warps = BACKWARD_TILES[arch == 90, width_class(width)]
-                constants = {"BM": rows, "BN": keys}
-                cases.append(compile_case("short backward", backward_kernel, dtype, tokens, heads, width, constants, warps, 1, (arch,)))
-    return cases

@@ -4,12 +4,13 @@ A head of width D is cut into powers of two, D = D0 + D1 (80 = 64 + 16, 88 = 64 
 A tile is a pair (low [rows, D0], high [rows, D1]); without a high part the low one stands in for it and is never used.
 
 Letters: B clips, N tokens, H heads, D head width, BM query rows of a tile, BN key rows of a tile. Scores are q k^T as it is;
+PEEL: only the last tile needs masks, and a loop without them pays where it runs often; a second copy of it costs registers.
 `scale` is log2(e) / sqrt(D), so the softmax is 2 ** (scale * score - lse) with lse in base 2.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -17,10 +18,9 @@ import triton.language as tl
 
 from .launch import dot
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
 LOG2_E = math.log2(math.e)
+WIDTH_CLASSES = (64, 96, 128)
+VECTOR = 8  # values that a thread can read at once, of 16 bits each
 
 
 def split(width: int) -> tuple[int, int]:
@@ -31,8 +31,8 @@ def split(width: int) -> tuple[int, int]:
 
 
 def width_class(width: int) -> int:
-    """The key of a tile table: 64, 96 or 128, the least that holds the padded head."""
-    return next(limit for limit in (64, 96, 128) if sum(split(width)) <= limit)
+    """The key of a table: the least of WIDTH_CLASSES that holds the padded head."""
+    return next(limit for limit in WIDTH_CLASSES if sum(split(width)) <= limit)
 
 
 def has_hopper_products(device: torch.device) -> bool:
@@ -46,28 +46,18 @@ def last_stride_one(x: torch.Tensor) -> torch.Tensor:
 
 
 def head_constants(qkv_BN3HD: torch.Tensor) -> dict[str, Any]:
-    """What every kernel has to know of its input at compile time; the token's stride and the heads are few in a run, and save registers."""
+    """What every kernel has to know of its input at compile time: few in a run. Of numbers given at run time Triton sees only whether 16
+    divides them, and 88, the stride of a head of that width, would make it read value by value."""
     heads, width = qkv_BN3HD.shape[3:]
     low, high = split(width)
-    return {"stride_n": qkv_BN3HD.stride(1), "H": heads, "D": width, "D0": low, "D1": high,
-            "PRECISION": "ieee" if qkv_BN3HD.dtype == torch.float32 else "tf32"}
+    return {"stride_n": qkv_BN3HD.stride(1), "stride_3": qkv_BN3HD.stride(2), "stride_h": qkv_BN3HD.stride(3), "H": heads, "D": width,
+            "D0": low, "D1": high, "PRECISION": "ieee" if qkv_BN3HD.dtype == torch.float32 else "tf32"}
 
 
-def compile_case(name: str, kernel: Any, dtype: str, tokens: int, heads: int, width: int, constants: dict[str, int], num_warps: int,
-                 num_stages: int, arches: tuple[int, ...]) -> "Case":
-    """A case of compile_check for one of the attention kernels on a contiguous input; dtype: bf16, fp16 or fp32."""
-    from .compile_check import Case
-
-    like = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    constexprs = {**head_constants(torch.empty(1, tokens, 3, heads, width, dtype=like, device="meta")), **constants}
-    if "dout" in kernel.arg_names:
-        constexprs["dout_n"] = heads * width
-    pointers = {"qkv": f"*{dtype}", "out": f"*{dtype}", "dout": f"*{dtype}", "dqkv": f"*{dtype}", "lse": "*fp32", "delta": "*fp32"}
-    strides = ("stride_b", "stride_3", "stride_h", "dout_b", "dout_h")
-    types = {**pointers, **dict.fromkeys(strides, "i32"), "N": "i32", "scale": "fp32"}
-    title = f"attention {name} {dtype} N={tokens} {heads}x{width} " + " ".join(f"{key}={value}" for key, value in constants.items())
-    return Case(title, kernel, {key: types[key] for key in kernel.arg_names if key in types}, constexprs, num_warps, num_stages,
-                has_dot=dtype != "fp32", aligned=tuple(key for key in strides if key in kernel.arg_names), arches=arches)
+def in_units(*strides: int) -> tuple[int, ...]:
+    """(unit, each stride in these units): clips of odd numbers of tokens and heads start at multiples of 8 values, not of 16."""
+    unit = math.gcd(VECTOR, *strides)
+    return unit, *(stride // unit for stride in strides)
 
 
 @triton.jit
@@ -148,17 +138,25 @@ def row_products(a0, a1, b0, b1, D1: tl.constexpr):
 
 
 @triton.jit
-def head_offset(b, h, stride_b, stride_h):
+def head_offset(b, h, units_b, UNIT: tl.constexpr, stride_h: tl.constexpr):
     """Where a head of a clip starts, in 64 bits: a batch may have more than 2 ** 31 values."""
-    return tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    return tl.cast(b, tl.int64) * units_b * UNIT + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
-def query_step(q0, q1, dout0, dout1, lse, delta, k, v, start, stride_n, N, scale, dq0, dq1, D: tl.constexpr, D0: tl.constexpr,
-               D1: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def load_tiles(base, stride, end, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SIZES: tl.constexpr):
+    """All rows as a tuple of tiles of these sizes, to be kept; rows are missing in the last tile alone."""
+    tiles = ()
+    for i in tl.static_range(len(SIZES)):
+        tile = load_tile(base, i * SIZES[0], stride, end, D, D0, D1, SIZES[i], i == len(SIZES) - 1)
+        tiles = tiles + (tile,)  # noqa: RUF005, Triton has no starred tuples
+    return tiles
+
+
+@triton.jit
+def query_step(q0, q1, dout0, dout1, lse, delta, k0, k1, v0, v1, start, N, scale, dq0, dq1, D1: tl.constexpr, BN: tl.constexpr,
+               MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dq (before its scale) of a query tile plus what one key tile adds to it."""
-    k0, k1 = load_tile(k, start, stride_n, N, D, D0, D1, BN, MASKED)
-    v0, v1 = load_tile(v, start, stride_n, N, D, D0, D1, BN, MASKED)
     weights = tl.math.exp2(inner(q0, q1, k0, k1, D1, PRECISION) * scale - lse[:, None])
     if MASKED:
         weights = tl.where((start + tl.arange(0, BN) < N)[None, :], weights, 0.0)
@@ -167,48 +165,56 @@ def query_step(q0, q1, dout0, dout1, lse, delta, k, v, start, stride_n, N, scale
 
 
 @triton.jit
-def query_gradient(q, k, v, out, dout, lse, delta, dq, start, stride_n, out_n, dout_n, dq_n, N, scale, D: tl.constexpr,
-                   D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr):
-    """Writes dq of the BM queries from `start`, and if LONG delta = sum_d out * dout for the keys' turn; pointers are of one head."""
+def query_gradient(q, k, v, keys, values, out, dout, lse, delta, dq, start, stride_n, out_n, dout_n, dq_n, N, scale, D: tl.constexpr,
+                   D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, KEPT: tl.constexpr, PEEL: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """Writes dq of the BM queries from `start`, and delta = sum_d out * dout for the keys' turn; pointers are of one head.
+
+    KEPT: the sizes of the tiles in `keys` and `values`, which hold all keys; (): tiles of BN keys are read from k and v."""
     rows = start + tl.arange(0, BM)
     q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, True)
     dout0, dout1 = load_tile(dout, start, dout_n, N, D, D0, D1, BM, True)
     out0, out1 = load_tile(out, start, out_n, N, D, D0, D1, BM, True)
     lse_M = tl.load(lse + rows, mask=rows < N, other=float("inf"))
     delta_M = row_products(out0, out1, dout0, dout1, D1)
-    if LONG:
-        tl.store(delta + rows, delta_M, mask=rows < N)
+    tl.store(delta + rows, delta_M, mask=rows < N)
     dq0, dq1 = zero_tile(D0, D1, BM)
-    last = 0
-    if LONG:  # only the last tile needs masks; a loop without them pays where it runs often, a second copy of it costs registers
-        last = (N - 1) // BN * BN
-        for first in range(0, last, BN):
-            dq0, dq1 = query_step(q0, q1, dout0, dout1, lse_M, delta_M, k, v, first, stride_n, N, scale, dq0, dq1, D, D0, D1, BN,
-                                  False, PRECISION)
-    for first in range(last, N, BN):
-        dq0, dq1 = query_step(q0, q1, dout0, dout1, lse_M, delta_M, k, v, first, stride_n, N, scale, dq0, dq1, D, D0, D1, BN,
-                              True, PRECISION)
+    if len(KEPT) > 0:
+        for i in tl.static_range(len(KEPT)):
+            k0, k1 = keys[i]
+            v0, v1 = values[i]
+            dq0, dq1 = query_step(q0, q1, dout0, dout1, lse_M, delta_M, k0, k1, v0, v1, i * KEPT[0], N, scale, dq0, dq1, D1, KEPT[i],
+                                  i == len(KEPT) - 1, PRECISION)
+    else:
+        last = 0
+        if PEEL:
+            last = (N - 1) // BN * BN
+            for first in range(0, last, BN):
+                k0, k1 = load_tile(k, first, stride_n, N, D, D0, D1, BN, False)
+                v0, v1 = load_tile(v, first, stride_n, N, D, D0, D1, BN, False)
+                dq0, dq1 = query_step(q0, q1, dout0, dout1, lse_M, delta_M, k0, k1, v0, v1, first, N, scale, dq0, dq1, D1, BN, False,
+                                      PRECISION)
+        for first in range(last, N, BN):
+            k0, k1 = load_tile(k, first, stride_n, N, D, D0, D1, BN, True)
+            v0, v1 = load_tile(v, first, stride_n, N, D, D0, D1, BN, True)
+            dq0, dq1 = query_step(q0, q1, dout0, dout1, lse_M, delta_M, k0, k1, v0, v1, first, N, scale, dq0, dq1, D1, BN, True, PRECISION)
     natural = scale * 0.6931471805599453  # 1 / sqrt(D)
     store_tile(dq, start, dq_n, N, dq0 * natural, dq1 * natural, D, D0, D1, BM)
 
 
 @triton.jit
-def key_step(k0, k1, v0, v1, q, out, dout, lse, delta, start, stride_n, out_n, dout_n, N, scale, dk0, dk1, dv0, dv1,
-             D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, LONG: tl.constexpr,
-             PRECISION: tl.constexpr):
+def key_step(k0, k1, v0, v1, q, dout, lse, delta, start, stride_n, dout_n, N, scale, dk0, dk1, dv0, dv1, D: tl.constexpr,
+             D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """dk (before its scale) and dv of a key tile plus what one query tile adds to them; scores are held transposed."""
     rows = start + tl.arange(0, BM)
     q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, MASKED)
     dout0, dout1 = load_tile(dout, start, dout_n, N, D, D0, D1, BM, MASKED)
     if MASKED:
         lse_M = tl.load(lse + rows, mask=rows < N, other=float("inf"))  # 2 ** -inf: queries that do not exist weigh nothing
-    else:
-        lse_M = tl.load(lse + rows)
-    if LONG:
         delta_M = tl.load(delta + rows, mask=rows < N, other=0.0)
     else:
-        out0, out1 = load_tile(out, start, out_n, N, D, D0, D1, BM, MASKED)
-        delta_M = row_products(out0, out1, dout0, dout1, D1)
+        lse_M = tl.load(lse + rows)
+        delta_M = tl.load(delta + rows)
     weights = tl.math.exp2(inner(k0, k1, q0, q1, D1, PRECISION) * scale - lse_M[None, :])
     dv0, dv1 = accumulate(weights, dout0, dout1, dv0, dv1, D1, PRECISION)
     dscores = weights * (inner(v0, v1, dout0, dout1, D1, PRECISION) - delta_M[None, :])
@@ -217,22 +223,22 @@ def key_step(k0, k1, v0, v1, q, out, dout, lse, delta, start, stride_n, out_n, d
 
 
 @triton.jit
-def key_gradient(q, k, v, out, dout, lse, delta, dk, dv, start, stride_n, out_n, dout_n, dk_n, N, scale, D: tl.constexpr,
-                 D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LONG: tl.constexpr, PRECISION: tl.constexpr):
-    """Writes dk and dv of the BN keys from `start`; delta is read if LONG, else computed again. All pointers are of one head."""
+def key_gradient(q, k, v, dout, lse, delta, dk, dv, start, stride_n, dout_n, dk_n, N, scale, D: tl.constexpr, D0: tl.constexpr,
+                 D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr, PRECISION: tl.constexpr):
+    """Writes dk and dv of the BN keys from `start`, by tiles of BM queries. All pointers are of one head."""
     k0, k1 = load_tile(k, start, stride_n, N, D, D0, D1, BN, True)
     v0, v1 = load_tile(v, start, stride_n, N, D, D0, D1, BN, True)
     dk0, dk1 = zero_tile(D0, D1, BN)
     dv0, dv1 = zero_tile(D0, D1, BN)
     last = 0
-    if LONG:
+    if PEEL:
         last = (N - 1) // BM * BM
         for first in range(0, last, BM):
-            dk0, dk1, dv0, dv1 = key_step(k0, k1, v0, v1, q, out, dout, lse, delta, first, stride_n, out_n, dout_n, N, scale, dk0, dk1,
-                                          dv0, dv1, D, D0, D1, BM, False, LONG, PRECISION)
+            dk0, dk1, dv0, dv1 = key_step(k0, k1, v0, v1, q, dout, lse, delta, first, stride_n, dout_n, N, scale, dk0, dk1, dv0, dv1,
+                                          D, D0, D1, BM, False, PRECISION)
     for first in range(last, N, BM):
-        dk0, dk1, dv0, dv1 = key_step(k0, k1, v0, v1, q, out, dout, lse, delta, first, stride_n, out_n, dout_n, N, scale, dk0, dk1,
-                                      dv0, dv1, D, D0, D1, BM, True, LONG, PRECISION)
+        dk0, dk1, dv0, dv1 = key_step(k0, k1, v0, v1, q, dout, lse, delta, first, stride_n, dout_n, N, scale, dk0, dk1, dv0, dv1,
+                                      D, D0, D1, BM, True, PRECISION)
     natural = scale * 0.6931471805599453  # 1 / sqrt(D)
     store_tile(dk, start, dk_n, N, dk0 * natural, dk1 * natural, D, D0, D1, BN)
     store_tile(dv, start, dk_n, N, dv0, dv1, D, D0, D1, BN)

@@ -16,17 +16,15 @@ from .benchmark_losses import Contrastive, Embed, Gather, Joint, Reconstruction
 from .benchmark_measure import Clock
 from .benchmark_problems import MODES, Attention, Problem
 from .benchmark_records import DASH, Record, Run, Table, append, environment, results_file
+from .preset_shapes import SHAPES, attention_shapes
 
 OPS = ("gather", "embed", "reconstruction", "contrastive", "joint", "attention")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Attention: (name, batch, tokens, heads, head width). The lengths show where `auto` should change over; by default they are left out.
-SHAPES_ON_GPU = [
-    ("encoder base", 32, 160, 12, 64), ("encoder large", 32, 160, 16, 64), ("encoder huge", 32, 160, 16, 80),
-    ("encoder giant", 32, 160, 16, 88), ("decoder", 32, 1568, 6, 64), ("decoder dual", 32, 944, 6, 64), ("base, 8 frames", 32, 784, 12, 64),
-    ("fine-tune base", 32, 1568, 12, 64), ("fine-tune large", 32, 1568, 16, 64), ("fine-tune huge", 32, 1568, 16, 80),
-    ("fine-tune giant", 32, 1568, 16, 88)]
-LENGTHS_ON_GPU = [("length", 32, tokens, 12, 64) for tokens in (64, 128, 196, 256, 320, 392, 512, 640, 1024, 1280)]
+BATCH = 32
+SHAPES_ON_GPU = [(shape.name, BATCH, *shape[1:]) for shape in attention_shapes()]
+LENGTHS_ON_GPU = [("length", BATCH, tokens, 12, 64) for tokens in (64, 128, 196, 256, 320, 392, 512, 640, 1024, 1280)]
 SHAPES_ON_CPU = [("encoder small", 2, 160, 6, 64), ("decoder small", 1, 784, 3, 64)]
 LENGTHS_ON_CPU = [("length", 1, tokens, 3, 64) for tokens in (64, 160, 392, 1568)]
 OPTIONAL = "length "
@@ -47,13 +45,13 @@ def problems(device: torch.device, dtype: torch.dtype) -> list[Problem]:
     """Every operation at every shape, also those that are only run when asked for."""
     clips: list[Problem]
     if device.type == "cuda":
-        size = (16, 224, 224)
+        size, base = (16, 224, 224), next(shape for shape in SHAPES if shape.preset == "base")
         clips = [
-            Gather("base", 32, size, 160, 768, dtype, device), Embed("base", 32, size, 160, 768, dtype, device),
-            Reconstruction("full", 32, size, 1408, 768, dtype, device), Reconstruction("dual", 32, size, 784, 768, dtype, device),
-            Contrastive("full", 32, 1408, "clip", dtype, device), Contrastive("dual", 32, 784, "clip", dtype, device),
+            *(kind("base", BATCH, size, base.visible, 768, dtype, device) for kind in (Gather, Embed)),
+            *(Reconstruction(name, BATCH, size, count, 768, dtype, device) for name, count in base.predicted),
+            *(Contrastive(name, BATCH, count, "clip", dtype, device) for name, count in base.predicted),
             Contrastive("batch", 8, 1024, "batch", dtype, device),
-            Joint("full", 32, size, 1408, 768, dtype, device), Joint("dual", 32, size, 784, 768, dtype, device)]
+            *(Joint(name, BATCH, size, count, 768, dtype, device) for name, count in base.predicted)]
         shapes = SHAPES_ON_GPU + LENGTHS_ON_GPU
     else:
         size = (16, 112, 112)

@@ -5,7 +5,7 @@ Two ways on a GPU: fast (contrastive_chunked.py) and least memory (contrastive_s
 Letters: B clips, M predicted tubelets, P values of a tubelet.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -14,9 +14,6 @@ from . import contrastive_streaming as streaming
 from . import reference
 from .dispatch import choose
 from .reference import Negatives
-
-if TYPE_CHECKING:
-    from .compile_check import Case
 
 Memory = Literal["fast", "least"]
 
@@ -128,8 +125,3 @@ def contrastive_loss(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temp
         return _Least.apply(predicted_BMP, target_BMP, temperature_1)[0]  # pyright: ignore
     with_gradient = torch.is_grad_enabled() and predicted_BMP.requires_grad
     return _Fast.apply(predicted_BMP, target_BMP, temperature_1, with_gradient, scratch_bytes)[0]  # pyright: ignore
-
-
-def compile_cases() -> list["Case"]:
-    """Every kernel of both ways, in every configuration that the launchers can pick."""
-    return chunked.compile_cases() + streaming.compile_cases()

@@ -4,18 +4,15 @@ that turns similarities into gradients. The gradient is made in the forward pass
 Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from . import contrastive_streaming as streaming
-from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, VECTOR, in_units
+from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, in_units
 from .launch import on_device, register
-
-if TYPE_CHECKING:
-    from .compile_check import Case
 
 # Of a chunk: similarities, softmax weights and gradients. A chunk is four launches, which cost the host about 50 us; a clip of 1408
 # tubelets needs 12.6 MB and an H100 about 30 us for it. 32 MB stay in its cache, but 2 clips are done before the host has launched the
@@ -208,22 +205,3 @@ add_gradient = register(
     "contrastive_chunked_add(Tensor predicted, Tensor target, Tensor temperature, Tensor(a!) gradient, float gradient_scale, "
     "int scratch_bytes) -> (Tensor, Tensor)", _add_gradient, _scalars)
 scaled = register("contrastive_scaled(Tensor x, Tensor factor) -> Tensor", _scaled, lambda x, factor: torch.empty_like(x))
-
-
-def compile_cases() -> list["Case"]:
-    """Every kernel here, in every configuration that the launchers can pick."""
-    from .compile_check import Case
-    floats = ("products", "inverse_predicted", "inverse_target", "temperature", "terms", "pulls", "weight", "factor")
-    shared = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("first", "R", "M", "N", "units", "length"), "i32")}
-    cases = []
-    for kind in ("bf16", "fp16", "fp32"):
-        types = {**shared, **dict.fromkeys(("weights", "predicted", "gradient", "x", "out"), "*" + kind)}
-        for block, warps in SOFTMAX_BLOCKS.values():
-            for gradient in (True,) if kind != "bf16" else (True, False):  # without a gradient, the dtype is of nothing
-                cases.append(Case(f"contrastive.softmax_gradient {kind} {block} gradient={gradient}", softmax_gradient_kernel, types,
-                                  {"GRADIENT": gradient, "SCALE": GRADIENT_SCALE, "BLOCK": block}, warps, aligned=("M",)))
-        for add in (False, True):
-            cases.append(Case(f"contrastive.through_cosine {kind} add={add}", through_cosine_kernel, types,
-                              {"UNIT": VECTOR, "ADD": add, "SCALE": GRADIENT_SCALE, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
-        cases.append(Case(f"contrastive.scale {kind}", scale_kernel, types, {"BLOCK": SCALE_BLOCK}, 8, aligned=("length",)))
-    return cases

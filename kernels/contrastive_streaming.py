@@ -8,7 +8,7 @@ along rows, columns, P (of a similarity) and P (of a gradient).
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,9 +16,6 @@ import triton.language as tl
 
 from .launch import dot, on_device, register
 from .reference import NORM_FLOOR
-
-if TYPE_CHECKING:
-    from .compile_check import Case
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 GRADIENT_SCALE = 32.0  # softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely subnormal
@@ -293,25 +290,3 @@ forward = register("contrastive_streaming(Tensor predicted, Tensor target, Tenso
 backward = register("contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
                     "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor", _backward,
                     lambda predicted, *_: torch.empty_like(predicted))
-
-
-def compile_cases() -> list["Case"]:
-    """Every kernel here, in every configuration of TILES."""
-    from .compile_check import Case
-    types = {**dict.fromkeys(("inverse", "inverse_predicted", "inverse_target", "temperature", "partial", "own", "lse", "own_weight",
-                              "terms", "pull", "weight"), "*fp32"),
-             **dict.fromkeys(("M", "N", "units", "splits", "tiles_per_split"), "i32")}
-    cases = [Case("contrastive.combine", combine_kernel, types, {"BLOCK": COMBINE_BLOCK})]
-    for kind, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        types = {**types, **dict.fromkeys(("x", "predicted", "target", "gradient"), "*" + kind)}
-        cases.append(Case(f"contrastive.inverse_norm {kind}", inverse_norm_kernel, types,
-                          {"UNIT": VECTOR, "OF_ZERO": 0.0, "ROWS": ROWS, "BLOCK": ROW_BLOCK}))
-        BM, BN, BK, warps, stages = TILES[size].forward
-        shape = {"UNIT": VECTOR, "PRECISION": "ieee" if size == 4 else "tf32", "BM": BM, "BN": BN, "BK": BK}
-        cases.append(Case(f"contrastive.partial_softmax {kind} {BM}x{BN}x{BK}", partial_softmax_kernel, types, shape, warps, stages,
-                          size == 2))
-        BM, BN, BK, BP, warps, stages = TILES[size].backward
-        shape = {**shape, "SCALE": GRADIENT_SCALE, "BM": BM, "BN": BN, "BK": BK, "BP": BP}
-        cases.append(Case(f"contrastive.streamed_gradient {kind} {BM}x{BN}x{BK}x{BP}", streamed_gradient_kernel, types, shape, warps,
-                          stages, size == 2))
-    return cases

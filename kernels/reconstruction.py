@@ -8,22 +8,20 @@ Letters: B clips, T frames, H W pixels, C channels, M masked, P values of a tube
 # The type checker takes the body of a Triton kernel for Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
+from .attention_tiles import in_units
 from .dispatch import check_clip, choose
 from .launch import on_device, register
 from .reference import EPSILON, Normalize
-from .tubelets import CLIP_TYPES, FLOAT_TYPES, check_dtypes, check_index, dense_rows, geometry, locate
+from .tubelets import check_dtypes, check_index, dense_rows, geometry, locate
 
-if TYPE_CHECKING:
-    from .compile_check import Case
-
-VALUES_PER_WARP = 1024  # 2 warps for a tubelet of 2 x 16 x 16 x 3: 1/4 fewer instructions than 4, by the compile check. Not timed.
+VALUES_PER_WARP = 2048  # one warp for a tubelet of 2 x 16 x 16 x 3, which so waits for no other; by the compile check, not timed
 SCALE_BLOCK = 1024
 
 
@@ -106,6 +104,38 @@ class _TokenError(torch.autograd.Function):
         return scale_tokens(residual_BMP, grad_error_BM, factor, ctx.dtype), None, None, None, None, None, None
 
 
+# A tubelet is a tile [GROUPS, RUN] of its values in order. A thread holds whole runs, so which values of a run are of one channel is
+# known at compile time, and only which channel that is depends on the run: elementwise sums by channel would triple the instructions.
+
+@triton.jit
+def channel_sums(values, CHANNELS: tl.constexpr):
+    """The sum of the values of each channel, as a tuple."""
+    place, run = tl.arange(0, values.shape[1])[None, :] % CHANNELS, tl.arange(0, values.shape[0]) * values.shape[1]
+    in_run = ()
+    for r in tl.static_range(CHANNELS):
+        in_run = in_run + (tl.sum(tl.where(place == r, values, 0.0), axis=1),)  # noqa: RUF005, Triton has no starred tuples
+    sums = ()
+    for c in tl.static_range(CHANNELS):
+        own = tl.zeros([values.shape[0]], tl.float32)
+        for r in tl.static_range(CHANNELS):
+            own += tl.where((run + r) % CHANNELS == c, in_run[r], 0.0)
+        sums = sums + (tl.sum(own, axis=0),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def spread(numbers, GROUPS: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """[GROUPS, RUN]: for each value the number of its channel."""
+    place, run = tl.arange(0, RUN)[None, :] % CHANNELS, tl.arange(0, GROUPS) * RUN
+    tile = tl.zeros([GROUPS, RUN], tl.float32)
+    for r in tl.static_range(CHANNELS):
+        number = tl.zeros([GROUPS], tl.float32)
+        for c in tl.static_range(CHANNELS):
+            number = tl.where((run + r) % CHANNELS == c, numbers[c], number)
+        tile = tl.where(place == r, number[:, None], tile)
+    return tile
+
+
 @triton.jit
 def residual_kernel(
     predicted,  # [B, M, P], the last dense
@@ -114,51 +144,54 @@ def residual_kernel(
     error,  # [B, M] float32: mean squared error of a token
     residual,  # [B, M, P] predicted - target, or None
     target,  # [B, M, P], or None
-    tokens, predicted_stride_b, predicted_stride_m, stride_b, stride_t, stride_h,
-    NORMALIZE: tl.constexpr, WHITE: tl.constexpr, EPSILON: tl.constexpr,
+    tokens, predicted_units_b, predicted_units_m, stride_b, stride_t, stride_h,
+    UNIT: tl.constexpr, NORMALIZE: tl.constexpr, WHITE: tl.constexpr, EPSILON: tl.constexpr,
     GRID_T: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    GROUPS: tl.constexpr, RUN: tl.constexpr,
 ):
-    """One program a tubelet, as [pixels, channels]: sums run down the pixels, and in memory one pixel follows another, in the
-    prediction everywhere, in the clip along a row."""
-    PIXELS: tl.constexpr = FRAMES * ROWS * COLUMNS
-    source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, GRID_T, GRID_H, GRID_W, FRAMES, ROWS, COLUMNS * CHANNELS)
-    pixel = tl.arange(0, BLOCK_PIXELS)[:, None]
-    channel = tl.arange(0, BLOCK_CHANNELS)[None, :]
-    real = (pixel < PIXELS) & (channel < CHANNELS)
-    offset = pixel // (COLUMNS * ROWS) * stride_t + pixel // COLUMNS % ROWS * stride_h + pixel % COLUMNS * CHANNELS + channel
+    """One program a tubelet, its values in the order of the prediction, so that 16 bytes are read and written at once; in the clip the
+    values of a row lie in that order too."""
+    ROW: tl.constexpr = COLUMNS * CHANNELS
+    VALUES: tl.constexpr = FRAMES * ROWS * ROW
+    PARTS: tl.constexpr = CHANNELS if NORMALIZE == "channel" else 1  # each normalised by itself
+    COUNT: tl.constexpr = VALUES // PARTS
+    source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, GRID_T, GRID_H, GRID_W, FRAMES, ROWS, ROW)
+    i = tl.arange(0, GROUPS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    real = i < VALUES
+    offset = i // (ROW * ROWS) * stride_t + i // ROW % ROWS * stride_h + i % ROW
     y = tl.load(source + offset, mask=real & inside, other=0).to(tl.float32)
 
     program = tl.program_id(0)
     batch, token = (program // tokens).to(tl.int64), program % tokens
-    place = pixel * CHANNELS + channel
-    x = tl.load(predicted + batch * predicted_stride_b + token * predicted_stride_m + place, mask=real, other=0).to(tl.float32)
+    x = tl.load(predicted + (batch * predicted_units_b + token * predicted_units_m) * UNIT + i, mask=real, other=0).to(tl.float32)
 
-    # Measured from its first pixel, a flat tubelet is exactly 0, and float32 sums lose nothing to a large mean. What is beyond the
-    # tubelet stays 0; a channel beyond the last does by itself.
-    if NORMALIZE == "channel":
-        first = tl.load(source + channel, mask=(channel < CHANNELS) & inside, other=0).to(tl.float32)
-        y = tl.where(pixel < PIXELS, y - first, 0.0)
-        y = tl.where(pixel < PIXELS, y - (tl.sum(y, axis=0) * (1 / PIXELS))[None, :], 0.0)
-        variance = tl.sum(y * y, axis=0) * (1 / (PIXELS - 1))
-        y = y * (1 / (tl.sqrt(variance) + EPSILON * WHITE))[None, :]
-    elif NORMALIZE == "tubelet":
-        y = tl.where(real, y - tl.load(source).to(tl.float32), 0.0)
-        y = tl.where(real, y - tl.sum(tl.sum(y, axis=0), axis=0) * (1 / (PIXELS * CHANNELS)), 0.0)
-        variance = tl.sum(tl.sum(y * y, axis=0), axis=0) * (1 / (PIXELS * CHANNELS - 1))
-        y = y * (1 / tl.sqrt(variance + EPSILON * WHITE * WHITE))
-    else:
+    if NORMALIZE == "none":
         y = y * (1 / WHITE)
+    else:
+        # Measured from its first pixel, a flat tubelet is exactly 0, and float32 sums lose nothing to a large mean. What is beyond the
+        # tubelet stays 0.
+        first = ()
+        for c in tl.static_range(PARTS):
+            first = first + (tl.load(source + c, mask=inside, other=0).to(tl.float32),)  # noqa: RUF005
+        y = tl.where(real, y - spread(first, GROUPS, RUN, PARTS), 0.0)
+        y = tl.where(real, y - spread(channel_sums(y, PARTS), GROUPS, RUN, PARTS) * (1 / COUNT), 0.0)
+        squares, factors = channel_sums(y * y, PARTS), ()
+        for c in tl.static_range(PARTS):
+            if NORMALIZE == "channel":
+                factors = factors + (1 / (tl.sqrt(squares[c] * (1 / (COUNT - 1))) + EPSILON * WHITE),)  # noqa: RUF005
+            else:
+                factors = factors + (1 / tl.sqrt(squares[c] * (1 / (COUNT - 1)) + EPSILON * WHITE * WHITE),)  # noqa: RUF005
+        y = y * spread(factors, GROUPS, RUN, PARTS)
 
     y = tl.where(inside, y, float("nan"))
-    difference = tl.where(pixel < PIXELS, x - y, 0.0)
-    tl.store(error + program, tl.sum(tl.sum(difference * difference, axis=0), axis=0) * (1 / (PIXELS * CHANNELS)))
-    start = program.to(tl.int64) * (PIXELS * CHANNELS)
+    difference = tl.where(real, x - y, 0.0)
+    tl.store(error + program, tl.sum(tl.sum(difference * difference, axis=1), axis=0) * (1 / VALUES))
+    start = program.to(tl.int64) * VALUES
     if residual is not None:
-        tl.store(residual + start + place, difference.to(residual.dtype.element_ty), mask=real)
+        tl.store(residual + start + i, difference.to(residual.dtype.element_ty), mask=real)
     if target is not None:
-        tl.store(target + start + place, y.to(target.dtype.element_ty), mask=real)
+        tl.store(target + start + i, y.to(target.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -189,11 +222,12 @@ def _token_errors(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, index_B
         return outputs
     predicted = predicted_BMP if predicted_BMP.stride(-1) == 1 else predicted_BMP.contiguous()
     clip, index = dense_rows(clip_BTHWC), index_BM.contiguous()
+    unit, *units = in_units(predicted.stride(0), predicted.stride(1))
     with on_device(clip):
         residual_kernel[(index.numel(),)](
             predicted, clip, index, error_BM, None if residual_dtype is None else residual_BMP,
-            None if target_dtype is None else target_BMP, index.shape[1], predicted.stride(0), predicted.stride(1), clip.stride(0),
-            clip.stride(1), clip.stride(2), NORMALIZE=normalize, WHITE=reference.pixel_range(clip.dtype), **_shape(clip, tubelet),
+            None if target_dtype is None else target_BMP, index.shape[1], *units, clip.stride(0), clip.stride(1), clip.stride(2),
+            UNIT=unit, NORMALIZE=normalize, WHITE=reference.pixel_range(clip.dtype), **_shape(clip, tubelet),
             num_warps=_num_warps(clip, tubelet))
     return outputs
 
@@ -209,14 +243,15 @@ def _token_errors_fake(predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, in
 
 
 def _shape(clip_BTHWC: torch.Tensor, tubelet: list[int]) -> dict[str, Any]:
-    t, p, q = tubelet
-    return {"EPSILON": EPSILON, **geometry(clip_BTHWC, tubelet), "BLOCK_PIXELS": triton.next_power_of_2(t * p * q),
-            "BLOCK_CHANNELS": triton.next_power_of_2(clip_BTHWC.shape[-1])}
+    t, p, row = tubelet[0], tubelet[1], tubelet[2] * clip_BTHWC.shape[-1]
+    run = 16 if row % 16 == 0 else 8  # what a thread reads at once: 16 bytes of a uint8 clip, or else of the prediction alone
+    groups = triton.next_power_of_2(triton.cdiv(t * p * row, run))
+    return {"EPSILON": EPSILON, **geometry(clip_BTHWC, tubelet), "GROUPS": groups, "RUN": run}
 
 
 def _num_warps(clip_BTHWC: torch.Tensor, tubelet: list[int]) -> int:
     shape = _shape(clip_BTHWC, tubelet)
-    return min(max(shape["BLOCK_PIXELS"] * shape["BLOCK_CHANNELS"] // VALUES_PER_WARP, 1), 16)
+    return min(max(shape["GROUPS"] * shape["RUN"] // VALUES_PER_WARP, 1), 16)
 
 
 def _scale_tokens(values_BMP: torch.Tensor, scale_BM: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.Tensor:
@@ -238,31 +273,3 @@ token_errors = register("token_errors(Tensor predicted, Tensor clip, Tensor inde
                         "ScalarType? target) -> (Tensor, Tensor, Tensor)", _token_errors, _token_errors_fake)
 scale_tokens = register("scale_tokens(Tensor values, Tensor scale, float factor, ScalarType dtype) -> Tensor",
                         _scale_tokens, _scale_tokens_fake)
-
-
-def compile_cases() -> "list[Case]":
-    """Every way to normalise, every type of prediction and of clip, with and without residuals and targets, and other tubelets."""
-    from .compile_check import Case
-
-    def case(clip: str, predicted: str, normalize: Normalize, tubelet: tuple[int, int, int] = (2, 16, 16), channels: int = 3,
-             residual: bool = True, target: bool = False) -> Case:
-        pixels = torch.empty(1, 8 * tubelet[0], 14 * tubelet[1], 14 * tubelet[2], channels, device="meta")
-        types: dict[str, Any] = {"predicted": predicted, "clip": clip, "index": "*i64", "error": "*fp32", "tokens": "i32"}
-        strides = ("predicted_stride_b", "predicted_stride_m", "stride_b", "stride_t", "stride_h")
-        constants: dict[str, Any] = {"NORMALIZE": normalize, "WHITE": 255.0, **_shape(pixels, list(tubelet))}
-        for name, wanted in (("residual", residual), ("target", target)):
-            (types if wanted else constants)[name] = predicted if wanted else None
-        label = f"{normalize} {'x'.join(map(str, tubelet))} {channels} channels{' residual' * residual}{' target' * target}"
-        return Case(f"reconstruction {clip[1:]} {predicted[1:]} {label}", residual_kernel, types | dict.fromkeys(strides, "i32"), constants,
-                    num_warps=_num_warps(pixels, list(tubelet)), aligned=strides)
-
-    ways: tuple[Normalize, ...] = ("channel", "tubelet", "none")
-    scale = [Case(f"scale_tokens {values[1:]} to {out[1:]}", scale_kernel,
-                  {"values": values, "scale": "*fp32", "out": out, "tokens": "i32", "scale_stride_b": "i32", "scale_stride_m": "i32",
-                   "factor": "fp32"}, {"NUM_VALUES": 1536, "BLOCK": SCALE_BLOCK})
-             for values, out in [(dtype, dtype) for dtype in FLOAT_TYPES.values()] + [("*fp32", "*fp16")]]
-    return [*(case("*u8", "*bf16", normalize) for normalize in ways), case("*u8", "*fp16", "channel"), case("*u8", "*fp32", "tubelet"),
-            *(case(clip, "*bf16", "channel", target=True) for clip in CLIP_TYPES.values()),
-            case("*u8", "*bf16", "channel", residual=False), case("*u8", "*bf16", "tubelet", (2, 14, 14)),
-            case("*u8", "*bf16", "channel", (1, 16, 16)), case("*u8", "*bf16", "channel", channels=1),
-            case("*u8", "*bf16", "channel", channels=5), *scale]

@@ -5,8 +5,6 @@ Letters: B clips, T frames, H W pixels, C channels, V visible, P values of a tub
 # The type checker takes the body of a Triton kernel for Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
@@ -14,9 +12,6 @@ import triton.language as tl
 from . import reference
 from .dispatch import check_clip, choose
 from .launch import on_device, register
-
-if TYPE_CHECKING:
-    from .compile_check import Case
 
 CLIP_TYPES = {torch.uint8: "*u8", torch.uint16: "*u16", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 FLOAT_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -156,21 +151,3 @@ def _gather_fake(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: list
 
 _gather_op = register("gather_tubelets(Tensor clip, Tensor index, int[] tubelet, float[] mean, float[] std, ScalarType dtype) -> Tensor",
                       _gather, _gather_fake)
-
-
-def compile_cases() -> "list[Case]":
-    """The gather for every type of clip and of output, and the tubelets of the presets, of stills and of other channels."""
-    from .compile_check import Case
-
-    def case(clip: str, out: str, tubelet: tuple[int, int, int], channels: int) -> Case:
-        shape = geometry(torch.empty(1, 8 * tubelet[0], 14 * tubelet[1], 14 * tubelet[2], channels, device="meta"), tubelet)
-        block = min(GATHER_BLOCK, triton.next_power_of_2(tubelet[0] * tubelet[1] * tubelet[2] * channels))
-        return Case(f"gather_tubelets {clip[1:]} to {out[1:]} {'x'.join(map(str, tubelet))} {channels} channels", gather_kernel,
-                    {"clip": clip, "index": "*i64", "out": out, "tokens": "i32", "stride_b": "i32", "stride_t": "i32", "stride_h": "i32"},
-                    {"SCALE": (0.5,) * channels, "SHIFT": (-0.25,) * channels, **shape, "BLOCK": block},
-                    num_warps=max(1, block // VALUES_PER_WARP), aligned=("stride_b", "stride_t", "stride_h"))
-
-    types = [("*u8", out) for out in FLOAT_TYPES.values()] + [(clip, "*bf16") for clip in CLIP_TYPES.values() if clip != "*u8"]
-    return ([case(clip, out, (2, 16, 16), 3) for clip, out in types]
-            + [case("*u8", "*bf16", tubelet, channels) for tubelet, channels in (((2, 14, 14), 3), ((1, 16, 16), 3), ((2, 16, 16), 1),
-                                                                               ((2, 16, 16), 5))])

@@ -1,4 +1,4 @@
-"""Training steps of ViT-B through `Engine` on fake CUDA tensors, as one of two ranks: what the device is asked, and that the host waits not."""
+"""Steps of ViT-B through `Engine` on fake CUDA tensors, as one of two ranks: what the GPU is asked, and that nobody waits for it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,12 +45,17 @@ def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(stage: int, precis
     config = deepspeed_config(engine_config, optim_config, JournalConfig(), clips_per_video=1, world_size=RANKS, run_folder=tmp_path)
     engine = Engine(model, engine_config, optim_config, config, tmp_path)
     clip_BTHWC = torch.empty(B, model_config.num_frames, model_config.height, model_config.width, 3, dtype=torch.uint8, device="cuda")
-    for _ in range(2):  # the first step makes the optimizer's state
+    mask = token_mask(torch.arange(B, device="cuda"), model_config.grid, "tube", 0.9, 0.5)
+
+    def accumulate() -> None:
         for last in (False, True):
-            mask = token_mask(torch.arange(B, device="cuda"), model_config.grid, "tube", 0.9, 0.5)
             engine.backward(engine(clip_BTHWC, mask).loss, last=last)
-        with Dispatched() as dispatched:  # to ask a fake tensor for its value raises
-            result = engine.step(1e-4)
+
+    accumulate()
+    engine.step(1e-4)  # makes the optimizer's state
+    accumulate()
+    with Dispatched() as dispatched:  # to ask a fake tensor for its value raises
+        result = engine.step(1e-4)
     assert isinstance(result.grad_norm, torch.Tensor)
     assert (result.grad_norm.device.type, result.skipped_steps.device.type) == ("cuda", "cuda")
     assert dispatched.num.total() <= MOST_OPERATIONS

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from video_mae.kernels import attention, attention_long, attention_short, dispatch, reference
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.attention_tiles import split
+from video_mae.kernels.preset_shapes import attention_shapes
 
 norms = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "norms.py")))
 OPCHECK: Any = torch.library.opcheck
@@ -199,7 +200,7 @@ def test_compiles_into_one_graph(shape):
 
 def test_the_choice_is_a_constant_of_a_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    compiled = torch.compile(lambda x: x * dispatch.attention_limit(torch.device("cuda", 0)), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: x * dispatch.attention_limit(torch.device("cuda", 0), 64), fullgraph=True, backend="aot_eager")
     assert compiled(torch.ones(1)).item() == 256
 
 
@@ -246,15 +247,35 @@ def test_what_the_kernels_do_not_take_is_named(qkv, named):
 # ---------------------------------------------------------------- the choice
 
 @pytest.mark.parametrize(("tokens", "width", "dtype", "capability", "expected"), [
-    (160, 64, torch.bfloat16, (9, 0), "triton"), (256, 128, torch.float16, (8, 0), "triton"), (257, 64, torch.bfloat16, (9, 0), "sdpa"),
-    (160, 64, torch.float32, (9, 0), "sdpa"), (160, 136, torch.bfloat16, (9, 0), "sdpa"), (160, 64, torch.bfloat16, (7, 5), "sdpa")])
+    (160, 64, torch.bfloat16, (9, 0), "triton"), (256, 64, torch.float16, (8, 0), "triton"), (256, 40, torch.float16, (9, 0), "triton"),
+    (257, 64, torch.bfloat16, (9, 0), "sdpa"), (160, 80, torch.bfloat16, (9, 0), "sdpa"), (160, 88, torch.bfloat16, (8, 0), "sdpa"),
+    (16, 128, torch.bfloat16, (9, 0), "sdpa"), (160, 64, torch.float32, (9, 0), "sdpa"), (160, 136, torch.bfloat16, (9, 0), "sdpa"),
+    (160, 64, torch.bfloat16, (7, 5), "sdpa"), (160, 64, torch.bfloat16, (9, 1), "sdpa")])
 def test_auto_takes_the_kernel_where_it_should_be_faster(tokens, width, dtype, capability, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert attention.pick((2, tokens, 3, 4, width), dtype, "auto", torch.device("cuda")) == expected
     assert attention.pick((2, tokens, 3, 4, width), dtype, "auto", torch.device("cpu")) == "sdpa"
-    line = dispatch.describe("auto", torch.device("cuda"))
-    assert ("packed_attention = sdpa" in line) == (capability == (7, 5))
-    assert ("of up to 256 tokens" in line) == (capability != (7, 5))
+
+
+@pytest.mark.parametrize("shape", attention_shapes(), ids=lambda shape: shape.name)
+def test_auto_takes_the_kernel_for_narrow_encoders_alone(shape, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    chosen = attention.pick((32, shape.tokens, 3, shape.heads, shape.width), torch.bfloat16, "auto", torch.device("cuda"))
+    assert chosen == ("triton" if shape.name in ("encoder small", "encoder base", "encoder large") else "sdpa")
+
+
+def test_what_auto_will_run_is_told_for_each_width(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def told():
+        return dispatch.describe("auto", torch.device("cuda")).split("packed_attention = ")[1].split(", ")[0]
+
+    assert told() == "triton for 16-bit heads of width up to 64 and 256 tokens else sdpa"
+    monkeypatch.setitem(dispatch.AUTO_MAX_TOKENS, ((9, 0), 96), 192)
+    assert told() == ("triton for 16-bit heads of width up to 64 and 256 tokens else triton for 16-bit heads of width up to 96 and 192 "
+                      "tokens else sdpa")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert told() == "sdpa"
 
 
 @pytest.mark.parametrize(("width", "parts"), [
