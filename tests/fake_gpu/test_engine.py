@@ -37,7 +37,7 @@ def one_of_two_ranks() -> Iterator[None]:
 @pytest.mark.usefixtures("fakes", "one_of_two_ranks")
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(stage: int, precision: Any, on_gpu: Callable[..., Any],
+def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(stage: Any, precision: Any, on_gpu: Callable[..., Any],
                                                               tmp_path: Path) -> None:
     model_config = ModelConfig.preset("base")
     model = on_gpu(lambda: VideoMAE(model_config, ObjectiveConfig(contrastive_weight=0.1)), DTYPES[precision])
