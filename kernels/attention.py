@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
-from .attention_tiles import WIDTH_CLASSES, has_hopper_products, width_class
+from .attention_tiles import WIDTH_CLASSES, has_hopper_products, split
 from .dispatch import attention_limit, choose
 from .launch import register
 
@@ -70,9 +70,9 @@ class PackedAttention(torch.autograd.Function):
 
 def kernels(qkv_BN3HD: torch.Tensor) -> Any:
     """The module to run: one program holds every key of a head where they fit, which float32 does not, nor elsewhere than on Hopper
-    more than 192 keys of a wide head."""
+    more than 192 keys of a head in two parts."""
     tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
-    limit = attention_short.MAX_TOKENS if width_class(width) == 64 or has_hopper_products(qkv_BN3HD.device) else 192
+    limit = attention_short.MAX_TOKENS if split(width)[1] == 0 or has_hopper_products(qkv_BN3HD.device) else 192
     return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 

@@ -3,7 +3,7 @@ and backward (two phases, so that no two programs write the same gradient: no at
 
 Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), K0 + K1 >= N keys, BM query rows, BN key rows.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 from typing import NamedTuple
 

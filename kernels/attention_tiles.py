@@ -7,7 +7,7 @@ Letters: B clips, N tokens, H heads, D head width, BM query rows of a tile, BN k
 PEEL: only the last tile needs masks, and a loop without them pays where it runs often; a second copy of it costs registers.
 `scale` is log2(e) / sqrt(D), so the softmax is 2 ** (scale * score - lse) with lse in base 2.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import math
 from typing import Any

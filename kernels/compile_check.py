@@ -85,7 +85,7 @@ class _Pointer:
     """Stands in for a fake tensor, which has no address; PyTorch's own start at multiples of 16 bytes."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype, self.address = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+        self.dtype, self.address = tensor.dtype, int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self.address

@@ -6,7 +6,7 @@ hold the gradient of a mean over millions of values.
 Letters: B clips, T frames, H W pixels, C channels, M masked, P values of a tubelet.
 """
 # The type checker takes the body of a Triton kernel for Python.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 
 from typing import Any
 
