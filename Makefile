@@ -10,7 +10,7 @@ demo: install
 	@bash scripts/demo.sh
 
 test: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Kernels, training step and loader on this machine; make bench OUTPUT=benchmarks/results adds to the committed results.
 OUTPUT ?= runs/bench

@@ -19,6 +19,7 @@ import yaml
 if TYPE_CHECKING:
     from video_mae.config import FinetuneConfig, PretrainConfig
 
+LONG = ("test_launcher", "test_interpreted", "test_compile_check", "test_matrix", "test_gpu_run", "test_fake_gpu", "test_benchmark_data")
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
 TINY = {
@@ -43,8 +44,17 @@ TINY_FINETUNE = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who trains in this process leaves a process group, its environment and DeepSpeed's changes to torch to the tests after it."""
-    items.sort(key=lambda item: item.get_closest_marker("trains_here") is not None)
+    """The order, and what one process has to run as a whole where several share the tests (pytest -n 2).
+
+    Who trains in this process leaves a process group, its environment and DeepSpeed's changes to torch to the tests after it: they come
+    last. A file stays in one process, for the sake of its fixtures; those that take minutes begin, so that all processes end together.
+    """
+    def trains_here(item: pytest.Item) -> bool:
+        return item.get_closest_marker("trains_here") is not None
+
+    items.sort(key=lambda item: (trains_here(item), item.path.stem not in LONG))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{', training' if trains_here(item) else ''}"))
 
 
 @pytest.fixture(scope="session")
@@ -156,3 +166,5 @@ def quiet_process() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: two ranks share the cores
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from video_mae.config import load_config
 from video_mae.schema import save_config
 
 RUNS = Path(__file__).parent / "launched" / "runs.py"
-LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", "29613"]
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
 CURVE = ["optim.steps=30", "optim.warmup_steps=5", "objective.contrastive_weight=0.1"]
 RESUMED = ["optim.steps=5", "journal.checkpoint_interval=3", "optim.clip_grad=0.5", "optim.accumulation=2"]
 GLOBAL_BATCH = 8
@@ -32,7 +33,11 @@ pytestmark = pytest.mark.launcher
 def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420,
            variables: dict[str, str] | None = None) -> str:
     environment = {**os.environ, **(variables or {}), **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
-    result = subprocess.run([*(LAUNCHER if launcher else [sys.executable]), *command], capture_output=True, text=True, timeout=seconds,
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    start = [*LAUNCHER, "--master_port", port] if launcher else [sys.executable]
+    result = subprocess.run([*start, *command], capture_output=True, text=True, timeout=seconds,
                             env=environment, check=False)
     assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result.stdout + result.stderr
