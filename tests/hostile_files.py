@@ -225,6 +225,13 @@ PAYLOADS: dict[str, tuple[bytes, str]] = {
     "another reader": (b"cpickle\nloads\nc_codecs\nencode\n" + text("cposix\nsystem\n(S'touch EXECUTED'\ntR.") + text("latin1")
                        + b"\x86R\x85R", "loads, which is code"),
 }
+# A long tuple or list in the memo, given to call after call, each of which would copy it: more memory than any machine has.
+GROWING: dict[str, bytes] = {
+    "arguments": b"(" + b"N" * 100_000 + b"tq\xff0(" + b"cnumpy\nf\nh\xffR" * 100 + b"l",
+    "arguments with keywords": b"(" + b"N" * 100_000 + b"tq\xff0(" + b"cnumpy\nf\nh\xff}\x92" * 100 + b"l",
+    "pairs of a dictionary": b"(" + b"(NNt" * 50_000 + b"lq\xff0(" + b"ccollections\nOrderedDict\nh\xff\x85R" * 100 + b"l",
+    "arguments of a partial": b"cfunctools\npartial\n(cnumpy\nf\n" + b"N" * 100_000 + b"tRq\xff0(" + b"h\xff)R" * 100 + b"l",
+}
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     # would execute code
     "system in the weights": (saved({"model": {**STATE, "x": Bomb()}}), "system, which is code"),
@@ -236,6 +243,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "plain pickle": (raw(pickle.dumps(Bomb(), protocol=2)), r"x\.pth: "),
     "plain pickle of protocol 4": (raw(pickle.dumps({"model": Bomb()}, protocol=4)), r"x\.pth: "),
     **{f"by hand: {name}": (beside(payload), said) for name, (payload, said) in PAYLOADS.items()},
+    **{f"grows: {name}": (beside(payload), "gives more than 4194304 arguments") for name, payload in GROWING.items()},
+    "partials of partials": (beside(b"cnumpy\nf\n" + b"q\xff0cfunctools\npartial\nh\xff\x85R" * 900 + b")R"),
+                             "a call of functools.partial"),
     "a module in the place of the weights": (saved({"model": torch.nn.Linear(2, 2)}), "Linear, which is code"),
     "reference to a module of torch's old format": (beside(b"(" + text("module") + b"NNNtQ"), "no storage"),
     "an opcode of nobody": (beside(b"\xff"), "damaged"),
@@ -291,6 +301,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown part of a block": (replaced("encoder.blocks.0.attn.relative_position_bias_table", torch.ones(3)), "not known here"),
     "unknown token": (replaced("encoder.reg_tokens", torch.ones(1, 4, 24)), "not known here"),
     "two for one": (replaced("module.mask_token", torch.ones(1, 1, 16)), "two tensors for one thing"),
+    "name without an end": (replaced("x" * 10**6, torch.ones(1)), r"x\.pth: x{500} is no name of a tensor"),
     "name of two lines": (replaced("encoder\nnorm", torch.ones(1)), "no name of a tensor"),
     "number as a name": (saved({"model": {**STATE, 3: torch.ones(1)}}), "3 is no name of a tensor"),
     "list": (saved([STATE]), "holds a list"),

@@ -126,7 +126,7 @@ def test_every_tensor_is_used_or_named(name, tmp_path):
     assert bool(report.new) == (name == "mae, encoder")
 
 
-@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", ""])
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict", "model_state", ""])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "backbone.", "model."])
 @pytest.mark.parametrize("name", ["videomae", "videomae, fine-tuned"])
 def test_wrappers_and_prefixes_fall_off(name, wrapper, prefix, tmp_path):

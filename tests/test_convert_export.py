@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from video_mae.cli import main
 from video_mae.convert import Facts, import_model
 from video_mae.convert.stage import ConvertConfig, convert
 from video_mae.kernels.tubelets import gather_tubelets
+from video_mae.predict import views_of
 from video_mae.pretrain import prepare, run
 
 pytestmark = pytest.mark.trains_here
@@ -155,6 +157,21 @@ def test_how_frames_are_chosen_goes_into_an_official_file_and_is_remarked_for_tr
     assert not [note for note in report.notes if note.startswith(("sampling", "stride"))]
     lines = convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
     assert any(line.startswith(f"classifier.sampling = {sampling}, stride = {stride}: ") for line in lines)
+
+
+@pytest.mark.parametrize("sampling", ["parts", "parts_v2"])
+def test_a_model_of_parts_comes_back_with_the_same_frames_in_tests(sampling, tmp_path):
+    model = randomized(VideoClassifier(MODEL, ClassifierConfig(num_classes=174, sampling=sampling)))
+    save_model_folder(tmp_path / "model", model)
+    convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
+    lines = convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
+    assert not [line for line in lines if line.startswith("classifier.sampling")]
+    for source in ("x.pth", "hub"):
+        back, _ = import_model(tmp_path / source)
+        assert isinstance(back, VideoClassifier)
+        ours, theirs = views_of(model, 2, 3), views_of(back, 2, 3)
+        for num_video_frames in range(1, 200):
+            assert np.array_equal(ours.frames(num_video_frames), theirs.frames(num_video_frames))
 
 
 @pytest.mark.parametrize("form", ["official", "hugging_face"])

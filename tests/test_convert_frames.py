@@ -67,7 +67,9 @@ PIPELINES = {
     "        type='SampleFrames'),\n]": ("dense", 2),
     'train_pipeline = [dict(type="UniformSample", clip_len=16), dict(type="Resize", scale=(-1, 256))]': ("uniform", 4),
     "a = [dict(type='SampleFrames', clip_len=1, frame_interval=1, num_clips=16)]": ("uniform", 4),
-    "a = [dict(type='SampleFrames', clip_len=16)]": ("dense", 1)}
+    "a = [dict(type='SampleFrames', clip_len=16)]": ("dense", 1),
+    "a = [dict(clip_len=16, frame_interval=2, type='mmaction.SampleFrames')]": ("dense", 2),
+    "a = [dict(clip_len=16, type='mmaction.datasets.transforms.UniformSample')]": ("uniform", 4)}
 
 
 @pytest.mark.parametrize("config", PIPELINES)
@@ -80,6 +82,13 @@ def test_a_configuration_whose_pipelines_differ_leaves_it_open(tmp_path):
     config = "a = [dict(type='SampleFrames', frame_interval=2), dict(type='SampleFrames', frame_interval=4)]"
     path = written(tmp_path, official.mmaction_finetuned(KINETICS), "state_dict", meta={"cfg": config})
     assert frames_of(path) == ("dense", 4, [GUESSED["dense"], GUESSED["stride"]])
+
+
+@pytest.mark.parametrize("interval", ["x", "0", "4.5", "9" * 5000])
+def test_a_configuration_with_no_number_of_frames_between_frames_leaves_it_open(interval, tmp_path):
+    config = f"a = [dict(type='SampleFrames', frame_interval={interval})]"
+    path = written(tmp_path, official.mmaction_finetuned(KINETICS), "state_dict", meta={"cfg": config})
+    assert frames_of(path) == ("dense", 4, [GUESSED["stride"]])
 
 
 def test_folders_of_transformers_are_guessed_as_files_are(tmp_path):

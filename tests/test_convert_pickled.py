@@ -3,12 +3,16 @@
 import argparse
 import collections
 import contextlib
+import dataclasses
 import enum
 import functools
+import http
+import io
 import logging
 import pathlib
 import pickle
 import runpy
+import signal
 import sys
 import types
 import warnings
@@ -126,6 +130,13 @@ def test_a_training_file_of_mmengine_is_read_and_what_was_passed_over_is_named(p
     assert all("\n" not in remark for remark in report.lines())
     assert report.left_out["optimizer"].endswith("dict with 1 tensors")
     assert not {package, package.split(".")[0]} & set(sys.modules)
+
+
+def test_data_of_python_itself_is_passed_over(tmp_path):
+    content = [signal.SIGTERM, http.HTTPStatus.OK, dict[str, int], type(None), dataclasses.MISSING, io.BytesIO(b"x"), io.StringIO("x"),
+               sys.modules["typing"].Dict[str, int]]
+    _, report = import_model(saved({"model": STATE, "x": content}, pickle_protocol=4)(tmp_path), Facts(**FACTS))
+    assert "_MISSING_TYPE" in report.left_out["x"]
 
 
 # What other readers would execute, or break over, and what is no more than a text or a number of items here.

@@ -7,6 +7,7 @@ import runpy
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,36 @@ def test_objects_that_hold_each_other_are_counted_once(tmp_path):
     laughter.append(laughter)
     _, report = import_model(saved({"model": STATE, "optimizer": laughter})(tmp_path), Facts(**FACTS))
     assert report.left_out["optimizer"].endswith("list with 1 tensors")
+
+
+def test_an_object_under_many_keys_is_counted_with_the_first(tmp_path):
+    shared = [torch.zeros(1)] * 100_000  # over and over, it would take minutes
+    _, report = import_model(saved({"model": STATE, **{f"k{i}": shared for i in range(1000)}})(tmp_path), Facts(**FACTS))
+    assert report.left_out["k0"].endswith("list with 1 tensors")
+    assert {report.left_out[f"k{i}"] for i in range(1, 1000)} == {"not part of the weights: list"}
+
+
+def test_a_long_key_is_told_in_short(tmp_path):
+    _, report = import_model(saved({"model": STATE, "k" * 10**6: 1})(tmp_path), Facts(**FACTS))
+    assert list(report.left_out) == ["k" * 500]
+
+
+def test_a_file_without_checksums_is_read_and_one_of_a_wrong_one_is_not(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved({"model": STATE})(tmp_path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not any(entry.CRC for entry in zipfile.ZipFile(path).infolist())
+    model, _ = import_model(path, Facts(**FACTS))
+    path = saved({"model": STATE})(tmp_path)
+    plain, _ = import_model(path, Facts(**FACTS))
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    content = path.read_bytes()
+    value = STATE["encoder.blocks.1.attn.proj.weight"].numpy().tobytes()
+    path.write_bytes(content.replace(value, value[:-4] + bytes(4)))
+    with pytest.raises(ValueError, match=r"x\.pth: encoder\.blocks\.1\.attn\.proj\.weight: is damaged"):
+        import_model(path, Facts(**FACTS))
 
 
 def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -174,9 +174,11 @@ def test_frames_can_be_chosen_otherwise_than_the_model_says_and_it_is_told(model
     save_model_folder(tmp_path / "chosen", chosen)
     expected = evaluate(tmp_path / "chosen", videos / "list.txt", tmp_path / "expected", "all_scores=true")
     assert "given" not in capsys.readouterr().out
-    found = evaluate(model, videos / "list.txt", tmp_path / "found", "sampling=uniform", "stride=3", "all_scores=true")
+    found = evaluate(model, videos / "list.txt", tmp_path / "found", "sampling=uniform", "stride=3", "antialias=true",
+                     "all_scores=true")
     out = capsys.readouterr().out
-    assert "sampling = uniform: given, the model says dense\nstride = 3: given, the model says 2\n" in out
+    assert ("sampling = uniform: given, the model says dense\nstride = 3: given, the model says 2\n"
+            "antialias = True: given, the model says True\n") in out
     assert "(uniform)" in out
     assert {**found["settings"], "model": ""} == {**expected["settings"], "model": ""}
     assert rows(tmp_path / "found") == rows(tmp_path / "expected")

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, load_pretrained, save_model_folder
 from video_mae.config.frozen import ExtractConfig
+from video_mae.config.model import Sampling
 from video_mae.data import windows as module
 from video_mae.data.windows import Windows, clip_times
 from video_mae.decoding import Reading, decode, stream
@@ -97,8 +98,9 @@ def test_features_are_those_of_a_direct_call_on_the_same_frames(model: Path, vid
     np.testing.assert_allclose(arrays["features"], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_uniform_clip_is_all_of_the_video(tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    classifier = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, sampling="uniform")).eval()
+@pytest.mark.parametrize("trained", ["uniform", "parts"])
+def test_a_uniform_clip_is_all_of_the_video(trained: Sampling, tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, sampling=trained)).eval()
     save_model_folder(tmp_path / "model", classifier)
     arrays = extract(tmp_path / "model", video, tmp_path / "out", "sampling=uniform", "hop=0")
     assert "frames:" not in capsys.readouterr().out

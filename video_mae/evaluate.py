@@ -76,6 +76,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     told = choose_frames(classifier, config.sampling, config.stride)
     head = classifier.classifier_config
     if config.antialias is not None:
+        told.append(f"antialias = {config.antialias}: given, the model says {head.antialias}")
         head = classifier.classifier_config = replace(head, antialias=config.antialias)
     videos = read_labeled("LIST", source, config.data.root, head.num_classes, head.class_names,
                           config.data.list_format)

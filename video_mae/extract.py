@@ -147,7 +147,8 @@ def _unlike_training(model: Model, windows: Windows) -> str:
     if not isinstance(model, VideoClassifier):
         return ""
     head = model.classifier_config
-    if windows.sampling == head.sampling and (windows.sampling == "uniform" or windows.stride == head.stride):
+    is_dense = windows.sampling == "dense"
+    if is_dense == (head.sampling == "dense") and (not is_dense or windows.stride == head.stride):
         return ""
     return f"frames: {windows.sampling}, stride {windows.stride}, as given here; the model says {head.sampling}, stride {head.stride}"
 

@@ -55,7 +55,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
                       "decoder_context": c.decoder_context}
     else:
         head = model.classifier_config
-        arguments |= {"sparse_sample": head.sampling == "uniform", "sampling_rate": head.stride}
+        arguments |= {"sparse_sample": head.sampling != "dense", "sampling_rate": head.stride}
     write_whole(Path(path), lambda building: torch.save({"model": state, "args": arguments}, building))
     return remarks + left
 
@@ -116,8 +116,8 @@ def _videomae(model: Model, version: Version) -> tuple[dict[str, torch.Tensor], 
     else:
         head = model.classifier_config
         names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
-        guess = "uniform" if head.num_classes == SOMETHING_CLASSES else "dense"
-        if c.num_frames > 1 and (head.sampling != guess or (guess == "dense" and head.stride != USUAL_STRIDE)):
+        is_dense, guessed_dense = head.sampling == "dense", head.num_classes != SOMETHING_CLASSES
+        if c.num_frames > 1 and (is_dense != guessed_dense or (is_dense and head.stride != USUAL_STRIDE)):
             remarks.append(f"classifier.sampling = {head.sampling}, stride = {head.stride}: {name} does not keep how frames are chosen")
         config |= {"architectures": ["VideoMAEForVideoClassification"], "use_mean_pooling": head.pooling == "mean",
                    "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}

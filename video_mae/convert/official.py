@@ -89,10 +89,11 @@ def _frames_of_pipelines(config: str) -> tuple[str | None, int | None]:
     """Likewise; (None, None) where the pipelines of a configuration differ."""
     found: set[tuple[str, int | None]] = set()
     for step in re.findall(r"dict\(([^()]*)\)", config):
-        keys = dict(re.findall(r"(\w+)\s*=\s*['\"]?(\w+)", step))
-        kind = keys.get("type")
+        keys = dict(re.findall(r"(\w+)\s*=\s*['\"]?([\w.]+)", step))
+        kind = keys.get("type", "").split(".")[-1]  # mmengine takes mmaction.SampleFrames too
         if kind in ("UniformSample", "UniformSampleFrames") or (kind == "SampleFrames" and keys.get("clip_len") == "1"):
             found.add(("uniform", None))
         elif kind in ("SampleFrames", "DenseSampleFrames"):
-            found.add(("dense", int(keys.get("frame_interval", "1"))))
+            apart = keys.get("frame_interval", "1")
+            found.add(("dense", int(apart) if re.fullmatch(r"[1-9]\d{0,3}", apart) else None))
     return next(iter(found)) if len(found) == 1 else (None, None)

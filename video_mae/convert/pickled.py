@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 LARGEST_INTEGER_BITS, LONGEST_NAME = 128, 120
+MOST_ARGUMENTS = 1 << 22  # of all calls: one list may be given to many, and each has a copy
 STORAGES = {f"torch.{kind}Storage": dtype for kind, dtype in (
     ("Double", torch.float64), ("Float", torch.float32), ("Half", torch.float16), ("BFloat16", torch.bfloat16), ("Long", torch.int64),
     ("Int", torch.int32), ("Short", torch.int16), ("Char", torch.int8), ("Byte", torch.uint8), ("Bool", torch.bool),
@@ -25,10 +26,12 @@ ORDINARY = ("torch.Tensor", "torch.nn.parameter.Parameter")
 DATA = frozenset((
     "builtins.bool", "builtins.bytearray", "builtins.bytes", "builtins.complex", "builtins.dict", "builtins.float",
     "builtins.frozenset", "builtins.getattr", "builtins.int", "builtins.list", "builtins.object", "builtins.range", "builtins.set",
-    "builtins.slice", "builtins.str", "builtins.tuple", "_codecs.encode", "argparse.Namespace", "array._array_reconstructor",
-    "copyreg._reconstructor", "functools.partial", "itertools.count", "logging.getLogger", "operator.attrgetter", "operator.itemgetter",
-    "random.Random", "re._compile", "time.struct_time", "types.SimpleNamespace"))
-DATA_MODULES = ("collections", "datetime", "decimal", "enum", "fractions", "ipaddress", "pathlib", "uuid", "zoneinfo")
+    "builtins.slice", "builtins.str", "builtins.tuple", "builtins.type", "_codecs.encode", "_io.BytesIO", "_io.StringIO",
+    "_operator.getitem", "argparse.Namespace", "array._array_reconstructor", "copyreg._reconstructor", "functools.partial",
+    "http.HTTPStatus", "itertools.count", "logging.getLogger", "operator.attrgetter", "operator.getitem", "operator.itemgetter",
+    "random.Random", "re._compile", "signal.Signals", "time.struct_time", "types.GenericAlias", "types.SimpleNamespace"))
+DATA_MODULES = ("collections", "dataclasses", "datetime", "decimal", "enum", "fractions", "ipaddress", "pathlib", "typing", "uuid",
+                "zoneinfo")
 COMMANDS = {"os", "posix", "nt", "sys", "subprocess", "builtins", "importlib", "system", "popen", "eval", "exec", "__import__"}
 
 LITERALS = frozenset((
@@ -89,6 +92,7 @@ class Machine:
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Storage] = {}
+        self.num_arguments = 0
 
     def run(self, file: IO[bytes]) -> Any:
         """What a pickle holds; the file stands behind it then. Raises: CodeError, or any exception for a damaged one."""
@@ -162,16 +166,16 @@ class Machine:
                 stack.append(Name(f"copyreg.extension_{argument}"))
             case "REDUCE" | "NEWOBJ":
                 given, called = stack.pop(), stack.pop()
-                stack.append(_make(called, given))
+                stack.append(self._call(called, given))
             case "NEWOBJ_EX":
                 keywords, given, called = stack.pop(), stack.pop(), stack.pop()
-                stack.append(_make(called, [*given, keywords]))
+                stack.append(self._call(called, [*given, keywords]))
             case "INST":
                 given = self._items()
-                self.stack.append(_make(_name(*argument.split(" ", 1)), given))
+                self.stack.append(self._call(_name(*argument.split(" ", 1)), given))
             case "OBJ":
                 called, *given = self._items()
-                self.stack.append(_make(called, given))
+                self.stack.append(self._call(called, given))
             case "BUILD":
                 state = stack.pop()
                 if isinstance(stack[-1], Thing):  # of other values it is what no weights need
@@ -180,6 +184,16 @@ class Machine:
                 stack.append(self._storage(stack.pop()))
             case _:
                 raise ValueError(f"has an opcode {opcode}, which torch.save does not write")
+
+    def _call(self, called: Any, given: Any) -> Any:
+        """What a call stands for. Raises: ValueError where a small file would become large by calls."""
+        if not isinstance(given, tuple | list):
+            raise ValueError("has a call without arguments")
+        self.num_arguments += len(given) + sum(len(item) for item in given if isinstance(item, tuple | list))
+        self.num_arguments += len(called.given) if isinstance(called, Thing) else 0
+        if self.num_arguments > MOST_ARGUMENTS:
+            raise ValueError(f"gives more than {MOST_ARGUMENTS} arguments to what it calls")
+        return _make(called, given)
 
     def _items(self) -> list[Any]:
         """What lies above the last mark, which goes."""
@@ -214,9 +228,7 @@ def _plain(text: str) -> str:
 
 def _make(called: Any, given: Sequence[Any]) -> Any:
     """What a call stands for: a tensor, a dictionary, a name, or a `Thing`."""
-    if not isinstance(given, tuple | list):
-        raise ValueError("has a call without arguments")
-    if isinstance(called, Thing) and called.name == "functools.partial" and called.given:
+    if isinstance(called, Thing) and called.name == "functools.partial" and called.given and isinstance(called.given[0], Name):
         return _make(called.given[0], [*called.given[1:], *given])
     if not isinstance(called, Name):
         raise CodeError(f"a call of {called.name if isinstance(called, Thing) else type(called).__name__}")
@@ -269,11 +281,17 @@ def _set_items(target: Any, items: list[Any]) -> None:
         target[key if isinstance(key, str | int | float | bytes | None) else f"<{type(key).__name__} {len(target)}>"] = value
 
 
-def things_in(content: object) -> tuple[int, list[str]]:
-    """(number of tensors, what would have been called or is named, each once, packages before Python's own) in all that a content holds."""
-    count, names, stack, seen = 0, {}, [content], set()
+def things_in(content: object, seen: set[int]) -> tuple[int, list[str]]:
+    """(number of tensors, what would have been called or is named, each once, packages before Python's own) in all that a content holds.
+
+    seen: what has been counted with other contents of the file, which is not counted again; this content is added.
+    """
+    count, names, stack = 0, {}, [content]
     while stack:
         item = stack.pop()
+        if isinstance(item, Name):
+            names[item.text] = None
+            continue
         if id(item) in seen:  # objects may hold each other
             continue
         seen.add(id(item))
@@ -283,8 +301,6 @@ def things_in(content: object) -> tuple[int, list[str]]:
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set):
             stack.extend(item)
-        elif isinstance(item, Name):
-            names[item.text] = None
         elif isinstance(item, Thing):
             names[item.name] = None
             stack.extend([item.given, item.state])

@@ -21,10 +21,10 @@ from video_mae.convert.pickled import CodeError, Stored, Thing, things_in
 from video_mae.convert.torch_file import TorchFile
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
-WRAPPERS = ("model", "module", "state_dict")  # under which the projects keep the weights, in order of preference
+WRAPPERS = ("model", "module", "state_dict", "model_state")  # under which the projects keep the weights, in order of preference
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"  # in which a training under DeepSpeed leaves its weights, where it does not partition them
 OPTIONS = {"args", "meta"}  # where the official projects and mmengine keep the options of a training
-TOLD_NAMES = 12  # of what is passed over
+TOLD_NAMES, LONGEST_KEY = 12, 500  # of what is passed over; of an entry, in characters
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -139,15 +139,16 @@ def _sort(file: TorchFile, path: Path) -> tuple[dict[str, torch.Tensor], dict[st
     wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
     weights = content if wrapper is None else content[wrapper]
     others = {} if wrapper is None else {key: value for key, value in content.items() if key != wrapper}
-    left_out = {_printable(key): _content(value, key in OPTIONS) for key, value in others.items()}
+    seen: set[int] = set()
+    left_out = {_printable(key): _content(value, seen, key in OPTIONS) for key, value in others.items()}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
         if isinstance(value, Thing) and value.name.startswith(("torch._utils.", "torch._tensor.")):
             raise ValueError(f"{path}: {_printable(name)}: is made by {value.name}, not an ordinary one")
         if not isinstance(value, Stored):
-            left_out[_printable(name)] = _content(value)
-        elif not isinstance(name, str) or not name.isprintable():
-            raise ValueError(f"{path}: {name!r} is no name of a tensor")
+            left_out[_printable(name)] = _content(value, seen)
+        elif _printable(name) != name:
+            raise ValueError(f"{path}: {_printable(name)} is no name of a tensor")
         else:
             tensors[name] = _read_tensor(file, value, f"{path}: {name}")
     if not tensors:
@@ -207,9 +208,9 @@ def _read_tensor(file: TorchFile, stored: Stored, where: str) -> torch.Tensor:
         raise ValueError(f"{where}: is damaged or truncated ({_one_line(error)})") from None
 
 
-def _content(value: object, is_options: bool = False) -> str:
+def _content(value: object, seen: set[int], is_options: bool = False) -> str:
     """What something is that is left out, how many tensors are in it, and what else is passed over there."""
-    count, names = things_in(value)
+    count, names = things_in(value, seen)
     kind = f"not part of the weights: {value.name if isinstance(value, Thing) else type(value).__name__}"
     if is_options:
         kind = "options of the training, read only for what the tensors do not tell"
@@ -220,7 +221,7 @@ def _content(value: object, is_options: bool = False) -> str:
 
 
 def _printable(key: object) -> str:
-    return key if isinstance(key, str) and key.isprintable() else repr(key)
+    return (key if isinstance(key, str) and key.isprintable() else repr(key))[:LONGEST_KEY]
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ OLD_MAGIC, OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001  # what files begin with t
 class TorchFile:
     """A file of torch.save: its `content`, in which tensors are `Stored`; `tensor` reads one. Formats: archive (1.6 on), and before.
 
+    Checksums are compared, except where a file was saved without any, as torch can be told to.
     Raises: CodeError; whatever exception a damaged file leads to.
     """
 
@@ -72,6 +73,9 @@ class TorchFile:
         if len(roots) != 1:
             raise ValueError(f"has {len(roots)} parts named data.pkl, not one")
         self._root = roots[0]
+        if not any(entry.CRC for entry in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+            for entry in archive.infolist():
+                entry.CRC = None  # pyright: ignore[reportAttributeAccessIssue]
         if f"{self._root}/constants.pkl" in names:
             raise ValueError("is a program of TorchScript")
         if f"{self._root}/byteorder" in names:
