@@ -148,7 +148,7 @@ def cases(arch: int, only: str = "", modules: tuple[str, ...] = MODULES) -> list
     """What the runs of the modules launch on sm_ARCH, each compilation once, those whose name contains `only`."""
     found: dict[str, Case] = {}
     for module in modules:
-        for run in importlib.import_module(module).compile_runs():
+        for run in importlib.import_module(module).compile_runs(arch):
             with FakeTensorMode(), captured(arch) as launches:
                 run.call()
             for made in launches:
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=sorted(SHARED_MEMORY))
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--workers", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
-    parser.add_argument("--modules", nargs="+", default=list(MODULES), help="where to look for `compile_runs()`")
+    parser.add_argument("--modules", nargs="+", default=list(MODULES), help="where to look for `compile_runs(arch)`")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")

@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from . import attention_short
 from . import contrastive_chunked as chunked
 from . import contrastive_streaming as streaming
 from .attention import kernels
@@ -81,21 +82,23 @@ def _name(dtype: torch.dtype) -> str:
     return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
 
 
-def _attention_runs() -> list[Run]:
-    """The presets; every length that is cut in its own way; a head of each width class; few heads, whose clips start at odd places."""
-    shapes = [(shape.tokens, shape.heads, shape.width) for shape in attention_shapes()]
-    shapes += [(tokens, 12, 64) for tokens in (16, *ENCODER_TOKENS, 192, 256)]
-    shapes += [(tokens, 16, width) for tokens in (192, 256) for width in (80, 88)]
-    shapes += [(tokens, 8, 128) for tokens in (160, 256, 1568)] + [(197, 3, 88), (197, 3, 40)]
-    dtypes = [(shape, BF16) for shape in shapes] + [((tokens, 12, 64), FP16) for tokens in (160, 256, 1568)] + [((1568, 6, 64), FP32)]
+def _attention_runs(arch: int) -> list[Run]:
+    """The presets, once for each width where the number of heads or, beyond the short kernels, of tokens alone differs; every length that
+    is cut in its own way; a head of each width class; few heads, whose clips start at odd places."""
+    by_code = {(min(shape.tokens, attention_short.MAX_TOKENS + 1), shape.width): shape for shape in attention_shapes()}
+    shapes = [(shape.tokens, shape.heads, shape.width) for shape in by_code.values()]
+    shapes += [(256, 16, 64), (256, 16, 80), (197, 3, 88), (197, 3, 40), (160, 8, 128), (1568, 8, 128)]
+    dtypes = [(shape, BF16) for shape in shapes] + [((1568, 6, 64), FP32)]
+    if arch == 90:
+        dtypes += [((tokens, 16, 64), BF16) for tokens in (16, *ENCODER_TOKENS, 192)] + [((160, 16, 64), FP16), ((1568, 16, 64), FP16)]
     return [Run(f"attention {_name(dtype)} N={tokens} {heads}x{width}", partial(_attend, tokens, heads, width, dtype))
             for (tokens, heads, width), dtype in dict.fromkeys(dtypes)]
 
 
-def _clip_runs() -> list[Run]:
+def _clip_runs(arch: int) -> list[Run]:
     others = [(GIANT, 3), (STILL, 3), (BASE, 1), (BASE, 5)]  # tubelets and channels
     runs = [Run(f"gather {_name(clip)} to {_name(out)} 2x16x16 3 channels", partial(_gather, clip, out), ANY)
-            for clip, out in product(CLIP_TYPES, FLOAT_TYPES) if clip == torch.uint8 or out == BF16]
+            for clip, out in product(CLIP_TYPES, FLOAT_TYPES) if out == BF16 or (arch == 90 and clip == torch.uint8)]
     runs += [Run(f"gather uint8 to bf16 {'x'.join(map(str, tubelet))} {channels} channels",
                  partial(_gather, torch.uint8, BF16, tubelet, channels), ANY) for tubelet, channels in others]
     # The first pixel is read by itself; the rows of giant's tubelets, 42 bytes each, lie at odd places of the clip.
@@ -103,7 +106,7 @@ def _clip_runs() -> list[Run]:
     runs += [Run(f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual",
                  partial(_reconstruct, torch.uint8, dtype, way), 3) for way, dtype in ways]
     runs += [Run(f"reconstruction {_name(clip)} bf16 channel 2x16x16 3 channels residual target",
-                 partial(_reconstruct, clip, BF16, targets=True), 3) for clip in CLIP_TYPES]
+                 partial(_reconstruct, clip, BF16, targets=True), 3) for clip in CLIP_TYPES if arch == 90 or clip == torch.uint8]
     runs += [Run(f"reconstruction uint8 bf16 channel {'x'.join(map(str, tubelet))} {channels} channels residual",
                  partial(_reconstruct, torch.uint8, BF16, "channel", tubelet, channels), 64 if tubelet == GIANT else channels)
              for tubelet, channels in others]
@@ -122,6 +125,6 @@ def _contrastive_runs() -> list[Run]:
     return runs + [Run(f"contrastive joint {_name(dtype)} P=1536", partial(_join, dtype), 3) for dtype in FLOAT_TYPES]
 
 
-def compile_runs() -> list[Run]:
-    """Of each compilation that several runs lead to, compile_check keeps the first."""
-    return _attention_runs() + _clip_runs() + _contrastive_runs()
+def compile_runs(arch: int) -> list[Run]:
+    """What is compiled for sm_ARCH, less for the older GPU; of each compilation that several runs lead to, compile_check keeps the first."""
+    return _attention_runs(arch) + _clip_runs(arch) + _contrastive_runs()
