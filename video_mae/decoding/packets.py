@@ -21,7 +21,7 @@ from video_mae.decoding.reading import shown_times
 SEEKABLE = ("mp4", "matroska", "flv", "avi")
 """Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it leads to another, or to none."""
 NO_STAMPS, DECODING_ORDER = "time stamps missing or repeated", "time stamps in the order of decoding"
-LATE_START, ALL_KEYS = "a first frame that is no key frame", "no frame that is not called a key frame"
+LATE_START, ALL_KEYS = "a first frame that is no key frame", "key frames alone, which may be none"
 IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS)
 """What makes any seek go astray: frames can be numbered only as they come out, from the start of the file on."""
 ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that are no fresh start"
@@ -177,8 +177,8 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
                 reorders = _is_b_frame(packet, codec, context.extradata)
             if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
                 has_open_groups = all(unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata))
-    traits = [*_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut)]
-    if is_late and LATE_START not in traits:
+    traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
+    if is_late and LATE_START not in traits:  # one that an edit list hides
         traits.append(LATE_START)
     if is_cut:
         traits.append(EDIT_LIST)
