@@ -167,7 +167,7 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
                 frame = next(iter(packet.decode()), None)
-        if packet.size and not packets and not is_cut:
+        if not packets and not is_cut and packet.size:
             is_late = not packet.is_keyframe
         if packet.is_discard:
             is_cut = True
