@@ -75,6 +75,7 @@ CONTAINERS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
     "mxf": ("mxf", {}, (*STORED, "MPEG-2", "MPEG-2 with B-frames", "ProRes", "FFV1")),
     "h264": ("h264", {}, STORED),
     "gif": ("gif", {}, ("GIF",)),
+    "mjpeg": ("mjpeg", {}, ("MJPEG",)),
     "y4m": ("yuv4mpegpipe", {}, ("raw pictures",)),
 }
 CASES = [(container, codec) for container, (_, _, codecs) in CONTAINERS.items() for codec in codecs]
@@ -159,16 +160,21 @@ def in_order(path: str) -> list[int]:
 
 
 def alone(path: str, decoder: str) -> tuple[str, str, list[int]]:
-    """(what read a file, why it was not the one asked for, the numbers in its frames), each frame asked for as the only one."""
-    reading, numbers, name, fallback = Reading(decoder=decoder), list[int](), "", ""  # pyright: ignore[reportArgumentType]
-    num_frames = index = 0
-    while index == 0 or index < num_frames:
-        handle, num_frames, name, fallback = open_file(path, reading)
+    """(what read a file, why it was not the one asked for, the numbers in its frames), each frame asked for as the only one.
+
+    From the last one back, so that each is sought; every tenth in a file that was just opened.
+    """
+    reading, numbers = Reading(decoder=decoder), list[int]()  # pyright: ignore[reportArgumentType]
+    handle, num_frames, name, fallback = open_file(path, reading)
+    step = 1 if name == decoder else max(num_frames // 2, 1)  # the other one has its own turn
+    for index in reversed(range(0, num_frames, step)):
         clip_FHWC, _ = next_frames(handle, 1, np.array([index]))
         numbers.append(number_in(clip_FHWC[0]))
-        close_file(handle)
-        index += 1 if name == decoder else max(num_frames // 2, 1)  # the other one has its own turn
-    return name, fallback, numbers
+        if index % 10 == 0:
+            close_file(handle)
+            handle = open_file(path, reading).handle
+    close_file(handle)
+    return name, fallback, numbers[::-1]
 
 
 def table(folder: Path) -> str:

@@ -24,7 +24,7 @@ from video_mae.decoding import Place, Reading, VideoDecodeError, is_video, read_
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import Description, count_frames, describe, sha256
 from video_mae.decoding.isolation import KilledError, decoder_process
-from video_mae.decoding.packets import DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
+from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Member
 from video_mae.doctor_report import Case, Finding, Report
 from video_mae.schema import knob, require, section
@@ -36,7 +36,7 @@ SLOWEST_READ = 1e7  # bytes a second of a disk that works
 SLOWEST_DECODE = 10  # frames a second, likewise
 NO_STREAM = re.compile("no video stream|find video stream|No valid stream")  # as pyav, decord and torchcodec say it
 TRAITS = {EDIT_LIST: Finding.EDIT_LIST, PACKED_B_FRAMES: Finding.PACKED_B_FRAMES, NO_INDEX: Finding.NO_INDEX, ASF: Finding.ASF,
-          **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START), Finding.NO_ORDER), MIRRORED: Finding.MIRRORED}
+          **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS), Finding.NO_ORDER), MIRRORED: Finding.MIRRORED}
 
 
 @dataclass(frozen=True, kw_only=True)

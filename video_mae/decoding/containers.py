@@ -28,6 +28,7 @@ _SIGNATURES = (
     b"OggS",
     b"GIF8",
     b"YUV4MPEG2 ",
+    b"\xff\xd8\xff",  # MJPEG
 )
 _AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10  # after the first 16 bytes; what is written to a pipe has no index
 _BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4  # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
@@ -85,7 +86,7 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
         _check_mp4(file, num_bytes)
         return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
     if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
-        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264)")
+        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)")
     if head.startswith(_ASF):
         return ASF
     return "" if head.startswith(_INDEXED) else NO_INDEX

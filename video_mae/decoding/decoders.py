@@ -28,7 +28,7 @@ Measured with decord 0.6.0 and torchcodec 0.13.0 and 0.17.0: tests/test_matrix.p
 REORDERED = {"decord": ("h264",), "torchcodec": ("h264", "hevc", "mpeg2video", "mpeg4")}
 """Codecs that are trusted with B-frames."""
 MISREADS = {"decord": (EDIT_LIST, MIRRORED, OPEN_GROUPS, ADJACENT_KEYS, PACKED_B_FRAMES, ASF, *IN_ORDER),
-            "torchcodec": (MIRRORED, OPEN_GROUPS, ADJACENT_KEYS, PACKED_B_FRAMES, ASF, *IN_ORDER)}
+            "torchcodec": (EDIT_LIST, MIRRORED, OPEN_GROUPS, ADJACENT_KEYS, PACKED_B_FRAMES, ASF, *IN_ORDER)}
 """What is left to pyav whatever the codec."""
 FROM_START = (PACKED_B_FRAMES, NO_INDEX, ASF)
 """Containers in which a seek goes astray, for PyAV as well."""

@@ -15,19 +15,21 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.decoding.containers import NO_INDEX, has_offsets
+from video_mae.decoding.containers import EDIT_LIST, NO_INDEX, has_offsets
 from video_mae.decoding.reading import shown_times
 
 SEEKABLE = ("mp4", "matroska", "flv", "avi")
 """Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it leads to another, or to none."""
 NO_STAMPS, DECODING_ORDER = "time stamps missing or repeated", "time stamps in the order of decoding"
-LATE_START = "a first frame that is no key frame"
-IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START)
+LATE_START, ALL_KEYS = "a first frame that is no key frame", "key frames alone, which may be none"
+IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS)
 """What makes any seek go astray: frames can be numbered only as they come out, from the start of the file on."""
 ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that are no fresh start"
 MIRRORED = "a mirrored or slanted picture"
 
-REORDERS = 8  # FFmpeg's mark of a codec that may show frames in another order than it stores them in
+INTRA_ONLY, REORDERS = 1, 8  # FFmpeg's marks of a codec that has key frames alone, and that may store frames in another order than it shows
+REFUSING = ("ffv1", "h264")
+"""Codecs that may have other frames, and are decoded from a key frame on only if it is one."""
 VP8_SHOWN = 0x10
 START_CODE, UNIT_BYTES, UNIT_TYPE = b"\x00\x00\x01", 9, 0x1F  # of H.264: of a unit its type, and what comes first in a slice
 SLICES, IDR, B_SLICE = (1, 2, 5), 5, 1
@@ -93,6 +95,8 @@ def video_stream(container: Any) -> Any:
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file has no video stream")
+    if stream.codec_context is None:
+        raise ValueError("there is no decoder for its video")
     return stream
 
 
@@ -156,13 +160,15 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
     context, name = stream.codec_context, container_name(container)
     codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
     packets, frame = list[Packet](), None
-    is_cut = has_open_groups = False
+    is_cut = is_late = has_open_groups = False
     may_reorder = bool(context.has_b_frames) or (name == "avi" and bool(context.codec.properties & REORDERS))
     reorders = False
     for packet in rest:
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
                 frame = next(iter(packet.decode()), None)
+        if not packets and not is_cut and packet.size:
+            is_late = not packet.is_keyframe
         if packet.is_discard:
             is_cut = True
         elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):  # else only others refer to it
@@ -172,11 +178,26 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
             if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
                 has_open_groups = all(unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata))
     traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
+    if is_late and LATE_START not in traits:  # one that an edit list hides
+        traits.append(LATE_START)
+    if is_cut:
+        traits.append(EDIT_LIST)
+    if not context.codec.properties & INTRA_ONLY and _calls_all_keys(name, codec, packets, stream.index_entries):
+        traits.append(ALL_KEYS)
     if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
         traits.append(NO_INDEX)
     if has_open_groups:
         traits.append(OPEN_GROUPS)
     return _survey(container, stream, packets, traits, reorders, frame)
+
+
+def _calls_all_keys(name: str, codec: str, packets: Sequence[Packet], entries: Sequence[Any]) -> bool:
+    """Whether the packets, or the index of an mp4 against its packets, call each frame a key frame; decoders then begin anywhere."""
+    if len(packets) < 2:
+        return False
+    if all(packet.is_key for packet in packets):
+        return codec not in REFUSING
+    return name == "mp4" and len(entries) >= len(packets) and all(entry.is_keyframe for entry in entries)
 
 
 def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:

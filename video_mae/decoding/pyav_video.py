@@ -163,7 +163,10 @@ class _Video:
         for begin in self.keys[max(key - 1, 0): key + 1][::-1]:
             with suppress(av.FFmpegError):
                 frames = self._decoded(self._packets_from(begin), needed)
-                found = _at(frames, stamp)
+                first = next(frames, None)
+                if first is None or (begin is self.keys[key] and first.pts is not None and first.pts > begin.pts):
+                    continue  # refreshed bit by bit: what comes out at the end may lack what the key frame did not bring
+                found = _at(chain((first,), frames), stamp)
                 if found is not None:
                     return found, frames
         self._open()
