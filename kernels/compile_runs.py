@@ -126,5 +126,5 @@ def _contrastive_runs() -> list[Run]:
 
 
 def compile_runs(arch: int) -> list[Run]:
-    """What is compiled for sm_ARCH, less for the older GPU; of each compilation that several runs lead to, compile_check keeps the first."""
+    """What is compiled for sm_ARCH, less for the older GPU; of a compilation that several runs lead to, compile_check keeps the first."""
     return _attention_runs(arch) + _clip_runs(arch) + _contrastive_runs()
