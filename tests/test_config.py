@@ -283,6 +283,7 @@ OUT_OF_RANGE += [f"{key}=.inf" for key in (
     "model.mlp_ratio", "model.decoder_mlp_ratio", "objective.contrastive_weight", "optim.epochs", "optim.base_lr", "optim.weight_decay",
     "optim.clip_grad", "optim.eps")]
 OUT_OF_RANGE += [
+    "optim.steps=1000000000000", "optim.epochs=1e9",
     "mask.ratio=1", "mask.decoder_mask_ratio=0.3", "model.drop_path=1", "model.height=225", "model.num_frames=15", "model.num_heads=7",
     "model.decoder_num_heads=5", "model.std=[0, 1, 1]", "model.mean=[1, 2]", "model.in_channels=4", "model.mlp_ratio=0.0001",
     "model.preset=bse", "model.preset=[1]", "optim.betas=[0.9, 1]", "optim.min_lr=1", "optim.warmup_epochs=900",
