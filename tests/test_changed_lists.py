@@ -136,3 +136,10 @@ def test_results_of_another_list_are_not_written_over(tmp_path: Path) -> None:
         check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})
     write_metrics(tmp_path, {"list": "val.txt"}, {})  # of an earlier version
     check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})
+
+
+def test_results_of_before_a_setting_had_it_as_it_was_then(tmp_path: Path) -> None:
+    write_metrics(tmp_path, {"model": "m"}, {})
+    check_folder(tmp_path, {"model": "m", "antialias": True, "list_sha256": "b"})
+    with pytest.raises(ValueError, match="was made with antialias = True, now False"):
+        check_folder(tmp_path, {"model": "m", "antialias": False})

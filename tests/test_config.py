@@ -136,6 +136,55 @@ def test_a_text_in_a_file_is_as_it_is_written_there(tmp_path):
     assert load_config(tmp_path / "c.yaml").output == "b\u00e4r"
 
 
+def test_names_of_sources_are_texts_none_of_which_is_lost(tmp_path):
+    names = ("no", "off", "007", "7", "1e3", "~", "2020-01-01", "0x7", "=", "a.b", "kinetics-400")
+    lines = "".join(f"    {name}: {{source: list/{name}}}\n" for name in names)
+    (tmp_path / "c.yaml").write_text(f"data:\n  sources:\n{lines}")
+    config = load_config(tmp_path / "c.yaml", ["data.sources.kinetics-400.stride=2"])
+    assert {name: source.source for name, source in config.data.sources.items()} == {name: f"list/{name}" for name in names}
+    assert config.data.sources["kinetics-400"].stride == 2
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_anchors_and_merges_are_read_where_they_stand(tmp_path):
+    (tmp_path / "c.yaml").write_text("""
+data:
+  sources:
+    a: &a {source: &s 007, root: no, stride: 2}
+    b: {stride: 3, <<: *a}
+    c: {<<: [*a, {shuffle_window: 5}], root: off}
+seed: *s
+""")
+    config = load_config(tmp_path / "c.yaml")
+    found = {name: (part.source, part.root, part.stride, part.shuffle_window) for name, part in config.data.sources.items()}
+    assert found == {"a": ("007", "no", 2, 10_000), "b": ("007", "no", 3, 10_000), "c": ("007", "off", 2, 5)}
+    assert config.seed == 7
+
+
+BOMB = "engine:\n  extra:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"    {name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (BOMB, "without end"), ("engine:\n  extra: &a {x: *a}\n", "without end"), ("data: &a\n  sources: *a\n", "without end"),
+    ("engine: {extra: " + "{a: " * 60 + "1" + "}" * 60 + "}\n", "without end"), ("engine: {extra: " + "{a: " * 3000, "not YAML"),
+    ("? [a, b]\n: 3\n", "line 1: found a key that is no text"), ("engine: {extra: {? {a: 1} : 2}}\n", "no text"),
+    ("[a]: 1\n", "no text"), ("engine: {extra: {1: a, '1': b}}\n", "duplicate key 1"),
+    ("engine: {extra: {<<: {a: 1}, <<: {b: 1}}}\n", "duplicate"),
+    (f"seed: {'9' * 5000}\n", "line 1: 9"), (f"engine: {{extra: {{a: {'9' * 5000}}}}}\n", "line 1: 9"), ('output: "\\UFFFFFFFF"\n', ""),
+    ("engine: {extra: {a: !!timestamp x}}\n", "timestamp is not supported"), ("engine: {extra: {a: !!bool x}}\n", "x is no bool"),
+    ("engine: {extra: {a: !!set {x}}}\n", "set is not supported"), ("output: !foo x\n", "line 1: !foo is not supported"),
+    ("optim: !!seq {steps: 3}\n", "not supported"), ("optim:\n\tsteps: 3\n", "line 2: found character '\\t' (a tab: write blanks)"),
+    ('"a\\nb": 1\n', "unknown key a\\x0ab"), (f"seed: {'x' * 9000}\n", "seed: 'xx"), ("engine: {extra: null}\n", "engine.extra: must hold"),
+    ("data: {sources: 3}\n", "data.sources: must hold"), ("model: {mean: [.nan, 0, 0]}\n", "model.mean: "),
+    ("model: {std: [.inf, 1, 1]}\n", "model.std: ")])
+def test_a_file_that_no_run_can_mean_is_one_short_line(tmp_path, text, said):
+    found = message(tmp_path, text)
+    assert said in found
+    assert len(found) < 250
+
+
 @pytest.mark.parametrize(("override", "said"), [
     ("optim.betas=[0.9,", "optim.betas: "), ("optim.steps=@x", "optim.steps: "),
     ("classifier.class_names=[a]/t.txt", "classifier.class_names: "),
@@ -234,6 +283,7 @@ OUT_OF_RANGE += [f"{key}=.inf" for key in (
     "model.mlp_ratio", "model.decoder_mlp_ratio", "objective.contrastive_weight", "optim.epochs", "optim.base_lr", "optim.weight_decay",
     "optim.clip_grad", "optim.eps")]
 OUT_OF_RANGE += [
+    "optim.steps=1000000000000", "optim.epochs=1e9",
     "mask.ratio=1", "mask.decoder_mask_ratio=0.3", "model.drop_path=1", "model.height=225", "model.num_frames=15", "model.num_heads=7",
     "model.decoder_num_heads=5", "model.std=[0, 1, 1]", "model.mean=[1, 2]", "model.in_channels=4", "model.mlp_ratio=0.0001",
     "model.preset=bse", "model.preset=[1]", "optim.betas=[0.9, 1]", "optim.min_lr=1", "optim.warmup_epochs=900",

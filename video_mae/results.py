@@ -10,6 +10,8 @@ from video_mae.text import as_read_back, json_text, unicode_text
 METRICS_FILE = "metrics.json"
 LIST_DIGEST = "list_sha256"
 """The setting that tells one list from another under the same name; earlier versions did not write it."""
+AS_EARLIER = {"antialias": True}
+"""What earlier versions did, and had no setting for."""
 
 
 def choose_folder(output: str, model: str, name: str = "") -> Path:
@@ -31,14 +33,11 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         return
     try:
-        before = json.loads(file.read_bytes())["settings"]
-        changes = [f"{key} = {before.get(key)}, now {value}" for key, value in as_read_back(settings).items()
-                   if key != LIST_DIGEST and before.get(key) != value]
-        is_other_list = before.get(LIST_DIGEST, settings.get(LIST_DIGEST)) != settings.get(LIST_DIGEST)
+        before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **json.loads(file.read_bytes())["settings"]}
+        changes = ["another list of this name" if key == LIST_DIGEST else f"{key} = {before.get(key)}, now {value}"
+                   for key, value in as_read_back(settings).items() if before.get(key) != value]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    if is_other_list:
-        changes.append("another list of this name")
     if changes:
         raise ValueError(f"{file}: was made with {changes[0]}; choose another output, or remove it")
 

@@ -1,18 +1,18 @@
 """How a configuration is declared as dataclasses, read from YAML, checked key by key, written and explained. config/ has the keys."""
 
 import dataclasses
-import difflib
+import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
-from video_mae.text import read_text
-from video_mae.yaml_text import TAG, Loader, reason, refuse_interpolation, to_yaml
+from video_mae.text import one_line, read_text
+from video_mae.yaml_text import inside, is_text, load, refuse_interpolation, to_yaml, without_none
 
 Schema = TypeVar("Schema")
 _MAPPING = "must hold `key: value` lines"
@@ -45,7 +45,7 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
     Raises: ValueError with one line that names the file, the key, and the nearest valid key, the type or the range.
     """
     text = read_text(path) if path else ""
-    try:
+    with _naming(f"{path}: " if path else ""):
         values = _read_file(text, schema)
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
@@ -53,17 +53,14 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
         if presets and isinstance(model, dict) and (preset := model.pop("preset", None)) is not None:
             require(isinstance(preset, str) and preset in presets, "model.preset", preset, f"is not one of {', '.join(presets)}")
             values["model"] = {**presets[preset], **model}
-        return _build(values, schema)
-    except ValueError as error:
-        raise ValueError(f"{f'{path}: ' if path else ''}{error}") from None
+        return _build(values, schema, schema)
 
 
 def read_keys(path: Path) -> dict[str, Any]:
     """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
-    try:
-        return _read_file(read_text(path), Any)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    text = read_text(path)
+    with _naming(f"{path}: "):
+        return _read_file(text, Any)
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -73,8 +70,7 @@ def save_config(config: Any, path: str | Path) -> None:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass of knobs as plain JSON-ready data (tuples as lists)."""
-    return {f.name: to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-            for f in fields(config) for value in [getattr(config, f.name)]}
+    return json.loads(json.dumps(asdict(config)))
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -88,12 +84,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
     """The inverse of `to_dict` for one flat section, as config.json stores it. Raises: ValueError naming `where` and the key."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: {values!r} is not a mapping")
-    try:
-        return _build(values, schema)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    with _naming(f"{where}: "):
+        return _build(values, schema, schema)
 
 
 def describe(schema: type) -> str:
@@ -104,122 +96,87 @@ def describe(schema: type) -> str:
             lines.append(f"\n{key}: {f.metadata['meaning']}")
         else:
             default = f.default_factory() if f.default_factory is not MISSING else f.default
+            shown = default if default and isinstance(default, str) else json.dumps(default)
             choices = f" {{{' | '.join(str(a) for a in kind.__args__)}}}" if get_origin(kind) is Literal else ""
-            lines.append(f"  {key} = {_yaml(default)}{choices}\n      {f.metadata['meaning']}")
+            lines.append(f"  {key} = {shown}{choices}\n      {f.metadata['meaning']}")
     return "\n".join(lines)
 
 
-def _walk(schema: type, prefix: str) -> Iterable[tuple[str, Any, dataclasses.Field[Any]]]:
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts `where` before what is wrong inside, which is one line then."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(one_line(f"{where}{error}")) from None
+
+
+def _walk(schema: Any, prefix: str) -> Iterable[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Every key, its type and its field; NAME stands for the names of a dictionary of sections."""
     hints = get_type_hints(schema)
     for f in fields(schema):
-        yield f"{prefix}{f.name}", hints[f.name], f
-        if is_dataclass(hints[f.name]):
-            yield from _walk(hints[f.name], f"{prefix}{f.name}.")  # pyright: ignore[reportArgumentType]
-        elif named := _named_kind(hints[f.name]):
-            yield from _walk(named, f"{prefix}{f.name}.NAME.")
+        key, hint = f"{prefix}{f.name}", hints[f.name]
+        yield key, hint, f
+        if get_origin(hint) is dict:
+            key, hint = f"{key}.NAME", inside(hint, "NAME")
+        if is_dataclass(hint):
+            yield from _walk(hint, f"{key}.")
 
 
-def _named_kind(hint: Any) -> Any:
-    """What a knob of type dict[str, dataclass] holds under each name, else None."""
-    return get_args(hint)[1] if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]) else None
-
-
-def _yaml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
-    if isinstance(value, str):
-        return value or '""'
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _near(key: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f" (did you mean {match[0]}?)" if match else ""
-
-
-def _build(values: dict[str, Any], schema: Any) -> Any:
-    """The dataclass that the values of a section describe. Raises: ValueError for an unknown key, a wrong type, and then for a range."""
-    return _make(_typed(values, schema, schema), schema)
-
-
-def _make(knobs: dict[str, Any], schema: Any) -> Any:
-    hints, made = get_type_hints(schema), dict[str, Any]()
-    for key, value in knobs.items():
-        if is_dataclass(hints[key]):
-            made[key] = _make(value, hints[key])
-        elif named := _named_kind(hints[key]):
-            made[key] = {name: _make(part, named) for name, part in value.items()}
-        else:
-            made[key] = value
-    return schema(**made)
-
-
-def _typed(values: Any, schema: Any, root: type, prefix: str = "") -> dict[str, Any]:
-    """The values with the types of their knobs. Raises: ValueError for an unknown key or a wrong type."""
+def _build(values: Any, schema: Any, root: Any, where: str = "") -> Any:
+    """The dataclass that the values of the section `where` describe. Raises: ValueError for an unknown key, a wrong type, a range."""
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix[:-1]}: {_MAPPING}")
-    hints, knobs = get_type_hints(schema), dict[str, Any]()
-    for key, value in values.items():
+        raise ValueError(f"{where and f'{where}: '}{_MAPPING}")
+    hints, prefix = get_type_hints(schema), f"{where}." if where else ""
+    for key in values:
         if key not in hints:
             everywhere = [name for name, _, _ in _walk(root, "")]
-            elsewhere = next((f" (did you mean {name}?)" for name in everywhere if name.split(".")[-1] == key), "")
-            raise ValueError(f"unknown key {prefix}{key}{elsewhere or _near(str(key), hints) or _near(f'{prefix}{key}', everywhere)}")
-        hint, where = hints[key], f"{prefix}{key}"
-        if is_dataclass(hint):
-            knobs[key] = _typed(value, hint, root, f"{where}.")
-        elif named := _named_kind(hint):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {_MAPPING}")
-            knobs[key] = {str(name): _typed(part, named, root, f"{where}.{name}.") for name, part in value.items()}
-        else:
-            try:
-                knobs[key] = _convert(value, hint)
-            except (TypeError, ValueError, OverflowError):
-                kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-                raise ValueError(f"{where}: {value!r} is not of type {kind}") from None
-    return knobs
+            near = ([name for name in everywhere if name.split(".")[-1] == key] or get_close_matches(key, hints, 1)
+                    or get_close_matches(f"{prefix}{key}", everywhere, 1))
+            raise ValueError(f"unknown key {prefix}{key}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return schema(**{key: _convert(value, hints[key], root, f"{prefix}{key}") for key, value in values.items()})
 
 
-def _convert(value: Any, hint: Any) -> Any:
-    """The value of a knob. Raises: TypeError, ValueError or OverflowError where it is of another type."""
+def _convert(value: Any, hint: Any, root: Any, where: str) -> Any:
+    """The value as the type of the knob `where` has it. Raises: ValueError where it is of another type."""
     origin, of = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in of):
-            return value
-    elif NoneType in of:
-        return None if value is None else _convert(value, next(kind for kind in of if kind is not NoneType))
-    elif origin is tuple and isinstance(value, list | tuple):
+    if NoneType in of:
+        return None if value is None else _convert(value, without_none(hint), root, where)
+    if is_dataclass(hint):
+        return _build(value, hint, root, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: {_MAPPING}")
+        return {name: _convert(part, of[1], root, f"{where}.{name}") for name, part in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
         kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
-        return tuple(_convert(item, kind) for item, kind in zip(value, kinds, strict=True))
-    elif origin is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        if len(kinds) == len(value):
+            return tuple(_convert(item, kind, root, where) for item, kind in zip(value, kinds, strict=True))
+    is_choice = origin is Literal and any(type(value) is type(choice) and value == choice for choice in of)
+    if is_choice or hint is Any or (hint is str and isinstance(value, str)):
         return value
-    elif hint is bool and value in (0, 1):
+    if hint is bool and value in (0, 1):
         return bool(value)
-    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        return float(value)
-    elif hint is int and isinstance(value, int | str) and not isinstance(value, bool):
-        return int(value)
-    elif hint is Any or (hint is str and isinstance(value, str)):
-        return value
-    raise TypeError
+    if hint in (int, float) and isinstance(value, int | str | hint) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return hint(value)
+    kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{where}: {value!r:.100} is not of type {kind}")
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """The values with those of `more`, which win; mappings are merged key by key."""
-    merged = {**values}
-    for key, value in more.items():
-        before = values.get(key)
-        merged[key] = _merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    merged = {**values, **more}
+    for key in values.keys() & more.keys():
+        if isinstance(values[key], dict) and isinstance(more[key], dict):
+            merged[key] = _merge(values[key], more[key])
     return merged
 
 
 def _read_file(text: str, schema: Any) -> dict[str, Any]:
     """The keys of a file. Raises: ValueError."""
-    try:
-        refuse_interpolation(text)
-        values = _load(text, schema, {})
-    except yaml.YAMLError as error:
-        raise ValueError(reason(error)) from None
+    values = load(text, schema, {})
+    refuse_interpolation(text)
     if not isinstance(values, dict):
         raise ValueError(f"the file {_MAPPING}, not {str(values)[:60]!r}")
     return values
@@ -229,62 +186,19 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
     """{"optim": {"steps": 5}} of `optim.steps=5`. Raises: ValueError."""
     key, is_given, text = override.partition("=")
     names = key.split(".")
-    if not is_given or not all(re.fullmatch(r"\w+", name) for name in names):
+    if not is_given or not all(re.fullmatch(r"\S+", name) for name in names):
         raise ValueError(f"override `{override}` is not of the form key=value")
     hint = schema
     for name in names:
-        hint = _inside(hint, name)
-    try:
-        value = text if hint is None or _is_text(hint) else _load(text, hint, "")
-    except yaml.YAMLError as error:
-        raise ValueError(f"{key}: {text[:100]!r} cannot be read as a value ({reason(error)}); put texts in it into quotes") from None
-    if text == "null" and hint is not str and _is_text(hint):
+        hint = inside(hint, name)
+    value: Any = text
+    if text == "null" and hint is not str and is_text(hint):
         value = None
+    elif hint is not None and not is_text(hint):
+        try:
+            value = load(text, hint, "")
+        except ValueError as error:
+            raise ValueError(f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes") from None
     for name in reversed(names[1:]):
         value = {name: value}
     return {names[0]: value}
-
-
-def _load(text: str, hint: Any, empty: Any) -> Any:
-    """A value of YAML for a knob or a section; `empty` where there is none. Raises: YAMLError."""
-    loader = Loader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return empty
-        _keep_text(node, hint)
-        return loader.construct_document(node)
-    except RecursionError:
-        raise yaml.YAMLError("brackets in brackets without end") from None
-    finally:
-        loader.dispose()
-
-
-def _keep_text(node: Any, hint: Any) -> None:
-    """What YAML would take for a truth or a number stays as it is written where a text belongs."""
-    if isinstance(node, yaml.ScalarNode):
-        is_text = _is_text(hint) or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
-        if is_text and node.tag in (f"{TAG}bool", f"{TAG}int", f"{TAG}float"):
-            node.tag = f"{TAG}str"
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _keep_text(item, _inside(hint, ""))
-    else:
-        for key, value in node.value:
-            _keep_text(value, _inside(hint, key.value))
-
-
-def _is_text(hint: Any) -> bool:
-    return hint is str or set(get_args(hint)) == {str, NoneType}
-
-
-def _inside(hint: Any, name: str) -> Any:
-    """The type of what a section, a dictionary or a list holds under a name; None where it holds nothing of that name."""
-    if is_dataclass(hint):
-        return get_type_hints(hint).get(name)
-    if hint is Any:
-        return Any
-    of = get_args(hint)
-    if NoneType in of:
-        return _inside(next(kind for kind in of if kind is not NoneType), name)
-    return {dict: of[-1:], tuple: of[:1]}.get(get_origin(hint), (None,))[0]  # pyright: ignore[reportArgumentType, reportCallIssue]

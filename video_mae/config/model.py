@@ -73,6 +73,7 @@ class ModelConfig:
             values = getattr(self, name)
             require(len(values) in (1, self.in_channels), f"model.{name}", values,
                     f"must have 1 value or one for each of model.in_channels = {self.in_channels}")
+            require(all(map(math.isfinite, values)), f"model.{name}", values, "must be finite")
         require(min(self.std) > 0, "model.std", self.std, "must be above 0")
         for name in ("embed_dim", "decoder_embed_dim"):
             require(self.positions != "sincos" or getattr(self, name) % 4 == 0, f"model.{name}", getattr(self, name),

@@ -35,8 +35,9 @@ class OptimConfig:
         for name in ("base_lr", "min_lr", "warmup_epochs", "warmup_steps", "weight_decay", "clip_grad"):
             require(0 <= getattr(self, name) < math.inf, f"optim.{name}", getattr(self, name), "must be at least 0, finite")
         require(self.min_lr <= self.base_lr, "optim.min_lr", self.min_lr, f"is above optim.base_lr = {self.base_lr}")
-        require(0 < self.epochs < math.inf, "optim.epochs", self.epochs, "must be above 0, finite")
-        require(self.steps is None or self.steps >= 1, "optim.steps", self.steps, "must be at least 1, or null to count epochs")
+        require(0 < self.epochs < 10**9, "optim.epochs", self.epochs, "must be above 0, below 10**9")
+        require(self.steps is None or 1 <= self.steps < 10**12, "optim.steps", self.steps,
+                "must be in [1, 10**12), or null to count epochs")
         require(self.steps is None or self.warmup_steps <= self.steps, "optim.warmup_steps", self.warmup_steps,
                 f"is above optim.steps = {self.steps}")
         require(self.steps is not None or self.warmup_epochs <= self.epochs, "optim.warmup_epochs", self.warmup_epochs,
