@@ -29,7 +29,9 @@ EXTRA_KEYS = frozenset({
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalConfig, *, clips_per_video: int, world_size: int,
                      run_folder: Path) -> dict[str, Any]:
-    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one that DeepSpeed does not know."""
+    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one that DeepSpeed does not know, and
+    for a DeepSpeed of another version."""
+    device_step.check_version()
     micro_batch = optim.micro_batch * clips_per_video
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload != "none":
