@@ -23,8 +23,9 @@ PARTS = {"facts", "kernels_right", "attention", "losses", "step", "training", "l
 
 
 def gpu_run(folder: Path, site: Path, minutes: int) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-    environment["PYTHON"] = os.path.relpath(sys.executable, folder.parent)
+    """Called from another folder, with what is there."""
+    environment = {**os.environ, "PYTHON": os.path.relpath(sys.executable, folder.parent), "PYTHONPATH": str(site),
+                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # on a busy machine two threads wait for each other
     return subprocess.run([str(ROOT / "scripts" / "gpu_run.sh"), folder.name, str(minutes)], env=environment, cwd=folder.parent,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
