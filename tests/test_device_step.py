@@ -211,6 +211,8 @@ def test_deepspeed_guards_where_this_does_not_reach() -> None:
     assert made(extra={"timers": {"throughput": {"enabled": True}}})["timers"] == {"throughput": {"enabled": True}}
     with pytest.raises(ValueError, match=r"engine.extra.bf16.check_grad_overflow: is set by this program"):
         made(extra={"bf16": {"check_grad_overflow": True}})
+    with pytest.raises(ValueError, match=r"round_robin_gradients: .* saved models would be wrong; leave it out"):
+        made(extra={"zero_optimization": {"round_robin_gradients": True}})
 
 
 @pytest.mark.parametrize(("version", "is_known"), [("0.19.8", True), ("0.19.12+cu130", True), ("0.19.7", False), ("0.20.0", False),
