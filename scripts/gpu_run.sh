@@ -5,17 +5,22 @@
 #
 # Results are written as they come: FOLDER/NAME.log of each part, FOLDER/parts.tsv with how it ended, FOLDER/results/DEVICE/*.jsonl of the
 # benchmarks, which belong into benchmarks/results. Started again with the same FOLDER it goes on: what is done is not done again.
-# torch, triton, einops, numpy and pytest are enough for the kernels; the training step also takes omegaconf and safetensors, its rows
-# `engine` deepspeed and `Hugging Face` transformers. Without a GPU it is a rehearsal: small shapes, and the GPU's tests are skipped.
-# Exit status: 0 all is done, 1 a part failed or found no time.
+# PYTHON names the interpreter; without it that of .venv is taken, or python3. The kernels need torch, triton, einops, numpy, PyYAML and
+# pytest (quicker with pytest-xdist), the training step also torchvision, tqdm, matplotlib, pillow and safetensors; its rows `engine` need
+# deepspeed, `Hugging Face` transformers.
+# Without a GPU it is a rehearsal: small shapes, and the GPU's tests are skipped.
+# Exit status: 0 all is done, 1 a part failed, lacked a package or found no time, 2 it could not begin.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-runs/gpu} minutes=${2:-13}
-python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)}
+root=$(realpath "$(dirname "$0")/..")
+out=$(realpath -m "${1:-$root/runs/gpu}") minutes=${2:-13}
+python=${PYTHON:-$([[ -x $root/.venv/bin/python ]] && echo "$root/.venv/bin/python" || echo python3)}
+python=$(realpath -s "$(type -P "$python")" 2>/dev/null) # of the caller's folder, like FOLDER
+cd "$root" || exit 2
+[[ $minutes =~ ^[0-9]+$ ]] || { echo "MINUTES: $minutes is no whole number"; exit 2; }
+"$python" -c "import torch, pytest" || { echo "PYTHON: ${python:-${PYTHON:-python3}} cannot import torch and pytest"; exit 2; }
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-mkdir -p "$out"
-touch "$out/parts.tsv"
-deadline=$((SECONDS + minutes * 60)) unfinished=0
+mkdir -p "$out" && touch "$out/parts.tsv" || exit 2
+deadline=$((SECONDS + 10#$minutes * 60)) unfinished=0
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 
@@ -42,14 +47,15 @@ part() { # NAME MOST_SECONDS COMMAND ...: runs it, unless it is done
 }
 
 tests() { # arguments of pytest, for the tests that want a GPU
-    "$python" -m pytest -m gpu -p no:cacheprovider --timeout=120 "$@"
+    "$python" -m pytest -m gpu -p no:cacheprovider $limit "$@"
 }
 bench() { "$python" -m video_mae.kernels.benchmark --output "$out/results" "$@"; }
 step() { "$python" -m video_mae bench step "output=$out/results" "$@"; }
 facts() { nvidia-smi 2>&1 || true; "$python" -m torch.utils.collect_env; }
 # The shell's own functions have to run under `timeout`, which starts programs.
 export -f tests bench step facts
-export python out
+limit=$(has pytest_timeout && echo --timeout=120)
+export python out limit
 run() { part "$1" "$2" bash -c 'set -o pipefail; "$@"' _ "${@:3}"; }
 
 processes=()
@@ -69,14 +75,16 @@ kernel_tests=(tests/gpu/test_attention.py tests/gpu/test_tubelets.py tests/gpu/t
 run kernels_right 300 tests "${processes[@]}" "${kernel_tests[@]}" -k "not more_than"
 run attention 150 bench --ops attention "${at_presets[@]}"
 run losses 180 bench --ops gather embed reconstruction contrastive joint "${losses[@]}"
-for needed in omegaconf safetensors; do
-    has $needed || told step "needs $needed" 0
-done
-has omegaconf && has safetensors && run step 200 step "${base[@]}"
+if has safetensors; then
+    run step 200 step "${base[@]}"
+else
+    told step "needs safetensors" 0
+    unfinished=1
+fi
 run training 240 tests tests/gpu/test_training.py tests/gpu/test_loading.py tests/gpu/test_benchmark.py
 run lengths 150 bench --ops attention "${lengths[@]}"
 run fine_tune 120 bench --ops attention "${fine_tune[@]}"
-((${#others[@]})) && has omegaconf && has safetensors && run step_of_others 240 step "${others[@]}"
+((${#others[@]})) && has safetensors && run step_of_others 240 step "${others[@]}"
 run large_inputs 120 tests "${kernel_tests[@]}" -k more_than
 if command -v compute-sanitizer >/dev/null; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else a read beyond a tensor finds the allocator's memory

@@ -3,6 +3,7 @@
 import collections
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,16 @@ def test_deepspeed_guards_where_this_does_not_reach() -> None:
     assert made(extra={"timers": {"throughput": {"enabled": True}}})["timers"] == {"throughput": {"enabled": True}}
     with pytest.raises(ValueError, match=r"engine.extra.bf16.check_grad_overflow: is set by this program"):
         made(extra={"bf16": {"check_grad_overflow": True}})
+    with pytest.raises(ValueError, match=r"round_robin_gradients: .* saved models would be wrong; leave it out"):
+        made(extra={"zero_optimization": {"round_robin_gradients": True}})
+
+
+@pytest.mark.parametrize(("version", "is_known"), [("0.19.8", True), ("0.19.12+cu130", True), ("0.19.7", False), ("0.20.0", False),
+                                                   ("1.0", False)])
+def test_another_deepspeed_is_refused_before_anything_starts(version: str, is_known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_step, "version", lambda package: version)
+    with nullcontext() if is_known else pytest.raises(ValueError, match=rf"deepspeed: {version} is installed.*deepspeed>=0.19.8,<0.20"):
+        deepspeed_config(EngineConfig(), OptimConfig(), JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path("runs/x"))
 
 
 def test_a_report_comes_a_step_late_or_when_it_is_waited_for(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ PARTS = {"facts", "kernels_right", "attention", "losses", "step", "training", "l
 
 
 def gpu_run(folder: Path, site: Path, minutes: int) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
-    return subprocess.run([str(ROOT / "scripts" / "gpu_run.sh"), str(folder), str(minutes)], env=environment, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    """Called from another folder, with what is there."""
+    environment = {**os.environ, "PYTHON": os.path.relpath(sys.executable, folder.parent), "PYTHONPATH": str(site),
+                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # on a busy machine two threads wait for each other
+    return subprocess.run([str(ROOT / "scripts" / "gpu_run.sh"), folder.name, str(minutes)], env=environment, cwd=folder.parent,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def parts(folder: Path) -> dict[str, str]:

@@ -4,10 +4,19 @@ Of a ViT-B's 218 parameters DeepSpeed 0.19.8 asks, in bf16, 13 operations each w
 for the answers: 3,333 operations and 4 waits a step in ZeRO 1 and 2, 4,153 and 224 in ZeRO 0, 495 and 3 in ZeRO 3.
 """
 
+import re
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
+
+
+def check_version() -> None:
+    """Raises: ValueError for a DeepSpeed whose step may do what is not known here; ImportError where there is none."""
+    found = version("deepspeed")
+    if not (0, 19, 8) <= tuple(int(number) for number in re.findall(r"\d+", found)[:3]) < (0, 20):
+        raise ValueError(f"deepspeed: {found} is installed, whose training step is not known here; pip install 'deepspeed>=0.19.8,<0.20'")
 
 
 def is_possible(config: dict[str, Any]) -> bool:

@@ -29,7 +29,9 @@ EXTRA_KEYS = frozenset({
 
 def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalConfig, *, clips_per_video: int, world_size: int,
                      run_folder: Path) -> dict[str, Any]:
-    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one that DeepSpeed does not know."""
+    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one that DeepSpeed does not know, and
+    for a DeepSpeed of another version."""
+    device_step.check_version()
     micro_batch = optim.micro_batch * clips_per_video
     zero: dict[str, Any] = {"stage": engine.zero_stage}
     if engine.offload != "none":
@@ -59,6 +61,9 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalC
             near = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
             raise ValueError(f"engine.extra.{key}: DeepSpeed has no such key" + (f" (did you mean {near[0]}?)" if near else ""))
     _merge(config, engine.extra, "engine.extra")
+    if zero.get("round_robin_gradients"):
+        raise ValueError("engine.extra.zero_optimization.round_robin_gradients: DeepSpeed then mixes up the names of weights, "
+                         "and saved models would be wrong; leave it out")
     config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice a micro-batch
     if device_step.is_possible(config):
         config["gradient_clipping"] = 0.0

@@ -119,7 +119,7 @@ def measure_case(case: Case) -> list[Record]:
     missing: list[Record] = []
     try:
         ours_by_engine = _engine_steps(case, ours, clip_BTHWC, masks)
-    except (ImportError, torch.OutOfMemoryError) as error:
+    except (ImportError, ValueError, torch.OutOfMemoryError) as error:
         ours_by_engine, remedy = {}, "; pip install deepspeed" if isinstance(error, ImportError) else ""
         missing = [case.record("step", OURS_BY_ENGINE, "full", reason=f"{str(error).strip().splitlines()[0]}{remedy}")]
     try:
