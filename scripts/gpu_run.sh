@@ -62,11 +62,12 @@ processes=()
 has xdist && processes=(-n 8)
 # What is measured where; without a GPU the smallest of each.
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    at_presets=(--shapes encoder decoder) losses=() lengths=(--shapes length --providers sdpa ours) fine_tune=(--shapes fine-tune frames)
+    at_presets=(--shapes encoder "decoder base" "decoder dual base" --providers sdpa ours) losses=()
+    lengths=(--shapes length --providers sdpa ours) others_of_attention=(--shapes fine-tune decoder --providers sdpa ours)
     base=(presets=base compiled=base) others=(presets=small,large,huge compiled=)
 else
     echo "no GPU: a rehearsal"
-    at_presets=(--quick --providers ours) losses=("${at_presets[@]}") lengths=("${at_presets[@]}") fine_tune=("${at_presets[@]}")
+    at_presets=(--quick --providers ours) losses=("${at_presets[@]}") lengths=("${at_presets[@]}") others_of_attention=("${at_presets[@]}")
     base=(presets=small batch=1 side=32 rounds=2) others=()
 fi
 
@@ -83,7 +84,7 @@ else
 fi
 run training 240 tests tests/gpu/test_training.py tests/gpu/test_loading.py tests/gpu/test_benchmark.py
 run lengths 150 bench --ops attention "${lengths[@]}"
-run fine_tune 120 bench --ops attention "${fine_tune[@]}"
+run other_attention 180 bench --ops attention "${others_of_attention[@]}"
 ((${#others[@]})) && has safetensors && run step_of_others 240 step "${others[@]}"
 run large_inputs 120 tests "${kernel_tests[@]}" -k more_than
 if command -v compute-sanitizer >/dev/null; then

@@ -19,7 +19,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-PARTS = {"facts", "kernels_right", "attention", "losses", "step", "training", "lengths", "fine_tune", "large_inputs"}
+PARTS = {"facts", "kernels_right", "attention", "losses", "step", "training", "lengths", "other_attention", "large_inputs"}
 
 
 def gpu_run(folder: Path, site: Path, minutes: int) -> "subprocess.CompletedProcess[str]":
