@@ -43,6 +43,7 @@ TINY_FINETUNE = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order, and what one process has to run as a whole where several share the tests (pytest -n 2).
 
