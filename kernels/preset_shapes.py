@@ -43,7 +43,7 @@ SHAPES = (
     Shape("huge", (2, 16, 16), 1568, 160, 1408, 704, 16, 80, 8, 80),
     Shape("giant", (2, 14, 14), 2048, 208, 1840, 920, 16, 88, 8, 64),
 )
-ENCODER_TOKENS = (37, 50, 54, 64, 160, 208, 392)  # that the encoders of all recipes see, class tokens among them
+ENCODER_TOKENS = (37, 50, 54, 64, 157, 160, 208, 392)  # that the encoders of all recipes see, class tokens among them
 
 
 def attention_shapes() -> list[AttentionShape]:

@@ -1,6 +1,7 @@
 """The loader: cores shared out, the same batches for any workers and threads, workers that are killed, processes that leave none behind."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -230,6 +231,42 @@ def test_workers_that_die_each_time_end_the_run_with_a_remedy(monkeypatch: pytes
     with pytest.raises(RuntimeError, match=r"exited unexpectedly, for the last of 3 times: is there enough memory\? Lower data"):
         list(Loader(make, 9, told.append))
     assert (starts, len(told)) == ([0, 1, 2], 2)
+
+
+class Handed:
+    """Items of workers, of which the second is lost with a broken connection."""
+
+    def __init__(self, delivered: int, error: Exception, workers: list[multiprocessing.Process]) -> None:
+        self.left, self.error, self._workers = list(range(delivered, 4)), error, workers
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if self.left[:1] == [1]:
+            raise self.error
+        if not self.left:
+            raise StopIteration
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError(), FileNotFoundError(2, "no such socket")])
+def test_a_worker_that_dies_with_a_batch_in_its_hands_is_replaced_too(error: Exception) -> None:
+    dead = multiprocessing.Process(target=int)
+    dead.start()
+    alive = multiprocessing.Process(target=time.sleep, args=(60,))
+    alive.start()
+    told: list[str] = []
+
+    def make(delivered: int) -> Any:
+        return iter(range(delivered, 4)) if delivered else Handed(0, error, [alive, dead])
+
+    found = list(Loader(make, 4, told.append))
+    assert found == [0, 1, 2, 3]
+    assert len(told) == 1
+    with pytest.raises(type(error)):  # with all workers alive it is an error of the data set
+        list(Loader(lambda delivered: Handed(delivered, error, [alive]), 4, told.append))  # pyright: ignore[reportArgumentType]
+    alive.kill()
 
 
 def test_an_error_of_the_data_set_is_no_death_of_a_worker(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from video_mae.data.dataset import Batch, Sample, collate
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.process import end_with
 
+DYING_SECONDS = 0.5  # from the end of a process's connections to its own
 MAX_RESTARTS = 10
 _DEATH = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed)")
 
@@ -73,10 +74,10 @@ class _Items(Iterator[Item]):
         while True:
             try:
                 item = next(self.items)
-            except RuntimeError as error:
-                if not _DEATH.match(str(error)):
+            except (RuntimeError, OSError, EOFError) as error:
+                death = _death(error, self.items)
+                if not death:
                     raise
-                death = str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0]
             else:
                 self.delivered += 1
                 return item
@@ -96,6 +97,18 @@ class _Items(Iterator[Item]):
         items = iter(self.make(self.delivered))
         signal.signal(signal.SIGCHLD, handler)
         return items
+
+
+def _death(error: Exception, items: Any) -> str:
+    """What is told where an error means that a worker died; nothing where it is another error."""
+    if isinstance(error, RuntimeError):
+        return str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0] if _DEATH.match(str(error)) else ""
+    # The memory of a batch is handed over by the worker that made it: one that dies meanwhile is seen as a broken connection.
+    for worker in getattr(items, "_workers", ()):
+        worker.join(timeout=DYING_SECONDS)
+        if not worker.is_alive():
+            return f"a decoding worker (pid {worker.pid}) ended while it handed over a batch"
+    return ""
 
 
 class _Rest(Sampler[Any]):
