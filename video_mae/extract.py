@@ -79,7 +79,7 @@ def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan
     paths = _paths(source, config.data.root, config.data.list_format, notes.append)
     target = Path(folder)
     files = tuple(target / file_name(path, config.format) for path in paths)
-    knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
+    knobs = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {**knobs, "data.stride": stride, "hop": windows.hop, "layers": list(layers), "span": windows.span,
                 "weights": _fingerprint(encoder)}
     _check_folder(target, settings)

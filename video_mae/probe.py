@@ -97,7 +97,7 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     views = Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=config.sampling, stride=config.data.stride,
                   num_clips=config.num_clips, num_crops=config.num_crops,
                   reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
-    knobs = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items() if key not in FREE_KEYS}
+    knobs = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
     settings = {"model": str(model_folder.absolute()), **knobs,
                 LIST_DIGEST: {name: videos.videos.digest() for name, videos in lists.items()}}
     folder = choose_folder(config.output, model, "probe" if config.weights == "pretrained" else "probe_random")
