@@ -293,6 +293,7 @@ def start_run(tiny_file: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
         return started[-1]
 
+    gc.collect()  # a loader that an earlier test left would be ended, for seconds, while this test looks
     yield start
     for process in started:
         process.kill()
