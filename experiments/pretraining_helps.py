@@ -28,16 +28,15 @@ from shapes import SHAPES, ShapeClipsConfig, render_clips
 from torch import Tensor, nn
 
 from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, load_pretrained
-from video_mae.atomic import write_whole
 from video_mae.config import ObjectiveConfig
-from video_mae.demo import PHOTOGRAPHS
-from video_mae.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
-from video_mae.jsonl import read_jsonl
-from video_mae.masking import token_mask
-from video_mae.model import Encoder
-from video_mae.optim import Schedule, guard, parameter_groups
-from video_mae.schema import describe, knob, parse, require, to_dict
-from video_mae.weights import save_model_folder
+from video_mae.config.schema import describe, knob, parse, require, to_dict
+from video_mae.convert.model_folder import save_model_folder
+from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
+from video_mae.files import read_jsonl, write_whole
+from video_mae.model.masking import token_mask
+from video_mae.model.vit import Encoder
+from video_mae.tools.demo import PHOTOGRAPHS
+from video_mae.training.optim import Schedule, guard, parameter_groups
 
 MODEL = ModelConfig(num_frames=8, height=32, width=32, tubelet_size=2, patch_size=8, embed_dim=96, depth=4, num_heads=3,
                     decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2, mean=(0.5,), std=(0.25,))

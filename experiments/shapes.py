@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from video_mae.demo import PHOTOGRAPH_SIDES, load_photograph, resize_photograph, sample_photograph
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
+from video_mae.tools.demo import PHOTOGRAPH_SIDES, load_photograph, resize_photograph, sample_photograph
 
 SHAPES = ("disk", "square", "triangle", "cross", "star", "ring", "crescent", "bar")
 STENCIL_PIXELS = 80  # side of a shape's picture

@@ -49,7 +49,7 @@ part() { # NAME MOST_SECONDS COMMAND ...: runs it, unless it is done
 tests() { # arguments of pytest, for the tests that want a GPU
     "$python" -m pytest -m gpu -p no:cacheprovider $limit "$@"
 }
-bench() { "$python" -m video_mae.kernels.benchmark --output "$out/results" "$@"; }
+bench() { "$python" -m video_mae.benchmark.kernel_tables --output "$out/results" "$@"; }
 step() { "$python" -m video_mae bench step "output=$out/results" "$@"; }
 facts() { nvidia-smi 2>&1 || true; "$python" -m torch.utils.collect_env; }
 # The shell's own functions have to run under `timeout`, which starts programs.

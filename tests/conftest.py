@@ -55,12 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=lambda item: (trains_here(item), item.path.stem not in LONG))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{', training' if trains_here(item) else ''}"))
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}{', training' if trains_here(item) else ''}"))
 
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from video_mae.demo import DemoConfig, make_demo_data
+    from video_mae.tools.demo import DemoConfig, make_demo_data
 
     folder = tmp_path_factory.mktemp("data") / "demo"
     make_demo_data(folder, DemoConfig(train_clips=24, validation_clips=8, num_frames=16, height=48, width=48))

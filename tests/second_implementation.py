@@ -1,4 +1,4 @@
-"""A second VideoMAE, image MAE and mae_st, written from the description of the official ones and sharing nothing with `video_mae.model`.
+"""A second VideoMAE, image MAE and mae_st, written from the description of the official ones and sharing nothing with `video_mae.model.vit`.
 
 They do what the official code does: a float clip normalised by channel statistics, a Conv3d (or Conv2d) over all tokens, boolean
 masks, state dict names of the official checkpoints. Slow and plain on purpose: it is what the real model is measured against.

@@ -18,7 +18,7 @@ from pretraining_helps import MODEL, ExperimentConfig, labelled_clips, main, pho
 from shapes import SHAPES, ShapeClipsConfig, render_clip, render_clips, stencils
 
 from video_mae import load_pretrained
-from video_mae.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
+from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
 
 TOY = ["labels=[8,16]", "seeds=[0,3]", "unlabelled_clips=24", "scored_clips=32", "steps=8", "warmup_steps=2", "batch=4", "finetune_steps=3",
        "linear_steps=3", "attentive_steps=2", "save_interval=4", "log_interval=2", "workers=1"]

@@ -13,30 +13,14 @@ FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): pa
          if not path.relative_to(ROOT).as_posix().startswith("video_mae/kernels/")}
 SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-# The core modules and all of ours that they may import; "kernels" is any file of it.
-ALLOWED = {
-    "schema": {"text", "yaml_text"}, "text": set(), "yaml_text": set(),
-    "masking": set(), "checkpoint": set(), "augment": {"config"}, "optim": {"config"},
-    "objective": {"config", "masking", "kernels"}, "positions": {"config"},
-    "model": {"config", "masking", "kernels", "objective", "positions"}, "inflation": {"config", "model", "positions"},
-    "weights": {"atomic", "config", "convert", "model", "schema", "text"}, "atomic": set(),
-    "convert.layout": set(), "convert.pickled": set(), "convert.torch_file": {"convert"}, "convert.reading": {"checkpoint", "convert"},
-    "convert.architecture": {"config", "convert", "positions", "schema"},
-    "convert.importing": {"config", "convert", "model"}, "convert.export": {"atomic", "config", "convert", "model", "text"},
-    "engine": {"config", "optim", "checkpoint", "device_step", "reports", "world"}, "world": set(),
-    "device_step": set(), "reports": set(), "jsonl": {"text"}, "journal": {"jsonl", "text"},
-    "report": {"atomic", "jsonl", "text"},
-    "train": {"config", "data", "decoding", "engine", "journal", "jsonl", "kernels", "optim", "report",
-              "reports", "results", "run_folder", "schema", "text", "weights"}, "run_folder": {"atomic", "config", "decoding", "schema"},
-    "picture": {"atomic", "config", "model", "masking", "kernels", "text"},
-    "shard_writer": {"data", "text"}, "scores": {"text"}, "heads": set(), "feature_file": set(),
-    "ranks": {"engine"}, "results": {"atomic", "text"},
-    "features": {"config", "data", "model", "weights"}, "predict": {"config", "data", "decoding", "features", "model", "weights"},
-}
+# A folder (or a file at the top) is a level: it imports what stands in the rows below its own, and itself.
+LEVELS = (("cli",), ("benchmark",), ("tools",), ("evaluation",), ("training",), ("convert",), ("data", "model"),
+          ("decoding", "kernels"), ("config",), ("files",))
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours
-ONLY = {"deepspeed": ("video_mae.engine",), "triton": ("kernels.",), "decord": ("video_mae.decoding.", *COMPETITORS),
+ONLY = {"deepspeed": ("video_mae.training.engine",), "triton": ("kernels.",), "decord": ("video_mae.decoding.", *COMPETITORS),
         "pytorchvideo": COMPETITORS, "torchcodec": ("video_mae.decoding.", *COMPETITORS),
-        "av": ("video_mae.decoding.", "video_mae.demo", *COMPETITORS)}
+        "av": ("video_mae.decoding.", "video_mae.tools.demo", *COMPETITORS)}
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -65,29 +49,24 @@ def ours(name: str) -> set[str]:
     return {module.split(".")[1] if "." in module else "video_mae" for module in imports(name) if module.split(".")[0] == "video_mae"}
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_core_modules_import_only_what_lies_under_them(part):
-    assert ours(f"video_mae.{part}") <= ALLOWED[part]
-
-
-def test_configuration_imports_nothing_but_its_own_and_the_schema():
+@pytest.mark.parametrize("part", LEVEL)
+def test_a_level_imports_only_what_lies_under_it(part):
+    allowed = {part} | {other for other, level in LEVEL.items() if level > LEVEL[part]}
     for name in FILES:
-        if name.startswith("video_mae.config"):
-            assert ours(name) <= {"config", "schema"}, name
+        if name.startswith((f"video_mae.{part}.", f"{part}.")) or name == f"video_mae.{part}":
+            assert ours(name) <= allowed, name
 
 
-@pytest.mark.parametrize("part", ["data", "stages"])
-def test_nothing_below_imports_a_stage_or_the_command_line(part):
-    stages = {"pretrain", "finetune", "evaluate", "reconstruct", "extract", "probe", "cli"}
+def test_every_file_stands_on_a_level():
     for name in FILES:
-        own = name.removeprefix("video_mae.")
-        if part == "data" and own.startswith("data."):
-            assert ours(name) <= {"config", "augment", "data", "decoding", "text", "world"}, name
-        elif own.startswith("decoding."):
-            assert ours(name) <= {"config", "decoding"}, name
-            assert "torch" not in {module.split(".")[0] for module in imports(name)} or own.endswith("torchcodec_video"), name
-        elif own not in stages | {"__main__"}:
-            assert not ours(name) & stages, name
+        own = name.split(".")[1] if name.startswith("video_mae.") else name.split(".")[0]
+        assert own in LEVEL or name in ("video_mae.__init__", "video_mae.__main__"), name
+
+
+def test_decoding_imports_no_torch():
+    for name in FILES:
+        if name.startswith("video_mae.decoding.") and not name.endswith("torchcodec_video"):
+            assert "torch" not in {module.split(".")[0] for module in imports(name)}, name
 
 
 def test_only_main_imports_the_command_line():

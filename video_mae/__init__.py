@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from video_mae.config import ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config
+    from video_mae.config.schema import save_config
     from video_mae.convert import Facts, import_model
-    from video_mae.inflation import deflated, inflated, resized
-    from video_mae.masking import TokenMask, frame_mask, random_mask, token_mask, tube_mask
-    from video_mae.model import Encoder, VideoClassifier, VideoMAE, VideoMAEOutput
-    from video_mae.predict import classify_video
-    from video_mae.schema import save_config
-    from video_mae.weights import load_pretrained, save_model_folder
+    from video_mae.convert.model_folder import load_pretrained, save_model_folder
+    from video_mae.evaluation.predict import classify_video
+    from video_mae.model.inflation import deflated, inflated, resized
+    from video_mae.model.masking import TokenMask, frame_mask, random_mask, token_mask, tube_mask
+    from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE, VideoMAEOutput
 
 __all__ = [
     "ClassifierConfig",
@@ -43,12 +43,12 @@ __all__ = [
 _HOMES = {
     "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config",
     "video_mae.convert": "Facts, import_model",
-    "video_mae.inflation": "deflated, inflated, resized",
-    "video_mae.masking": "TokenMask, frame_mask, random_mask, token_mask, tube_mask",
-    "video_mae.model": "Encoder, VideoClassifier, VideoMAE, VideoMAEOutput",
-    "video_mae.predict": "classify_video",
-    "video_mae.schema": "save_config",
-    "video_mae.weights": "load_pretrained, save_model_folder",
+    "video_mae.model.inflation": "deflated, inflated, resized",
+    "video_mae.model.masking": "TokenMask, frame_mask, random_mask, token_mask, tube_mask",
+    "video_mae.model.vit": "Encoder, VideoClassifier, VideoMAE, VideoMAEOutput",
+    "video_mae.evaluation.predict": "classify_video",
+    "video_mae.config.schema": "save_config",
+    "video_mae.convert.model_folder": "load_pretrained, save_model_folder",
 }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from video_mae.text import one_line
+from video_mae.files import one_line
 
 USAGE_ERROR = 2
 PATIENCE_SECONDS = 30
@@ -36,20 +36,20 @@ class Stage(NamedTuple):
 BENCH_KERNELS = Stage("measure each kernel against everything else that computes it; or compile all of them without a GPU",
                       "benchmark.kernels", "KernelBenchConfig", (), ("--baseline FILE", "--compile-check"))
 STAGES = {
-    "pretrain": Stage("pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices", "pretrain", "PretrainConfig",
+    "pretrain": Stage("pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices", "training.pretrain", "PretrainConfig",
                       (CONFIG,)),
-    "finetune": Stage("train a pretrained model to name actions; under the launcher as well", "finetune", "FinetuneConfig", (CONFIG,)),
-    "reconstruct": Stage("draw what a pretrained model makes of the hidden parts of a video", "reconstruct", "ReconstructConfig",
+    "finetune": Stage("train a pretrained model to name actions; under the launcher as well", "training.finetune", "FinetuneConfig", (CONFIG,)),
+    "reconstruct": Stage("draw what a pretrained model makes of the hidden parts of a video", "tools.reconstruct", "ReconstructConfig",
                          ("MODEL_FOLDER", "VIDEO", "PICTURE.png")),
-    "evaluate": Stage("test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher", "evaluate",
+    "evaluate": Stage("test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher", "evaluation.evaluate",
                       "EvaluateConfig", ("MODEL_OR_RUN_FOLDER", "LIST")),
-    "predict": Stage("name the action in a video", "predict", "PredictConfig", ("MODEL_OR_RUN_FOLDER", "VIDEO")),
-    "probe": Stage("measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes", "probe", "ProbeConfig",
+    "predict": Stage("name the action in a video", "evaluation.predict", "PredictConfig", ("MODEL_OR_RUN_FOLDER", "VIDEO")),
+    "probe": Stage("measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes", "evaluation.probe", "ProbeConfig",
                    ("MODEL_OR_RUN_FOLDER",)),
-    "extract": Stage("write the features of clips along videos of any length, with their times; also under the launcher", "extract",
+    "extract": Stage("write the features of clips along videos of any length, with their times; also under the launcher", "evaluation.extract",
                      "ExtractConfig", ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER")),
     "doctor": Stage("check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
-                    "2: a mistake in the command", "doctor", "DoctorConfig", ("LIST",)),
+                    "2: a mistake in the command", "tools.doctor", "DoctorConfig", ("LIST",)),
     "convert": Stage("a model of another project as one of ours, or ours as theirs", "convert.stage", "ConvertConfig",
                      ("SOURCE", "DESTINATION")),
     "bench": BENCH_KERNELS, "bench kernels": BENCH_KERNELS,
@@ -57,11 +57,11 @@ STAGES = {
                         "StepBenchConfig", (), ("--baseline FILE",)),
     "bench data": Stage("measure the loader beside pytorchvideo's and the official pipeline", "benchmark.data", "DataBenchConfig", (),
                         ("--baseline FILE",)),
-    "pack": Stage("turn the videos of a list into shards that training reads several times faster; goes on where it was stopped", "pack",
+    "pack": Stage("turn the videos of a list into shards that training reads several times faster; goes on where it was stopped", "tools.pack",
                   "PackConfig", ("LIST", "FOLDER"),
                   ("--form FORM", "--short-side PIXELS", "--fps FPS", "--frame-step FRAMES", "--gop FRAMES", "--crf CRF", "--shard-mb MB",
                    "--root FOLDER", "--num-workers N")),
-    "demo": Stage("render the embedded demo data set into a folder", "demo", "DemoConfig", ("FOLDER",)),
+    "demo": Stage("render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)),
 }
 
 
@@ -93,7 +93,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
     from video_mae.config import load_config
-    from video_mae.schema import parse
+    from video_mae.config.schema import parse
 
     schema = _schema(stage)
     words = [getattr(options, word) for word in stage.words if word != CONFIG]
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _help_of(stage: Stage) -> type[argparse.Action]:
     class Help(argparse.Action):
         def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-            from video_mae.schema import describe
+            from video_mae.config.schema import describe
 
             print(f"{parser.format_help()}\nkeys:\n{describe(_schema(stage))}")
             parser.exit()

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, token_mask
 from video_mae.config import EngineConfig, JournalConfig, OptimConfig
-from video_mae.engine import Engine, deepspeed_config
+from video_mae.training.engine import Engine, deepspeed_config
 
 from .conftest import Dispatched
 

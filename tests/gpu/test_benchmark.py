@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from video_mae.benchmark import kernel_cells as benchmark_cells
+from video_mae.benchmark import kernel_tables as benchmark
+from video_mae.benchmark.kernel_losses import Contrastive, Embed, Gather, Joint, Reconstruction
+from video_mae.benchmark.kernel_problems import Attention, Problem
+from video_mae.benchmark.measure import Ceilings, Clock
+from video_mae.benchmark.records_base import Run, append, environment
 from video_mae.benchmark.report import write_page
-from video_mae.kernels import benchmark, benchmark_cells
-from video_mae.kernels.benchmark_losses import Contrastive, Embed, Gather, Joint, Reconstruction
-from video_mae.kernels.benchmark_measure import Ceilings, Clock
-from video_mae.kernels.benchmark_problems import Attention, Problem
-from video_mae.kernels.benchmark_records import Run, append, environment
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU, BF16 = torch.device("cuda"), torch.bfloat16

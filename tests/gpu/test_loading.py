@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("pytorchvideo")  # of lists, which batches are made of
 
-from video_mae.augment import crop_clip
 from video_mae.data import Batch
+from video_mae.data.augment import crop_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips
 from video_mae.data.prefetch import DevicePrefetcher
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from video_mae.benchmark.timeline import Border, Timeline, marked
 from video_mae.config import EngineConfig, JournalConfig, OptimConfig
-from video_mae.engine import Engine, deepspeed_config
-from video_mae.optim import parameter_groups
+from video_mae.training.engine import Engine, deepspeed_config
+from video_mae.training.optim import parameter_groups
 
 Name = TypeVar("Name")
 

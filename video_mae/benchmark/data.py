@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from video_mae.benchmark.contender import ratio
+from video_mae.benchmark.measure import quantiles
 from video_mae.benchmark.pipelines import CONTENDERS, STAGES, Contender, Form, Found, Job, bare, official, ours, serve
 from video_mae.benchmark.records import DASH, Record, Run, Table, environment
 from video_mae.benchmark.report import OUTPUT, publish
 from video_mae.config.data import SourceConfig
+from video_mae.config.schema import knob, require
 from video_mae.data import read_annotations
-from video_mae.demo import DemoConfig, make_demo_data
-from video_mae.kernels.benchmark_measure import quantiles
-from video_mae.pack import PackConfig
-from video_mae.pack import start as pack
-from video_mae.schema import knob, require
-from video_mae.text import one_line
+from video_mae.files import one_line
+from video_mae.tools.demo import DemoConfig, make_demo_data
+from video_mae.tools.pack import PackConfig
+from video_mae.tools.pack import start as pack
 
 BENCHMARK = "data"
 OFFICIAL = next(contender.name for contender in CONTENDERS if contender.pipeline is official)

@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as F
 from video_mae.benchmark.timeline import Border
 from video_mae.config import ModelConfig
 from video_mae.convert.export import export_hugging_face
-from video_mae.masking import TokenMask
-from video_mae.model import VideoMAE
+from video_mae.model.masking import TokenMask
+from video_mae.model.vit import VideoMAE
 
 if TYPE_CHECKING:
     from transformers import VideoMAEForPreTraining

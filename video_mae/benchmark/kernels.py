@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from video_mae.benchmark import kernel_tables as benchmark
 from video_mae.benchmark.report import OUTPUT, publish
-from video_mae.kernels import benchmark, compile_check
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
+from video_mae.kernels import compile_check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from video_mae.augment import crop_box
 from video_mae.benchmark.memory import peak_growth, peak_of_children
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
+from video_mae.data.augment import crop_box
 from video_mae.data.dataset import FIRST_ATTEMPT, UncutBatch
 from video_mae.data.workers import keep_memory
 from video_mae.decoding import Choose, Decoded, resolve_decoder

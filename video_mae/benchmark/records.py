@@ -6,7 +6,7 @@ A benchmark makes a `Run(environment(device), [Record(...), ...])`, or several p
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from video_mae.kernels.benchmark_records import DASH, Record, Run, Table, Times, append, environment, read, results_file
+from video_mae.benchmark.records_base import DASH, Record, Run, Table, Times, append, environment, read, results_file
 
 __all__ = ["DASH", "Change", "Record", "Run", "Table", "Times", "append", "compare", "environment", "read",
            "results_file", "slower_table"]

@@ -14,20 +14,20 @@ import torch
 
 from video_mae.benchmark import hugging_face, timeline
 from video_mae.benchmark.contender import EngineTrainer, Step, Trainer, ratio, time_call, time_in_turn
+from video_mae.benchmark.kernel_cells import dtype_name
+from video_mae.benchmark.kernel_tables import default_device, default_dtype
+from video_mae.benchmark.measure import Clock, quantiles
 from video_mae.benchmark.memory import peak_growth
 from video_mae.benchmark.records import Record, Run, environment
 from video_mae.benchmark.report import OUTPUT, publish
 from video_mae.benchmark.step_tables import BENCHMARK, NOTES, OURS_BY_ENGINE, THEIRS, THEIRS_COMPILED, THEIRS_PREPARED, tables
 from video_mae.config import PRESETS, ModelConfig
-from video_mae.engine import leave
-from video_mae.journal import peak_flops
-from video_mae.kernels.benchmark import default_device, default_dtype
-from video_mae.kernels.benchmark_cells import dtype_name
-from video_mae.kernels.benchmark_measure import Clock, quantiles
+from video_mae.config.schema import knob, require
 from video_mae.kernels.dispatch import describe
-from video_mae.masking import TokenMask, token_mask
-from video_mae.model import VideoMAE, pretraining_macs
-from video_mae.schema import knob, require
+from video_mae.model.masking import TokenMask, token_mask
+from video_mae.model.vit import VideoMAE, pretraining_macs
+from video_mae.training.engine import leave
+from video_mae.training.journal import peak_flops
 
 Name = tuple[str, str]
 """(provider, mode) of a step."""

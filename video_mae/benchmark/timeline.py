@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from video_mae.model import Block, Blocks, VideoMAE
+from video_mae.model.vit import Block, Blocks, VideoMAE
 
 
 class Border(NamedTuple):

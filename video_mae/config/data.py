@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
 
 Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""

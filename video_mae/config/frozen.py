@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from video_mae.config.data import ReadConfig
-from video_mae.schema import knob, require, section
+from video_mae.config.schema import knob, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """Of activations; weights stay float32."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
 
 Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 """How the frames of a clip that is to be named are chosen."""

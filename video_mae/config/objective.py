@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
 
 
 @dataclass(frozen=True, kw_only=True)

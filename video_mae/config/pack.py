@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from video_mae.config.data import LIST_FORMATS, ListFormat
-from video_mae.schema import knob, require
+from video_mae.config.schema import knob, require
 
 Form = Literal["video", "frames"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from video_mae.config.data import DataConfig
 from video_mae.config.model import PRESETS, ModelConfig
 from video_mae.config.objective import MaskConfig, ObjectiveConfig
+from video_mae.config.schema import Schema, knob, parse, require, section
 from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig
-from video_mae.schema import Schema, knob, parse, require, section
 
 
 @dataclass(frozen=True, kw_only=True)

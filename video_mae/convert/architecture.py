@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ClassifierConfig, ModelConfig, ObjectiveConfig
+from video_mae.config.schema import knob, require
+from video_mae.convert.foreign_files import Source
 from video_mae.convert.layout import Found, readable
-from video_mae.convert.reading import Source
-from video_mae.positions import computed_positions
-from video_mae.schema import knob, require
+from video_mae.model.positions import computed_positions
 
 HEADS = {preset["embed_dim"]: preset["num_heads"] for preset in PRESETS.values()}  # of VideoMAE; MAE and mae_st have the same
 USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4

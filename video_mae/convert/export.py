@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from video_mae.atomic import write_whole
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from video_mae.convert import hugging_face
 from video_mae.convert.architecture import SOMETHING_CLASSES, USUAL_STRIDE
 from video_mae.convert.hugging_face import Version
 from video_mae.convert.layout import Layout, write
 from video_mae.convert.official import OFFICIAL
-from video_mae.model import Attention, Encoder, VideoClassifier, VideoMAE
-from video_mae.text import json_text
+from video_mae.files import json_text, write_whole
+from video_mae.model.vit import Attention, Encoder, VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}

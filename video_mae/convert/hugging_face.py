@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from video_mae.convert.architecture import Draft, whole
+from video_mae.convert.foreign_files import read_json
 from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
-from video_mae.convert.reading import read_json
 
 Version = Literal["v4", "v5"]
 

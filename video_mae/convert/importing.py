@@ -11,9 +11,9 @@ import torch
 from video_mae.config import ClassifierConfig
 from video_mae.convert import hugging_face, mae, official
 from video_mae.convert.architecture import Draft, Facts
+from video_mae.convert.foreign_files import Source, read_source
 from video_mae.convert.layout import Found, Layout, find, recognise, their_name
-from video_mae.convert.reading import Source, read_source
-from video_mae.model import VideoClassifier, VideoMAE
+from video_mae.model.vit import VideoClassifier, VideoMAE
 
 VIDEOMAE, VITMAE = hugging_face.videomae("v4"), hugging_face.vit_mae("v4")
 PROJECTS: tuple[tuple[Layout, Callable[[Draft], None]], ...] = (

@@ -4,14 +4,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from video_mae.config.schema import knob
 from video_mae.convert.architecture import Facts
 from video_mae.convert.export import export_hugging_face, export_official, export_program
 from video_mae.convert.hugging_face import Version
 from video_mae.convert.importing import import_model
-from video_mae.convert.run_folder import checkpoint_folder, load_checkpoint
-from video_mae.schema import knob
-from video_mae.text import json_text
-from video_mae.weights import Model, choose_frames, find_model_folder, is_model_folder, load_pretrained, save_model_folder
+from video_mae.convert.model_folder import Model, choose_frames, find_model_folder, is_model_folder, load_pretrained, save_model_folder
+from video_mae.convert.run_checkpoint import checkpoint_folder, load_checkpoint
+from video_mae.files import json_text
 
 REPORT = "import.json"
 

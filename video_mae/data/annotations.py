@@ -21,7 +21,7 @@ from video_mae.data.shards import is_packed, read_manifest, read_packed
 from video_mae.data.videos import Paths, VideoList
 from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS, stills
 from video_mae.decoding.containers import is_regular
-from video_mae.text import one_line
+from video_mae.files import one_line
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 STAT_THREADS, STAT_CHUNK = 16, 2000

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
 from video_mae.data.advice import Costs
+from video_mae.data.augment import crop_box, crop_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
 from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
 from video_mae.data.sources import Sources

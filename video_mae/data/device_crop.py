@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import get_worker_info
 
-from video_mae.augment import Box
+from video_mae.data.augment import Box
 
 CHUNK_BYTES = 2**28
 """What the steps of cutting some videos may take at once on the device, beside the frames and the crops themselves."""

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from video_mae.augment import strengthen_clip
 from video_mae.config import ClassifierConfig, FinetuneConfig
+from video_mae.data.augment import strengthen_clip
 from video_mae.data.dataset import ClipDataset, Failure, Sample
 from video_mae.data.labels import read_labeled
 from video_mae.data.sampling import dense_indices, part_indices, sample_seed, uniform_indices

@@ -11,7 +11,7 @@ import numpy as np
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.annotations import class_names, read_annotations
 from video_mae.data.videos import Places, VideoList
-from video_mae.text import read_text
+from video_mae.files import read_text
 
 CLASS_FILE = "classes.txt"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from video_mae.config.data import ListFormat
-from video_mae.text import is_utf16, one_line, open_text
+from video_mae.files import is_utf16, one_line, open_text
 
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""

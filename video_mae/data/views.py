@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from video_mae.augment import crop_clip
 from video_mae.config.model import Sampling
+from video_mae.data.augment import crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import Loader, worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode

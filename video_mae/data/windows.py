@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from video_mae.augment import crop_box, crop_clip
 from video_mae.config import DataConfig
+from video_mae.data.augment import crop_box, crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start

@@ -4,7 +4,7 @@ import ctypes
 import os
 from dataclasses import dataclass
 
-from video_mae.world import ranks_here
+from video_mae.config.world import ranks_here
 
 MOST_WORKERS, MOST_THREADS = 16, 4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt

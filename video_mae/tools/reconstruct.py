@@ -1,0 +1,72 @@
+"""The reconstruction stage: a pretrained model folder, a video, a picture of what the model makes of the hidden tubelets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from video_mae.config import DataConfig, MaskConfig
+from video_mae.config.schema import knob, require, section
+from video_mae.convert.model_folder import load_pretrained
+from video_mae.data.augment import crop_box, crop_clip
+from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
+from video_mae.decoding import VideoDecodeError, decode
+from video_mae.model.masking import mask_counts, token_mask
+from video_mae.model.objective import pixel_scale, predicted_clip
+from video_mae.model.vit import VideoMAE
+from video_mae.training.picture import Statistics, draw_reconstruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
+
+    seed: int = knob(0, "of the clips, boxes and masks")
+    num_clips: int = knob(2, "clips drawn from the video")
+    stride: int = knob(4, "video frames from one frame of the clip to the next; take that of the training")
+    statistics: Statistics = knob("visible", "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
+                                  "hidden ones, which a model does not have")
+    mask: MaskConfig = section(MaskConfig, "masking")
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
+        require(self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1")
+        require(self.stride >= 1, "stride", self.stride, "must be at least 1")
+
+
+def start(model_folder: str, video: str, picture: str, config: ReconstructConfig) -> int:
+    """The stage as the command line starts it."""
+    reconstruct(model_folder, video, picture, config)
+    print(f"picture {picture}")
+    return 0
+
+
+def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig) -> None:
+    """Draws clips of a video, their visible tubelets and the model's predictions.
+
+    Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video that cannot be decoded.
+    """
+    model = load_pretrained(model_folder, VideoMAE)
+    size = (model.config.height, model.config.width)
+    mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
+    rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]
+
+    def choose(num_video_frames: int) -> np.ndarray:  # all clips from one pass over the file
+        return np.concatenate([clip_indices(num_video_frames, model.config.num_frames, config.stride, rng) for rng in rngs])
+
+    try:
+        frames_THWC = torch.from_numpy(decode(str(video), choose))
+    except VideoDecodeError as error:
+        raise ValueError(str(error)) from None
+    box = crop_box(DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0])
+    clip_BTHWC = torch.stack(crop_clip(frames_THWC, box, size, flip=False).chunk(config.num_clips))
+    seeds_B = torch.tensor([sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)])
+    mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio,
+                      model.config.decoder_context)
+    with torch.no_grad():
+        predicted_BMP = model.predict(clip_BTHWC, mask)
+    titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]
+    draw_reconstruction(Path(picture), predicted_clip(clip_BTHWC, model.config), mask.visible_BV, mask.masked_BM, predicted_BMP,
+                        model.config.predicted_tubelet, model.objective_config.normalize, titles, config.statistics,
+                        pixel_scale(model.config, model.objective_config))
