@@ -24,6 +24,7 @@ experiment: install
 	@$(BIN)/python experiments/pretraining_helps.py
 
 lint: install
+	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/basedpyright --warnings
 

@@ -1,4 +1,6 @@
-"""Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins torch."""
+"""Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins
+torch.
+"""
 
 from typing import Any
 
@@ -15,29 +17,41 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.device) -> str:
-    """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there is none."""
+    """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there
+    is none.
+    """
     tokens, width = shape[1], shape[4]
     if impl == "auto" and device.type == "cuda":
         return "triton" if dtype in HALF and tokens <= attention_limit(device, width) else "sdpa"
     chosen = choose("packed_attention", impl, device)
     if chosen == "triton" and (dtype not in (*HALF, torch.float32) or width > MAX_WIDTH):
-        raise ValueError(f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
-                         f"{width}; use auto or sdpa")
+        raise ValueError(
+            f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
+            f"{width}; use auto or sdpa"
+        )
     return chosen
 
 
 def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for every head, without a mask.
 
-    qkv_BN3HD: [B, N, 3, heads, d], as a linear layer wrote it; under autocast it is taken in autocast's dtype.
-    Returns: out_BNHD [B, N, heads, d]. Raises: ValueError for a wrong shape or dtype, or an impl that the device does not have.
+    qkv_BN3HD: [B, N, 3, heads, d], as a linear layer wrote it; under autocast it is taken in
+    autocast's dtype.
+    Returns: out_BNHD [B, N, heads, d]. Raises: ValueError for a wrong shape or dtype, or an impl
+    that the device does not have.
     """
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
-        raise ValueError(f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not (B, N, 3, heads, head width)")
+        raise ValueError(
+            f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not (B, N, 3, heads, head width)"
+        )
     if not qkv_BN3HD.is_floating_point():
         raise ValueError(f"packed_attention: qkv_BN3HD is {qkv_BN3HD.dtype}, not floating point")
     device = qkv_BN3HD.device
-    if device.type in ("cuda", "cpu") and torch.is_autocast_enabled(device.type) and qkv_BN3HD.dtype != torch.float64:
+    if (
+        device.type in ("cuda", "cpu")
+        and torch.is_autocast_enabled(device.type)
+        and qkv_BN3HD.dtype != torch.float64
+    ):
         qkv_BN3HD = qkv_BN3HD.to(torch.get_autocast_dtype(device.type))
     chosen = pick(qkv_BN3HD.shape, qkv_BN3HD.dtype, impl, device)
     if qkv_BN3HD.numel() == 0:
@@ -58,7 +72,9 @@ class PackedAttention(torch.autograd.Function):
         return _forward(qkv_BN3HD)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         ctx.set_materialize_grads(False)  # else zeros are made for lse
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, *output)
@@ -69,19 +85,32 @@ class PackedAttention(torch.autograd.Function):
 
 
 def kernels(qkv_BN3HD: torch.Tensor) -> Any:
-    """The module to run: one program holds every key of a head where they fit, which float32 does not, nor elsewhere than on Hopper
-    more than 192 keys of a head in two parts."""
+    """The module to run: one program holds every key of a head where they fit, which float32 does
+    not, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
+    """
     tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
-    limit = attention_short.MAX_TOKENS if split(width)[1] == 0 or has_hopper_products(qkv_BN3HD.device) else 192
+    limit = (
+        attention_short.MAX_TOKENS
+        if split(width)[1] == 0 or has_hopper_products(qkv_BN3HD.device)
+        else 192
+    )
     return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
 def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, tokens, _, heads, width = qkv_BN3HD.shape
-    return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(
+        batch, heads, tokens, dtype=torch.float32
+    )
 
 
-_forward = register("packed_attention(Tensor qkv) -> (Tensor, Tensor)", lambda qkv: kernels(qkv).forward(qkv), _empty_forward)
-_backward = register("packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",
-                     lambda qkv, out, lse, dout: kernels(qkv).backward(qkv, out, lse, dout),
-                     lambda qkv, out, lse, dout: qkv.new_empty(qkv.shape))
+_forward = register(
+    "packed_attention(Tensor qkv) -> (Tensor, Tensor)",
+    lambda qkv: kernels(qkv).forward(qkv),
+    _empty_forward,
+)
+_backward = register(
+    "packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",
+    lambda qkv, out, lse, dout: kernels(qkv).backward(qkv, out, lse, dout),
+    lambda qkv, out, lse, dout: qkv.new_empty(qkv.shape),
+)

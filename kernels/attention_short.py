@@ -1,7 +1,9 @@
-"""Attention over at most 256 tokens: one program does a head of a clip, forward (all its keys and values at hand, exact softmax)
-and backward (two phases, so that no two programs write the same gradient: no atomics, equal bits every time).
+"""Attention over at most 256 tokens: one program does a head of a clip, forward (all its keys and
+values at hand, exact softmax) and backward (two phases, so that no two programs write the same
+gradient: no atomics, equal bits every time).
 
-Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), K0 + K1 >= N keys, BM query rows, BN key rows.
+Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), K0 + K1 >= N keys,
+BM query rows, BN key rows.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
@@ -36,10 +38,13 @@ FORWARD_ROWS = 64  # the least that a Hopper product takes
 
 
 class Tiles(NamedTuple):
-    """Of the backward kernel: BM queries meet BN keys for dq, KEY_BN keys meet KEY_BM queries for dk and dv.
+    """Of the backward kernel: BM queries meet BN keys for dq, KEY_BN keys meet KEY_BM queries for
+    dk and dv.
 
-    keeps: all keys and values stay in shared memory while dq is made. Where registers do not allow that, and for dk and dv everywhere,
-    the tiles of the inner loop are copied to shared memory while the one before is multiplied (stages = 2)."""
+    keeps: all keys and values stay in shared memory while dq is made. Where registers do not allow
+    that, and for dk and dv everywhere, the tiles of the inner loop are copied to shared memory
+    while the one before is multiplied (stages = 2).
+    """
 
     BM: int
     BN: int
@@ -50,11 +55,16 @@ class Tiles(NamedTuple):
     keeps: bool = False
 
 
-# (Hopper products, width class): without spills, with two programs a multiprocessor on sm_90, by the compile check; not yet timed on a
-# GPU. Four warps share 64 rows: eight would each compute what another one does.
+# (Hopper products, width class): without spills, with two programs a multiprocessor on sm_90, by
+# the compile check; not yet timed on a GPU. Four warps share 64 rows: eight would each compute what
+# another one does.
 BACKWARD_TILES = {
-    (True, 64): Tiles(64, 64, 64, 64, 4, 2, True), (True, 96): Tiles(64, 64, 32, 64, 4, 2), (True, 128): Tiles(64, 64, 32, 64, 4, 1),
-    (False, 64): Tiles(64, 32, 32, 32, 4, 2), (False, 96): Tiles(32, 32, 16, 32, 4, 2), (False, 128): Tiles(32, 32, 32, 32, 4, 2),
+    (True, 64): Tiles(64, 64, 64, 64, 4, 2, True),
+    (True, 96): Tiles(64, 64, 32, 64, 4, 2),
+    (True, 128): Tiles(64, 64, 32, 64, 4, 1),
+    (False, 64): Tiles(64, 32, 32, 32, 4, 2),
+    (False, 96): Tiles(32, 32, 16, 32, 4, 2),
+    (False, 128): Tiles(32, 32, 32, 32, 4, 2),
 }
 
 
@@ -63,10 +73,21 @@ def forward_kernel(
     qkv,  # [B, N, 3, H, D], strides given, the last one 1
     out,  # [B, N, H, D]
     lse,  # [B, H, N] float32
-    units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
-    BM: tl.constexpr, PRECISION: tl.constexpr,
+    units_b,
+    N,
+    scale,
+    UNIT: tl.constexpr,
+    stride_n: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    BM: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out and lse of one head of one clip."""
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -99,7 +120,9 @@ def forward_kernel(
             weights1 = tl.math.exp2(scores1 * scale - top[:, None])
             total += tl.sum(weights1, 1)
             acc0, acc1 = accumulate(weights1, v10, v11, acc0, acc1, D1, PRECISION)
-        store_tile(out_head, start, H * D, N, acc0 / total[:, None], acc1 / total[:, None], D, D0, D1, BM)
+        store_tile(
+            out_head, start, H * D, N, acc0 / total[:, None], acc1 / total[:, None], D, D0, D1, BM
+        )
         rows = start + tl.arange(0, BM)
         tl.store(lse_head + rows, top + tl.math.log2(total), mask=rows < N)
 
@@ -112,12 +135,30 @@ def backward_kernel(
     dout,  # [B, N, H, D], strides given, the last one 1
     delta,  # [B, H, N] float32, written, then read by the same program
     dqkv,  # [B, N, 3, H, D]
-    units_b, dout_units_b, N, scale,
-    UNIT: tl.constexpr, stride_n: tl.constexpr, stride_3: tl.constexpr, stride_h: tl.constexpr, dout_n: tl.constexpr, dout_h: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, KEPT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    KEY_BM: tl.constexpr, KEY_BN: tl.constexpr, PRECISION: tl.constexpr,
+    units_b,
+    dout_units_b,
+    N,
+    scale,
+    UNIT: tl.constexpr,
+    stride_n: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    dout_n: tl.constexpr,
+    dout_h: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    KEPT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    KEY_BM: tl.constexpr,
+    KEY_BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """dqkv of one head of one clip: first all dq, then all dk and dv; the weights are computed in both."""
+    """dqkv of one head of one clip: first all dq, then all dk and dv; the weights are computed in
+    both.
+    """
     b, h = tl.program_id(0) // H, tl.program_id(0) % H
     q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
     k = q + stride_3
@@ -130,16 +171,64 @@ def backward_kernel(
     keys = load_tiles(k, stride_n, N, D, D0, D1, KEPT)
     values = load_tiles(v, stride_n, N, D, D0, D1, KEPT)
     for start in tl.range(0, N, BM, num_stages=1):
-        query_gradient(q, k, v, keys, values, out_head, dout_head, lse + rows, delta + rows, dq, start, stride_n, H * D, dout_n, 3 * H * D,
-                       N, scale, D, D0, D1, BM, BN, KEPT, False, PRECISION)
+        query_gradient(
+            q,
+            k,
+            v,
+            keys,
+            values,
+            out_head,
+            dout_head,
+            lse + rows,
+            delta + rows,
+            dq,
+            start,
+            stride_n,
+            H * D,
+            dout_n,
+            3 * H * D,
+            N,
+            scale,
+            D,
+            D0,
+            D1,
+            BM,
+            BN,
+            KEPT,
+            False,
+            PRECISION,
+        )
     tl.debug_barrier()  # every thread's delta is there
     for start in tl.range(0, N, KEY_BN, num_stages=1):
-        key_gradient(q, k, v, dout_head, lse + rows, delta + rows, dk, dk + H * D, start, stride_n, dout_n, 3 * H * D, N, scale,
-                     D, D0, D1, KEY_BM, KEY_BN, False, PRECISION)
+        key_gradient(
+            q,
+            k,
+            v,
+            dout_head,
+            lse + rows,
+            delta + rows,
+            dk,
+            dk + H * D,
+            start,
+            stride_n,
+            dout_n,
+            3 * H * D,
+            N,
+            scale,
+            D,
+            D0,
+            D1,
+            KEY_BM,
+            KEY_BN,
+            False,
+            PRECISION,
+        )
 
 
 def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[int, int, int, int]:
-    """(K0, K1, BM, warps) of the forward kernel: spill-free by the compile check; not yet timed on a GPU."""
+    """(K0, K1, BM, warps) of the forward kernel: spill-free by the compile check; not yet timed on
+    a GPU.
+    """
     if width_class(width) == 128:
         return max(16, triton.next_power_of_2(tokens)), 0, FORWARD_ROWS, 8
     low, high = split(tokens)
@@ -165,12 +254,27 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     unit, units_b = in_units(qkv.stride(0))
     low, high, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
     with on_device(qkv):
-        forward_kernel[(batch * heads,)](qkv, out, lse, units_b, tokens, LOG2_E * width**-0.5, unit, **head_constants(qkv), K0=low, K1=high,
-                                         BM=rows, num_warps=warps, num_stages=1)
+        forward_kernel[(batch * heads,)](
+            qkv,
+            out,
+            lse,
+            units_b,
+            tokens,
+            LOG2_E * width**-0.5,
+            unit,
+            **head_constants(qkv),
+            K0=low,
+            K1=high,
+            BM=rows,
+            num_warps=warps,
+            num_stages=1,
+        )
     return out, lse
 
 
-def backward(qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor) -> torch.Tensor:
+def backward(
+    qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor
+) -> torch.Tensor:
     """dqkv_BN3HD, contiguous."""
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
     batch, tokens, _, heads, width = qkv.shape
@@ -180,7 +284,25 @@ def backward(qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Ten
     tiles = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(width)]
     with on_device(qkv):
         backward_kernel[(batch * heads,)](
-            qkv, out_BNHD, lse_BHN, dout, delta, dqkv, *units, tokens, LOG2_E * width**-0.5, unit, dout_n=dout.stride(1),
-            dout_h=dout.stride(2), **head_constants(qkv), KEPT=kept_sizes(tokens, tiles.BN) if tiles.keeps else (), BM=tiles.BM,
-            BN=tiles.BN, KEY_BM=tiles.KEY_BM, KEY_BN=tiles.KEY_BN, num_warps=tiles.warps, num_stages=tiles.stages)
+            qkv,
+            out_BNHD,
+            lse_BHN,
+            dout,
+            delta,
+            dqkv,
+            *units,
+            tokens,
+            LOG2_E * width**-0.5,
+            unit,
+            dout_n=dout.stride(1),
+            dout_h=dout.stride(2),
+            **head_constants(qkv),
+            KEPT=kept_sizes(tokens, tiles.BN) if tiles.keeps else (),
+            BM=tiles.BM,
+            BN=tiles.BN,
+            KEY_BM=tiles.KEY_BM,
+            KEY_BN=tiles.KEY_BN,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
     return dqkv

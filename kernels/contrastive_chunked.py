@@ -1,5 +1,6 @@
-"""The contrastive loss at full speed: the products by the BLAS, a chunk of rows at a time in bounded scratch, and between them one kernel
-that turns similarities into gradients. The gradient is made in the forward pass, so nothing is computed twice.
+"""The contrastive loss at full speed: the products by the BLAS, a chunk of rows at a time in
+bounded scratch, and between them one kernel that turns similarities into gradients. The gradient is
+made in the forward pass, so nothing is computed twice.
 
 Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
 """
@@ -14,22 +15,33 @@ from . import contrastive_streaming as streaming
 from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, in_units
 from .launch import on_device, register
 
-# Of a chunk: similarities, softmax weights and gradients. A chunk is four launches, which cost the host about 50 us; a clip of 1408
-# tubelets needs 12.6 MB and an H100 about 30 us for it. 32 MB stay in its cache, but 2 clips are done before the host has launched the
-# next ones; 128 MB are 8 clips, five times what the host needs, for at most 5 us more a clip. Estimates, not yet timed on a GPU.
+# Of a chunk: similarities, softmax weights and gradients. A chunk is four launches, which cost the
+# host about 50 us; a clip of 1408 tubelets needs 12.6 MB and an H100 about 30 us for it. 32 MB stay
+# in its cache, but 2 clips are done before the host has launched the next ones; 128 MB are 8 clips,
+# five times what the host needs, for at most 5 us more a clip. Estimates, not yet timed on a GPU.
 SCRATCH_BYTES = 128 << 20
-SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}  # (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
+# (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
+SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}
 SCALE_BLOCK = 2048
 
 
 @triton.jit(do_not_specialize=["first", "N"])
 def softmax_gradient_kernel(
     products,  # [R, M] float32: predictions times targets, as they are
-    weights,  # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
-    inverse_predicted, inverse_target,  # [N] float32
+    # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
+    weights,
+    inverse_predicted,
+    inverse_target,  # [N] float32
     temperature,  # [1] float32
-    terms,  # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
-    first, M, N, GRADIENT: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr,
+    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
+    # there is no term
+    terms,
+    first,
+    M,
+    N,
+    GRADIENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One row of a chunk that starts at row `first` of the N; logits are to the base 2."""
     row = first + tl.program_id(0)
@@ -56,7 +68,9 @@ def softmax_gradient_kernel(
         largest = larger
     total = rivals + tl.math.exp2(own_logit - largest)
     has_term = own_inverse > 0
-    tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0))
+    tl.store(
+        terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0)
+    )
     tl.store(terms + N + row, tl.where(has_term, LN2 * weighted / total, 0.0))
     if GRADIENT:
         row_weight = tl.where(has_term, SCALE, 0.0) / total
@@ -64,9 +78,14 @@ def softmax_gradient_kernel(
             column = start + tl.arange(0, BLOCK)
             inverse = tl.load(inverse_target + column, mask=column < M, other=0.0)
             logit = tl.load(products + column, mask=column < M, other=0.0) * inverse * scale
-            # softmax - 1 of the own target, as minus its rivals': where it is almost 0 it is still exact
+            # softmax - 1 of the own target, as minus its rivals': where it is almost 0 it is still
+            # exact
             share = tl.where(column == own, -rivals, tl.math.exp2(logit - largest))
-            tl.store(weights + column, (share * inverse * row_weight).to(weights.dtype.element_ty), mask=column < M)
+            tl.store(
+                weights + column,
+                (share * inverse * row_weight).to(weights.dtype.element_ty),
+                mask=column < M,
+            )
 
 
 @triton.jit(do_not_specialize=["first", "R", "M", "N", "units"])
@@ -77,10 +96,22 @@ def through_cosine_kernel(
     terms,  # [2, N] float32, see softmax_gradient_kernel
     temperature,  # [1] float32
     weight,  # [B] float32
-    gradient,  # [N, P]; the result is added to it, times the clip's weight, if ADD, else it is overwritten
-    first, R, M, N, units, UNIT: tl.constexpr, ADD: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    # [N, P]; the result is added to it, times the clip's weight, if ADD, else it is overwritten
+    gradient,
+    first,
+    R,
+    M,
+    N,
+    units,
+    UNIT: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Takes some rows through the normalisation: (g - (g . x^) x^) / |x|. The product g . x^ is known: SCALE * tau * terms[1]."""
+    """Takes some rows through the normalisation: (g - (g . x^) x^) / |x|. The product g . x^ is
+    known: SCALE * tau * terms[1].
+    """
     P = units * UNIT
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = first + here
@@ -92,21 +123,29 @@ def through_cosine_kernel(
         inside = (here < R)[:, None] & (column < P)[None, :]
         at = row.to(tl.int64)[:, None] * P + column[None, :]
         x = tl.load(predicted + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(pulls + here.to(tl.int64)[:, None] * P + column[None, :], mask=inside, other=0.0)
+        g = tl.load(
+            pulls + here.to(tl.int64)[:, None] * P + column[None, :], mask=inside, other=0.0
+        )
         result = (g - radial[:, None] * x) * inverse[:, None]
         if ADD:
             factor = tl.load(weight + row // M, mask=here < R, other=0.0)
-            result = result * factor[:, None] + tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+            result = result * factor[:, None] + tl.load(gradient + at, mask=inside, other=0.0).to(
+                tl.float32
+            )
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def scale_kernel(
-    x, out,  # [B, length]
+    x,
+    out,  # [B, length]
     factor,  # [B] float32
-    length, BLOCK: tl.constexpr,
+    length,
+    BLOCK: tl.constexpr,
 ):
-    """out = factor * x, in float32 until it is stored: torch would round the factor to the dtype of x."""
+    """out = factor * x, in float32 until it is stored: torch would round the factor to the dtype of
+    x.
+    """
     blocks = tl.cdiv(length, BLOCK)
     clip = tl.program_id(0) // blocks
     at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -125,83 +164,178 @@ def matmul(a_BRK: torch.Tensor, b_BKC: torch.Tensor, out_BRC: torch.Tensor) -> N
 
 
 def chunks(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> list[tuple[slice, slice]]:
-    """(clips, rows of each) pieces of about equal size that fit the scratch: some whole clips, or a part of one; at least a row."""
+    """(clips, rows of each) pieces of about equal size that fit the scratch: some whole clips, or a
+    part of one; at least a row.
+    """
     fit = max(1, scratch_bytes // bytes_per_row)
     num_clips, num_rows = max(1, min(B, fit // M)), min(M, fit)
     num_clips = triton.cdiv(B, triton.cdiv(B, num_clips))
     num_rows = triton.cdiv(M, triton.cdiv(M, num_rows))
-    return [(slice(clip, min(clip + num_clips, B)), slice(row, min(row + num_rows, M)))
-            for clip in range(0, B, num_clips) for row in range(0, M, num_rows)]
+    return [
+        (slice(clip, min(clip + num_clips, B)), slice(row, min(row + num_rows, M)))
+        for clip in range(0, B, num_clips)
+        for row in range(0, M, num_rows)
+    ]
 
 
-def _chunked(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, gradient_BMP: torch.Tensor | None,
-             gradient_scale: float | None, scratch_bytes: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau, weight_B); adds to gradient_BMP, or without a gradient_scale fills it with the gradient over
-    weight_B, the clips' shares over (tau * GRADIENT_SCALE), which float16 can hold."""
+def _chunked(
+    predicted_BMP: torch.Tensor,
+    target_BMP: torch.Tensor,
+    temperature_1: torch.Tensor,
+    gradient_BMP: torch.Tensor | None,
+    gradient_scale: float | None,
+    scratch_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its derivative by tau, weight_B); adds to gradient_BMP, or without a gradient_scale
+    fills it with the gradient over weight_B, the clips' shares over (tau * GRADIENT_SCALE), which
+    float16 can hold.
+    """
     B, M, P = predicted_BMP.shape
     block, warps = SOFTMAX_BLOCKS[M > 256]
     bytes_per_row = 4 * M if gradient_BMP is None else 4 * max(M, P) + target_BMP.element_size() * M
     pieces = chunks(B, M, bytes_per_row, scratch_bytes)
     rows = max((clips.stop - clips.start) * (part.stop - part.start) for clips, part in pieces)
-    products = torch.empty(rows * (M if gradient_BMP is None else max(M, P)), dtype=torch.float32, device=predicted_BMP.device)
-    weights = torch.empty(rows * M if gradient_BMP is not None else 1, dtype=target_BMP.dtype, device=predicted_BMP.device)
+    products = torch.empty(
+        rows * (M if gradient_BMP is None else max(M, P)),
+        dtype=torch.float32,
+        device=predicted_BMP.device,
+    )
+    weights = torch.empty(
+        rows * M if gradient_BMP is not None else 1,
+        dtype=target_BMP.dtype,
+        device=predicted_BMP.device,
+    )
     terms_2N = torch.empty(2, B * M, dtype=torch.float32, device=predicted_BMP.device)
     with on_device(predicted_BMP):
         inverse_predicted_N, inverse_target_N = streaming.inverse_norms(predicted_BMP, target_BMP)
         share_B = streaming.shares(inverse_target_N, B)
-        weight_B = share_B / temperature_1 * ((1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE)
+        weight_B = (
+            share_B
+            / temperature_1
+            * ((1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE)
+        )
         for clips, part in pieces:
             x_BRP, t_BMP = predicted_BMP[clips, part], target_BMP[clips]
-            num_clips, num_rows, first = x_BRP.shape[0], x_BRP.shape[1], clips.start * M + part.start
+            num_clips, num_rows, first = (
+                x_BRP.shape[0],
+                x_BRP.shape[1],
+                clips.start * M + part.start,
+            )
             shape, length = (num_clips, num_rows, M), num_clips * num_rows * M
             matmul(x_BRP, t_BMP.transpose(1, 2), products[:length].view(shape))
             softmax_gradient_kernel[(num_clips * num_rows,)](
-                products, weights, inverse_predicted_N, inverse_target_N, temperature_1, terms_2N, first, M, B * M,
-                gradient_BMP is not None, GRADIENT_SCALE, block, num_warps=warps)  # pyright: ignore
+                products,
+                weights,
+                inverse_predicted_N,
+                inverse_target_N,
+                temperature_1,
+                terms_2N,
+                first,
+                M,
+                B * M,
+                gradient_BMP is not None,
+                GRADIENT_SCALE,
+                block,
+                num_warps=warps,  # pyright: ignore[reportCallIssue]
+            )  # pyright: ignore
             if gradient_BMP is not None:
-                matmul(weights[:length].view(shape), t_BMP, products[:x_BRP.numel()].view(x_BRP.shape))  # the products are spent
+                # the products are spent
+                matmul(
+                    weights[:length].view(shape), t_BMP, products[: x_BRP.numel()].view(x_BRP.shape)
+                )
                 through_cosine_kernel[(triton.cdiv(num_clips * num_rows, ROWS),)](
-                    products, predicted_BMP, inverse_predicted_N, terms_2N, temperature_1, weight_B, gradient_BMP, first,
-                    num_clips * num_rows, M, B * M, *in_units(P), gradient_scale is not None, GRADIENT_SCALE, ROWS, ROW_BLOCK,
-                    num_warps=4)  # pyright: ignore
+                    products,
+                    predicted_BMP,
+                    inverse_predicted_N,
+                    terms_2N,
+                    temperature_1,
+                    weight_B,
+                    gradient_BMP,
+                    first,
+                    num_clips * num_rows,
+                    M,
+                    B * M,
+                    *in_units(P),
+                    gradient_scale is not None,
+                    GRADIENT_SCALE,
+                    ROWS,
+                    ROW_BLOCK,
+                    num_warps=4,  # pyright: ignore[reportCallIssue]
+                )  # pyright: ignore
     return *streaming.mean_of_terms(terms_2N, share_B, temperature_1), weight_B
 
 
-def _loss_and_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
-                       scratch_bytes: int) -> tuple[torch.Tensor, ...]:
+def _loss_and_gradient(
+    predicted_BMP: torch.Tensor,
+    target_BMP: torch.Tensor,
+    temperature_1: torch.Tensor,
+    with_gradient: bool,
+    scratch_bytes: int,
+) -> tuple[torch.Tensor, ...]:
     gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else None
     found = _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, None, scratch_bytes)
     return *found, predicted_BMP.new_empty(0) if gradient_BMP is None else gradient_BMP
 
 
-def _loss_and_gradient_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, with_gradient: bool,
-                            scratch_bytes: int) -> tuple[torch.Tensor, ...]:
+def _loss_and_gradient_fake(
+    predicted_BMP: torch.Tensor,
+    target_BMP: torch.Tensor,
+    temperature_1: torch.Tensor,
+    with_gradient: bool,
+    scratch_bytes: int,
+) -> tuple[torch.Tensor, ...]:
     gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else predicted_BMP.new_empty(0)
     weight_B = torch.empty(len(predicted_BMP), dtype=torch.float32, device=predicted_BMP.device)
     return *_scalars(predicted_BMP), weight_B, gradient_BMP
 
 
 def _scalars(predicted_BMP: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1))  # pyright: ignore
+    return tuple(
+        torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1)
+    )  # pyright: ignore
 
 
-def _add_gradient(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, gradient_BMP: torch.Tensor,
-                  gradient_scale: float, scratch_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, gradient_scale, scratch_bytes)[:2]
+def _add_gradient(
+    predicted_BMP: torch.Tensor,
+    target_BMP: torch.Tensor,
+    temperature_1: torch.Tensor,
+    gradient_BMP: torch.Tensor,
+    gradient_scale: float,
+    scratch_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _chunked(
+        predicted_BMP, target_BMP, temperature_1, gradient_BMP, gradient_scale, scratch_bytes
+    )[:2]
 
 
 def _scaled(x_BMP: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
     out_BMP, length = torch.empty_like(x_BMP), x_BMP[0].numel()
     with on_device(x_BMP):
         scale_kernel[(len(x_BMP) * triton.cdiv(length, SCALE_BLOCK),)](
-            x_BMP, out_BMP, factor_B, length, SCALE_BLOCK, num_warps=8)  # pyright: ignore
+            x_BMP,
+            out_BMP,
+            factor_B,
+            length,
+            SCALE_BLOCK,
+            num_warps=8,  # pyright: ignore[reportCallIssue]
+        )  # pyright: ignore
     return out_BMP
 
 
 loss_and_gradient = register(
     "contrastive_chunked(Tensor predicted, Tensor target, Tensor temperature, bool with_gradient, int scratch_bytes) -> "
-    "(Tensor, Tensor, Tensor, Tensor)", _loss_and_gradient, _loss_and_gradient_fake)
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _loss_and_gradient,
+    _loss_and_gradient_fake,
+)
 add_gradient = register(
     "contrastive_chunked_add(Tensor predicted, Tensor target, Tensor temperature, Tensor(a!) gradient, float gradient_scale, "
-    "int scratch_bytes) -> (Tensor, Tensor)", _add_gradient, _scalars)
-scaled = register("contrastive_scaled(Tensor x, Tensor factor) -> Tensor", _scaled, lambda x, factor: torch.empty_like(x))
+    "int scratch_bytes) -> (Tensor, Tensor)",
+    _add_gradient,
+    _scalars,
+)
+scaled = register(
+    "contrastive_scaled(Tensor x, Tensor factor) -> Tensor",
+    _scaled,
+    lambda x, factor: torch.empty_like(x),
+)

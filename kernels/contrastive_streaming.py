@@ -1,10 +1,13 @@
-"""The contrastive loss in the least memory: a streaming softmax whose M x M similarities never exist; and the norms of both ways.
+"""The contrastive loss in the least memory: a streaming softmax whose M x M similarities never
+exist; and the norms of both ways.
 
-The forward pass keeps a few floats a row; the backward pass computes the similarities again, a tile at a time. No atomics: every
-program owns what it writes, so results repeat bit for bit. Logarithms inside the kernels are to the base 2.
+The forward pass keeps a few floats a row; the backward pass computes the similarities again, a tile
+at a time. No atomics: every program owns what it writes, so results repeat bit for bit. Logarithms
+inside the kernels are to the base 2.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S splits of the columns, BM BN BK BP lengths of a tile
-along rows, columns, P (of a similarity) and P (of a gradient).
+Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S splits of the
+columns, BM BN BK BP lengths of a tile along rows, columns, P (of a similarity) and P (of a
+gradient).
 """
 
 import math
@@ -18,18 +21,26 @@ from .launch import dot, on_device, register
 from .reference import NORM_FLOOR
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-GRADIENT_SCALE = 32.0  # softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely subnormal
+# softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely
+# subnormal
+GRADIENT_SCALE = 32.0
 COMBINE_BLOCK = 128
 VECTOR = 8  # values: rows are read in units of so many where they can be, 16 bytes of a 16-bit type
-ENOUGH_PROGRAMS = 1024  # the columns of a row tile are split between programs until there are so many: several waves of any GPU
+# the columns of a row tile are split between programs until there are so many: several waves of any
+# GPU
+ENOUGH_PROGRAMS = 1024
 FLOOR = tl.constexpr(NORM_FLOOR)
 LEAST = tl.constexpr(-1e30)  # below every logit, and finite: it may meet a factor of 0
-SHORT = tl.constexpr(0.9999 / NORM_FLOOR)  # an inverse norm below this is of a vector longer than the floor
-ROWS, ROW_BLOCK = 8, 256  # that a row kernel takes at once, and values of each: two rows a warp, 16 bytes a thread
+# an inverse norm below this is of a vector longer than the floor
+SHORT = tl.constexpr(0.9999 / NORM_FLOOR)
+# that a row kernel takes at once, and values of each: two rows a warp, 16 bytes a thread
+ROWS, ROW_BLOCK = 8, 256
 
 
 class Tiles(NamedTuple):
-    """Launch options of the two product kernels: (BM, BN, BK, warps, stages) forward, (BM, BN, BK, BP, warps, stages) backward."""
+    """Launch options of the two product kernels: (BM, BN, BK, warps, stages) forward, (BM, BN, BK,
+    BP, warps, stages) backward.
+    """
 
     forward: tuple[int, int, int, int, int]
     backward: tuple[int, int, int, int, int, int]
@@ -43,7 +54,9 @@ TILES = {
 
 
 def in_units(P: int) -> tuple[int, int]:
-    """P as (units, unit): Triton knows by itself of multiples of 16 alone, and P = 1176 (giant) would be read value by value."""
+    """P as (units, unit): Triton knows by itself of multiples of 16 alone, and P = 1176 (giant)
+    would be read value by value.
+    """
     unit = math.gcd(P, VECTOR)
     return P // unit, unit
 
@@ -57,7 +70,12 @@ def precision(x: torch.Tensor) -> str:
 def inverse_norm_kernel(
     x,  # [N, P]
     inverse,  # [N] float32
-    N, units, UNIT: tl.constexpr, OF_ZERO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    N,
+    units,
+    UNIT: tl.constexpr,
+    OF_ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """1 / max(|x|, floor) of some rows; OF_ZERO for a row of zeros."""
     P = units * UNIT
@@ -67,31 +85,53 @@ def inverse_norm_kernel(
     nonzero = tl.zeros([ROWS, BLOCK], tl.int32)
     for start in range(0, P, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = tl.load(row_at + column[None, :], mask=(row < N)[:, None] & (column < P)[None, :], other=0.0).to(tl.float32)
+        value = tl.load(
+            row_at + column[None, :], mask=(row < N)[:, None] & (column < P)[None, :], other=0.0
+        ).to(tl.float32)
         squares += value * value
         nonzero |= (value != 0).to(tl.int32)
     norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(inverse + row, tl.where(tl.sum(nonzero, 1) != 0, 1.0 / tl.maximum(norm, FLOOR), OF_ZERO), mask=row < N)
+    tl.store(
+        inverse + row,
+        tl.where(tl.sum(nonzero, 1) != 0, 1.0 / tl.maximum(norm, FLOOR), OF_ZERO),
+        mask=row < N,
+    )
 
 
-def inverse_norms(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its row is known to be no term."""
+def inverse_norms(
+    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its
+    row is known to be no term.
+    """
     found = []
     for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
         inverse_N = torch.empty(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
         inverse_norm_kernel[(triton.cdiv(inverse_N.numel(), ROWS),)](
-            x, inverse_N, inverse_N.numel(), *in_units(x.shape[2]), of_zero, ROWS, ROW_BLOCK, num_warps=4)  # pyright: ignore
+            x,
+            inverse_N,
+            inverse_N.numel(),
+            *in_units(x.shape[2]),
+            of_zero,
+            ROWS,
+            ROW_BLOCK,
+            num_warps=4,  # pyright: ignore[reportCallIssue]
+        )  # pyright: ignore
         found.append(inverse_N)
     return found[0], found[1]
 
 
 def shares(inverse_target_N: torch.Tensor, B: int) -> torch.Tensor:
-    """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms); counted on the device."""
+    """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms);
+    counted on the device.
+    """
     terms_B = (inverse_target_N.view(B, -1) > 0).sum(1, dtype=torch.float32).clamp(min=1)
     return (1 / B) / terms_B
 
 
-def mean_of_terms(terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_of_terms(
+    terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, its derivative by tau [1])."""
     loss, pull = (terms_2N.view(2, len(share_B), -1).sum(2) * share_B).sum(1)
     return loss.clone(), -pull / temperature_1
@@ -99,9 +139,19 @@ def mean_of_terms(terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: 
 
 @triton.jit
 def logits(
-    x, t,  # [BM, P], [BN, P], pointers to the first row of a tile: offsets inside of it fit 32 bits
-    rows, columns,  # how many of them exist; those beyond are copies of the last one, which need no mask, for the caller to ignore
-    row_scale_BM, column_scale_BN, P, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    x,
+    t,  # [BM, P], [BN, P], pointers to the first row of a tile: offsets inside of it fit 32 bits
+    # how many of them exist; those beyond are copies of the last one, which need no mask, for the
+    # caller to ignore
+    rows,
+    columns,
+    row_scale_BM,
+    column_scale_BN,
+    P,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A tile of logits [BM, BN] to the base 2: products of rows and columns, times both scales."""
     row, column = tl.minimum(tl.arange(0, BM), rows - 1), tl.minimum(tl.arange(0, BN), columns - 1)
@@ -117,13 +167,25 @@ def logits(
 
 @triton.jit(do_not_specialize=["M", "N", "units", "splits", "tiles_per_split"])
 def partial_softmax_kernel(
-    predicted, target,  # [B, M, P]
-    inverse_predicted, inverse_target,  # [N] float32
+    predicted,
+    target,  # [B, M, P]
+    inverse_predicted,
+    inverse_target,  # [N] float32
     temperature,  # [1] float32
-    partial,  # [3, S, N] float32, of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same times (logit - largest)
+    # [3, S, N] float32, of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same
+    # times (logit - largest)
+    partial,
     own,  # [N] float32: the logit of a prediction and its own target
-    M, N, units, splits, tiles_per_split,
-    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    M,
+    N,
+    units,
+    splits,
+    tiles_per_split,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One row tile against one split of the columns."""
     P = units * UNIT
@@ -133,17 +195,36 @@ def partial_softmax_kernel(
     top = tile % row_tiles * BM
     row = top + tl.arange(0, BM)
     first = clip * M
-    row_scale = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0) * (LOG2E / tl.load(temperature))
+    row_scale = tl.load(inverse_predicted + first + row, mask=row < M, other=0.0) * (
+        LOG2E / tl.load(temperature)
+    )
     largest = tl.full([BM], LEAST, tl.float32)
     rivals = tl.zeros([BM], tl.float32)
     weighted = tl.zeros([BM], tl.float32)
-    for start in range(split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN):
+    for start in range(
+        split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN
+    ):
         column = start + tl.arange(0, BN)
         column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(predicted + (first + top) * P, target + (first + start) * P, M - top, M - start, row_scale, column_scale, P,
-                       BM, BN, BK, PRECISION)
+        logit = logits(
+            predicted + (first + top) * P,
+            target + (first + start) * P,
+            M - top,
+            M - start,
+            row_scale,
+            column_scale,
+            P,
+            BM,
+            BN,
+            BK,
+            PRECISION,
+        )
         is_own = row[:, None] == column[None, :]
-        tl.store(own + first + row, tl.sum(tl.where(is_own, logit, 0.0), 1), mask=(row >= start) & (row < start + BN) & (row < M))
+        tl.store(
+            own + first + row,
+            tl.sum(tl.where(is_own, logit, 0.0), 1),
+            mask=(row >= start) & (row < start + BN) & (row < M),
+        )
         logit = tl.where(is_own, LEAST, logit + tl.where(column < M, 0.0, LEAST)[None, :])
         larger = tl.maximum(largest, tl.max(logit, 1))
         logit -= larger[:, None]
@@ -161,12 +242,19 @@ def partial_softmax_kernel(
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
-    partial, own,  # [3, S, N], [N] float32, see partial_softmax_kernel
+    partial,
+    own,  # [3, S, N], [N] float32, see partial_softmax_kernel
     inverse_target,  # [N] float32
     lse,  # [N] float32, base 2
-    own_weight,  # [N] float32: softmax of the own target - 1, as minus that of its rivals: where it is almost 0 it is still exact
-    terms,  # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
-    N, splits, BLOCK: tl.constexpr,
+    # [N] float32: softmax of the own target - 1, as minus that of its rivals: where it is almost 0
+    # it is still exact
+    own_weight,
+    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
+    # there is no term
+    terms,
+    N,
+    splits,
+    BLOCK: tl.constexpr,
 ):
     """Joins the splits of a block of rows, in order."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -183,31 +271,49 @@ def combine_kernel(
         new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
         larger = tl.maximum(largest, new)
         shrink, grow = tl.math.exp2(largest - larger), tl.math.exp2(new - larger)
-        weighted = (weighted + rivals * (largest - larger)) * shrink + (new_weighted + new_rivals * (new - larger)) * grow
+        weighted = (weighted + rivals * (largest - larger)) * shrink + (
+            new_weighted + new_rivals * (new - larger)
+        ) * grow
         rivals = rivals * shrink + new_rivals * grow
         largest = larger
     total = rivals + tl.math.exp2(own_logit - largest)
     has_term = tl.load(inverse_target + row, mask=inside, other=0.0) > 0
     tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
     tl.store(own_weight + row, -rivals / total, mask=inside)
-    tl.store(terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0), mask=inside)
+    tl.store(
+        terms + row,
+        tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0),
+        mask=inside,
+    )
     pull = (weighted + rivals * (largest - own_logit)) / total
     tl.store(terms + N + row, tl.where(has_term, LN2 * pull, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "units"])
 def streamed_gradient_kernel(
-    predicted, target,  # [B, M, P]
-    inverse_predicted, inverse_target,  # [N] float32
-    lse, own_weight,  # [N] float32, see combine_kernel
+    predicted,
+    target,  # [B, M, P]
+    inverse_predicted,
+    inverse_target,  # [N] float32
+    lse,
+    own_weight,  # [N] float32, see combine_kernel
     pull,  # [N] float32: (mean logit under the softmax) - (own logit)
     temperature,  # [1] float32
     weight,  # [B] float32: the gradient of the loss times the clip's share over tau
     gradient,  # [B, M, P]
-    M, units, SCALE: tl.constexpr, UNIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+    M,
+    units,
+    SCALE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """BP columns of the gradient of one row tile; the similarities are computed again for each such slice."""
+    """BP columns of the gradient of one row tile; the similarities are computed again for each such
+    slice.
+    """
     P = units * UNIT
     slices, row_tiles = tl.cdiv(P, BP), tl.cdiv(M, BM)
     tile = tl.program_id(0) // slices
@@ -221,72 +327,179 @@ def streamed_gradient_kernel(
     row_lse = tl.load(lse + first + row, mask=row < M, other=0.0)
     row_own = tl.load(own_weight + first + row, mask=row < M, other=0.0)
     row_scale = inverse * (LOG2E / tau)
-    has_term = tl.where(tl.load(inverse_target + first + row, mask=row < M, other=0.0) > 0, SCALE, 0.0)
+    has_term = tl.where(
+        tl.load(inverse_target + first + row, mask=row < M, other=0.0) > 0, SCALE, 0.0
+    )
     sum_BMBP = tl.zeros([BM, BP], tl.float32)
     for start in range(0, M, BN):
         column = start + tl.arange(0, BN)
         column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(predicted + (first + top) * P, target + (first + start) * P, M - top, M - start, row_scale, column_scale, P,
-                       BM, BN, BK, PRECISION)
-        share = tl.where(row[:, None] == column[None, :], row_own[:, None], tl.math.exp2(logit - row_lse[:, None]))
+        logit = logits(
+            predicted + (first + top) * P,
+            target + (first + start) * P,
+            M - top,
+            M - start,
+            row_scale,
+            column_scale,
+            P,
+            BM,
+            BN,
+            BK,
+            PRECISION,
+        )
+        share = tl.where(
+            row[:, None] == column[None, :],
+            row_own[:, None],
+            tl.math.exp2(logit - row_lse[:, None]),
+        )
         share = share * column_scale[None, :] * has_term[:, None]
-        t = tl.load(target + (first + start) * P + (tl.arange(0, BN)[:, None] * P + value[None, :]),
-                    mask=(column < M)[:, None] & (value < P)[None, :], other=0.0)
+        t = tl.load(
+            target + (first + start) * P + (tl.arange(0, BN)[:, None] * P + value[None, :]),
+            mask=(column < M)[:, None] & (value < P)[None, :],
+            other=0.0,
+        )
         sum_BMBP = dot(share.to(t.dtype), t, sum_BMBP, PRECISION)
     at = (first + top) * P + (tl.arange(0, BM)[:, None] * P + value[None, :])
     inside = (row < M)[:, None] & (value < P)[None, :]
     x = tl.load(predicted + at, mask=inside, other=0.0).to(tl.float32)
-    # What points along the prediction does not change its cosine. It needs no product: its length is tau * pull.
-    radial = tl.where(inverse < SHORT, tau * tl.load(pull + first + row, mask=row < M, other=0.0) * inverse, 0.0)
-    result = (sum_BMBP * (1 / SCALE) - radial[:, None] * x) * (inverse * tl.load(weight + clip))[:, None]
+    # What points along the prediction does not change its cosine. It needs no product: its length
+    # is tau * pull.
+    radial = tl.where(
+        inverse < SHORT, tau * tl.load(pull + first + row, mask=row < M, other=0.0) * inverse, 0.0
+    )
+    result = (sum_BMBP * (1 / SCALE) - radial[:, None] * x) * (inverse * tl.load(weight + clip))[
+        :, None
+    ]
     tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-def _forward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _forward(
+    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     B, M, P = predicted_BMP.shape
     BM, BN, BK, warps, stages = TILES[predicted_BMP.element_size()].forward
     row_tiles, column_tiles = B * triton.cdiv(M, BM), triton.cdiv(M, BN)
-    tiles_per_split = triton.cdiv(column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles)))
+    tiles_per_split = triton.cdiv(
+        column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles))
+    )
     splits = triton.cdiv(column_tiles, tiles_per_split)
     units, unit = in_units(P)
     empty = {"dtype": torch.float32, "device": predicted_BMP.device}
     partial_3SN, own_N = torch.empty(3, splits, B * M, **empty), torch.empty(B * M, **empty)
-    lse_N, own_weight_N, terms_2N = (torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,)))
+    lse_N, own_weight_N, terms_2N = (
+        torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,))
+    )
     with on_device(predicted_BMP):
         inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
         partial_softmax_kernel[(row_tiles * splits,)](
-            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, temperature_1, partial_3SN, own_N, M, B * M,
-            units, splits, tiles_per_split, unit, BM, BN, BK, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+            predicted_BMP,
+            target_BMP,
+            inverse_predicted_N,
+            inverse_target_N,
+            temperature_1,
+            partial_3SN,
+            own_N,
+            M,
+            B * M,
+            units,
+            splits,
+            tiles_per_split,
+            unit,
+            BM,
+            BN,
+            BK,
+            precision(predicted_BMP),
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
+            num_stages=stages,  # pyright: ignore[reportCallIssue]
+        )  # pyright: ignore
         combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
-            partial_3SN, own_N, inverse_target_N, lse_N, own_weight_N, terms_2N, B * M, splits, COMBINE_BLOCK,
-            num_warps=4)  # pyright: ignore
+            partial_3SN,
+            own_N,
+            inverse_target_N,
+            lse_N,
+            own_weight_N,
+            terms_2N,
+            B * M,
+            splits,
+            COMBINE_BLOCK,
+            num_warps=4,  # pyright: ignore[reportCallIssue]
+        )  # pyright: ignore
     share_B = shares(inverse_target_N, B)
     loss, dtemperature_1 = mean_of_terms(terms_2N, share_B, temperature_1)
-    return loss, dtemperature_1, share_B / temperature_1, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, terms_2N[1].clone()
+    return (
+        loss,
+        dtemperature_1,
+        share_B / temperature_1,
+        inverse_predicted_N,
+        inverse_target_N,
+        lse_N,
+        own_weight_N,
+        terms_2N[1].clone(),
+    )
 
 
-def _forward_fake(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _forward_fake(
+    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     B = predicted_BMP.shape[0]
     N = B * predicted_BMP.shape[1]
-    return tuple(torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1, B, N, N, N, N, N))
+    return tuple(
+        torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device)
+        for shape in ((), 1, B, N, N, N, N, N)
+    )
 
 
-def _backward(predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor, weight_B: torch.Tensor,
-              inverse_predicted_N: torch.Tensor, inverse_target_N: torch.Tensor, lse_N: torch.Tensor,
-              own_weight_N: torch.Tensor, pull_N: torch.Tensor) -> torch.Tensor:
+def _backward(
+    predicted_BMP: torch.Tensor,
+    target_BMP: torch.Tensor,
+    temperature_1: torch.Tensor,
+    weight_B: torch.Tensor,
+    inverse_predicted_N: torch.Tensor,
+    inverse_target_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    own_weight_N: torch.Tensor,
+    pull_N: torch.Tensor,
+) -> torch.Tensor:
     B, M, P = predicted_BMP.shape
     BM, BN, BK, BP, warps, stages = TILES[predicted_BMP.element_size()].backward
     units, unit = in_units(P)
     gradient_BMP = torch.empty_like(predicted_BMP)
     with on_device(predicted_BMP):
         streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
-            predicted_BMP, target_BMP, inverse_predicted_N, inverse_target_N, lse_N, own_weight_N, pull_N, temperature_1, weight_B,
-            gradient_BMP, M, units, GRADIENT_SCALE, unit, BM, BN, BK, BP, precision(predicted_BMP), num_warps=warps, num_stages=stages)  # pyright: ignore
+            predicted_BMP,
+            target_BMP,
+            inverse_predicted_N,
+            inverse_target_N,
+            lse_N,
+            own_weight_N,
+            pull_N,
+            temperature_1,
+            weight_B,
+            gradient_BMP,
+            M,
+            units,
+            GRADIENT_SCALE,
+            unit,
+            BM,
+            BN,
+            BK,
+            BP,
+            precision(predicted_BMP),
+            num_warps=warps,  # pyright: ignore[reportCallIssue]
+            num_stages=stages,  # pyright: ignore[reportCallIssue]
+        )  # pyright: ignore
     return gradient_BMP
 
 
-forward = register("contrastive_streaming(Tensor predicted, Tensor target, Tensor temperature) -> "
-                   "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _forward, _forward_fake)
-backward = register("contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
-                    "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor", _backward,
-                    lambda predicted, *_: torch.empty_like(predicted))
+forward = register(
+    "contrastive_streaming(Tensor predicted, Tensor target, Tensor temperature) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+backward = register(
+    "contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
+    "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor",
+    _backward,
+    lambda predicted, *_: torch.empty_like(predicted),
+)

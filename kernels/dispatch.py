@@ -5,7 +5,8 @@ import torch
 from .attention_tiles import WIDTH_CLASSES, width_class
 from .launch import INTERPRETED
 
-# What there is for an operation; on a CPU `auto` takes the first, on CUDA triton (attention: by AUTO_MAX_TOKENS).
+# What there is for an operation; on a CPU `auto` takes the first, on CUDA triton (attention: by
+# AUTO_MAX_TOKENS).
 IMPLEMENTATIONS = {
     "gather_tubelets": ("reference", "triton"),
     "packed_attention": ("sdpa", "reference", "triton"),
@@ -13,10 +14,12 @@ IMPLEMENTATIONS = {
     "contrastive_loss": ("reference", "triton"),
 }
 
-# (compute capability, width class of a head) -> the most tokens for which `auto` runs the Triton attention (float16, bfloat16); beyond
-# them, and for what is not here, SDPA. An estimate, not yet measured on a GPU: up to 256 tokens attention is bound by memory, where
-# reading the packed qkv in place and writing dqkv without a copy should win; from about 784 tokens cuDNN should. Wider heads than 64 take
-# the registers of two programs a multiprocessor, and more waves: SDPA until it is measured.
+# (compute capability, width class of a head) -> the most tokens for which `auto` runs the Triton
+# attention (float16, bfloat16); beyond them, and for what is not here, SDPA. An estimate, not yet
+# measured on a GPU: up to 256 tokens attention is bound by memory, where reading the packed qkv in
+# place and writing dqkv without a copy should win; from about 784 tokens cuDNN should. Wider heads
+# than 64 take the registers of two programs a multiprocessor, and more waves: SDPA until it is
+# measured.
 AUTO_MAX_TOKENS = {((8, 0), 64): 256, ((9, 0), 64): 256}
 
 
@@ -29,37 +32,65 @@ def attention_limit(device: torch.device, width: int) -> int:
 
 
 def choose(operation: str, impl: str, device: torch.device) -> str:
-    """The implementation to run on a device. Raises: ValueError for one that does not exist there; nothing falls back silently."""
+    """The implementation to run on a device. Raises: ValueError for one that does not exist there;
+    nothing falls back silently.
+    """
     available = IMPLEMENTATIONS[operation]
     if impl == "auto":
         return "triton" if device.type == "cuda" else available[0]
     if impl not in available:
         raise ValueError(f"{operation}: impl {impl} is not one of auto, {', '.join(available)}")
     if impl == "triton" and device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"{operation}: impl triton needs a CUDA device, not {device.type}; use auto (or, to test, set TRITON_INTERPRET=1)")
+        raise ValueError(
+            f"{operation}: impl triton needs a CUDA device, not {device.type}; use auto (or, to test, set TRITON_INTERPRET=1)"
+        )
     return impl
 
 
 def describe(impl: str, device: torch.device) -> str:
-    """One line for the start of a run: what each operation will run. Raises: ValueError as `choose`."""
+    """One line for the start of a run: what each operation will run. Raises: ValueError as
+    `choose`.
+    """
     chosen = {operation: choose(operation, impl, device) for operation in IMPLEMENTATIONS}
     if impl == "auto" and device.type == "cuda":
         limits = {width: attention_limit(device, width) for width in WIDTH_CLASSES}
-        parts = [f"triton for 16-bit heads of width up to {width} and {limit} tokens" for width, limit in limits.items() if limit]
+        parts = [
+            f"triton for 16-bit heads of width up to {width} and {limit} tokens"
+            for width, limit in limits.items()
+            if limit
+        ]
         chosen["packed_attention"] = " else ".join([*parts, "sdpa"])
-    return ", ".join(f"{operation} = {implementation}" for operation, implementation in chosen.items())
+    return ", ".join(
+        f"{operation} = {implementation}" for operation, implementation in chosen.items()
+    )
 
 
-def check_clip(clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str) -> None:
+def check_clip(
+    clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str
+) -> None:
     """Raises: ValueError naming the argument that does not fit."""
     if clip_BTHWC.ndim != 5:
-        raise ValueError(f"{operation}: clip_BTHWC has shape {tuple(clip_BTHWC.shape)}, not (B, T, H, W, C)")
+        raise ValueError(
+            f"{operation}: clip_BTHWC has shape {tuple(clip_BTHWC.shape)}, not (B, T, H, W, C)"
+        )
     if clip_BTHWC.dtype not in (torch.uint8, torch.uint16) and not clip_BTHWC.is_floating_point():
-        raise ValueError(f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating point in [0, 1]")
+        raise ValueError(
+            f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating point in [0, 1]"
+        )
     if any(side % unit for side, unit in zip(clip_BTHWC.shape[1:4], tubelet, strict=True)):
-        raise ValueError(f"{operation}: clip_BTHWC of {tuple(clip_BTHWC.shape[1:4])} is not a multiple of the tubelet {tubelet}")
-    if index_BN.ndim != 2 or index_BN.shape[0] != clip_BTHWC.shape[0] or index_BN.dtype != torch.int64:
-        raise ValueError(f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
-                         f"not ({clip_BTHWC.shape[0]}, tokens) of int64")
+        raise ValueError(
+            f"{operation}: clip_BTHWC of {tuple(clip_BTHWC.shape[1:4])} is not a multiple of the tubelet {tubelet}"
+        )
+    if (
+        index_BN.ndim != 2
+        or index_BN.shape[0] != clip_BTHWC.shape[0]
+        or index_BN.dtype != torch.int64
+    ):
+        raise ValueError(
+            f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
+            f"not ({clip_BTHWC.shape[0]}, tokens) of int64"
+        )
     if index_BN.device != clip_BTHWC.device:
-        raise ValueError(f"{operation}: index is on {index_BN.device}, clip_BTHWC on {clip_BTHWC.device}")
+        raise ValueError(
+            f"{operation}: index is on {index_BN.device}, clip_BTHWC on {clip_BTHWC.device}"
+        )

@@ -1,7 +1,8 @@
-"""What every Triton kernel here shares: the interpreter's switch, a product that it computes rightly, registration with torch.
+"""What every Triton kernel here shares: the interpreter's switch, a product that it computes
+rightly, registration with torch.
 
-Triton's interpreter (TRITON_INTERPRET=1 when the kernels are imported) computes bf16 products and sums wrongly: loads go up to
-float32 before any arithmetic, and products through `dot`.
+Triton's interpreter (TRITON_INTERPRET=1 when the kernels are imported) computes bf16 products and
+sums wrongly: loads go up to float32 before any arithmetic, and products through `dot`.
 """
 
 import contextlib
@@ -17,29 +18,37 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMESPACE = "video_mae"
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-launches_on_fakes = False  # compile_check: fake tensors go through the launchers, whose launches it collects
+# compile_check: fake tensors go through the launchers, whose launches it collects
+launches_on_fakes = False
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32; PRECISION is "ieee" for float32 operands that must not be rounded to tf32, else "tf32"."""
+    """acc + a @ b in float32; PRECISION is "ieee" for float32 operands that must not be rounded to
+    tf32, else "tf32".
+    """
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an opaque torch operation of a launcher, e.g. register("gather(Tensor clip, Tensor index) -> Tensor", ...).
+def register(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Makes an opaque torch operation of a launcher, e.g. register("gather(Tensor clip, Tensor
+    index) -> Tensor", ...).
 
-    It has no gradient and no autocast: the public function casts, and an autograd.Function outside calls two such operations.
-    `fake` returns empty tensors of the shapes, strides and dtypes that `implementation` returns.
+    It has no gradient and no autocast: the public function casts, and an autograd.Function outside
+    calls two such operations. `fake` returns empty tensors of the shapes, strides and dtypes that
+    `implementation` returns.
     """
+
     def shapes(*arguments: Any) -> Any:
         return (implementation if launches_on_fakes else fake)(*arguments)
 
     name = f"{NAMESPACE}::{schema.split('(')[0]}"
-    torch.library.define(name, schema[schema.index("("):])
+    torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, ("cuda", "cpu"))(implementation)
     torch.library.register_fake(name)(shapes)
     return getattr(getattr(torch.ops, NAMESPACE), schema.split("(")[0]).default

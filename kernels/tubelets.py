@@ -1,4 +1,5 @@
-"""Visible tubelets of a clip, normalised, ready for the embedding: only these are turned into floats.
+"""Visible tubelets of a clip, normalised, ready for the embedding: only these are turned into
+floats.
 
 Letters: B clips, T frames, H W pixels, C channels, V visible, P values of a tubelet.
 """
@@ -13,53 +14,83 @@ from . import reference
 from .dispatch import check_clip, choose
 from .launch import on_device, register
 
-CLIP_TYPES = {torch.uint8: "*u8", torch.uint16: "*u16", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+CLIP_TYPES = {
+    torch.uint8: "*u8",
+    torch.uint16: "*u16",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
 FLOAT_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
-# Two values a thread: a warp then stores 128 bytes of bf16 at once, and its loads touch few rows. Not yet timed on a GPU.
+# Two values a thread: a warp then stores 128 bytes of bf16 at once, and its loads touch few rows.
+# Not yet timed on a GPU.
 GATHER_BLOCK = 512
 VALUES_PER_WARP = 64
 
 
-def gather_tubelets(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tuple[int, int, int], mean: tuple[float, ...],
-                    std: tuple[float, ...], dtype: torch.dtype, impl: str = "auto") -> torch.Tensor:
+def gather_tubelets(
+    clip_BTHWC: torch.Tensor,
+    index_BV: torch.Tensor,
+    tubelet: tuple[int, int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype,
+    impl: str = "auto",
+) -> torch.Tensor:
     """Gathers tubelets and normalises them: (x - mean_c) / std_c.
 
-    clip_BTHWC: uint8 or uint16 (white is 255 or 65535), or floating point in [0, 1]. index_BV: int64 tokens in raster order of the
-    grid that `tubelet` (frames, rows, columns) makes of the clip. mean, std: one value, or one a channel.
-    Returns: [B, V, P] of `dtype`, P ordered (channel, frame, row, column). No gradient: a clip is data.
-    Raises: ValueError for a shape, dtype or index that does not fit; on a GPU, which cannot raise without being waited for, the
-    tubelet of an index outside the grid is NaN.
+    clip_BTHWC: uint8 or uint16 (white is 255 or 65535), or floating point in [0, 1]. index_BV:
+    int64 tokens in raster order of the grid that `tubelet` (frames, rows, columns) makes of the
+    clip. mean, std: one value, or one a channel.
+    Returns: [B, V, P] of `dtype`, P ordered (channel, frame, row, column). No gradient: a clip is
+    data.
+    Raises: ValueError for a shape, dtype or index that does not fit; on a GPU, which cannot raise
+    without being waited for, the tubelet of an index outside the grid is NaN.
     """
     check_clip(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
     check_index(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, clip_BTHWC.shape[-1]):
-            raise ValueError(f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of {clip_BTHWC.shape[-1]} channels")
+            raise ValueError(
+                f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of {clip_BTHWC.shape[-1]} channels"
+            )
     if choose("gather_tubelets", impl, clip_BTHWC.device) == "reference":
         return reference.gather_tubelets(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
     check_dtypes("gather_tubelets", clip_BTHWC.dtype, dtype)
     return _gather_op(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
 
 
-def check_index(clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str) -> None:
-    """Raises: ValueError for an index outside the grid of tokens, where reading it costs no wait: on a CPU, outside torch.compile."""
+def check_index(
+    clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str
+) -> None:
+    """Raises: ValueError for an index outside the grid of tokens, where reading it costs no wait:
+    on a CPU, outside torch.compile.
+    """
     if index_BN.device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
         return
     tokens = _num_tokens(clip_BTHWC, tubelet)
     low, high = (int(value) for value in index_BN.aminmax())
     if low < 0 or high >= tokens:
-        raise ValueError(f"{operation}: index holds {low if low < 0 else high}, the clip has tokens 0 to {tokens - 1}")
+        raise ValueError(
+            f"{operation}: index holds {low if low < 0 else high}, the clip has tokens 0 to {tokens - 1}"
+        )
 
 
 def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    """Raises: ValueError for a clip or an activation that the kernels do not compute with: they are float32 inside."""
+    """Raises: ValueError for a clip or an activation that the kernels do not compute with: they are
+    float32 inside.
+    """
     if clip_dtype not in CLIP_TYPES or dtype not in FLOAT_TYPES:
-        raise ValueError(f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 or less, or impl reference")
+        raise ValueError(
+            f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 or less, or impl reference"
+        )
 
 
 def dense_rows(clip_BTHWC: torch.Tensor) -> torch.Tensor:
-    """The clip as the kernels read it: the pixels of a row one after another. A crop of a larger clip is read where it lies."""
+    """The clip as the kernels read it: the pixels of a row one after another. A crop of a larger
+    clip is read where it lies.
+    """
     dense = clip_BTHWC.stride(-1) == 1 and clip_BTHWC.stride(-2) == clip_BTHWC.shape[-1]
     return clip_BTHWC if dense else clip_BTHWC.contiguous()
 
@@ -67,8 +98,15 @@ def dense_rows(clip_BTHWC: torch.Tensor) -> torch.Tensor:
 def geometry(clip_BTHWC: torch.Tensor, tubelet: tuple[int, int, int] | list[int]) -> dict[str, int]:
     """What the kernels know of clip and tubelet when they are compiled."""
     t, p, q = tubelet
-    return {"GRID_T": clip_BTHWC.shape[1] // t, "GRID_H": clip_BTHWC.shape[2] // p, "GRID_W": clip_BTHWC.shape[3] // q,
-            "FRAMES": t, "ROWS": p, "COLUMNS": q, "CHANNELS": clip_BTHWC.shape[4]}
+    return {
+        "GRID_T": clip_BTHWC.shape[1] // t,
+        "GRID_H": clip_BTHWC.shape[2] // p,
+        "GRID_W": clip_BTHWC.shape[3] // q,
+        "FRAMES": t,
+        "ROWS": p,
+        "COLUMNS": q,
+        "CHANNELS": clip_BTHWC.shape[4],
+    }
 
 
 def _num_tokens(clip_BTHWC: torch.Tensor, tubelet: tuple[int, int, int]) -> int:
@@ -80,11 +118,20 @@ def _num_tokens(clip_BTHWC: torch.Tensor, tubelet: tuple[int, int, int]) -> int:
 def locate(
     clip,  # [B, T, H, W, C], the last two dense
     index,  # [B, N] int64, contiguous
-    tokens, stride_b, stride_t, stride_h,
-    GRID_T: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, ROW_VALUES: tl.constexpr,
+    tokens,
+    stride_b,
+    stride_t,
+    stride_h,
+    GRID_T: tl.constexpr,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
+    FRAMES: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_VALUES: tl.constexpr,
 ):
-    """Where this program's tubelet starts, and whether its index is inside the grid; elsewhere nothing may be read."""
+    """Where this program's tubelet starts, and whether its index is inside the grid; elsewhere
+    nothing may be read.
+    """
     program = tl.program_id(0)
     batch = (program // tokens).to(tl.int64)
     token = tl.load(index + program)
@@ -92,7 +139,10 @@ def locate(
     token = tl.where(inside, token, 0)
     frame = token // (GRID_H * GRID_W) * FRAMES
     row = token // GRID_W % GRID_H * ROWS
-    return clip + batch * stride_b + frame * stride_t + row * stride_h + token % GRID_W * ROW_VALUES, inside
+    return (
+        clip + batch * stride_b + frame * stride_t + row * stride_h + token % GRID_W * ROW_VALUES,
+        inside,
+    )
 
 
 @triton.jit
@@ -100,15 +150,39 @@ def gather_kernel(
     clip,  # [B, T, H, W, C], the last two dense
     index,  # [B, V] int64, contiguous
     out,  # [B, V, P], contiguous
-    tokens, stride_b, stride_t, stride_h,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr,  # one value a channel, or one for all
-    GRID_T: tl.constexpr, GRID_H: tl.constexpr, GRID_W: tl.constexpr,
-    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    tokens,
+    stride_b,
+    stride_t,
+    stride_h,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,  # one value a channel, or one for all
+    GRID_T: tl.constexpr,
+    GRID_H: tl.constexpr,
+    GRID_W: tl.constexpr,
+    FRAMES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a tubelet. It goes through the output in order, so stores are whole lines; the loads of one channel skip the others,
-    but the tubelet's rows reach the cache once, with the first channel."""
-    source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, GRID_T, GRID_H, GRID_W, FRAMES, ROWS, COLUMNS * CHANNELS)
+    """One program a tubelet. It goes through the output in order, so stores are whole lines; the
+    loads of one channel skip the others, but the tubelet's rows reach the cache once, with the
+    first channel.
+    """
+    source, inside = locate(
+        clip,
+        index,
+        tokens,
+        stride_b,
+        stride_t,
+        stride_h,
+        GRID_T,
+        GRID_H,
+        GRID_W,
+        FRAMES,
+        ROWS,
+        COLUMNS * CHANNELS,
+    )
     VALUES: tl.constexpr = FRAMES * ROWS * COLUMNS * CHANNELS
     target = out + tl.program_id(0).to(tl.int64) * VALUES
     for start in tl.static_range(0, VALUES, BLOCK):
@@ -126,28 +200,55 @@ def gather_kernel(
         tl.store(target + i, values.to(out.dtype.element_ty), mask=i < VALUES)
 
 
-def _gather(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: list[int], mean: list[float], std: list[float],
-            dtype: torch.dtype) -> torch.Tensor:
+def _gather(
+    clip_BTHWC: torch.Tensor,
+    index_BV: torch.Tensor,
+    tubelet: list[int],
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
     out_BVP = _gather_fake(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
     if out_BVP.numel() == 0:
         return out_BVP
     clip, index, scales = dense_rows(clip_BTHWC), index_BV.contiguous(), max(len(mean), len(std))
-    mean, std = (values if len(values) == scales else values * scales for values in (list(mean), list(std)))
+    mean, std = (
+        values if len(values) == scales else values * scales for values in (list(mean), list(std))
+    )
     white = reference.pixel_range(clip.dtype)
     block = min(GATHER_BLOCK, triton.next_power_of_2(out_BVP.shape[2]))
     with on_device(clip):
         gather_kernel[(index.numel(),)](
-            clip, index, out_BVP, index.shape[1], clip.stride(0), clip.stride(1), clip.stride(2),
-            SCALE=tuple(1 / (white * s) for s in std), SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
-            **geometry(clip, tubelet), BLOCK=block, num_warps=max(1, block // VALUES_PER_WARP))
+            clip,
+            index,
+            out_BVP,
+            index.shape[1],
+            clip.stride(0),
+            clip.stride(1),
+            clip.stride(2),
+            SCALE=tuple(1 / (white * s) for s in std),
+            SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
+            **geometry(clip, tubelet),
+            BLOCK=block,
+            num_warps=max(1, block // VALUES_PER_WARP),
+        )
     return out_BVP
 
 
-def _gather_fake(clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: list[int], mean: list[float], std: list[float],
-                 dtype: torch.dtype) -> torch.Tensor:
+def _gather_fake(
+    clip_BTHWC: torch.Tensor,
+    index_BV: torch.Tensor,
+    tubelet: list[int],
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+) -> torch.Tensor:
     values = tubelet[0] * tubelet[1] * tubelet[2] * clip_BTHWC.shape[-1]
     return torch.empty((*index_BV.shape, values), dtype=dtype, device=clip_BTHWC.device)
 
 
-_gather_op = register("gather_tubelets(Tensor clip, Tensor index, int[] tubelet, float[] mean, float[] std, ScalarType dtype) -> Tensor",
-                      _gather, _gather_fake)
+_gather_op = register(
+    "gather_tubelets(Tensor clip, Tensor index, int[] tubelet, float[] mean, float[] std, ScalarType dtype) -> Tensor",
+    _gather,
+    _gather_fake,
+)

@@ -1,6 +1,8 @@
-"""What several test files need: a little rendered data set, a tiny run, the shared real clips where there are some.
+"""What several test files need: a little rendered data set, a tiny run, the shared real clips where
+there are some.
 
-What a machine with a GPU may lack is imported where it is used: tests of kernels need torch, triton and einops.
+What a machine with a GPU may lack is imported where it is used: tests of kernels need torch, triton
+and einops.
 """
 
 import multiprocessing
@@ -19,12 +21,30 @@ import yaml
 if TYPE_CHECKING:
     from video_mae.config import FinetuneConfig, PretrainConfig
 
-LONG = ("test_launcher", "test_interpreted", "test_compile_check", "test_matrix", "test_gpu_run", "test_fake_gpu", "test_benchmark_data")
+LONG = (
+    "test_launcher",
+    "test_interpreted",
+    "test_compile_check",
+    "test_matrix",
+    "test_gpu_run",
+    "test_fake_gpu",
+    "test_benchmark_data",
+)
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
 TINY = {
-    "model": {"num_frames": 4, "height": 32, "width": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
-              "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "model": {
+        "num_frames": 4,
+        "height": 32,
+        "width": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "decoder_embed_dim": 16,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+    },
     "mask": {"ratio": 0.75},
     "data": {"num_workers": 0, "stride": 2, "crop_scales": [1.0, 0.75]},
     "optim": {"micro_batch": 4, "steps": 4, "warmup_steps": 1, "base_lr": 0.05},
@@ -33,7 +53,15 @@ TINY = {
 }
 
 TINY_FINETUNE = {
-    "model": {"num_frames": 4, "height": 32, "width": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "model": {
+        "num_frames": 4,
+        "height": 32,
+        "width": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+    },
     "classifier": {"num_classes": 8, "stride": 2, "head_init_scale": 1.0},
     "data": {"num_workers": 0, "flip": False},
     "validation": {"interval": 2, "batch": 3},
@@ -45,17 +73,24 @@ TINY_FINETUNE = {
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order, and what one process has to run as a whole where several share the tests (pytest -n 2).
+    """The order, and what one process has to run as a whole where several share the tests (pytest
+    -n 2).
 
-    Who trains in this process leaves a process group, its environment and DeepSpeed's changes to torch to the tests after it: they come
-    last. A file stays in one process, for the sake of its fixtures; those that take minutes begin, so that all processes end together.
+    Who trains in this process leaves a process group, its environment and DeepSpeed's changes to
+    torch to the tests after it: they come last. A file stays in one process, for the sake of its
+    fixtures; those that take minutes begin, so that all processes end together.
     """
+
     def trains_here(item: pytest.Item) -> bool:
         return item.get_closest_marker("trains_here") is not None
 
     items.sort(key=lambda item: (trains_here(item), item.path.stem not in LONG))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}{', training' if trains_here(item) else ''}"))
+        item.add_marker(
+            pytest.mark.xdist_group(
+                f"{item.path.parent.name}/{item.path.stem}{', training' if trains_here(item) else ''}"
+            )
+        )
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +98,9 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from video_mae.tools.demo import DemoConfig, make_demo_data
 
     folder = tmp_path_factory.mktemp("data") / "demo"
-    make_demo_data(folder, DemoConfig(train_clips=24, validation_clips=8, num_frames=16, height=48, width=48))
+    make_demo_data(
+        folder, DemoConfig(train_clips=24, validation_clips=8, num_frames=16, height=48, width=48)
+    )
     return folder
 
 
@@ -78,13 +115,17 @@ def shared_videos() -> Path:
 def tiny_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration file of a run that takes seconds."""
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "source": str(demo_folder / "train.txt")}}))
+    path.write_text(
+        yaml.safe_dump({**TINY, "data": {**TINY["data"], "source": str(demo_folder / "train.txt")}})
+    )
     return path
 
 
 @pytest.fixture
 def tiny(tiny_file: Path, tmp_path: Path) -> "Callable[..., PretrainConfig]":
-    """tiny("optim.steps=3", ...): that run with changes, in tmp_path/run unless `output` is changed."""
+    """tiny("optim.steps=3", ...): that run with changes, in tmp_path/run unless `output` is
+    changed.
+    """
     from video_mae.config import load_config
 
     return lambda *overrides: load_config(tiny_file, [f"output={tmp_path / 'run'}", *overrides])
@@ -92,11 +133,18 @@ def tiny(tiny_file: Path, tmp_path: Path) -> "Callable[..., PretrainConfig]":
 
 @pytest.fixture(scope="session")
 def tiny_finetune_file(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration file of a fine-tuning run that takes seconds: everything published is on, the label is the photograph."""
+    """A configuration file of a fine-tuning run that takes seconds: everything published is on, the
+    label is the photograph.
+    """
     folder, content = tmp_path_factory.mktemp("finetune"), {**TINY_FINETUNE}
     for section, split in (("data", "train"), ("validation", "val")):
-        videos = [line.rsplit(" ", 1)[0] for line in (demo_folder / f"{split}.txt").read_text().splitlines()]
-        (folder / f"{split}.txt").write_text("".join(f"{demo_folder / video} {i // 8}\n" for i, video in enumerate(videos)))
+        videos = [
+            line.rsplit(" ", 1)[0]
+            for line in (demo_folder / f"{split}.txt").read_text().splitlines()
+        ]
+        (folder / f"{split}.txt").write_text(
+            "".join(f"{demo_folder / video} {i // 8}\n" for i, video in enumerate(videos))
+        )
         content[section] = {**TINY_FINETUNE[section], "source": str(folder / f"{split}.txt")}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(content))
     return folder / "tiny.yaml"
@@ -107,7 +155,9 @@ def tiny_finetune(tiny_finetune_file: Path, tmp_path: Path) -> "Callable[..., Fi
     """As `tiny`, for fine-tuning."""
     from video_mae.config import FinetuneConfig, load_config
 
-    return lambda *overrides: load_config(tiny_finetune_file, [f"output={tmp_path / 'run'}", *overrides], FinetuneConfig)
+    return lambda *overrides: load_config(
+        tiny_finetune_file, [f"output={tmp_path / 'run'}", *overrides], FinetuneConfig
+    )
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +171,11 @@ def write_video() -> Callable[..., Path]:
             stream = container.add_stream("libx264", rate=fps, options={"crf": "10", "g": "12"})
             stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], "yuv420p"
             for frame in frames_THWC:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+                container.mux(
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    )
+                )
             container.mux(stream.encode())
         return path
 
@@ -130,7 +184,9 @@ def write_video() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def on_ranks() -> Callable[..., None]:
-    """on_ranks(n, work): `work()` in n processes that find a launcher's environment, as stages do that use gloo between them."""
+    """on_ranks(n, work): `work()` in n processes that find a launcher's environment, as stages do
+    that use gloo between them.
+    """
 
     def run(world_size: int, work: Callable[[], object]) -> None:
         with socket.socket() as probe:
@@ -139,10 +195,19 @@ def on_ranks() -> Callable[..., None]:
 
         def one(rank: int) -> None:
             torch.set_num_threads(1)
-            os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK="0",
+                WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
             work()
 
-        processes = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(world_size)]
+        processes = [
+            multiprocessing.get_context("fork").Process(target=one, args=(rank,))
+            for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -155,7 +220,10 @@ def on_ranks() -> Callable[..., None]:
 @pytest.fixture
 def quiet_process() -> Iterator[None]:
     """For tests that train in this process: gives signal handlers and the number of threads back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -166,6 +234,7 @@ def quiet_process() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: two ranks share the cores
+    # of processes that tests start: two ranks share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

@@ -1,4 +1,6 @@
-"""Hostile and damaged files: what makes each in a folder, and what must be said of it. For test_convert_safety.py."""
+"""Hostile and damaged files: what makes each in a folder, and what must be said of it. For
+test_convert_safety.py.
+"""
 
 import argparse
 import json
@@ -22,7 +24,13 @@ from video_mae.convert.stage import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))
 SIZE = official.Size(depth=2, decoder_depth=1)
-FACTS: dict[str, Any] = {"num_heads": 3, "decoder_num_heads": 2, "num_frames": 6, "height": 16, "width": 24}
+FACTS: dict[str, Any] = {
+    "num_heads": 3,
+    "decoder_num_heads": 2,
+    "num_frames": 6,
+    "height": 16,
+    "width": 24,
+}
 STATE: dict[str, torch.Tensor] = official.videomae_pretraining(SIZE)
 PROJ = "encoder.blocks.1.attn.proj.weight"
 
@@ -61,7 +69,9 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[Path], Path]:
 
 
 def without(*prefixes: str) -> Callable[[Path], Path]:
-    return saved({"model": {name: tensor for name, tensor in STATE.items() if not name.startswith(prefixes)}})
+    return saved(
+        {"model": {name: tensor for name, tensor in STATE.items() if not name.startswith(prefixes)}}
+    )
 
 
 def raw(content: bytes) -> Callable[[Path], Path]:
@@ -80,14 +90,17 @@ def cut(share: float, file: str = "x.pth") -> Callable[[Path], Path]:
         else:
             saved({"model": STATE})(folder)
         content = path.read_bytes()
-        path.write_bytes(content[:int(share * len(content))])
+        path.write_bytes(content[: int(share * len(content))])
         return path
 
     return make
 
 
-def repacked(change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Callable[[Path], Path]:
+def repacked(
+    change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED
+) -> Callable[[Path], Path]:
     """A file of torch.save whose parts are changed."""
+
     def make(folder: Path) -> Path:
         path = saved({"model": STATE})(folder)
         with zipfile.ZipFile(path) as archive:
@@ -101,8 +114,14 @@ def repacked(change: Callable[[str, bytes], bytes], compression: int = zipfile.Z
 
 
 def beside(payload: bytes) -> Callable[[Path], Path]:
-    """A file of torch.save with another entry beside the weights, whose value is a pickle written by hand."""
-    return repacked(lambda name, content: content[:-1] + text("x") + payload + b"s." if name.endswith("data.pkl") else content)
+    """A file of torch.save with another entry beside the weights, whose value is a pickle written
+    by hand.
+    """
+    return repacked(
+        lambda name, content: (
+            content[:-1] + text("x") + payload + b"s." if name.endswith("data.pkl") else content
+        )
+    )
 
 
 def text(value: str) -> bytes:
@@ -112,15 +131,16 @@ def text(value: str) -> bytes:
 
 def safetensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], Path]:
     """A safetensors file whose header is changed."""
+
     def make(folder: Path) -> Path:
         path = folder / "x.safetensors"
         save_file(STATE, path)
         content = path.read_bytes()
         length = struct.unpack("<Q", content[:8])[0]
-        header = json.loads(content[8:8 + length])
+        header = json.loads(content[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length:])
+        path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
         return path
 
     return make
@@ -128,6 +148,7 @@ def safetensors(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], 
 
 def hub_folder(change: Callable[[Path], object]) -> Callable[[Path], Path]:
     """A Hugging Face folder of two shards, changed."""
+
     def make(folder: Path) -> Path:
         model = folder / "hub"
         source = saved({"model": STATE})(folder)
@@ -137,8 +158,13 @@ def hub_folder(change: Callable[[Path], object]) -> Callable[[Path], Path]:
         (model / "model.safetensors").unlink()
         places = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(sorted(state))}
         for part in sorted(set(places.values())):
-            save_file({name: tensor for name, tensor in state.items() if places[name] == part}, model / part)
-        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+            save_file(
+                {name: tensor for name, tensor in state.items() if places[name] == part},
+                model / part,
+            )
+        (model / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": places})
+        )
         import_model(model)  # whole before the change
         change(model)
         return model
@@ -164,6 +190,7 @@ def swap(content: dict[str, Any]) -> None:
 
 def own_folder(**changes: Any) -> Callable[[Path], Path]:
     """A model folder of ours whose config.json is changed."""
+
     def make(folder: Path) -> Path:
         source = saved({"model": STATE})(folder)
         convert(source, folder / "own", ConvertConfig(**FACTS))
@@ -208,46 +235,121 @@ PAYLOADS: dict[str, tuple[bytes, str]] = {
     "REDUCE": (b"cposix\nsystem\n" + TOUCH + b"\x85R", "system, which is code"),
     "INST": (b"(" + TOUCH + b"iposix\nsystem\n", "system, which is code"),
     "OBJ": (b"(cposix\nsystem\n" + TOUCH + b"o", "system, which is code"),
-    "STACK_GLOBAL": (text("posix") + text("system") + b"\x93" + TOUCH + b"\x85R", "system, which is code"),
-    "a name behind a module": (text("shutil") + text("os.system") + b"\x93" + TOUCH + b"\x85R", "system, which is code"),
-    "a name behind another package": (text("torch.serialization") + text("os.system") + b"\x93" + TOUCH + b"\x85R",
-                                      "system, which is code"),
-    "getattr": (b"c__builtin__\ngetattr\nc__builtin__\ngetattr\ncos\npath\n" + text("os") + b"\x86R" + text("system") + b"\x86R" + TOUCH
-                + b"\x85R", "system, which is code"),
-    "getattr of an object": (b"c__builtin__\ngetattr\nctorch.serialization\nos\n" + text("system") + b"\x86R" + TOUCH + b"\x85R",
-                             "system, which is code"),
-    "partial": (b"cfunctools\npartial\ncposix\nsystem\n\x85R" + TOUCH + b"\x85R", "system, which is code"),
-    "a name of Python 2": (b"ccommands\ngetoutput\n" + TOUCH + b"\x85R", "getoutput, which is code"),
-    "a call in a state": (b"ccollections\nCounter\n)R}" + text("x") + b"cposix\nsystem\n" + TOUCH + b"\x85Rsb", "system, which is code"),
-    "a call in a call": (b"c__builtin__\nset\ncposix\nsystem\n" + TOUCH + b"\x85R\x85\x85R", "system, which is code"),
+    "STACK_GLOBAL": (
+        text("posix") + text("system") + b"\x93" + TOUCH + b"\x85R",
+        "system, which is code",
+    ),
+    "a name behind a module": (
+        text("shutil") + text("os.system") + b"\x93" + TOUCH + b"\x85R",
+        "system, which is code",
+    ),
+    "a name behind another package": (
+        text("torch.serialization") + text("os.system") + b"\x93" + TOUCH + b"\x85R",
+        "system, which is code",
+    ),
+    "getattr": (
+        b"c__builtin__\ngetattr\nc__builtin__\ngetattr\ncos\npath\n"
+        + text("os")
+        + b"\x86R"
+        + text("system")
+        + b"\x86R"
+        + TOUCH
+        + b"\x85R",
+        "system, which is code",
+    ),
+    "getattr of an object": (
+        b"c__builtin__\ngetattr\nctorch.serialization\nos\n"
+        + text("system")
+        + b"\x86R"
+        + TOUCH
+        + b"\x85R",
+        "system, which is code",
+    ),
+    "partial": (
+        b"cfunctools\npartial\ncposix\nsystem\n\x85R" + TOUCH + b"\x85R",
+        "system, which is code",
+    ),
+    "a name of Python 2": (
+        b"ccommands\ngetoutput\n" + TOUCH + b"\x85R",
+        "getoutput, which is code",
+    ),
+    "a call in a state": (
+        b"ccollections\nCounter\n)R}" + text("x") + b"cposix\nsystem\n" + TOUCH + b"\x85Rsb",
+        "system, which is code",
+    ),
+    "a call in a call": (
+        b"c__builtin__\nset\ncposix\nsystem\n" + TOUCH + b"\x85R\x85\x85R",
+        "system, which is code",
+    ),
     "a call in a key": (b"}cposix\nsystem\n" + TOUCH + b"\x85RNs", "system, which is code"),
-    "an object that calls": (b"coperator\nmethodcaller\n" + text("system") + TOUCH + b"\x86Rcposix\n__loader__\n\x85R", "which is code"),
-    "another reader": (b"cpickle\nloads\nc_codecs\nencode\n" + text("cposix\nsystem\n(S'touch EXECUTED'\ntR.") + text("latin1")
-                       + b"\x86R\x85R", "loads, which is code"),
+    "an object that calls": (
+        b"coperator\nmethodcaller\n" + text("system") + TOUCH + b"\x86Rcposix\n__loader__\n\x85R",
+        "which is code",
+    ),
+    "another reader": (
+        b"cpickle\nloads\nc_codecs\nencode\n"
+        + text("cposix\nsystem\n(S'touch EXECUTED'\ntR.")
+        + text("latin1")
+        + b"\x86R\x85R",
+        "loads, which is code",
+    ),
 }
-# A long tuple or list in the memo, given to call after call, each of which would copy it: more memory than any machine has.
+# A long tuple or list in the memo, given to call after call, each of which would copy it: more
+# memory than any machine has.
 GROWING: dict[str, bytes] = {
     "arguments": b"(" + b"N" * 100_000 + b"tq\xff0(" + b"cnumpy\nf\nh\xffR" * 100 + b"l",
-    "arguments with keywords": b"(" + b"N" * 100_000 + b"tq\xff0(" + b"cnumpy\nf\nh\xff}\x92" * 100 + b"l",
-    "pairs of a dictionary": b"(" + b"(NNt" * 50_000 + b"lq\xff0(" + b"ccollections\nOrderedDict\nh\xff\x85R" * 100 + b"l",
-    "arguments of a partial": b"cfunctools\npartial\n(cnumpy\nf\n" + b"N" * 100_000 + b"tRq\xff0(" + b"h\xff)R" * 100 + b"l",
+    "arguments with keywords": b"("
+    + b"N" * 100_000
+    + b"tq\xff0("
+    + b"cnumpy\nf\nh\xff}\x92" * 100
+    + b"l",
+    "pairs of a dictionary": b"("
+    + b"(NNt" * 50_000
+    + b"lq\xff0("
+    + b"ccollections\nOrderedDict\nh\xff\x85R" * 100
+    + b"l",
+    "arguments of a partial": b"cfunctools\npartial\n(cnumpy\nf\n"
+    + b"N" * 100_000
+    + b"tRq\xff0("
+    + b"h\xff)R" * 100
+    + b"l",
 }
 HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     # would execute code
     "system in the weights": (saved({"model": {**STATE, "x": Bomb()}}), "system, which is code"),
-    "system beside the weights": (saved({"model": STATE, "optimizer": Bomb()}), "system, which is code"),
-    "system in the options": (saved({"model": STATE, "args": argparse.Namespace(x=Bomb())}), "system, which is code"),
-    "system in the old format": (saved({"model": STATE, "x": Bomb()}, _use_new_zipfile_serialization=False), "system, which is code"),
+    "system beside the weights": (
+        saved({"model": STATE, "optimizer": Bomb()}),
+        "system, which is code",
+    ),
+    "system in the options": (
+        saved({"model": STATE, "args": argparse.Namespace(x=Bomb())}),
+        "system, which is code",
+    ),
+    "system in the old format": (
+        saved({"model": STATE, "x": Bomb()}, _use_new_zipfile_serialization=False),
+        "system, which is code",
+    ),
     "eval in the weights": (saved({"model": {**STATE, "x": Evaluation()}}), "eval, which is code"),
     "a whole pickled module": (saved(torch.nn.Linear(2, 2)), "Linear, which is code"),
     "plain pickle": (raw(pickle.dumps(Bomb(), protocol=2)), r"x\.pth: "),
     "plain pickle of protocol 4": (raw(pickle.dumps({"model": Bomb()}, protocol=4)), r"x\.pth: "),
     **{f"by hand: {name}": (beside(payload), said) for name, (payload, said) in PAYLOADS.items()},
-    **{f"grows: {name}": (beside(payload), "gives more than 4194304 arguments") for name, payload in GROWING.items()},
-    "partials of partials": (beside(b"cnumpy\nf\n" + b"q\xff0cfunctools\npartial\nh\xff\x85R" * 900 + b")R"),
-                             "a call of functools.partial"),
-    "a module in the place of the weights": (saved({"model": torch.nn.Linear(2, 2)}), "Linear, which is code"),
-    "reference to a module of torch's old format": (beside(b"(" + text("module") + b"NNNtQ"), "no storage"),
+    **{
+        f"grows: {name}": (beside(payload), "gives more than 4194304 arguments")
+        for name, payload in GROWING.items()
+    },
+    "partials of partials": (
+        beside(b"cnumpy\nf\n" + b"q\xff0cfunctools\npartial\nh\xff\x85R" * 900 + b")R"),
+        "a call of functools.partial",
+    ),
+    "a module in the place of the weights": (
+        saved({"model": torch.nn.Linear(2, 2)}),
+        "Linear, which is code",
+    ),
+    "reference to a module of torch's old format": (
+        beside(b"(" + text("module") + b"NNNtQ"),
+        "no storage",
+    ),
     "an opcode of nobody": (beside(b"\xff"), "damaged"),
     "program of TorchScript": (torchscript, r"x\.pth: is damaged, truncated or no checkpoint"),
     # is no file of weights, or not all of one
@@ -264,62 +366,155 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pipe": (fifo, "no such file"),
     # lies about shapes and sizes
     "header that is too long": (raw(struct.pack("<Q", 2**62) + b'{"a":1}'), "safetensors"),
-    "shape of more than there is": (safetensors(lambda header: header[PROJ].update(shape=[24, 10**9])), "safetensors"),
-    "offsets behind the end": (safetensors(lambda header: header[PROJ].update(data_offsets=[0, 10**12])), "safetensors"),
-    "offsets on top of another": (safetensors(lambda header: header[PROJ].update(data_offsets=header["mask_token"]["data_offsets"])),
-                                  "safetensors"),
-    "storage that is shorter": (repacked(lambda name, content: content[:-4] if name.endswith("data/0") else content), "damaged"),
+    "shape of more than there is": (
+        safetensors(lambda header: header[PROJ].update(shape=[24, 10**9])),
+        "safetensors",
+    ),
+    "offsets behind the end": (
+        safetensors(lambda header: header[PROJ].update(data_offsets=[0, 10**12])),
+        "safetensors",
+    ),
+    "offsets on top of another": (
+        safetensors(
+            lambda header: header[PROJ].update(data_offsets=header["mask_token"]["data_offsets"])
+        ),
+        "safetensors",
+    ),
+    "storage that is shorter": (
+        repacked(lambda name, content: content[:-4] if name.endswith("data/0") else content),
+        "damaged",
+    ),
     "archive of another kind": (tar, "no checkpoint"),
-    "archive that grows": (repacked(lambda _, content: content + b"\x00" * 10**6, zipfile.ZIP_DEFLATED), "would unpack to"),
-    "one number as a matrix": (replaced(PROJ, torch.zeros(1).expand(24, 24)), "has shape .*but only 4 bytes"),
-    "one storage as many": (saved({"model": {**STATE, **{f"copy{i}": STATE[PROJ].view(-1) for i in range(500)}}}), "says that it holds"),
-    "matrix the wrong way": (replaced("encoder.blocks.1.mlp.fc1.weight", torch.ones(24, 40)),
-                             r"encoder\.blocks\.1\.mlp\.fc1\.weight: has shape \(24, 40\).*40 x 24"),
-    "bias that is too long": (replaced("encoder.blocks.1.attn.q_bias", torch.ones(25)), r"q_bias: has shape \(25,\).*24"),
-    "one dimension too many": (replaced("encoder.norm.weight", torch.ones(24, 1)), r"norm\.weight: has shape \(24, 1\)"),
-    "no dimension": (replaced("encoder.norm.weight", torch.tensor(1.0)), r"norm\.weight: has shape \(\)"),
-    "nothing in a tensor": (replaced("encoder.patch_embed.proj.weight", torch.ones(0, 3, 2, 8, 8)), r"proj\.weight: has shape \(0"),
-    "patch that is no square": (replaced("encoder.patch_embed.proj.weight", torch.ones(24, 3, 2, 8, 4)), r"proj\.weight: has shape"),
-    "head of another tubelet": (changed(lambda state: state.update({"decoder.head.weight": torch.ones(100, 16),
-                                                                    "decoder.head.bias": torch.ones(100)})),
-                                "predicts 100 values of a tubelet, which has 384"),
+    "archive that grows": (
+        repacked(lambda _, content: content + b"\x00" * 10**6, zipfile.ZIP_DEFLATED),
+        "would unpack to",
+    ),
+    "one number as a matrix": (
+        replaced(PROJ, torch.zeros(1).expand(24, 24)),
+        "has shape .*but only 4 bytes",
+    ),
+    "one storage as many": (
+        saved({"model": {**STATE, **{f"copy{i}": STATE[PROJ].view(-1) for i in range(500)}}}),
+        "says that it holds",
+    ),
+    "matrix the wrong way": (
+        replaced("encoder.blocks.1.mlp.fc1.weight", torch.ones(24, 40)),
+        r"encoder\.blocks\.1\.mlp\.fc1\.weight: has shape \(24, 40\).*40 x 24",
+    ),
+    "bias that is too long": (
+        replaced("encoder.blocks.1.attn.q_bias", torch.ones(25)),
+        r"q_bias: has shape \(25,\).*24",
+    ),
+    "one dimension too many": (
+        replaced("encoder.norm.weight", torch.ones(24, 1)),
+        r"norm\.weight: has shape \(24, 1\)",
+    ),
+    "no dimension": (
+        replaced("encoder.norm.weight", torch.tensor(1.0)),
+        r"norm\.weight: has shape \(\)",
+    ),
+    "nothing in a tensor": (
+        replaced("encoder.patch_embed.proj.weight", torch.ones(0, 3, 2, 8, 8)),
+        r"proj\.weight: has shape \(0",
+    ),
+    "patch that is no square": (
+        replaced("encoder.patch_embed.proj.weight", torch.ones(24, 3, 2, 8, 4)),
+        r"proj\.weight: has shape",
+    ),
+    "head of another tubelet": (
+        changed(
+            lambda state: state.update(
+                {"decoder.head.weight": torch.ones(100, 16), "decoder.head.bias": torch.ones(100)}
+            )
+        ),
+        "predicts 100 values of a tubelet, which has 384",
+    ),
     "NaN": (replaced(PROJ, torch.full((24, 24), float("nan"))), "NaN or infinite"),
-    "infinity": (replaced("mask_token", torch.full((1, 1, 16), float("inf"))), "mask_token: holds values that are NaN or infinite"),
+    "infinity": (
+        replaced("mask_token", torch.full((1, 1, 16), float("inf"))),
+        "mask_token: holds values that are NaN or infinite",
+    ),
     "whole numbers": (replaced(PROJ, torch.ones(24, 24, dtype=torch.int64)), "int64"),
     "complex numbers": (replaced(PROJ, torch.ones(24, 24, dtype=torch.complex64)), "complex64"),
     "sparse": (replaced(PROJ, torch.eye(24).to_sparse()), "not an ordinary one"),
     "quantized": (quantized, "not an ordinary one"),
     "on no device": (meta, "not an ordinary one"),
     # is not all of a model, or of no model that is known
-    "missing tensor": (changed(lambda state: state.pop("encoder.norm.bias")), r"x\.pth: encoder\.norm\.bias is missing"),
-    "missing bias in one block": (changed(lambda state: state.pop("encoder.blocks.1.attn.v_bias")),
-                                  r"encoder\.blocks\.1\.attn\.v_bias is missing"),
+    "missing tensor": (
+        changed(lambda state: state.pop("encoder.norm.bias")),
+        r"x\.pth: encoder\.norm\.bias is missing",
+    ),
+    "missing bias in one block": (
+        changed(lambda state: state.pop("encoder.blocks.1.attn.v_bias")),
+        r"encoder\.blocks\.1\.attn\.v_bias is missing",
+    ),
     "missing block": (without("encoder.blocks.0."), "block 0 of the encoder"),
     "no blocks": (without("encoder.blocks.", "decoder.blocks."), "no model that is known"),
-    "cosine attention": (replaced("encoder.blocks.0.attn.scale", torch.ones(3, 1, 1)), "cosine attention"),
-    "unknown layer of a block": (replaced("decoder.blocks.0.adapter.weight", torch.ones(16, 16)), "not known here"),
-    "unknown part of a block": (replaced("encoder.blocks.0.attn.relative_position_bias_table", torch.ones(3)), "not known here"),
+    "cosine attention": (
+        replaced("encoder.blocks.0.attn.scale", torch.ones(3, 1, 1)),
+        "cosine attention",
+    ),
+    "unknown layer of a block": (
+        replaced("decoder.blocks.0.adapter.weight", torch.ones(16, 16)),
+        "not known here",
+    ),
+    "unknown part of a block": (
+        replaced("encoder.blocks.0.attn.relative_position_bias_table", torch.ones(3)),
+        "not known here",
+    ),
     "unknown token": (replaced("encoder.reg_tokens", torch.ones(1, 4, 24)), "not known here"),
-    "two for one": (replaced("module.mask_token", torch.ones(1, 1, 16)), "two tensors for one thing"),
-    "name without an end": (replaced("x" * 10**6, torch.ones(1)), r"x\.pth: x{500} is no name of a tensor"),
+    "two for one": (
+        replaced("module.mask_token", torch.ones(1, 1, 16)),
+        "two tensors for one thing",
+    ),
+    "name without an end": (
+        replaced("x" * 10**6, torch.ones(1)),
+        r"x\.pth: x{500} is no name of a tensor",
+    ),
     "name of two lines": (replaced("encoder\nnorm", torch.ones(1)), "no name of a tensor"),
     "number as a name": (saved({"model": {**STATE, 3: torch.ones(1)}}), "3 is no name of a tensor"),
     "list": (saved([STATE]), "holds a list"),
     "no tensors": (saved({"model": {"a": 1}}), "holds no tensors under 'model'"),
-    "another project's tensors": (saved({"conv1.weight": torch.ones(3), "layer1.0.bn1.weight": torch.ones(3)}), "no model that is known"),
+    "another project's tensors": (
+        saved({"conv1.weight": torch.ones(3), "layer1.0.bn1.weight": torch.ones(3)}),
+        "no model that is known",
+    ),
     # folders
-    "missing shard": (hub_folder(lambda folder: (folder / "part-1.safetensors").unlink()),
-                      r"part-1\.safetensors: no such file, but .*index"),
+    "missing shard": (
+        hub_folder(lambda folder: (folder / "part-1.safetensors").unlink()),
+        r"part-1\.safetensors: no such file, but .*index",
+    ),
     "swapped index": (index(swap), r"part-\d\.safetensors: (does not hold|holds besides) decoder"),
-    "index that names too few": (index(lambda content: content["weight_map"].popitem()), r"part-\d\.safetensors: holds besides"),
-    "index out of the folder": (index(lambda content: content["weight_map"].update(mask_token="../x.pth")), "not one beside it"),
-    "index to the root": (index(lambda content: content["weight_map"].update(mask_token="/etc/passwd")), "not one beside it"),
+    "index that names too few": (
+        index(lambda content: content["weight_map"].popitem()),
+        r"part-\d\.safetensors: holds besides",
+    ),
+    "index out of the folder": (
+        index(lambda content: content["weight_map"].update(mask_token="../x.pth")),
+        "not one beside it",
+    ),
+    "index to the root": (
+        index(lambda content: content["weight_map"].update(mask_token="/etc/passwd")),
+        "not one beside it",
+    ),
     "index without a map": (index(lambda content: content.pop("weight_map")), "no weight_map"),
-    "index of numbers": (index(lambda content: content["weight_map"].update(mask_token=3)), "no weight_map"),
+    "index of numbers": (
+        index(lambda content: content["weight_map"].update(mask_token=3)),
+        "no weight_map",
+    ),
     "no config.json": (hub_folder(lambda folder: (folder / "config.json").unlink()), "config.json"),
-    "damaged config.json": (hub_folder(lambda folder: (folder / "config.json").write_text('{"model_type": "videomae"')), r"config\.json"),
-    "deep config.json": (hub_folder(lambda folder: (folder / "config.json").write_text("[" * 10**6)), r"config\.json"),
-    "config.json of our own that is deep": (own_folder(depth=10**9), r"config\.json: model\.depth: is 1000000000, but"),
+    "damaged config.json": (
+        hub_folder(lambda folder: (folder / "config.json").write_text('{"model_type": "videomae"')),
+        r"config\.json",
+    ),
+    "deep config.json": (
+        hub_folder(lambda folder: (folder / "config.json").write_text("[" * 10**6)),
+        r"config\.json",
+    ),
+    "config.json of our own that is deep": (
+        own_folder(depth=10**9),
+        r"config\.json: model\.depth: is 1000000000, but",
+    ),
     "of our own that is wide": (own_folder(embed_dim=3 * 10**9), r"own/"),
     "of our own with many frames": (own_folder(num_frames=2 * 10**9), "not believed"),
 }

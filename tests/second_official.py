@@ -1,7 +1,9 @@
-"""Files as other projects write them, and what their models compute from them: from the description of their state dicts alone.
+"""Files as other projects write them, and what their models compute from them: from the description
+of their state dicts alone.
 
-Nothing is shared with `video_mae`. Every weight and bias is random, none is 0 or 1. The forward passes are those of
-second_implementation.py on the names of the file. Letters: D E widths, H G MLP widths, C channels, t p tubelet, N tokens, K classes.
+Nothing is shared with `video_mae`. Every weight and bias is random, none is 0 or 1. The forward
+passes are those of second_implementation.py on the names of the file. Letters: D E widths, H G MLP
+widths, C channels, t p tubelet, N tokens, K classes.
 """
 
 import runpy
@@ -12,7 +14,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-second = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_implementation.py"))))
+second = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).with_name("second_implementation.py")))
+)
 State = dict[str, torch.Tensor]
 
 
@@ -63,9 +67,18 @@ class Maker:
         self.tensor(f"{name}.weight", width, around=1.0)
         self.tensor(f"{name}.bias", width)
 
-    def block(self, name: str, width: int, hidden: int, attention: str, layer_scale: bool = False,
-              mlp: tuple[str, str] = ("fc1", "fc2")) -> None:
-        """attention: "q_bias" (VideoMAE), "packed" (MAE), "apart" (mae_st) or "none" (without biases)."""
+    def block(
+        self,
+        name: str,
+        width: int,
+        hidden: int,
+        attention: str,
+        layer_scale: bool = False,
+        mlp: tuple[str, str] = ("fc1", "fc2"),
+    ) -> None:
+        """attention: "q_bias" (VideoMAE), "packed" (MAE), "apart" (mae_st) or "none" (without
+        biases).
+        """
         self.norm(f"{name}.norm1", width)
         self.norm(f"{name}.norm2", width)
         if attention == "apart":
@@ -84,24 +97,48 @@ class Maker:
             self.tensor(f"{name}.gamma_2", width)
 
 
-def videomae_pretraining(size: Size, seed: int = 0, *, attention: str = "q_bias", layer_scale: bool = False, image: bool = False) -> State:
+def videomae_pretraining(
+    size: Size,
+    seed: int = 0,
+    *,
+    attention: str = "q_bias",
+    layer_scale: bool = False,
+    image: bool = False,
+) -> State:
     """VideoMAE and VideoMAE V2; with `image` MAE-pytorch, which embeds by a Conv2d."""
     make = Maker(seed)
-    make.linear("encoder.patch_embed.proj", size.embed, size.channels, *([] if image else [size.tubelet]), size.patch, size.patch)
+    make.linear(
+        "encoder.patch_embed.proj",
+        size.embed,
+        size.channels,
+        *([] if image else [size.tubelet]),
+        size.patch,
+        size.patch,
+    )
     for i in range(size.depth):
         make.block(f"encoder.blocks.{i}", size.embed, size.hidden, attention, layer_scale)
     make.norm("encoder.norm", size.embed)
     make.linear("encoder_to_decoder", size.decoder_embed, size.embed, bias=False)
     make.tensor("mask_token", 1, 1, size.decoder_embed)
     for i in range(size.decoder_depth):
-        make.block(f"decoder.blocks.{i}", size.decoder_embed, size.decoder_hidden, attention, layer_scale)
+        make.block(
+            f"decoder.blocks.{i}", size.decoder_embed, size.decoder_hidden, attention, layer_scale
+        )
     make.norm("decoder.norm", size.decoder_embed)
-    make.linear("decoder.head", (1 if image else size.tubelet) * size.patch**2 * size.channels, size.decoder_embed)
+    make.linear(
+        "decoder.head",
+        (1 if image else size.tubelet) * size.patch**2 * size.channels,
+        size.decoder_embed,
+    )
     return make.state
 
 
-def videomae_finetuned(size: Size, seed: int = 0, *, attention: str = "q_bias", pooling: str = "mean") -> State:
-    """VideoMAE, fine-tuned: no prefix; `fc_norm` after the mean, or `norm` before the first token is taken."""
+def videomae_finetuned(
+    size: Size, seed: int = 0, *, attention: str = "q_bias", pooling: str = "mean"
+) -> State:
+    """VideoMAE, fine-tuned: no prefix; `fc_norm` after the mean, or `norm` before the first token
+    is taken.
+    """
     make = Maker(seed)
     make.linear("patch_embed.proj", size.embed, size.channels, size.tubelet, size.patch, size.patch)
     for i in range(size.depth):
@@ -114,24 +151,53 @@ def videomae_finetuned(size: Size, seed: int = 0, *, attention: str = "q_bias", 
 def mmaction_finetuned(size: Size, seed: int = 0) -> State:
     """mmaction2: other words, and the table of positions as a buffer."""
     make = Maker(seed)
-    make.linear("backbone.patch_embed.projection", size.embed, size.channels, size.tubelet, size.patch, size.patch)
+    make.linear(
+        "backbone.patch_embed.projection",
+        size.embed,
+        size.channels,
+        size.tubelet,
+        size.patch,
+        size.patch,
+    )
     for i in range(size.depth):
-        make.block(f"backbone.blocks.{i}", size.embed, size.hidden, "q_bias", mlp=("layers.0.0", "layers.1"))
+        make.block(
+            f"backbone.blocks.{i}",
+            size.embed,
+            size.hidden,
+            "q_bias",
+            mlp=("layers.0.0", "layers.1"),
+        )
     make.norm("backbone.fc_norm", size.embed)
     make.linear("cls_head.fc_cls", size.classes, size.embed)
-    return {"backbone.pos_embed": second.sinusoid_table(size.tokens, size.embed)[None], **make.state}
+    return {
+        "backbone.pos_embed": second.sinusoid_table(size.tokens, size.embed)[None],
+        **make.state,
+    }
 
 
-def mae(size: Size, seed: int = 0, *, part: str = "all", fixed_positions: bool = True, pooling: str = "mean") -> State:
-    """Image MAE: `part` is all, encoder (as released) or classifier. Fixed positions are float32 of the published formula."""
+def mae(
+    size: Size,
+    seed: int = 0,
+    *,
+    part: str = "all",
+    fixed_positions: bool = True,
+    pooling: str = "mean",
+) -> State:
+    """Image MAE: `part` is all, encoder (as released) or classifier. Fixed positions are float32 of
+    the published formula.
+    """
     make = Maker(seed)
     make.tensor("cls_token", 1, 1, size.embed)
     make.linear("patch_embed.proj", size.embed, size.channels, size.patch, size.patch)
-    sides = [("pos_embed", size.embed)] + ([("decoder_pos_embed", size.decoder_embed)] if part == "all" else [])
+    sides = [("pos_embed", size.embed)] + (
+        [("decoder_pos_embed", size.decoder_embed)] if part == "all" else []
+    )
     for name, width in sides:
         make.tensor(name, 1, 1 + size.tokens, width)
         if fixed_positions:
-            make.state[name] = torch.cat([torch.zeros(1, width), second.place_table(size.grid, width)])[None]
+            make.state[name] = torch.cat(
+                [torch.zeros(1, width), second.place_table(size.grid, width)]
+            )[None]
     for i in range(size.depth):
         make.block(f"blocks.{i}", size.embed, size.hidden, "packed")
     make.norm("fc_norm" if part == "classifier" and pooling == "mean" else "norm", size.embed)
@@ -142,13 +208,28 @@ def mae(size: Size, seed: int = 0, *, part: str = "all", fixed_positions: bool =
     return make.state
 
 
-def mae_st(size: Size, seed: int = 0, *, part: str = "all", separate: bool = True, class_token: bool = True, predicted: int = 1,
-           norm: str = "fc_norm", head: str = "head") -> State:
-    """mae_st: learned positions, together or apart for space and time; `predicted` frames of a tubelet come out of the decoder."""
+def mae_st(
+    size: Size,
+    seed: int = 0,
+    *,
+    part: str = "all",
+    separate: bool = True,
+    class_token: bool = True,
+    predicted: int = 1,
+    norm: str = "fc_norm",
+    head: str = "head",
+) -> State:
+    """mae_st: learned positions, together or apart for space and time; `predicted` frames of a
+    tubelet come out of the decoder.
+    """
     make = Maker(seed)
     time, places = size.grid[0], size.grid[1] * size.grid[2]
     make.linear("patch_embed.proj", size.embed, size.channels, size.tubelet, size.patch, size.patch)
-    for under, width in (("", size.embed), ("decoder_", size.decoder_embed)) if part == "all" else (("", size.embed),):
+    for under, width in (
+        (("", size.embed), ("decoder_", size.decoder_embed))
+        if part == "all"
+        else (("", size.embed),)
+    ):
         if class_token:
             make.tensor(f"{under}cls_token", 1, 1, width)
         if separate:
@@ -181,22 +262,39 @@ def finetuned_forward(video_BCTHW: torch.Tensor, state: State, size: Size) -> to
     """Logits of VideoMAE, fine-tuned, by the names of its file."""
     prefixed = {f"encoder.{name}": tensor for name, tensor in state.items()}
     x = second.blocks(second.embed(video_BCTHW, prefixed), state, "blocks", size.depth, size.heads)
-    x = second.norm(x.mean(1), state, "fc_norm") if "fc_norm.weight" in state else second.norm(x, state, "norm")[:, 0]
+    x = (
+        second.norm(x.mean(1), state, "fc_norm")
+        if "fc_norm.weight" in state
+        else second.norm(x, state, "norm")[:, 0]
+    )
     return F.linear(x, state["head.weight"], state["head.bias"])
 
 
-def pretraining_forward(video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, size: Size) -> torch.Tensor:
+def pretraining_forward(
+    video_BCTHW: torch.Tensor, state: State, hidden_BN: torch.Tensor, size: Size
+) -> torch.Tensor:
     """Predictions of VideoMAE; a Conv2d counts as a Conv3d over one frame."""
     key = "encoder.patch_embed.proj.weight"
     state = {**state, key: state[key] if state[key].dim() == 5 else state[key][:, :, None]}
-    return second.pretraining_forward(video_BCTHW, state, hidden_BN, torch.ones_like(hidden_BN), (size.depth, size.decoder_depth),
-                                      (size.heads, size.decoder_heads))
+    return second.pretraining_forward(
+        video_BCTHW,
+        state,
+        hidden_BN,
+        torch.ones_like(hidden_BN),
+        (size.depth, size.decoder_depth),
+        (size.heads, size.decoder_heads),
+    )
 
 
 def as_finetuned(state: State) -> State:
     """A file of mmaction2 in the official words."""
-    words = (("backbone.", ""), ("projection", "proj"), ("mlp.layers.0.0", "mlp.fc1"), ("mlp.layers.1", "mlp.fc2"),
-             ("cls_head.fc_cls", "head"))
+    words = (
+        ("backbone.", ""),
+        ("projection", "proj"),
+        ("mlp.layers.0.0", "mlp.fc1"),
+        ("mlp.layers.1", "mlp.fc2"),
+        ("cls_head.fc_cls", "head"),
+    )
     renamed = {}
     for name, tensor in state.items():
         for theirs, official in words:

@@ -22,8 +22,24 @@ def status(*arguments: str) -> int:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model") / "model"
-    save_model_folder(folder, VideoMAE(ModelConfig(num_frames=4, height=32, width=32, patch_size=8, embed_dim=32, depth=1, num_heads=2,
-                                                   decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2), ObjectiveConfig()))
+    save_model_folder(
+        folder,
+        VideoMAE(
+            ModelConfig(
+                num_frames=4,
+                height=32,
+                width=32,
+                patch_size=8,
+                embed_dim=32,
+                depth=1,
+                num_heads=2,
+                decoder_embed_dim=16,
+                decoder_depth=1,
+                decoder_num_heads=2,
+            ),
+            ObjectiveConfig(),
+        ),
+    )
     return folder
 
 
@@ -32,23 +48,48 @@ def video(demo_folder: Path) -> str:
     return str(next((demo_folder / "val").rglob("*.mp4")))
 
 
-def test_reconstruct_draws_the_same_picture_each_time(model_folder: Path, video: str, tmp_path: Path) -> None:
+def test_reconstruct_draws_the_same_picture_each_time(
+    model_folder: Path, video: str, tmp_path: Path
+) -> None:
     pictures = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "other seed.png"]
     for picture, seed in zip(pictures, "001", strict=True):
-        assert status("reconstruct", str(model_folder), video, str(picture), "mask.ratio=0.75", "stride=2", f"seed={seed}") == 0
+        assert (
+            status(
+                "reconstruct",
+                str(model_folder),
+                video,
+                str(picture),
+                "mask.ratio=0.75",
+                "stride=2",
+                f"seed={seed}",
+            )
+            == 0
+        )
     same, again, other = (np.asarray(Image.open(picture)) for picture in pictures)
     assert (same == again).all()
     assert (same != other).any()
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda words: ["/no/model", *words[1:]], "/no/model/config.json: no such file"),
-    (lambda words: [words[0], __file__, words[2]], "test_cli.py"),
-    (lambda words: [*words, "mask.ratio=0.001"], "mask.ratio: 0.001 of 16 tokens a frame hides 0"),
-    (lambda words: [*words, "strides=2"], "unknown key strides (did you mean stride?)"),
-])
-def test_a_mistake_is_one_line_and_status_2(model_folder: Path, video: str, tmp_path: Path, change: Callable[[list[str]], list[str]],
-                                            message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: ["/no/model", *words[1:]], "/no/model/config.json: no such file"),
+        (lambda words: [words[0], __file__, words[2]], "test_cli.py"),
+        (
+            lambda words: [*words, "mask.ratio=0.001"],
+            "mask.ratio: 0.001 of 16 tokens a frame hides 0",
+        ),
+        (lambda words: [*words, "strides=2"], "unknown key strides (did you mean stride?)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    model_folder: Path,
+    video: str,
+    tmp_path: Path,
+    change: Callable[[list[str]], list[str]],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     words = change([str(model_folder), video, str(tmp_path / "picture.png")])
     assert status("reconstruct", *words) == 2
     error = capsys.readouterr().err
@@ -62,13 +103,27 @@ def test_a_mistake_is_one_line_and_status_2(model_folder: Path, video: str, tmp_
 def test_help_explains_every_key(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert status(stage, "--help") == 0
     text = capsys.readouterr().out
-    expected = {"pretrain": ["optim.micro_batch = 32", "model.embed_dim = 768", "{tube | random | random_kept | frame}"],
-                "finetune": ['checkpoint = ""', "augment.mixup = 0.8", "classifier.num_classes = 400", "{worker | device}"],
-                "reconstruct": ["stride = 4", "mask.ratio = 0.9"], "demo": ["train_clips = 1024", "{easy | medium | hard}"]}
+    expected = {
+        "pretrain": [
+            "optim.micro_batch = 32",
+            "model.embed_dim = 768",
+            "{tube | random | random_kept | frame}",
+        ],
+        "finetune": [
+            'checkpoint = ""',
+            "augment.mixup = 0.8",
+            "classifier.num_classes = 400",
+            "{worker | device}",
+        ],
+        "reconstruct": ["stride = 4", "mask.ratio = 0.9"],
+        "demo": ["train_clips = 1024", "{easy | medium | hard}"],
+    }
     assert all(words in text for words in expected[stage])
 
 
-def test_demo_renders_once_and_refuses_another_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_renders_once_and_refuses_another_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["train_clips=8", "validation_clips=8", "num_frames=4", "height=32", "width=32"]
     assert status("demo", str(tmp_path / "data"), *options) == 0
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}

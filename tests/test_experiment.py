@@ -1,4 +1,5 @@
-# Letters: N B clips, T frames, H W pixels, C channels, K shapes, R pixels of a stencil, M crops, D features.
+# Letters: N B clips, T frames, H W pixels, C channels, K shapes, R pixels of a stencil, M crops, D
+# features.
 import json
 import math
 import re
@@ -14,14 +15,36 @@ import shapes
 import skimage
 import torch
 from accuracy_report import findings, largest_margin, margins
-from pretraining_helps import MODEL, ExperimentConfig, labelled_clips, main, photographs, random_crop, recolour, scored_clips
+from pretraining_helps import (
+    MODEL,
+    ExperimentConfig,
+    labelled_clips,
+    main,
+    photographs,
+    random_crop,
+    recolour,
+    scored_clips,
+)
 from shapes import SHAPES, ShapeClipsConfig, render_clip, render_clips, stencils
 
 from video_mae import load_pretrained
 from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
 
-TOY = ["labels=[8,16]", "seeds=[0,3]", "unlabelled_clips=24", "scored_clips=32", "steps=8", "warmup_steps=2", "batch=4", "finetune_steps=3",
-       "linear_steps=3", "attentive_steps=2", "save_interval=4", "log_interval=2", "workers=1"]
+TOY = [
+    "labels=[8,16]",
+    "seeds=[0,3]",
+    "unlabelled_clips=24",
+    "scored_clips=32",
+    "steps=8",
+    "warmup_steps=2",
+    "batch=4",
+    "finetune_steps=3",
+    "linear_steps=3",
+    "attentive_steps=2",
+    "save_interval=4",
+    "log_interval=2",
+    "workers=1",
+]
 SMALL = ShapeClipsConfig(num_frames=3)
 NAMES = PHOTOGRAPHS["train"]
 
@@ -44,7 +67,11 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def steps_taken(monkeypatch: pytest.MonkeyPatch, quiet_process: None) -> list[float]:
     """The learning rates of all steps that are taken from now on."""
     taken, step = [], pretraining_helps.take_step
-    monkeypatch.setattr(pretraining_helps, "take_step", lambda optimizer, loss, lr: (taken.append(lr), step(optimizer, loss, lr)))
+    monkeypatch.setattr(
+        pretraining_helps,
+        "take_step",
+        lambda optimizer, loss, lr: (taken.append(lr), step(optimizer, loss, lr)),
+    )
     return taken
 
 
@@ -54,7 +81,11 @@ def test_a_clip_is_a_function_of_seed_stream_and_index() -> None:
     assert clips_NTHWC.shape == (11, 3, 40, 40, 3)
     assert torch.equal(clips_NTHWC[:5], again_NTHWC)
     assert torch.equal(label_N[:5], again_label_N)
-    others = [render_clips(NAMES, 3, 5, SMALL), render_clips(NAMES, 2, 5, ShapeClipsConfig(num_frames=3, seed=1)), (clips_NTHWC[5:10],)]
+    others = [
+        render_clips(NAMES, 3, 5, SMALL),
+        render_clips(NAMES, 2, 5, ShapeClipsConfig(num_frames=3, seed=1)),
+        (clips_NTHWC[5:10],),
+    ]
     assert all((other[0] != again_NTHWC).flatten(1).any(1).all() for other in others)
 
 
@@ -65,15 +96,20 @@ def test_all_shapes_have_the_area_of_the_unit_disk_and_their_centroid_in_the_mid
     area_K = stencil_KRR.sum((1, 2)) * pixel**2
     torch.testing.assert_close(area_K, torch.full_like(area_K, math.pi), rtol=0.01, atol=0)
     for along in (1, 2):
-        assert ((stencil_KRR.sum(3 - along) * place_R).sum(1) * pixel**2 / area_K).abs().max() < 0.01
+        assert (
+            (stencil_KRR.sum(3 - along) * place_R).sum(1) * pixel**2 / area_K
+        ).abs().max() < 0.01
     edge_KRR = stencil_KRR.clone()
     edge_KRR[:, 1:-1, 1:-1] = 0
     assert edge_KRR.abs().max() == 0
-    assert torch.pdist(stencil_KRR.flatten(1)).min() * pixel > 0.5  # of any two shapes, an area of 0.25 is only in one
+    # of any two shapes, an area of 0.25 is only in one
+    assert torch.pdist(stencil_KRR.flatten(1)).min() * pixel > 0.5
 
 
 def test_the_label_decides_the_shape_and_nothing_else() -> None:
-    textures = [load_photograph(name, round(PHOTOGRAPH_SIDES[1] * SMALL.frame_side)) for name in NAMES[:3]]
+    textures = [
+        load_photograph(name, round(PHOTOGRAPH_SIDES[1] * SMALL.frame_side)) for name in NAMES[:3]
+    ]
     for index in range(12):
         clips, next_draws = [], []
         for label in range(len(SHAPES)):
@@ -83,22 +119,31 @@ def test_the_label_decides_the_shape_and_nothing_else() -> None:
         clips_KTHWC = torch.stack(clips).float()
         assert len(set(next_draws)) == 1  # no label draws more or less than another
         differs_THW = (clips_KTHWC != clips_KTHWC[:1]).any(4).any(0)
-        assert 0.05 < differs_THW.float().mean() < 0.55  # all is alike but what lies in one shape and not in another
+        # all is alike but what lies in one shape and not in another
+        assert 0.05 < differs_THW.float().mean() < 0.55
         assert differs_THW.flatten(1).any(1).all()
 
 
 def test_half_of_the_clips_of_every_class_are_negatives() -> None:
     clips_NTHWC, label_N = render_clips(NAMES, 0, 480, ShapeClipsConfig(num_frames=1))
-    is_pale_N = clips_NTHWC.float().flatten(1).median(1).values > 127.5  # the background covers most of a clip
+    # the background covers most of a clip
+    is_pale_N = clips_NTHWC.float().flatten(1).median(1).values > 127.5
     assert torch.equal(label_N.bincount(), torch.full((8,), 60))
     for label in range(len(SHAPES)):
-        assert 0.5 - 3.5 * 0.5 / math.sqrt(60) < is_pale_N[label_N == label].float().mean() < 0.5 + 3.5 * 0.5 / math.sqrt(60)
+        assert (
+            0.5 - 3.5 * 0.5 / math.sqrt(60)
+            < is_pale_N[label_N == label].float().mean()
+            < 0.5 + 3.5 * 0.5 / math.sqrt(60)
+        )
 
 
 @pytest.mark.parametrize("split", ["validation", "tuning"])
-def test_figures_come_from_photographs_that_nothing_is_trained_on(split: Literal["validation", "tuning"],
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ExperimentConfig(scored_on=split, labels=(8,), scored_clips=8, unlabelled_clips=2, seed=77)
+def test_figures_come_from_photographs_that_nothing_is_trained_on(
+    split: Literal["validation", "tuning"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ExperimentConfig(
+        scored_on=split, labels=(8,), scored_clips=8, unlabelled_clips=2, seed=77
+    )
     rendered: list[tuple[Sequence[str], Sequence[Any]]] = []
 
     def record(names: Sequence[str], *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,9 +159,15 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(split: Literal
     assert len({rest[0] for _, rest in rendered}) == 4  # each has its own random numbers
     train, scored = photographs(config)
     assert [names for names, _ in training] == [train] * 3
-    assert scoring[0] == scored == {"validation": PHOTOGRAPHS["val"], "tuning": ("coffee.png", "grass.png")}[split]
+    assert (
+        scoring[0]
+        == scored
+        == {"validation": PHOTOGRAPHS["val"], "tuning": ("coffee.png", "grass.png")}[split]
+    )
     folder = Path(skimage.__file__).parent / "data"
-    assert len({(folder / name).read_bytes() for name in (*train, *scored)}) == len(train) + len(scored)
+    assert len({(folder / name).read_bytes() for name in (*train, *scored)}) == len(train) + len(
+        scored
+    )
     if split == "tuning":
         assert not set(PHOTOGRAPHS["val"]) & {*train, *scored}
 
@@ -128,24 +179,37 @@ def test_the_first_labelled_clips_are_balanced_at_every_number_of_labels() -> No
 
 
 def test_crops_and_colours_are_the_same_in_all_frames_and_leave_the_clip_recognisable() -> None:
-    picture_BHWC = torch.randint(0, 256, (64, 40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture_BHWC = torch.randint(
+        0, 256, (64, 40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     clips_BTHWC = picture_BHWC[:, None].repeat(1, 4, 1, 1, 1)
     cropped_BTHWC = random_crop(clips_BTHWC, np.random.default_rng(1))
     assert cropped_BTHWC.shape == (64, 4, 32, 32, 3)
-    corners = [[(y, x) for y in range(9) for x in range(9) if torch.equal(picture_HWC[y:y + 32, x:x + 32], crop_HWC)]
-               for picture_HWC, crop_HWC in zip(picture_BHWC, cropped_BTHWC[:, 0], strict=True)]
+    corners = [
+        [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if torch.equal(picture_HWC[y : y + 32, x : x + 32], crop_HWC)
+        ]
+        for picture_HWC, crop_HWC in zip(picture_BHWC, cropped_BTHWC[:, 0], strict=True)
+    ]
     assert all(len(found) == 1 for found in corners)
-    assert {y for [(y, _)] in corners} == {x for [(_, x)] in corners} == set(range(9))  # with 64 clips
+    # with 64 clips
+    assert {y for [(y, _)] in corners} == {x for [(_, x)] in corners} == set(range(9))
     coloured_BTHWC = recolour(cropped_BTHWC, np.random.default_rng(2))
     assert (coloured_BTHWC == coloured_BTHWC[:, :1]).all()
     assert 0 <= coloured_BTHWC.min() < coloured_BTHWC.max() <= 1
     signs, sources = [], []
-    for before_PC, after_PC in zip(cropped_BTHWC[:, 0].flatten(1, 2), coloured_BTHWC[:, 0].flatten(1, 2), strict=True):
+    for before_PC, after_PC in zip(
+        cropped_BTHWC[:, 0].flatten(1, 2), coloured_BTHWC[:, 0].flatten(1, 2), strict=True
+    ):
         correlation_CC = torch.corrcoef(torch.cat([before_PC.float(), after_PC], 1).T)[:3, 3:]
         source_C = correlation_CC.abs().argmax(0)
         assert source_C.sort().values.tolist() == [0, 1, 2]
         assert (correlation_CC.abs().max(0).values > 0.8).all()  # some is clamped
-        signs.append(correlation_CC[source_C, torch.arange(3)].sign().unique().item())  # one sign a clip
+        # one sign a clip
+        signs.append(correlation_CC[source_C, torch.arange(3)].sign().unique().item())
         sources.append(tuple(source_C.tolist()))
     assert 16 < signs.count(-1.0) < 48
     assert len(set(sources)) == 6
@@ -157,24 +221,37 @@ def test_a_run_writes_all_its_files_and_a_line_for_every_figure(toy: Path) -> No
     assert {"config", "model", "device", "versions"} < first.keys()
     found = {(line["kind"], line["arm"], line["labels"], line["seed"]) for line in lines}
     assert found == {("pretrain", arm, 0, 0) for arm in ("plain", "contrastive")} | {
-        (kind, arm, labels, seed) for kind in ("finetune", "probe") for arm in ("plain", "contrastive", "random") for labels in (8, 16)
-        for seed in (0, 3)}
+        (kind, arm, labels, seed)
+        for kind in ("finetune", "probe")
+        for arm in ("plain", "contrastive", "random")
+        for labels in (8, 16)
+        for seed in (0, 3)
+    }
     assert len(found) == len(lines)
     for line in lines:
         if line["kind"] == "pretrain":
             assert [step for step, _, _ in line["curve"]] == [2, 4, 6, 8]
             assert (line["curve"][-1][2] > 0) == (line["arm"] == "contrastive")
         else:
-            assert all((32 * accuracy) % 1 == 0 for accuracy in line["top1"].values())  # of 32 clips
+            # of 32 clips
+            assert all((32 * accuracy) % 1 == 0 for accuracy in line["top1"].values())
     rows = [line for line in (toy / "table.md").read_text().splitlines() if line.startswith("| f")]
     assert len(rows) == 12
-    by_seed = [line["top1"]["fine-tuned"] for line in lines if (line["kind"], line["arm"], line["labels"]) == ("finetune", "random", 16)]
-    assert f"**{50 * sum(by_seed):.1f}** ({100 * by_seed[0]:.1f}, {100 * by_seed[1]:.1f})" in rows[2]
+    by_seed = [
+        line["top1"]["fine-tuned"]
+        for line in lines
+        if (line["kind"], line["arm"], line["labels"]) == ("finetune", "random", 16)
+    ]
+    assert (
+        f"**{50 * sum(by_seed):.1f}** ({100 * by_seed[0]:.1f}, {100 * by_seed[1]:.1f})" in rows[2]
+    )
     for picture in ("accuracy.png", "curves.png"):
         assert (toy / picture).stat().st_size > 10_000
 
 
-def test_nearest_neighbours_of_a_run_are_those_of_its_saved_model_on_unseen_clips(toy: Path) -> None:
+def test_nearest_neighbours_of_a_run_are_those_of_its_saved_model_on_unseen_clips(
+    toy: Path,
+) -> None:
     config = ExperimentConfig(labels=(8, 16), scored_clips=32)
     clips_NTHWC, label_N = labelled_clips(config, 3)
     unseen_NTHWC, unseen_label_N = render_clips(PHOTOGRAPHS["val"], 1, 32, ShapeClipsConfig())
@@ -184,14 +261,20 @@ def test_nearest_neighbours_of_a_run_are_those_of_its_saved_model_on_unseen_clip
         feature_MD = torch.cat([encoder(random_crop(clips_NTHWC, crops)).mean(1) for _ in range(4)])
         unseen_ND = encoder(unseen_NTHWC[:, :, 4:36, 4:36]).mean(1)
     mean_D, std_D = feature_MD.mean(0), feature_MD.std(0) + 1e-4
-    cosine_NM = torch.nn.functional.cosine_similarity(((unseen_ND - mean_D) / std_D)[:, None], ((feature_MD - mean_D) / std_D)[None], dim=2)
+    cosine_NM = torch.nn.functional.cosine_similarity(
+        ((unseen_ND - mean_D) / std_D)[:, None], ((feature_MD - mean_D) / std_D)[None], dim=2
+    )
     correct = 0
     for cosine_M, label in zip(cosine_NM.tolist(), unseen_label_N.tolist(), strict=True):
         votes = [0.0] * 8
         for index in sorted(range(64), key=lambda index: -cosine_M[index])[:10]:
             votes[int(label_N[index % 16])] += math.exp(cosine_M[index] / 0.1)
         correct += votes.index(max(votes)) == label
-    [line] = [line for line in lines_of(toy)[1:] if (line["kind"], line["arm"], line["labels"], line["seed"]) == ("probe", "plain", 16, 3)]
+    [line] = [
+        line
+        for line in lines_of(toy)[1:]
+        if (line["kind"], line["arm"], line["labels"], line["seed"]) == ("probe", "plain", 16, 3)
+    ]
     assert line["top1"]["nearest neighbours"] == correct / 32
 
 
@@ -199,13 +282,16 @@ def test_frozen_and_scratch_start_from_the_weights_that_pretraining_starts_from(
     config = ExperimentConfig()
     pretraining_helps.seed_torch(config, config.seed)
     start = pretraining_helps.VideoMAE(MODEL).encoder.state_dict()
-    fresh, other = (pretraining_helps.encoder_of(config, "random", seed).state_dict() for seed in (0, 1))
+    fresh, other = (
+        pretraining_helps.encoder_of(config, "random", seed).state_dict() for seed in (0, 1)
+    )
     assert all(torch.equal(start[name], value) for name, value in fresh.items())
     assert not torch.equal(fresh["patch_embed.weight"], other["patch_embed.weight"])
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                  steps_taken: list[float]) -> None:
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_taken: list[float]
+) -> None:
     command, go_on = [f"output={tmp_path / 'run'}", *TOY], pretraining_helps.take_step
 
     def interrupt(*arguments: Any) -> None:
@@ -219,18 +305,24 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(toy: Path, tm
     assert [line["kind"] for line in lines_of(tmp_path / "run")[1:]] == []
     steps_taken.clear()
     assert main(command) == 0
-    assert len(steps_taken) == (8 - 4) + 8 + 12 * 3  # the first pretraining went on from the state of step 4
+    # the first pretraining went on from the state of step 4
+    assert len(steps_taken) == (8 - 4) + 8 + 12 * 3
     assert lines_of(tmp_path / "run") == lines_of(toy)
     assert (tmp_path / "run" / "table.md").read_text() == (toy / "table.md").read_text()
 
 
-def test_only_what_is_missing_is_done_again(toy: Path, tmp_path: Path, steps_taken: list[float]) -> None:
+def test_only_what_is_missing_is_done_again(
+    toy: Path, tmp_path: Path, steps_taken: list[float]
+) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "models").symlink_to(toy / "models")
     lines = (toy / "results.jsonl").read_text().splitlines(keepends=True)
     last_finetuning = max(index for index, line in enumerate(lines) if '"finetune"' in line)
-    (folder / "results.jsonl").write_text("".join(lines[:last_finetuning]) + lines[last_finetuning][:40])  # a crash tore this one
+    # a crash tore this one
+    (folder / "results.jsonl").write_text(
+        "".join(lines[:last_finetuning]) + lines[last_finetuning][:40]
+    )
     assert main([f"output={folder}", *TOY]) == 0
     assert len(steps_taken) == 3
     assert lines_of(folder) == lines_of(toy)
@@ -238,22 +330,43 @@ def test_only_what_is_missing_is_done_again(toy: Path, tmp_path: Path, steps_tak
     assert len(steps_taken) == 3
 
 
-def test_two_workers_find_the_same_figures(toy: Path, tmp_path: Path, steps_taken: list[float]) -> None:
+def test_two_workers_find_the_same_figures(
+    toy: Path, tmp_path: Path, steps_taken: list[float]
+) -> None:
     assert main([f"output={tmp_path / 'run'}", *TOY, "workers=2"]) == 0
     assert steps_taken == []  # in this process
     first, *lines = lines_of(tmp_path / "run")
     order = [(line["kind"], line["arm"]) for line in lines]
     for arm in ("plain", "contrastive"):
-        assert order.index(("pretrain", arm)) < min(index for index, (kind, who) in enumerate(order) if who == arm and kind != "pretrain")
-    assert [first, *sorted(lines, key=str)] == [lines_of(toy)[0], *sorted(lines_of(toy)[1:], key=str)]
+        assert order.index(("pretrain", arm)) < min(
+            index for index, (kind, who) in enumerate(order) if who == arm and kind != "pretrain"
+        )
+    assert [first, *sorted(lines, key=str)] == [
+        lines_of(toy)[0],
+        *sorted(lines_of(toy)[1:], key=str),
+    ]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ("labels=[12]", "labels: .* must be positive multiples of the 8 shapes"), ("seeds=[1,1]", "seeds: .* must be different numbers"),
-    ("step=3", "unknown key step .*steps"), ("save_interval=3", "save_interval: 3 must be a multiple of log_interval"),
-    ("finetune_steps=7", "results.jsonl: holds results of other settings .finetune_steps.: name another folder")])
-def test_a_mistake_is_told_in_one_line_before_anything_starts(toy: Path, change: str, message: str, capsys: pytest.CaptureFixture[str],
-                                                              steps_taken: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("labels=[12]", "labels: .* must be positive multiples of the 8 shapes"),
+        ("seeds=[1,1]", "seeds: .* must be different numbers"),
+        ("step=3", "unknown key step .*steps"),
+        ("save_interval=3", "save_interval: 3 must be a multiple of log_interval"),
+        (
+            "finetune_steps=7",
+            "results.jsonl: holds results of other settings .finetune_steps.: name another folder",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line_before_anything_starts(
+    toy: Path,
+    change: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    steps_taken: list[float],
+) -> None:
     before = lines_of(toy)
     assert main([f"output={toy}", *TOY, change]) == 2
     [told] = capsys.readouterr().err.splitlines()
@@ -264,13 +377,21 @@ def test_a_mistake_is_told_in_one_line_before_anything_starts(toy: Path, change:
 
 def test_the_sentences_are_worked_out_from_the_means_also_where_these_are_unfavourable() -> None:
     methods = ("fine-tuned", *accuracy_report.FROZEN)
-    means = {"plain": {8: [0.5, 0.3], 16: [0.6, 0.7]}, "contrastive": {8: [0.5, 0.5], 16: [0.6, 0.6]},
-             "random": {8: [0.2, 0.1], 16: [0.7, 0.8]}}
+    means = {
+        "plain": {8: [0.5, 0.3], 16: [0.6, 0.7]},
+        "contrastive": {8: [0.5, 0.5], 16: [0.6, 0.6]},
+        "random": {8: [0.2, 0.1], 16: [0.7, 0.8]},
+    }
     accuracies = {(method, arm): means[arm] for method in methods for arm in means}
     found = margins(accuracies, ("linear", "plain"), ("linear", "random"))
     assert found == pytest.approx({8: 0.25, 16: -0.1})
-    assert largest_margin(accuracies, ("fine-tuned", "plain"), ("fine-tuned", "random")) == (pytest.approx(0.25), 8)
-    text = findings(accuracies, {"plain": "lambda 0", "contrastive": "lambda 1", "random": "random weights"})
+    assert largest_margin(accuracies, ("fine-tuned", "plain"), ("fine-tuned", "random")) == (
+        pytest.approx(0.25),
+        8,
+    )
+    text = findings(
+        accuracies, {"plain": "lambda 0", "contrastive": "lambda 1", "random": "random weights"}
+    )
     assert "+25.0 points at 8 labels (40.0% against 15.0%, mean of 2 seeds)" in text
     assert text.count("ahead of random ones at 1 of 2") == 3
     assert "fine-tuned: +10.0 points at 8, -5.0 points at 16." in text

@@ -1,4 +1,6 @@
-"""scripts/gpu_run.sh, whose minutes on a GPU are few: rehearsed without a GPU, and without what a machine with one may lack."""
+"""scripts/gpu_run.sh, whose minutes on a GPU are few: rehearsed without a GPU, and without what a
+machine with one may lack.
+"""
 
 import os
 import subprocess
@@ -19,15 +21,37 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-PARTS = {"facts", "kernels_right", "attention", "losses", "step", "training", "lengths", "other_attention", "large_inputs"}
+PARTS = {
+    "facts",
+    "kernels_right",
+    "attention",
+    "losses",
+    "step",
+    "training",
+    "lengths",
+    "other_attention",
+    "large_inputs",
+}
 
 
 def gpu_run(folder: Path, site: Path, minutes: int) -> "subprocess.CompletedProcess[str]":
     """Called from another folder, with what is there."""
-    environment = {**os.environ, "PYTHON": os.path.relpath(sys.executable, folder.parent), "PYTHONPATH": str(site),
-                   "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # on a busy machine two threads wait for each other
-    return subprocess.run([str(ROOT / "scripts" / "gpu_run.sh"), folder.name, str(minutes)], env=environment, cwd=folder.parent,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {
+        **os.environ,
+        "PYTHON": os.path.relpath(sys.executable, folder.parent),
+        "PYTHONPATH": str(site),
+        # on a busy machine two threads wait for each other
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [str(ROOT / "scripts" / "gpu_run.sh"), folder.name, str(minutes)],
+        env=environment,
+        cwd=folder.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def parts(folder: Path) -> dict[str, str]:

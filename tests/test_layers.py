@@ -8,45 +8,80 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
-         for folder in ("video_mae", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))
-         if not path.relative_to(ROOT).as_posix().startswith("video_mae/kernels/")}
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
+    for folder in ("video_mae", "kernels")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not path.relative_to(ROOT).as_posix().startswith("video_mae/kernels/")
+}
 SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
-# A folder (or a file at the top) is a level: it imports what stands in the rows below its own, and itself.
-LEVELS = (("cli",), ("benchmark",), ("tools",), ("evaluation",), ("training",), ("convert",), ("data", "model"),
-          ("decoding", "kernels"), ("config",), ("files",))
+# A folder (or a file at the top) is a level: it imports what stands in the rows below its own, and
+# itself.
+LEVELS = (
+    ("cli",),
+    ("benchmark",),
+    ("tools",),
+    ("evaluation",),
+    ("training",),
+    ("convert",),
+    ("data", "model"),
+    ("decoding", "kernels"),
+    ("config",),
+    ("files",),
+)
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours
-ONLY = {"deepspeed": ("video_mae.training.engine",), "triton": ("kernels.",), "decord": ("video_mae.decoding.", *COMPETITORS),
-        "pytorchvideo": COMPETITORS, "torchcodec": ("video_mae.decoding.", *COMPETITORS),
-        "av": ("video_mae.decoding.", "video_mae.tools.demo", *COMPETITORS)}
+ONLY = {
+    "deepspeed": ("video_mae.training.engine",),
+    "triton": ("kernels.",),
+    "decord": ("video_mae.decoding.", *COMPETITORS),
+    "pytorchvideo": COMPETITORS,
+    "torchcodec": ("video_mae.decoding.", *COMPETITORS),
+    "av": ("video_mae.decoding.", "video_mae.tools.demo", *COMPETITORS),
+}
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """All of a file but what only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+        if not (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+        ):
             yield node
             yield from nodes(node)
 
 
 def imports(name: str) -> set[str]:
-    """Every module that a file imports, at its top or inside a function; of a package its files where these are meant."""
+    """Every module that a file imports, at its top or inside a function; of a package its files
+    where these are meant.
+    """
     found: set[str] = set()
     for node in nodes(SOURCES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*name.split(".")[:-node.level], *([node.module] if node.module else [])]) if node.level else str(node.module)
+            base = (
+                ".".join([*name.split(".")[: -node.level], *([node.module] if node.module else [])])
+                if node.level
+                else str(node.module)
+            )
             inside = base.replace("video_mae.kernels", "kernels")
-            found |= {f"{base}.{alias.name}" for alias in node.names if f"{inside}.{alias.name}" in FILES} or {base}
+            found |= {
+                f"{base}.{alias.name}" for alias in node.names if f"{inside}.{alias.name}" in FILES
+            } or {base}
     return found
 
 
 def ours(name: str) -> set[str]:
     """The parts of video_mae that a file imports, by their first word."""
-    return {module.split(".")[1] if "." in module else "video_mae" for module in imports(name) if module.split(".")[0] == "video_mae"}
+    return {
+        module.split(".")[1] if "." in module else "video_mae"
+        for module in imports(name)
+        if module.split(".")[0] == "video_mae"
+    }
 
 
 @pytest.mark.parametrize("part", LEVEL)
@@ -75,7 +110,9 @@ def test_only_main_imports_the_command_line():
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_has_its_one_place(library):
-    users = [name for name in FILES if library in {module.split(".")[0] for module in imports(name)}]
+    users = [
+        name for name in FILES if library in {module.split(".")[0] for module in imports(name)}
+    ]
     assert [name for name in users if not name.startswith(ONLY[library])] == []
 
 
@@ -106,17 +143,25 @@ def test_sources_and_tests_are_ascii():
 
 
 def is_triton_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+    return any(
+        ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_public_names_tell_what_they_are(name):
     tree = SOURCES[name]
-    assert name.endswith(("__init__", "__main__")) or ast.get_docstring(tree), f"{name} has no docstring"
+    assert name.endswith(("__init__", "__main__")) or ast.get_docstring(tree), (
+        f"{name} has no docstring"
+    )
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             trivial = isinstance(node, ast.FunctionDef) and len(node.body) == 1
             assert trivial or ast.get_docstring(node), f"{name}.{node.name} has no docstring"
         for function in ast.walk(node):
-            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and not is_triton_kernel(function):
-                assert function.returns is not None, f"{name}.{function.name} does not say what it returns"
+            if isinstance(
+                function, ast.FunctionDef | ast.AsyncFunctionDef
+            ) and not is_triton_kernel(function):
+                assert function.returns is not None, (
+                    f"{name}.{function.name} does not say what it returns"
+                )

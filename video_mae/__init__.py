@@ -4,7 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from video_mae.config import ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config
+    from video_mae.config import (
+        ClassifierConfig,
+        MaskConfig,
+        ModelConfig,
+        ObjectiveConfig,
+        PretrainConfig,
+        load_config,
+    )
     from video_mae.config.schema import save_config
     from video_mae.convert import Facts, import_model
     from video_mae.convert.model_folder import load_pretrained, save_model_folder
@@ -53,7 +60,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, loaded when it is first asked for: a process that only decodes needs none of them."""
+    """A public name, loaded when it is first asked for: a process that only decodes needs none of
+    them.
+    """
     for module, names in _HOMES.items():
         if name in names.split(", "):
             return getattr(import_module(module), name)

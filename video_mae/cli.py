@@ -20,10 +20,12 @@ CONFIG = "CONFIG.yaml"
 class Stage(NamedTuple):
     """A row of the command line.
 
-    `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a function
-    `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or FileNotFoundError for a user's mistake, and returns the
-    exit status, or what still has to run and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file.
-    A flag is another way to write a key: --some-key for some_key=true, --some-key VALUE for some_key=VALUE. A name may be two words.
+    `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a
+    function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
+    FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
+    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
+    is another way to write a key: --some-key for some_key=true, --some-key VALUE for
+    some_key=VALUE. A name may be two words.
     """
 
     meaning: str
@@ -33,49 +35,123 @@ class Stage(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-BENCH_KERNELS = Stage("measure each kernel against everything else that computes it; or compile all of them without a GPU",
-                      "benchmark.kernels", "KernelBenchConfig", (), ("--baseline FILE", "--compile-check"))
+BENCH_KERNELS = Stage(
+    "measure each kernel against everything else that computes it; or compile all of them without a GPU",
+    "benchmark.kernels",
+    "KernelBenchConfig",
+    (),
+    ("--baseline FILE", "--compile-check"),
+)
 STAGES = {
-    "pretrain": Stage("pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices", "training.pretrain", "PretrainConfig",
-                      (CONFIG,)),
-    "finetune": Stage("train a pretrained model to name actions; under the launcher as well", "training.finetune", "FinetuneConfig", (CONFIG,)),
-    "reconstruct": Stage("draw what a pretrained model makes of the hidden parts of a video", "tools.reconstruct", "ReconstructConfig",
-                         ("MODEL_FOLDER", "VIDEO", "PICTURE.png")),
-    "evaluate": Stage("test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher", "evaluation.evaluate",
-                      "EvaluateConfig", ("MODEL_OR_RUN_FOLDER", "LIST")),
-    "predict": Stage("name the action in a video", "evaluation.predict", "PredictConfig", ("MODEL_OR_RUN_FOLDER", "VIDEO")),
-    "probe": Stage("measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes", "evaluation.probe", "ProbeConfig",
-                   ("MODEL_OR_RUN_FOLDER",)),
-    "extract": Stage("write the features of clips along videos of any length, with their times; also under the launcher", "evaluation.extract",
-                     "ExtractConfig", ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER")),
-    "doctor": Stage("check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
-                    "2: a mistake in the command", "tools.doctor", "DoctorConfig", ("LIST",)),
-    "convert": Stage("a model of another project as one of ours, or ours as theirs", "convert.stage", "ConvertConfig",
-                     ("SOURCE", "DESTINATION")),
-    "bench": BENCH_KERNELS, "bench kernels": BENCH_KERNELS,
-    "bench step": Stage("measure whole training steps, where their time goes, and Hugging Face's step beside ours", "benchmark.step",
-                        "StepBenchConfig", (), ("--baseline FILE",)),
-    "bench data": Stage("measure the loader beside pytorchvideo's and the official pipeline", "benchmark.data", "DataBenchConfig", (),
-                        ("--baseline FILE",)),
-    "pack": Stage("turn the videos of a list into shards that training reads several times faster; goes on where it was stopped", "tools.pack",
-                  "PackConfig", ("LIST", "FOLDER"),
-                  ("--form FORM", "--short-side PIXELS", "--fps FPS", "--frame-step FRAMES", "--gop FRAMES", "--crf CRF", "--shard-mb MB",
-                   "--root FOLDER", "--num-workers N")),
-    "demo": Stage("render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)),
+    "pretrain": Stage(
+        "pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices",
+        "training.pretrain",
+        "PretrainConfig",
+        (CONFIG,),
+    ),
+    "finetune": Stage(
+        "train a pretrained model to name actions; under the launcher as well",
+        "training.finetune",
+        "FinetuneConfig",
+        (CONFIG,),
+    ),
+    "reconstruct": Stage(
+        "draw what a pretrained model makes of the hidden parts of a video",
+        "tools.reconstruct",
+        "ReconstructConfig",
+        ("MODEL_FOLDER", "VIDEO", "PICTURE.png"),
+    ),
+    "evaluate": Stage(
+        "test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher",
+        "evaluation.evaluate",
+        "EvaluateConfig",
+        ("MODEL_OR_RUN_FOLDER", "LIST"),
+    ),
+    "predict": Stage(
+        "name the action in a video",
+        "evaluation.predict",
+        "PredictConfig",
+        ("MODEL_OR_RUN_FOLDER", "VIDEO"),
+    ),
+    "probe": Stage(
+        "measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes",
+        "evaluation.probe",
+        "ProbeConfig",
+        ("MODEL_OR_RUN_FOLDER",),
+    ),
+    "extract": Stage(
+        "write the features of clips along videos of any length, with their times; also under the launcher",
+        "evaluation.extract",
+        "ExtractConfig",
+        ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
+    ),
+    "doctor": Stage(
+        "check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
+        "2: a mistake in the command",
+        "tools.doctor",
+        "DoctorConfig",
+        ("LIST",),
+    ),
+    "convert": Stage(
+        "a model of another project as one of ours, or ours as theirs",
+        "convert.stage",
+        "ConvertConfig",
+        ("SOURCE", "DESTINATION"),
+    ),
+    "bench": BENCH_KERNELS,
+    "bench kernels": BENCH_KERNELS,
+    "bench step": Stage(
+        "measure whole training steps, where their time goes, and Hugging Face's step beside ours",
+        "benchmark.step",
+        "StepBenchConfig",
+        (),
+        ("--baseline FILE",),
+    ),
+    "bench data": Stage(
+        "measure the loader beside pytorchvideo's and the official pipeline",
+        "benchmark.data",
+        "DataBenchConfig",
+        (),
+        ("--baseline FILE",),
+    ),
+    "pack": Stage(
+        "turn the videos of a list into shards that training reads several times faster; goes on where it was stopped",
+        "tools.pack",
+        "PackConfig",
+        ("LIST", "FOLDER"),
+        (
+            "--form FORM",
+            "--short-side PIXELS",
+            "--fps FPS",
+            "--frame-step FRAMES",
+            "--gop FRAMES",
+            "--crf CRF",
+            "--shard-mb MB",
+            "--root FOLDER",
+            "--num-workers N",
+        ),
+    ),
+    "demo": Stage(
+        "render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where), else as the stage says."""
+    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where),
+    else as the stage says.
+    """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes that it cannot say, as sys.stderr does
+        # names of files and classes that it cannot say, as sys.stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         left = _start(STAGES[options.stage], options)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(PATIENCE_SECONDS)  # the launcher kills all ranks when one exits: the first one is to say why, once
+            # the launcher kills all ranks when one exits: the first one is to say why, once
+            time.sleep(PATIENCE_SECONDS)
         print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
         sys.exit(USAGE_ERROR)
     sys.exit(left if isinstance(left, int) else left())
@@ -87,7 +163,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, more = parser.parse_known_args([name, *arguments[2:]] if name in STAGES else arguments)
     if wrong := [argument for argument in more if argument.startswith("-") or "=" not in argument]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    options.overrides += [*options.flags, *more]  # argparse leaves over a key=value that follows a flag
+    # argparse leaves over a key=value that follows a flag
+    options.overrides += [*options.flags, *more]
     return options
 
 
@@ -97,8 +174,11 @@ def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]
 
     schema = _schema(stage)
     words = [getattr(options, word) for word in stage.words if word != CONFIG]
-    config = load_config(getattr(options, CONFIG), options.overrides, schema) if CONFIG in stage.words else parse(
-        None, options.overrides, schema)
+    config = (
+        load_config(getattr(options, CONFIG), options.overrides, schema)
+        if CONFIG in stage.words
+        else parse(None, options.overrides, schema)
+    )
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
@@ -107,23 +187,53 @@ def _schema(stage: Stage) -> type:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="video-mae", description="Masked autoencoder pretraining and action recognition on video.")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher puts it first
+    parser = argparse.ArgumentParser(
+        prog="video-mae",
+        description="Masked autoencoder pretraining and action recognition on video.",
+    )
+    # the deepspeed launcher puts it first
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, stage in STAGES.items():
-        command = stages.add_parser(name, help=stage.meaning, description=stage.meaning, add_help=False)
-        command.add_argument("-h", "--help", action=_help_of(stage), nargs=0, help="show this and every key with its default and meaning")
+        command = stages.add_parser(
+            name, help=stage.meaning, description=stage.meaning, add_help=False
+        )
+        command.add_argument(
+            "-h",
+            "--help",
+            action=_help_of(stage),
+            nargs=0,
+            help="show this and every key with its default and meaning",
+        )
         for word in stage.words:
             command.add_argument(word)
         for flag in stage.flags:
             word, _, value = flag.partition(" ")
             key = word.removeprefix("--").replace("-", "_")
             if value:
-                command.add_argument(word, dest="flags", action="append", type=f"{key}={{}}".format, metavar=value, help=f"{key}={value}")
+                command.add_argument(
+                    word,
+                    dest="flags",
+                    action="append",
+                    type=f"{key}={{}}".format,
+                    metavar=value,
+                    help=f"{key}={value}",
+                )
             else:
-                command.add_argument(word, dest="flags", action="append_const", const=f"{key}=true", help=f"{key}=true")
+                command.add_argument(
+                    word,
+                    dest="flags",
+                    action="append_const",
+                    const=f"{key}=true",
+                    help=f"{key}=true",
+                )
         command.set_defaults(flags=[])
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="any key below, dotted: optim.micro_batch=8")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="any key below, dotted: optim.micro_batch=8",
+        )
     return parser
 
 

@@ -1,4 +1,6 @@
-"""Files: text in the encodings it comes in, JSON that anybody reads, whole-or-nothing writes, JSON lines that a crash may tear."""
+"""Files: text in the encodings it comes in, JSON that anybody reads, whole-or-nothing writes, JSON
+lines that a crash may tear.
+"""
 
 import codecs
 import fcntl
@@ -13,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of Unicode takes them.
+# Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
+# Unicode takes them.
 _NO_UNICODE = re.compile("[\ud800-\udfff]")
 # What ends a line for some reader, or moves a terminal's cursor.
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
@@ -26,9 +29,11 @@ def is_utf16(path: Path) -> bool:
 
 
 def open_text(path: Path) -> TextIO:
-    """Opens a text file: UTF-8 with or without its mark, or UTF-16 with it; lines end in any system's way, and nowhere else.
+    """Opens a text file: UTF-8 with or without its mark, or UTF-16 with it; lines end in any
+    system's way, and nowhere else.
 
-    What is not UTF-8 comes through as surrogates, what is not UTF-16 as U+FFFD, so that it costs its line and not the file.
+    What is not UTF-8 comes through as surrogates, what is not UTF-16 as U+FFFD, so that it costs
+    its line and not the file.
     """
     if is_utf16(path):
         return path.open(encoding="utf-16", errors="replace")
@@ -36,7 +41,9 @@ def open_text(path: Path) -> TextIO:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in the encodings of `open_text`. Raises: ValueError naming a file that is in neither."""
+    """The text of a file in the encodings of `open_text`. Raises: ValueError naming a file that is
+    in neither.
+    """
     try:
         text = path.read_text(encoding="utf-16" if is_utf16(path) else "utf-8-sig")
     except UnicodeDecodeError:
@@ -62,7 +69,8 @@ def json_text(value: Any, indent: int | None = None) -> str:
     Raises: ValueError for a number that is not finite, which JSON does not have.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    text = _NO_UNICODE.sub(lambda found: "\\" + _escape(found[0]), text)  # a backslash inside JSON is written twice
+    # a backslash inside JSON is written twice
+    text = _NO_UNICODE.sub(lambda found: "\\" + _escape(found[0]), text)
     return re.sub("[\x7f-\x9f\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -84,12 +92,14 @@ def _escape(letter: str) -> str:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier one.
+    """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier
+    one.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:  # short: a name has 255 bytes
+    # short: a name has 255 bytes
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:
         building = Path(work) / "new"
         write(building)
         if path.is_dir():  # a file is replaced by the rename itself
@@ -97,12 +107,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(building, path)
 
 
-def draw_or_tell(path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = print) -> None:
-    """Lets `draw` write a picture, whole or not at all; where it cannot, one line says so: no figure and no run depends on a picture."""
+def draw_or_tell(
+    path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = print
+) -> None:
+    """Lets `draw` write a picture, whole or not at all; where it cannot, one line says so: no
+    figure and no run depends on a picture.
+    """
     try:
         write_whole(path, draw)
     except Exception as error:  # of a library that draws, or the disk
-        say(f"{path}: could not be drawn, all else is there ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        say(
+            f"{path}: could not be drawn, all else is there ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        )
 
 
 class Failure(Protocol):
@@ -117,14 +133,17 @@ class Failure(Protocol):
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line that a crash tore."""
+    """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line
+    that a crash tore.
+    """
     if not path.exists():
         return []
     return list(_objects(path.read_bytes()))
 
 
 class Register:
-    """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl, RUN/fallbacks.jsonl.
+    """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl,
+    RUN/fallbacks.jsonl.
 
     All ranks of a run may hold one: the file is the truth, read on under a lock before each write.
     """
@@ -135,20 +154,35 @@ class Register:
         self._bytes_read = 0
 
     def add(self, failures: Iterable[Failure]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of the run has written."""
+        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
+        the run has written.
+        """
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._paths:
             return
         with self.file.open("ab+") as stream:
-            with suppress(OSError):  # a file system without locks: two ranks may then both write a path, which is no reason to stop
+            # a file system without locks: two ranks may then both write a path, which is no reason
+            # to stop
+            with suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)
             self._read_on(stream.fileno())
-            if stream.seek(0, os.SEEK_END) > self._bytes_read:  # a crash tore the last line: end it, so that it spoils no other
+            # a crash tore the last line: end it, so that it spoils no other
+            if stream.seek(0, os.SEEK_END) > self._bytes_read:
                 stream.write(b"\n")
                 stream.flush()
                 self._read_on(stream.fileno())
-            stream.writelines(json_line({"path": path, "decoder": failure.decoder, "reason": failure.reason, "time": time.time()})
-                              for path, failure in named.items() if path not in self._paths)
+            stream.writelines(
+                json_line(
+                    {
+                        "path": path,
+                        "decoder": failure.decoder,
+                        "reason": failure.reason,
+                        "time": time.time(),
+                    }
+                )
+                for path, failure in named.items()
+                if path not in self._paths
+            )
 
     @property
     def paths(self) -> frozenset[str]:
@@ -162,7 +196,9 @@ class Register:
         return len(self.paths)
 
     def _read_on(self, descriptor: int) -> None:
-        new = os.pread(descriptor, max(0, os.fstat(descriptor).st_size - self._bytes_read), self._bytes_read)
+        new = os.pread(
+            descriptor, max(0, os.fstat(descriptor).st_size - self._bytes_read), self._bytes_read
+        )
         new = new[: new.rfind(b"\n") + 1]
         self._paths.update(entry["path"] for entry in _objects(new))
         self._bytes_read += len(new)
@@ -179,12 +215,16 @@ def _objects(text: bytes) -> Iterator[dict[str, Any]]:
 
 
 def cut_after(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here loses nothing."""
+    """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here
+    loses nothing.
+    """
     if not path.exists():
         return
     new = path.with_name(path.name + ".new")
     with new.open("wb") as stream:
-        stream.writelines(json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step)
+        stream.writelines(
+            json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step
+        )
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(path)
@@ -192,13 +232,16 @@ def cut_after(path: Path, last_step: int) -> None:
 
 METRICS_FILE = "metrics.json"
 LIST_DIGEST = "list_sha256"
-"""The setting that tells one list from another under the same name; earlier versions did not write it."""
+"""The setting that tells one list from another under the same name; earlier versions did not write
+it.
+"""
 AS_EARLIER = {"antialias": True}
 """What earlier versions did, and had no setting for."""
 
 
 def choose_folder(output: str, model: str, name: str = "") -> Path:
-    """The folder of the results: `output`, else the run folder that `model` is or lies in (and `name` there).
+    """The folder of the results: `output`, else the run folder that `model` is or lies in (and
+    `name` there).
 
     Raises: ValueError where there is none.
     """
@@ -207,18 +250,31 @@ def choose_folder(output: str, model: str, name: str = "") -> Path:
     for folder in (Path(model), Path(model).absolute().parent):
         if (folder / "config.yaml").is_file():
             return folder / name
-    raise ValueError(f"output: (empty), name a folder for the results, {model} is not part of a run folder")
+    raise ValueError(
+        f"output: (empty), name a folder for the results, {model} is not part of a run folder"
+    )
 
 
 def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises: ValueError where the folder has results that were made with other settings (as `write_metrics` keeps them)."""
+    """Raises: ValueError where the folder has results that were made with other settings (as
+    `write_metrics` keeps them).
+    """
     file = folder / METRICS_FILE
     if not file.exists():
         return
     try:
-        before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **json.loads(file.read_bytes())["settings"]}
-        changes = ["another list of this name" if key == LIST_DIGEST else f"{key} = {before.get(key)}, now {value}"
-                   for key, value in as_read_back(settings).items() if before.get(key) != value]
+        before = {
+            **AS_EARLIER,
+            LIST_DIGEST: settings.get(LIST_DIGEST),
+            **json.loads(file.read_bytes())["settings"],
+        }
+        changes = [
+            "another list of this name"
+            if key == LIST_DIGEST
+            else f"{key} = {before.get(key)}, now {value}"
+            for key, value in as_read_back(settings).items()
+            if before.get(key) != value
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
     if changes:

@@ -1,4 +1,6 @@
-"""The kernel benchmark on a CPU: it measures every provider there is, finds wrong ones, and its rooflines are those worked out by hand."""
+"""The kernel benchmark on a CPU: it measures every provider there is, finds wrong ones, and its
+rooflines are those worked out by hand.
+"""
 
 import math
 import runpy
@@ -29,10 +31,15 @@ norms = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "norms.
 
 
 def tiny_problems(dtype: torch.dtype = torch.float32) -> list[Any]:
-    return [Gather("tiny", 2, SIZE, 7, 24, dtype, CPU), Embed("tiny", 2, SIZE, 7, 24, dtype, CPU),
-            Reconstruction("tiny", 3, SIZE, 23, 24, dtype, CPU), Contrastive("tiny", 2, 23, "clip", dtype, CPU),
-            Contrastive("tiny", 2, 23, "batch", dtype, CPU), Joint("tiny", 2, SIZE, 23, 24, dtype, CPU),
-            Attention("tiny", 2, 37, 3, 24, dtype, CPU)]
+    return [
+        Gather("tiny", 2, SIZE, 7, 24, dtype, CPU),
+        Embed("tiny", 2, SIZE, 7, 24, dtype, CPU),
+        Reconstruction("tiny", 3, SIZE, 23, 24, dtype, CPU),
+        Contrastive("tiny", 2, 23, "clip", dtype, CPU),
+        Contrastive("tiny", 2, 23, "batch", dtype, CPU),
+        Joint("tiny", 2, SIZE, 23, 24, dtype, CPU),
+        Attention("tiny", 2, 37, 3, 24, dtype, CPU),
+    ]
 
 
 @pytest.fixture
@@ -50,26 +57,45 @@ def measured(problem: Any) -> dict[tuple[str, str], Record]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("number", range(7))
 @pytest.mark.usefixtures("eager")
-def test_every_provider_that_a_cpu_has_is_right_and_measured(number: int, dtype: torch.dtype) -> None:
+def test_every_provider_that_a_cpu_has_is_right_and_measured(
+    number: int, dtype: torch.dtype
+) -> None:
     problem = tiny_problems(dtype)[number]
     cells = measured(problem)
     missing = {provider for (provider, _), record in cells.items() if record.reason}
-    assert missing <= {"sdpa cudnn", "sdpa efficient", "flex", "ours short", "ours long", "ours triton", "ours fast", "ours fast, 256 MB",
-                       "ours least"}
-    assert {"ours auto", "reference", "reference compiled", problem.baseline} <= {provider for provider, _ in cells} - missing
+    assert missing <= {
+        "sdpa cudnn",
+        "sdpa efficient",
+        "flex",
+        "ours short",
+        "ours long",
+        "ours triton",
+        "ours fast",
+        "ours fast, 256 MB",
+        "ours least",
+    }
+    assert {"ours auto", "reference", "reference compiled", problem.baseline} <= {
+        provider for provider, _ in cells
+    } - missing
     for (provider, mode), record in cells.items():
         if provider not in missing:
             assert record.measures["gate"] == "", (provider, mode)
             assert record.measures["bit_equal"]
-            assert 0 < record.times["wall"].p20 <= record.times["wall"].p50 <= record.times["wall"].p80
+            assert (
+                0 < record.times["wall"].p20 <= record.times["wall"].p50 <= record.times["wall"].p80
+            )
             assert set(record.times) == {"wall"}  # the other ways need a GPU
             assert "peak_mb" not in record.measures
     assert {mode for provider, mode in cells if provider == "ours auto"} == set(problem.modes)
 
 
 def test_a_compiled_provider_runs_its_backward_pass_again_and_again() -> None:
-    cells = benchmark_cells.measure_problem(tiny_problems()[3], Clock(CPU, 0.5), CEILINGS, ["plain compiled"])
-    assert [(record.mode, record.reason, record.measures["gate"]) for record in cells] == [(mode, "", "") for mode in benchmark.MODES]
+    cells = benchmark_cells.measure_problem(
+        tiny_problems()[3], Clock(CPU, 0.5), CEILINGS, ["plain compiled"]
+    )
+    assert [(record.mode, record.reason, record.measures["gate"]) for record in cells] == [
+        (mode, "", "") for mode in benchmark.MODES
+    ]
 
 
 class Faulty(Attention):
@@ -96,11 +122,24 @@ class Faulty(Attention):
         def no_backward(x: Any) -> torch.Tensor:
             return self.definition(x).detach()
 
-        ours = {"right": self.definition, "row": row, "scale": lambda x: self.definition(x) * 1.0001, "gradient": gradient,
-                "nan": lambda x: self.definition(x) * math.nan}
-        others = {"reference": self.definition, "random": random, "shape": lambda x: self.definition(x)[:, :-1], "raises": raises,
-                  "no backward": no_backward}
-        return [Provider(name, run, is_ours=run in ours.values()) for name, run in {**others, **ours}.items()]
+        ours = {
+            "right": self.definition,
+            "row": row,
+            "scale": lambda x: self.definition(x) * 1.0001,
+            "gradient": gradient,
+            "nan": lambda x: self.definition(x) * math.nan,
+        }
+        others = {
+            "reference": self.definition,
+            "random": random,
+            "shape": lambda x: self.definition(x)[:, :-1],
+            "raises": raises,
+            "no backward": no_backward,
+        }
+        return [
+            Provider(name, run, is_ours=run in ours.values())
+            for name, run in {**others, **ours}.items()
+        ]
 
 
 class TooLarge(Attention):
@@ -115,7 +154,8 @@ def test_a_wrong_kernel_is_found_and_gets_no_speed_up() -> None:
     gates = {name: record.measures.get("gate") for name, record in cells.items()}
     for provider in ("row", "scale", "nan"):
         assert "result: " in str(gates[provider, "forward"])
-    assert "off by up to" in str(gates["row", "forward"])  # a single wrong row: the largest error tells
+    # a single wrong row: the largest error tells
+    assert "off by up to" in str(gates["row", "forward"])
     assert "values not finite" in str(gates["nan", "forward"])
     assert gates["gradient", "forward"] == ""
     assert str(gates["gradient", "backward"]).startswith("dq: ")
@@ -123,7 +163,7 @@ def test_a_wrong_kernel_is_found_and_gets_no_speed_up() -> None:
     assert gates["right", "both"] == gates["reference", "both"] == ""
     assert not cells["random", "forward"].measures["bit_equal"]
     assert cells["right", "both"].measures["bit_equal"]
-    table, = benchmark.tables(Run({}, list(cells.values())))
+    (table,) = benchmark.tables(Run({}, list(cells.values())))
     rows = {(row[1], row[0]): dict(zip(table.columns, row, strict=True)) for row in table.rows}
     for name, row in rows.items():
         wrong = cells[name].reason or gates[name]
@@ -137,31 +177,76 @@ def test_what_is_not_available_is_a_row_that_says_why() -> None:
     assert cells["raises", "forward"].reason == "OutOfMemoryError: out of memory"
     assert ("raises", "both") not in cells
     assert cells["no backward", "forward"].measures["gate"] == ""
-    assert cells["no backward", "backward"].reason.startswith("RuntimeError: element 0 of tensors does not require grad")
-    assert "shape" in cells["shape", "forward"].reason or "shape" in str(cells["shape", "forward"].measures["gate"])
-    record, = measured(TooLarge("tiny", 2, 37, 3, 24, torch.float32, CPU)).values()
+    assert cells["no backward", "backward"].reason.startswith(
+        "RuntimeError: element 0 of tensors does not require grad"
+    )
+    assert "shape" in cells["shape", "forward"].reason or "shape" in str(
+        cells["shape", "forward"].measures["gate"]
+    )
+    (record,) = measured(TooLarge("tiny", 2, 37, 3, 24, torch.float32, CPU)).values()
     assert (record.provider, "do not fit the memory" in record.reason) == ("every provider", True)
     text = benchmark.tables(Run({}, list(cells.values())))[0].text()
     assert "not available: OutOfMemoryError: out of memory" in text
 
 
-def cell(provider: str, ms: float, ours: bool = False, gate: str = "", mode: str = "forward", tokens: int = 160) -> Record:
-    return Record(benchmark="kernels", op="attention", shape=f"s {tokens}", dtype="bfloat16", provider=provider, mode=mode,
-                  times={"cold": Times(ms, 0.9 * ms, 1.1 * ms), "wall": Times(9.0, 8.0, 10.0)},
-                  measures={"gate": gate, "is_ours": ours, "is_baseline": provider == "reference", "flops": 2e9, "bytes": 1e7,
-                            "tflops": 2 / ms, "gbps": 10 / ms, "floor_percent": 50.0, "peak_mb": tokens, "max_error": 1e-3,
-                            "rms_error": 1e-3, "bit_equal": True, "batch": 2, "heads": 3, "width": 64, "tokens": tokens})
+def cell(
+    provider: str,
+    ms: float,
+    ours: bool = False,
+    gate: str = "",
+    mode: str = "forward",
+    tokens: int = 160,
+) -> Record:
+    return Record(
+        benchmark="kernels",
+        op="attention",
+        shape=f"s {tokens}",
+        dtype="bfloat16",
+        provider=provider,
+        mode=mode,
+        times={"cold": Times(ms, 0.9 * ms, 1.1 * ms), "wall": Times(9.0, 8.0, 10.0)},
+        measures={
+            "gate": gate,
+            "is_ours": ours,
+            "is_baseline": provider == "reference",
+            "flops": 2e9,
+            "bytes": 1e7,
+            "tflops": 2 / ms,
+            "gbps": 10 / ms,
+            "floor_percent": 50.0,
+            "peak_mb": tokens,
+            "max_error": 1e-3,
+            "rms_error": 1e-3,
+            "bit_equal": True,
+            "batch": 2,
+            "heads": 3,
+            "width": 64,
+            "tokens": tokens,
+        },
+    )
 
 
 def test_speed_ups_are_against_the_baseline_and_the_fastest_right_other() -> None:
-    records = [cell("reference", 8.0), cell("wrong", 0.1, gate="result: off"), cell("sdpa flash", 2.0), cell("ours", 1.0, ours=True),
-               cell("ours auto", 0.5, ours=True)]
-    table, = benchmark.tables(Run({}, records))
+    records = [
+        cell("reference", 8.0),
+        cell("wrong", 0.1, gate="result: off"),
+        cell("sdpa flash", 2.0),
+        cell("ours", 1.0, ours=True),
+        cell("ours auto", 0.5, ours=True),
+    ]
+    (table,) = benchmark.tables(Run({}, records))
     columns = [table.columns.index(name) for name in ("x reference", "x best other")]
-    assert [[row[i] for i in columns] for row in table.rows] == [["1.00", "0.25"], ["-", "-"], ["4.00", "1.00"], ["8.00", "2.00"],
-                                                                ["16.00", "4.00"]]
+    assert [[row[i] for i in columns] for row in table.rows] == [
+        ["1.00", "0.25"],
+        ["-", "-"],
+        ["4.00", "1.00"],
+        ["8.00", "2.00"],
+        ["16.00", "4.00"],
+    ]
     assert table.notes == ["best other: forward sdpa flash"]
-    table, = benchmark.tables(Run({}, [cell("reference", 8.0, gate="result: off"), cell("ours", 1.0, ours=True)]))
+    (table,) = benchmark.tables(
+        Run({}, [cell("reference", 8.0, gate="result: off"), cell("ours", 1.0, ours=True)])
+    )
     assert [row[columns[0]] for row in table.rows] == ["-", "-"]
     assert "reference forward is wrong, so nothing is compared with it" in table.notes
 
@@ -183,28 +268,46 @@ def test_the_gate_is_the_rule_of_the_tests(dtype: torch.dtype) -> None:
                 allowed = True
             except AssertionError:
                 allowed = False
-            if allowed and verdict.failure:  # the tests let a large relative error pass where no value is off by more than two roundings
+            # the tests let a large relative error pass where no value is off by more than two
+            # roundings
+            if allowed and verdict.failure:
                 assert "relative" in verdict.failure
                 assert verdict.max_error <= norms.rounding_noise(exact, dtype)
             else:
                 assert allowed == (verdict.failure == ""), (scale, rows)
                 outcomes.add((allowed, "off by" in verdict.failure))
     assert outcomes == {(True, False), (False, True)}
-    if dtype == torch.bfloat16:  # everything a little off, nothing by much: only the second half of the rule tells
+    # everything a little off, nothing by much: only the second half of the rule tells
+    if dtype == torch.bfloat16:
         assert judge((exact + 0.012).to(dtype), low, exact).failure.startswith("relative error")
 
 
-@pytest.mark.parametrize(("dims", "gflops", "megabytes", "forward_us", "backward"), [
-    ((32, 160, 12, 64), 2.52, 31.7, 10.6, (6.29, 63.4, 21.1)), ((32, 160, 16, 64), 3.36, 42.3, 14.1, (8.39, 84.5, 28.2)),
-    ((32, 160, 16, 80), 4.19, 52.8, 17.6, (10.5, 106, 35.2)), ((32, 160, 16, 88), 4.61, 58.0, 19.3, (11.5, 116, 38.7)),
-    ((32, 1568, 6, 64), 120.9, 155, 151, (302, 311, 378)), ((32, 944, 6, 64), 43.8, 93.5, 54.8, (110, 187, 137)),
-    ((32, 784, 12, 64), 60.4, 155, 75.5, (151, 311, 189)), ((32, 1568, 16, 88), 443, 568, 554, (1108, 1137, 1385))])
+@pytest.mark.parametrize(
+    ("dims", "gflops", "megabytes", "forward_us", "backward"),
+    [
+        ((32, 160, 12, 64), 2.52, 31.7, 10.6, (6.29, 63.4, 21.1)),
+        ((32, 160, 16, 64), 3.36, 42.3, 14.1, (8.39, 84.5, 28.2)),
+        ((32, 160, 16, 80), 4.19, 52.8, 17.6, (10.5, 106, 35.2)),
+        ((32, 160, 16, 88), 4.61, 58.0, 19.3, (11.5, 116, 38.7)),
+        ((32, 1568, 6, 64), 120.9, 155, 151, (302, 311, 378)),
+        ((32, 944, 6, 64), 43.8, 93.5, 54.8, (110, 187, 137)),
+        ((32, 784, 12, 64), 60.4, 155, 75.5, (151, 311, 189)),
+        ((32, 1568, 16, 88), 443, 568, 554, (1108, 1137, 1385)),
+    ],
+)
 def test_the_roofline_of_attention_is_that_worked_out_by_hand(
-        dims: tuple[int, int, int, int], gflops: float, megabytes: float, forward_us: float, backward: tuple[float, float, float]) -> None:
+    dims: tuple[int, int, int, int],
+    gflops: float,
+    megabytes: float,
+    forward_us: float,
+    backward: tuple[float, float, float],
+) -> None:
     problem = Attention("by hand", *dims, torch.bfloat16, CPU)
     for mode, expected in (("forward", (gflops, megabytes, forward_us)), ("backward", backward)):
         work = problem.work(mode)
-        assert (work.flops / 1e9, work.bytes / 1e6, 1e3 * H100.floor_ms(work)) == pytest.approx(expected, rel=0.01)
+        assert (work.flops / 1e9, work.bytes / 1e6, 1e3 * H100.floor_ms(work)) == pytest.approx(
+            expected, rel=0.01
+        )
     assert problem.work("both").flops == pytest.approx(3.5 * problem.work("forward").flops)
 
 
@@ -221,8 +324,12 @@ def test_the_roofline_of_the_losses_is_that_worked_out_by_hand() -> None:
     contrastive = Contrastive("by hand", 32, 1408, "clip", torch.bfloat16, CPU)
     assert contrastive.work("forward").flops == pytest.approx(0.195e12, rel=0.01)
     assert contrastive.work("both").flops == 2 * contrastive.work("forward").flops
-    assert Contrastive("by hand", 32, 1408, "batch", torch.bfloat16, CPU).work("forward").flops == pytest.approx(6.24e12, rel=0.01)
-    assert Embed("by hand", 32, size, 160, 768, torch.bfloat16, CPU).work("forward").flops == pytest.approx(12e9, rel=0.01)
+    assert Contrastive("by hand", 32, 1408, "batch", torch.bfloat16, CPU).work(
+        "forward"
+    ).flops == pytest.approx(6.24e12, rel=0.01)
+    assert Embed("by hand", 32, size, 160, 768, torch.bfloat16, CPU).work(
+        "forward"
+    ).flops == pytest.approx(12e9, rel=0.01)
 
 
 def test_times_are_those_of_the_calls() -> None:
@@ -238,11 +345,21 @@ def test_times_are_those_of_the_calls() -> None:
 def test_inputs_are_what_both_recipes_take() -> None:
     problem = tiny_problems()[2]
     x = problem.inputs(3)
-    assert all(torch.equal(a, b) for a, b in zip(x, problem.inputs(3), strict=True) if isinstance(a, torch.Tensor))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(x, problem.inputs(3), strict=True)
+        if isinstance(a, torch.Tensor)
+    )
     assert not torch.equal(x.clip_BTHWC, problem.inputs(4).clip_BTHWC)
     for clip in range(3):
         assert x.index_BN[clip].tolist() == x.mask_BN[clip].nonzero().flatten().tolist()
     mean, std = (torch.tensor(values) for values in (benchmark_losses.MEAN, benchmark_losses.STD))
-    torch.testing.assert_close(x.video_BCTHW.permute(0, 2, 3, 4, 1) * std + mean, x.clip_BTHWC / 255)
-    torch.testing.assert_close(problem._official_targets(x), reference.tubelet_targets(x.clip_BTHWC, x.index_BN, (2, 16, 16), "channel"),
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        x.video_BCTHW.permute(0, 2, 3, 4, 1) * std + mean, x.clip_BTHWC / 255
+    )
+    torch.testing.assert_close(
+        problem._official_targets(x),
+        reference.tubelet_targets(x.clip_BTHWC, x.index_BN, (2, 16, 16), "channel"),
+        rtol=1e-4,
+        atol=1e-4,
+    )

@@ -1,4 +1,6 @@
-"""The benchmark of the loader: the competing pipelines make the same clips, their stages are all of their time, failures are rows."""
+"""The benchmark of the loader: the competing pipelines make the same clips, their stages are all of
+their time, failures are rows.
+"""
 
 import os
 import shutil
@@ -15,7 +17,16 @@ import torch
 
 from video_mae.benchmark import data, pipelines
 from video_mae.benchmark.data import DataBenchConfig, measure, measure_job, tables
-from video_mae.benchmark.pipelines import CONTENDERS, STAGES, Contender, Found, Job, Stopwatch, bare, ours
+from video_mae.benchmark.pipelines import (
+    CONTENDERS,
+    STAGES,
+    Contender,
+    Found,
+    Job,
+    Stopwatch,
+    bare,
+    ours,
+)
 from video_mae.benchmark.records import Run
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.data import ClipDataset, decode, read_annotations
@@ -30,9 +41,13 @@ HERE = [contender for contender in CONTENDERS if not decoders.problem(contender.
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """7 videos in batches of 4: the last one is not full. 64 pixels wide: at 48 decord mistakes the padding of rows for a channel."""
+    """7 videos in batches of 4: the last one is not full. 64 pixels wide: at 48 decord mistakes the
+    padding of rows for a channel.
+    """
     folder = tmp_path_factory.mktemp("data") / "videos"
-    make_demo_data(folder, DemoConfig(train_clips=56, validation_clips=8, num_frames=16, height=48, width=64))
+    make_demo_data(
+        folder, DemoConfig(train_clips=56, validation_clips=8, num_frames=16, height=48, width=64)
+    )
     lines = (folder / "train.txt").read_text().splitlines()[::8]  # of seven photographs
     (folder / "seven.txt").write_text("".join(f"{line}\n" for line in lines))
     sources, _ = data._sources(str(folder / "seven.txt"), folder.parent, 3, ("video", "frames"))
@@ -41,14 +56,19 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def clips_of(contender: Contender, job: Job, epoch: int = 1) -> torch.Tensor:
     batches = list(contender.pipeline(contender, job, epoch, Stopwatch()))
-    expected = [1] * 7 if contender.pipeline is bare else [4] * 7 if contender.crops == 4 else [4, 3]
+    expected = (
+        [1] * 7 if contender.pipeline is bare else [4] * 7 if contender.crops == 4 else [4, 3]
+    )
     assert [batch.num_clips for batch in batches] == expected
     pixels = [batch.pixels for batch in batches]
     return torch.stack(pixels) if contender.pipeline is bare else torch.cat(pixels)
 
 
-@pytest.mark.parametrize("contender", [row for row in HERE if row.pipeline is ours and row.crop_where == "worker"],
-                         ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "contender",
+    [row for row in HERE if row.pipeline is ours and row.crop_where == "worker"],
+    ids=lambda row: row.name,
+)
 def test_ours_is_the_data_set_that_trains(job, contender):
     config = contender.data(job)
     assert (config.source, config.clips_per_video) == (job.sources[contender.form], contender.crops)
@@ -58,50 +78,78 @@ def test_ours_is_the_data_set_that_trains(job, contender):
     if contender.form != "frames":  # of which other frames can be chosen
         plain = ClipDataset(read_annotations(OURS.data(job)), OURS.data(job), 4, 32, 32, seed=0)
         alike = torch.cat([plain[2, index].clip_RTHWC for index in range(7)])
-        assert (clips[:: contender.crops].float() - alike.float()).abs().mean() < 4  # packing is a second compression
+        # packing is a second compression
+        assert (clips[:: contender.crops].float() - alike.float()).abs().mean() < 4
 
 
-@pytest.mark.parametrize("contender", [contender for contender in HERE if contender.pipeline is bare], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "contender",
+    [contender for contender in HERE if contender.pipeline is bare],
+    ids=lambda row: row.name,
+)
 def test_decoding_alone_reads_the_frames_that_ours_does(job, contender):
     frames = clips_of(contender, job, epoch=2)
     config = replace(OURS.data(job), crop="center")
     dataset = ClipDataset(read_annotations(config), config, 4, 48, 64, seed=0)
-    assert (frames.float() - torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]).float()).abs().mean() < 0.1
+    assert (
+        frames.float() - torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]).float()
+    ).abs().mean() < 0.1
 
 
 def test_the_official_pipeline_makes_our_clips_as_normalised_floats(job):
     ours, theirs = clips_of(OURS, job), clips_of(OFFICIAL, job)
     assert theirs.shape == (7, 3, 4, 32, 32)
     assert theirs.dtype == torch.float32
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     values = ((theirs * std + mean) * 255).permute(0, 2, 3, 4, 1)
     assert (values - values.round()).abs().max() < 1e-3
     difference = (values - ours).abs()
     assert difference.max() <= 3  # two ways to round the weights of a resize
     assert difference.mean() < 0.3
-    assert (clips_of(OFFICIAL, job, epoch=3) - theirs).abs().max() > 0.5  # other frames, other boxes
+    # other frames, other boxes
+    assert (clips_of(OFFICIAL, job, epoch=3) - theirs).abs().max() > 0.5
 
 
-def test_pytorchvideo_clips_are_normalised_frames_of_their_videos_in_order_of_time(job, monkeypatch):
+def test_pytorchvideo_clips_are_normalised_frames_of_their_videos_in_order_of_time(
+    job, monkeypatch
+):
     clips = clips_of(PYTORCHVIDEO, job)
     assert clips.shape == (7, 3, 4, 32, 32)
     assert clips.dtype == torch.float32
-    assert (clips_of(PYTORCHVIDEO, job, epoch=2) - clips).abs().max() > 0.5  # other frames, other boxes
-    monkeypatch.setattr(pipelines.v2, "RandomResizedCrop", lambda side, antialias: pipelines.v2.Resize((side, side), antialias=antialias))
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    # other frames, other boxes
+    assert (clips_of(PYTORCHVIDEO, job, epoch=2) - clips).abs().max() > 0.5
+    monkeypatch.setattr(
+        pipelines.v2,
+        "RandomResizedCrop",
+        lambda side, antialias: pipelines.v2.Resize((side, side), antialias=antialias),
+    )
+    mean, std = (
+        torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     values = ((clips_of(PYTORCHVIDEO, job) * std + mean) * 255).permute(0, 2, 3, 4, 1)
     videos = read_annotations(OURS.data(job))
     for index, clip_THWC in enumerate(values):
-        frames_THWC = crop_clip(torch.from_numpy(decode(videos[index][0], np.arange)), (0, 0, 48, 64), (32, 32), flip=False).float()
+        frames_THWC = crop_clip(
+            torch.from_numpy(decode(videos[index][0], np.arange)),
+            (0, 0, 48, 64),
+            (32, 32),
+            flip=False,
+        ).float()
         distance_TF = (clip_THWC[:, None] - frames_THWC[None]).abs().mean(dim=(2, 3, 4))
         nearest_T = distance_TF.argmin(dim=1)
         assert distance_TF.amin(dim=1).max() < 1
         assert (nearest_T.diff() > 0).all()
-        assert nearest_T[-1] - nearest_T[0] >= 10  # of the 12 frames that 4 frames with a stride of 3 span
+        # of the 12 frames that 4 frames with a stride of 3 span
+        assert nearest_T[-1] - nearest_T[0] >= 10
 
 
-@pytest.mark.parametrize("contender", [OURS, BY_NAME["ours, packed frames, 4 crops"], BY_NAME["pyav alone"], OFFICIAL, PYTORCHVIDEO],
-                         ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "contender",
+    [OURS, BY_NAME["ours, packed frames, 4 crops"], BY_NAME["pyav alone"], OFFICIAL, PYTORCHVIDEO],
+    ids=lambda row: row.name,
+)
 def test_stages_are_all_of_the_time(job, contender):
     shares = []
     for epoch in range(5):  # other processes may take the core between two laps
@@ -109,14 +157,22 @@ def test_stages_are_all_of_the_time(job, contender):
         list(contender.pipeline(contender, job, epoch, watch))
         shares.append(sum(watch.seconds.values()) / (time.perf_counter() - start))
         assert tuple(watch.seconds) == STAGES
-        made = {ours: {"decode", "crop", "collate"}, bare: {"decode"}}.get(contender.pipeline, set(STAGES))
+        made = {ours: {"decode", "crop", "collate"}, bare: {"decode"}}.get(
+            contender.pipeline, set(STAGES)
+        )
         assert {stage for stage, seconds in watch.seconds.items() if seconds > 0} == made
     assert 0.85 < max(shares) <= 1
 
 
 def test_all_are_measured_in_turn_in_processes_of_their_own(job):
-    rows = [OURS, BY_NAME["ours, decord"], BY_NAME["ours, packed video, 4 crops on the device"], BY_NAME["decord alone"], OFFICIAL,
-            PYTORCHVIDEO]
+    rows = [
+        OURS,
+        BY_NAME["ours, decord"],
+        BY_NAME["ours, packed video, 4 crops on the device"],
+        BY_NAME["decord alone"],
+        OFFICIAL,
+        PYTORCHVIDEO,
+    ]
     records = measure_job(job, rows, 2, "7 videos", appetite=1000)
     assert [record.provider for record in records] == [row.name for row in rows]
     for record, row in zip(records, rows, strict=True):
@@ -124,15 +180,29 @@ def test_all_are_measured_in_turn_in_processes_of_their_own(job):
         assert (record.benchmark, record.op) == ("data", "loader")
         assert record.shape == "7 videos, clips of 4x32x32, stride 3, batches of 4"
         assert set(record.times) == {"clip", *STAGES}
-        assert record.measures["clips_per_second"] == pytest.approx(1e3 / record.times["clip"].p50, rel=1e-6)
+        assert record.measures["clips_per_second"] == pytest.approx(
+            1e3 / record.times["clip"].p50, rel=1e-6
+        )
         assert 0 < float(record.measures["peak_mb"]) < 800
         assert "x official" in record.measures
-        assert ("x alone" in record.measures) == (row.name == "ours, decord")  # pyav alone was not measured
-        assert row.pipeline is bare or record.measures["gpu_cores"] == pytest.approx(record.times["clip"].p50)
+        # pyav alone was not measured
+        assert ("x alone" in record.measures) == (row.name == "ours, decord")
+        assert row.pipeline is bare or record.measures["gpu_cores"] == pytest.approx(
+            record.times["clip"].p50
+        )
     assert records[4].measures["x official"] == 1
     assert [record.dtype for record in records] == ["uint8"] * 4 + ["float32"] * 2
-    assert [record.measures["bytes_a_clip"] for record in records] == [4 * size for size in (
-        32 * 32 * 3, 32 * 32 * 3, 48 * 64 * 3 // 4, 48 * 64 * 3, 32 * 32 * 3 * 4, 32 * 32 * 3 * 4)]
+    assert [record.measures["bytes_a_clip"] for record in records] == [
+        4 * size
+        for size in (
+            32 * 32 * 3,
+            32 * 32 * 3,
+            48 * 64 * 3 // 4,
+            48 * 64 * 3,
+            32 * 32 * 3 * 4,
+            32 * 32 * 3 * 4,
+        )
+    ]
     (table,) = tables(Run({}, records))
     assert [row[0] for row in table.rows] == [row.name for row in rows]
     assert all(len(row) == len(table.columns) for row in table.rows)
@@ -141,7 +211,8 @@ def test_all_are_measured_in_turn_in_processes_of_their_own(job):
 def answer_of(contender: Contender, job: Job, monkeypatch: pytest.MonkeyPatch) -> Found:
     here: Any
     there: Any
-    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # it is this process that serves here
+    # it is this process that serves here
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
     here, there = Pipe()
     pipelines.serve(contender, job, 0, there)
     assert here.poll(0)
@@ -149,11 +220,15 @@ def answer_of(contender: Contender, job: Job, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("quiet_process")
-def test_a_library_that_is_missing_and_a_broken_video_are_rows_that_say_so(job, tmp_path, monkeypatch):
+def test_a_library_that_is_missing_and_a_broken_video_are_rows_that_say_so(
+    job, tmp_path, monkeypatch
+):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"\x00\x00\x00\x20ftypisom" + bytes(100))
     (tmp_path / "list.txt").write_text(f"{broken}\n")
-    assert answer_of(OFFICIAL, Job({"plain": str(tmp_path / "list.txt")}, 4, 3, 32, 4), monkeypatch).reason
+    assert answer_of(
+        OFFICIAL, Job({"plain": str(tmp_path / "list.txt")}, 4, 3, 32, 4), monkeypatch
+    ).reason
     monkeypatch.setitem(sys.modules, "pytorchvideo.data", None)
     found = answer_of(PYTORCHVIDEO, job, monkeypatch)
     assert "pytorchvideo.data" in found.reason
@@ -171,9 +246,15 @@ def test_a_process_that_dies_or_hangs_is_a_row_that_says_so(monkeypatch):
     assert data._answer(here).reason == "no answer for 0.01 seconds"
 
 
-def test_a_source_may_be_named_and_without_one_videos_are_rendered(demo_folder, tmp_path, monkeypatch):
+def test_a_source_may_be_named_and_without_one_videos_are_rendered(
+    demo_folder, tmp_path, monkeypatch
+):
     seen: list[tuple[Job, str]] = []
-    monkeypatch.setattr(data, "measure_job", lambda job, contenders, rounds, name, appetite: seen.append((job, name)) or [])
+    monkeypatch.setattr(
+        data,
+        "measure_job",
+        lambda job, contenders, rounds, name, appetite: seen.append((job, name)) or [],
+    )
     rendered: list[Path] = []
 
     def render(folder: Path, config: object) -> None:
@@ -183,15 +264,29 @@ def test_a_source_may_be_named_and_without_one_videos_are_rendered(demo_folder, 
     monkeypatch.setattr(data, "make_demo_data", render)
     list(measure(DataBenchConfig(source=str(demo_folder / "val.txt"), rows=(OURS.name,))))
     list(measure(DataBenchConfig(side=112, rows=(OURS.name,))))
-    assert (seen[0][0].sources, seen[0][1]) == ({"plain": str(demo_folder / "val.txt")}, "8 videos of val.txt")
+    assert (seen[0][0].sources, seen[0][1]) == (
+        {"plain": str(demo_folder / "val.txt")},
+        "8 videos of val.txt",
+    )
     assert seen[1][0].sources["plain"] == str(rendered[0] / "train.txt")
     assert not rendered[0].exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(measure(DataBenchConfig(source=str(tmp_path / "nowhere"))))
 
 
-@pytest.mark.parametrize(("key", "value"), [("rounds", 1), ("stride", 0), ("batch", 0), ("side", 0), ("num_frames", 0), ("output", ""),
-                                            ("appetite", 0), ("rows", ("none",))])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rounds", 1),
+        ("stride", 0),
+        ("batch", 0),
+        ("side", 0),
+        ("num_frames", 0),
+        ("output", ""),
+        ("appetite", 0),
+        ("rows", ("none",)),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(key, value):
     with pytest.raises(ValueError, match=f"^{key}: "):
         DataBenchConfig(**{key: value})

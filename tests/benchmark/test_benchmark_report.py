@@ -1,4 +1,6 @@
-"""What a benchmark leaves behind: files of records that only grow, a comparison with older ones, pages, plots; and its command."""
+"""What a benchmark leaves behind: files of records that only grow, a comparison with older ones,
+pages, plots; and its command.
+"""
 
 import subprocess
 import sys
@@ -15,26 +17,80 @@ from video_mae.benchmark import kernel_tables as benchmark
 from video_mae.benchmark import report
 from video_mae.benchmark.kernels import KernelBenchConfig
 from video_mae.benchmark.measure import Ceilings
-from video_mae.benchmark.records import Record, Run, Table, Times, append, compare, environment, read, results_file
+from video_mae.benchmark.records import (
+    Record,
+    Run,
+    Table,
+    Times,
+    append,
+    compare,
+    environment,
+    read,
+    results_file,
+)
 from video_mae.cli import main
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(800e12, 3.0e12)
 
 
-def cell(provider: str, ms: float, ours: bool = False, gate: str = "", mode: str = "forward", tokens: int = 160) -> Record:
-    return Record(benchmark="kernels", op="attention", shape=f"s {tokens}", dtype="bfloat16", provider=provider, mode=mode,
-                  times={"cold": Times(ms, 0.9 * ms, 1.1 * ms), "wall": Times(9.0, 8.0, 10.0)},
-                  measures={"gate": gate, "is_ours": ours, "is_baseline": provider == "reference", "flops": 2e9, "bytes": 1e7,
-                            "tflops": 2 / ms, "gbps": 10 / ms, "floor_percent": 50.0, "peak_mb": tokens, "max_error": 1e-3,
-                            "rms_error": 1e-3, "bit_equal": True, "batch": 2, "heads": 3, "width": 64, "tokens": tokens})
+def cell(
+    provider: str,
+    ms: float,
+    ours: bool = False,
+    gate: str = "",
+    mode: str = "forward",
+    tokens: int = 160,
+) -> Record:
+    return Record(
+        benchmark="kernels",
+        op="attention",
+        shape=f"s {tokens}",
+        dtype="bfloat16",
+        provider=provider,
+        mode=mode,
+        times={"cold": Times(ms, 0.9 * ms, 1.1 * ms), "wall": Times(9.0, 8.0, 10.0)},
+        measures={
+            "gate": gate,
+            "is_ours": ours,
+            "is_baseline": provider == "reference",
+            "flops": 2e9,
+            "bytes": 1e7,
+            "tflops": 2 / ms,
+            "gbps": 10 / ms,
+            "floor_percent": 50.0,
+            "peak_mb": tokens,
+            "max_error": 1e-3,
+            "rms_error": 1e-3,
+            "bit_equal": True,
+            "batch": 2,
+            "heads": 3,
+            "width": 64,
+            "tokens": tokens,
+        },
+    )
 
 
 def test_files_only_grow_and_give_back_what_was_written(tmp_path: Path) -> None:
     file = results_file(str(tmp_path / "results"), environment(CPU), "kernels")
-    first = Run({**environment(CPU), "ceilings": CEILINGS._asdict()}, [cell("reference", 8.0), cell("ours", 1.0, ours=True)])
-    part = Run(first.header, [Record(benchmark="kernels", op="gather", shape="s", dtype="bfloat16", provider="p", mode="forward",
-                                     reason="no CUDA")])
+    first = Run(
+        {**environment(CPU), "ceilings": CEILINGS._asdict()},
+        [cell("reference", 8.0), cell("ours", 1.0, ours=True)],
+    )
+    part = Run(
+        first.header,
+        [
+            Record(
+                benchmark="kernels",
+                op="gather",
+                shape="s",
+                dtype="bfloat16",
+                provider="p",
+                mode="forward",
+                reason="no CUDA",
+            )
+        ],
+    )
     other = Run({**first.header, "date": "2031-01-01"}, [cell("reference", 7.0)])
     before = b""
     for run in (first, part, other):
@@ -43,57 +99,129 @@ def test_files_only_grow_and_give_back_what_was_written(tmp_path: Path) -> None:
         assert len(file.read_bytes()) > len(before)
         before = file.read_bytes()
     assert read(file) == [Run(first.header, first.records + part.records), other]
-    assert {"device", "driver", "torch", "triton", "cuda", "cudnn", "revision", "date", "cpu", "threads"} <= set(read(file)[0].header)
+    assert {
+        "device",
+        "driver",
+        "torch",
+        "triton",
+        "cuda",
+        "cudnn",
+        "revision",
+        "date",
+        "cpu",
+        "threads",
+    } <= set(read(file)[0].header)
     file.write_text(file.read_text() + "{}\n")
     with pytest.raises(ValueError, match=r"kernels\.jsonl: line 8 is not a benchmark record"):
         read(file)
 
 
 def test_a_slow_down_is_found_on_an_equal_device_only() -> None:
-    old = Run({"device": "one"}, [cell("a", 1.0), cell("b", 1.0), cell("c", 1.0), cell("wide", 1.0)])
+    old = Run(
+        {"device": "one"}, [cell("a", 1.0), cell("b", 1.0), cell("c", 1.0), cell("wide", 1.0)]
+    )
     wide = cell("wide", 1.08)  # slower, but within what its calls vary
     now = Run({"device": "one"}, [cell("a", 1.5), cell("b", 0.5), cell("new", 9.0), wide])
     changes, compared = compare(now, [old])
-    assert [(change.record.provider, change.way, change.before.p50, change.now.p50) for change in changes] == [("a", "cold", 1.0, 1.5)]
+    assert [
+        (change.record.provider, change.way, change.before.p50, change.now.p50)
+        for change in changes
+    ] == [("a", "cold", 1.0, 1.5)]
     assert compared == 6
     assert compare(now, [Run({"device": "two"}, old.records)]) == ([], 0)
-    assert compare(now, [old, Run({"device": "one"}, [cell("a", 1.5)])])[0] == []  # the newest counts
+    # the newest counts
+    assert compare(now, [old, Run({"device": "one"}, [cell("a", 1.5)])])[0] == []
 
 
 def test_a_page_and_plots_are_made_from_records_alone(tmp_path: Path) -> None:
     file = tmp_path / "kernels.jsonl"
     header = {**environment(CPU), "dtype": "bfloat16", "ceilings": CEILINGS._asdict()}
-    for date, factor, lengths in (("2030-01-01", 2.0, (160, 1568)), ("2031-01-01", 1.0, (160, 784))):
-        append(file, Run({**header, "date": date}, [
-            cell(provider, factor * tokens / 100, ours=provider == "ours", mode=mode, tokens=tokens)
-            for tokens in lengths for provider in ("reference", "ours") for mode in ("forward", "backward")]))
+    for date, factor, lengths in (
+        ("2030-01-01", 2.0, (160, 1568)),
+        ("2031-01-01", 1.0, (160, 784)),
+    ):
+        append(
+            file,
+            Run(
+                {**header, "date": date},
+                [
+                    cell(
+                        provider,
+                        factor * tokens / 100,
+                        ours=provider == "ours",
+                        mode=mode,
+                        tokens=tokens,
+                    )
+                    for tokens in lengths
+                    for provider in ("reference", "ours")
+                    for mode in ("forward", "backward")
+                ],
+            ),
+        )
     made = report.write_page(file, benchmark.tables, ["how to read"])
-    assert [path.name for path in made] == ["kernels.md", "kernels_roofline.png", "kernels_tokens.png"]
+    assert [path.name for path in made] == [
+        "kernels.md",
+        "kernels_roofline.png",
+        "kernels_tokens.png",
+    ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made[1:])
     page = made[0].read_text()
-    order = [page.index(words) for words in ("2031-01-01", "### attention: s 160, bfloat16", "2030-01-01", "### attention: s 1568")]
+    order = [
+        page.index(words)
+        for words in (
+            "2031-01-01",
+            "### attention: s 160, bfloat16",
+            "2030-01-01",
+            "### attention: s 1568",
+        )
+    ]
     assert order == sorted(order)
-    assert page.count("### attention: s 160") == 1  # what was measured again replaces it; the ratios are of one run
+    # what was measured again replaces it; the ratios are of one run
+    assert page.count("### attention: s 160") == 1
     assert "| forward | ours | 1.6 |" in page
     assert "![kernels_roofline](kernels_roofline.png)" in page
     assert "- how to read" in page
     for path in made:
         path.unlink()
-    assert [path.read_bytes()[:4] for path in report.write_page(file, benchmark.tables)][1:] == [b"\x89PNG"] * 2
+    assert [path.read_bytes()[:4] for path in report.write_page(file, benchmark.tables)][1:] == [
+        b"\x89PNG"
+    ] * 2
 
 
 def test_another_benchmark_has_a_page_without_plots(tmp_path: Path) -> None:
-    step = Record(benchmark="step", op="step", shape="base", dtype="bfloat16", provider="ours", mode="full", times={"step": Times(1, 1, 1)})
-    append(tmp_path / "step.jsonl", Run({**environment(CPU), "ceilings": CEILINGS._asdict()}, [step]))
-    made = report.write_page(tmp_path / "step.jsonl", lambda run: [Table("steps", ["provider"], [[r.provider] for r in run.records])])
+    step = Record(
+        benchmark="step",
+        op="step",
+        shape="base",
+        dtype="bfloat16",
+        provider="ours",
+        mode="full",
+        times={"step": Times(1, 1, 1)},
+    )
+    append(
+        tmp_path / "step.jsonl", Run({**environment(CPU), "ceilings": CEILINGS._asdict()}, [step])
+    )
+    made = report.write_page(
+        tmp_path / "step.jsonl",
+        lambda run: [Table("steps", ["provider"], [[r.provider] for r in run.records])],
+    )
     assert [path.name for path in made] == ["step.md"]
     assert "| ours |" in made[0].read_text()
 
 
 def test_tables_are_aligned_and_markdown() -> None:
-    table = Table("title", ["name", "ms"], [["a", "1.5"], ["long name", "12"], ["c|d", "-"]], ["a note"])
+    table = Table(
+        "title", ["name", "ms"], [["a", "1.5"], ["long name", "12"], ["c|d", "-"]], ["a note"]
+    )
     assert table.text().splitlines() == [
-        "title", "name        ms", "--------------", "a          1.5", "long name   12", "c|d          -", "  a note"]
+        "title",
+        "name        ms",
+        "--------------",
+        "a          1.5",
+        "long name   12",
+        "c|d          -",
+        "  a note",
+    ]
     assert table.markdown().splitlines()[2:5] == ["| name | ms |", "|---|---|", "| a | 1.5 |"]
     assert "| c/d | - |" in table.markdown()
 
@@ -104,31 +232,74 @@ def status(*arguments: str) -> int:
     return int(exit_of.value.code or 0)
 
 
-def test_the_command_measures_writes_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_losses, "compiled", lambda function: function)  # compiling takes long
+def test_the_command_measures_writes_and_compares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # compiling takes long
+    monkeypatch.setattr(benchmark_losses, "compiled", lambda function: function)
     command = ["bench", "ops=gather", "quick=true", f"output={tmp_path}"]
     assert status(*command) == 0
-    file, = tmp_path.rglob("kernels.jsonl")
+    (file,) = tmp_path.rglob("kernels.jsonl")
     text = capsys.readouterr().out
-    for words in ("gather: small", "ours auto (reference)", "not available: ValueError: gather_tubelets: impl triton", torch.__version__):
+    for words in (
+        "gather: small",
+        "ours auto (reference)",
+        "not available: ValueError: gather_tubelets: impl triton",
+        torch.__version__,
+    ):
         assert words in text
     assert file.with_suffix(".md").exists()
-    run, = read(file)
+    (run,) = read(file)
     assert run.header["ceilings"]["flops_per_second"] > 1e9
     slow = tmp_path / "old.jsonl"
-    append(slow, Run(run.header, [Record(**{**vars(record), "times": {way: Times(*(ms / 1e3 for ms in times)) for way, times in
-                                                                   record.times.items()}}) for record in run.records]))
-    assert status("bench", "kernels", "ops=gather", "--baseline", str(slow), "quick=true", f"output={tmp_path}") == 0
+    append(
+        slow,
+        Run(
+            run.header,
+            [
+                Record(
+                    **{
+                        **vars(record),
+                        "times": {
+                            way: Times(*(ms / 1e3 for ms in times))
+                            for way, times in record.times.items()
+                        },
+                    }
+                )
+                for record in run.records
+            ],
+        ),
+    )
+    assert (
+        status(
+            "bench",
+            "kernels",
+            "ops=gather",
+            "--baseline",
+            str(slow),
+            "quick=true",
+            f"output={tmp_path}",
+        )
+        == 0
+    )
     assert "5 of 5 times are longer" in capsys.readouterr().out
     assert len(read(file)) == 2
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["ops=gathering"], "ops: gathering is not one of gather, embed"), (["shapes=nowhere"], "shapes: no shape has nowhere in its name"),
-    (["--baseline", "/no/file.jsonl"], "/no/file.jsonl: no such file"), (["dtype=int8"], "dtype"), (["baselines=x"], "baseline"),
-    (["providers=nobody", "ops=gather"], "providers: no provider has nobody in its name")])
-def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ops=gathering"], "ops: gathering is not one of gather, embed"),
+        (["shapes=nowhere"], "shapes: no shape has nowhere in its name"),
+        (["--baseline", "/no/file.jsonl"], "/no/file.jsonl: no such file"),
+        (["dtype=int8"], "dtype"),
+        (["baselines=x"], "baseline"),
+        (["providers=nobody", "ops=gather"], "providers: no provider has nobody in its name"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status("bench", f"output={tmp_path}", *arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -156,8 +327,20 @@ def test_the_compile_check_is_an_option_of_the_command(monkeypatch: pytest.Monke
 
 
 def test_the_module_runs_alone(tmp_path: Path) -> None:
-    command = ["-m", "video_mae.benchmark.kernel_tables", "--quick", "--ops", "gather", "--providers", "ours", "--output", str(tmp_path)]
+    command = [
+        "-m",
+        "video_mae.benchmark.kernel_tables",
+        "--quick",
+        "--ops",
+        "gather",
+        "--providers",
+        "ours",
+        "--output",
+        str(tmp_path),
+    ]
     finished = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "gather: small" in finished.stdout
-    assert [record.op for run in read(next(tmp_path.rglob("kernels.jsonl"))) for record in run.records] == ["gather"] * 2
+    assert [
+        record.op for run in read(next(tmp_path.rglob("kernels.jsonl"))) for record in run.records
+    ] == ["gather"] * 2

@@ -1,4 +1,6 @@
-"""The benchmark of the training step: the competitor computes the same, times are fair, parts add up, and what is missing says so."""
+"""The benchmark of the training step: the competitor computes the same, times are fair, parts add
+up, and what is missing says so.
+"""
 
 import math
 import statistics
@@ -21,16 +23,41 @@ from video_mae.benchmark.step_tables import OURS_BY_ENGINE, PARTS, THEIRS, THEIR
 from video_mae.model.vit import pretraining_macs
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(num_frames=8, height=32, width=48, patch_size=8, embed_dim=24, depth=2, num_heads=2, decoder_embed_dim=16,
-                   decoder_depth=2, decoder_num_heads=4)
-CASE = Case(preset="tiny", model=TINY, batch=2, rounds=2, compiled=False, device=CPU, dtype=torch.float32, ceiling=1e9)
+TINY = ModelConfig(
+    num_frames=8,
+    height=32,
+    width=48,
+    patch_size=8,
+    embed_dim=24,
+    depth=2,
+    num_heads=2,
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=4,
+)
+CASE = Case(
+    preset="tiny",
+    model=TINY,
+    batch=2,
+    rounds=2,
+    compiled=False,
+    device=CPU,
+    dtype=torch.float32,
+    ceiling=1e9,
+)
 
 pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
 
 def some_clip(config: ModelConfig = TINY, batch: int = 2) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, 256, (batch, config.num_frames, config.height, config.width, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(
+        0,
+        256,
+        (batch, config.num_frames, config.height, config.width, 3),
+        dtype=torch.uint8,
+        generator=generator,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +73,7 @@ def of(records: list[Record], op: str) -> dict[tuple[str, str], Record]:
 
 # ---------------------------------------------------------------- the competitor
 
+
 def test_hugging_face_computes_our_loss_and_our_gradients_with_our_weights():
     pytest.importorskip("transformers")
     torch.manual_seed(1)
@@ -55,16 +83,25 @@ def test_hugging_face_computes_our_loss_and_our_gradients_with_our_weights():
     theirs = hugging_face.hugging_face_model(ours)
     clip, mask = some_clip(), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
     our_loss = ours(clip, mask).loss
-    their_loss = theirs(hugging_face.prepare(clip, TINY), hugging_face.boolean_mask(mask, TINY.num_tokens)).loss
+    their_loss = theirs(
+        hugging_face.prepare(clip, TINY), hugging_face.boolean_mask(mask, TINY.num_tokens)
+    ).loss
     assert their_loss.item() == pytest.approx(our_loss.item(), abs=1e-5)
     our_loss.backward()
     their_loss.backward()
     block: Any = ours.decoder.blocks[0]
     layer: Any = theirs.decoder.decoder_layers[0]
     norm: Any = theirs.videomae.layernorm
-    pairs = [(ours.encoder.patch_embed.weight, theirs.videomae.embeddings.patch_embeddings.projection.weight),
-             (ours.decoder.mask_token, theirs.mask_token), (block.attn.qkv.v_bias, layer.attention.attention.value.bias),
-             (block.mlp[0].weight, layer.intermediate.dense.weight), (ours.encoder.norm.bias, norm.bias)]
+    pairs = [
+        (
+            ours.encoder.patch_embed.weight,
+            theirs.videomae.embeddings.patch_embeddings.projection.weight,
+        ),
+        (ours.decoder.mask_token, theirs.mask_token),
+        (block.attn.qkv.v_bias, layer.attention.attention.value.bias),
+        (block.mlp[0].weight, layer.intermediate.dense.weight),
+        (ours.encoder.norm.bias, norm.bias),
+    ]
     for our, their in pairs:
         torch.testing.assert_close(our.grad.flatten(), their.grad.flatten(), rtol=1e-3, atol=1e-5)
 
@@ -73,7 +110,9 @@ def test_their_input_is_what_their_own_processor_makes():
     pytest.importorskip("transformers")
     clip = some_clip()
     prepared = hugging_face.prepare(clip, TINY)
-    theirs = hugging_face.processor(TINY)(list(clip.permute(0, 1, 4, 2, 3)), return_tensors="pt")["pixel_values"]
+    theirs = hugging_face.processor(TINY)(list(clip.permute(0, 1, 4, 2, 3)), return_tensors="pt")[
+        "pixel_values"
+    ]
     assert prepared.shape == (2, 8, 3, 32, 48)
     assert prepared.is_contiguous()
     torch.testing.assert_close(prepared, theirs, rtol=0, atol=1e-5)
@@ -123,10 +162,15 @@ def test_without_deepspeed_a_row_says_what_to_install(monkeypatch):
 
 # ---------------------------------------------------------------- what is measured
 
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
     torch.manual_seed(4)
-    model, clip, mask = VideoMAE(TINY), some_clip(), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
+    model, clip, mask = (
+        VideoMAE(TINY),
+        some_clip(),
+        tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75),
+    )
     start = [parameter.detach().clone() for parameter in model.parameters()]
     by_engine = EngineTrainer(model, CPU, dtype, batch=2)
     by_hand = Trainer(model, CPU, dtype)
@@ -135,8 +179,14 @@ def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
         for _ in range(3):
             step()
     moved = apart = 0.0
-    for before, ours, theirs in zip(start, by_engine.engine.full_state().values(), by_hand._masters or model.parameters(), strict=True):
-        our_way, their_way = ours - before.to(dtype).float(), theirs - before  # DeepSpeed's masters start from rounded weights
+    for before, ours, theirs in zip(
+        start,
+        by_engine.engine.full_state().values(),
+        by_hand._masters or model.parameters(),
+        strict=True,
+    ):
+        # DeepSpeed's masters start from rounded weights
+        our_way, their_way = ours - before.to(dtype).float(), theirs - before
         moved += their_way.abs().sum().item()
         apart += (our_way - their_way).abs().sum().item()
     assert apart < 0.05 * moved  # AdamW makes much of the last bits of a small gradient
@@ -146,20 +196,34 @@ def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
 
 def test_a_case_has_a_record_for_every_step_with_all_its_figures(records):
     steps = of(records, "step")
-    ours = {(provider, mode) for provider in ("ours eager", OURS_BY_ENGINE) for mode in ("full", "dual")}
+    ours = {
+        (provider, mode) for provider in ("ours eager", OURS_BY_ENGINE) for mode in ("full", "dual")
+    }
     assert set(steps) == {*ours, (THEIRS, "full"), (THEIRS_PREPARED, "full")}
     for (provider, mode), record in steps.items():
-        assert (record.benchmark, record.shape, record.dtype, record.reason) == ("step", "tiny, 2 x 8x32x48", "float32", "")
+        assert (record.benchmark, record.shape, record.dtype, record.reason) == (
+            "step",
+            "tiny, 2 x 8x32x48",
+            "float32",
+            "",
+        )
         seconds = record.times["step"].p50 / 1e3
         assert record.measures["clips_per_second"] == pytest.approx(2 / seconds)
         assert float(record.measures["peak_mb"]) > 0
-        assert record.measures["ceiling_percent"] == pytest.approx(100 * float(record.measures["tflops"]) * 1e12 / CASE.ceiling)
+        assert record.measures["ceiling_percent"] == pytest.approx(
+            100 * float(record.measures["tflops"]) * 1e12 / CASE.ceiling
+        )
         ratios = {key for key in record.measures if key.startswith("x ")}
-        assert ratios == ({f"x {THEIRS}", f"x {THEIRS_PREPARED}"} if provider.startswith("ours") else set()), mode
+        assert ratios == (
+            {f"x {THEIRS}", f"x {THEIRS_PREPARED}"} if provider.startswith("ours") else set()
+        ), mode
     loss = of(records, "loss")[THEIRS, "full"].measures
     assert loss["gate"] == ""
     assert loss["ours"] == pytest.approx(loss["theirs"], abs=1e-5)
-    assert {provider for provider, _ in of(records, "preparation")} == {"in two passes", "by VideoMAEVideoProcessor"}
+    assert {provider for provider, _ in of(records, "preparation")} == {
+        "in two passes",
+        "by VideoMAEVideoProcessor",
+    }
 
 
 def test_dual_masking_counts_less_work_than_full_decoding(records):
@@ -169,7 +233,9 @@ def test_dual_masking_counts_less_work_than_full_decoding(records):
     mask = tube_mask(torch.tensor([0]), TINY.grid, 0.9)
     visible, hidden = mask.visible_BV.shape[1], mask.masked_BM.shape[1]
     assert full == pytest.approx(6 * 2 * pretraining_macs(TINY, visible, hidden) / 1e9)
-    assert dual == pytest.approx(6 * 2 * pretraining_macs(TINY, visible, hidden - hidden // 2) / 1e9, rel=0.05)
+    assert dual == pytest.approx(
+        6 * 2 * pretraining_macs(TINY, visible, hidden - hidden // 2) / 1e9, rel=0.05
+    )
     assert dual < 0.8 * full
 
 
@@ -178,8 +244,13 @@ def test_a_step_that_fails_is_a_row_that_says_why(monkeypatch):
         raise torch.OutOfMemoryError("out of memory\nand a long story")
 
     monkeypatch.setattr(step, "_their_loss", no_memory)
-    monkeypatch.setattr(step, "compare_losses", lambda case, *_: case.record("loss", THEIRS, "full", measures={"ours": 1.0, "theirs": 1.0,
-                                                                                                             "gate": ""}))
+    monkeypatch.setattr(
+        step,
+        "compare_losses",
+        lambda case, *_: case.record(
+            "loss", THEIRS, "full", measures={"ours": 1.0, "theirs": 1.0, "gate": ""}
+        ),
+    )
     pytest.importorskip("transformers")
     found = measure_case(CASE)
     assert of(found, "step")[THEIRS, "full"].reason == "OutOfMemoryError: out of memory"
@@ -189,7 +260,10 @@ def test_a_step_that_fails_is_a_row_that_says_why(monkeypatch):
 
 def test_tables_show_steps_and_parts(records):
     shown = tables(Run({"device": "x"}, records))
-    assert [table.title for table in shown] == ["step tiny, 2 x 8x32x48 float32", "parts of the step tiny, 2 x 8x32x48 float32, ms"]
+    assert [table.title for table in shown] == [
+        "step tiny, 2 x 8x32x48 float32",
+        "parts of the step tiny, 2 x 8x32x48 float32, ms",
+    ]
     assert [row[0] for row in shown[1].rows] == [*PARTS, "sum", "marked over unmarked step"]
     assert any("by VideoMAEVideoProcessor" in note for note in shown[0].notes)
     for table in shown:
@@ -197,15 +271,24 @@ def test_tables_show_steps_and_parts(records):
         assert table.markdown().isascii()
 
 
-@pytest.mark.parametrize(("key", "value", "said"), [
-    ("presets", "smal", "presets: smal is not one of small"), ("presets", " ", "presets: "), ("compiled", "tiny", "compiled: tiny"),
-    ("rounds", 1, "rounds: 1"), ("side", -1, "side: -1"), ("output", "", "output: ")])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("presets", "smal", "presets: smal is not one of small"),
+        ("presets", " ", "presets: "),
+        ("compiled", "tiny", "compiled: tiny"),
+        ("rounds", 1, "rounds: 1"),
+        ("side", -1, "side: -1"),
+        ("output", "", "output: "),
+    ],
+)
 def test_settings_that_make_no_sense_are_refused(key, value, said):
     with pytest.raises(ValueError, match=f"^{said}"):
         StepBenchConfig(**{key: value})
 
 
 # ---------------------------------------------------------------- parts
+
 
 class Slow(torch.autograd.Function):
     """An identity that takes its time."""
@@ -233,7 +316,10 @@ class SlowModule(nn.Module):
 
 def test_time_goes_to_the_part_that_took_it_forward_and_backward():
     model = nn.Sequential(SlowModule(0.02, 0.05), SlowModule(0.03, 0.01), SlowModule(0.01, 0.06))
-    borders = [timeline.Border(model[1], "input", "first", "second"), timeline.Border(model[1], "output", "second", "first")]
+    borders = [
+        timeline.Border(model[1], "input", "first", "second"),
+        timeline.Border(model[1], "output", "second", "first"),
+    ]
     line = timeline.Timeline(CPU)
     with timeline.marked(borders, line):
         line.begin("first")
@@ -241,7 +327,11 @@ def test_time_goes_to_the_part_that_took_it_forward_and_backward():
         line.begin("end of step")
         time.sleep(0.02)
         parts = line.milliseconds()
-    for part, expected in {"first": 20 + 10 + 60 + 50, "second": 30 + 10, "end of step": 20}.items():
+    for part, expected in {
+        "first": 20 + 10 + 60 + 50,
+        "second": 30 + 10,
+        "end of step": 20,
+    }.items():
         assert expected <= parts[part] <= expected + 25, part
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -256,7 +346,13 @@ def test_parts_of_both_models_are_all_there_and_add_up_to_the_step(records):
     trainer = Trainer(model, CPU, torch.float32)
     mask = tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
     borders = timeline.borders_of(model)
-    whole = Step(trainer, some_clip(), lambda clip: model(clip, mask).loss, borders=borders, first_part="gather")
+    whole = Step(
+        trainer,
+        some_clip(),
+        lambda clip: model(clip, mask).loss,
+        borders=borders,
+        first_part="gather",
+    )
     whole()
     shares = []
     for _ in range(5):
@@ -268,7 +364,11 @@ def test_parts_of_both_models_are_all_there_and_add_up_to_the_step(records):
 
 def test_marks_change_no_gradient():
     torch.manual_seed(2)
-    model, clip, mask = VideoMAE(TINY), some_clip(), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
+    model, clip, mask = (
+        VideoMAE(TINY),
+        some_clip(),
+        tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75),
+    )
     plain = torch.autograd.grad(model(clip, mask).loss, list(model.parameters()))
     with timeline.marked(timeline.borders_of(model), timeline.Timeline(CPU)):
         marked = torch.autograd.grad(model(clip, mask).loss, list(model.parameters()))
@@ -276,6 +376,7 @@ def test_marks_change_no_gradient():
 
 
 # ---------------------------------------------------------------- fair times
+
 
 def test_calls_take_turns_back_and_forth():
     order: list[str] = []
@@ -305,7 +406,8 @@ def test_bfloat16_trains_a_float32_master_copy():
         optimizer.update()
         assert layer.weight.grad is None
     assert torch.equal(layer.weight, exact.weight.bfloat16())
-    assert trainer.kept_bytes() == 24 * (2 + 4 + 4 + 8) + 2 * 4  # weights, masters, their gradients, two moments; a counter a tensor
+    # weights, masters, their gradients, two moments; a counter a tensor
+    assert trainer.kept_bytes() == 24 * (2 + 4 + 4 + 8) + 2 * 4
     assert optimizer.kept_bytes() == 24 * (4 + 8) + 2 * 4
 
 
@@ -328,7 +430,10 @@ def test_the_gate_is_closed_for_other_weights():
     pytest.importorskip("transformers")
     ours, mask = VideoMAE(TINY), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
     theirs = hugging_face.hugging_face_model(ours)
-    right, wrong = (compare_losses(CASE, model, theirs, some_clip(), mask).measures for model in (ours, VideoMAE(TINY)))
+    right, wrong = (
+        compare_losses(CASE, model, theirs, some_clip(), mask).measures
+        for model in (ours, VideoMAE(TINY))
+    )
     assert right["gate"] == ""
     assert math.isfinite(float(right["ours"]))
     assert f"ours is {wrong['ours']:.6f}, theirs {right['theirs']:.6f}" in str(wrong["gate"])

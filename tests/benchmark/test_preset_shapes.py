@@ -1,4 +1,6 @@
-"""The shapes that kernels are benchmarked, compiled and tested at are those that presets and recipes make."""
+"""The shapes that kernels are benchmarked, compiled and tested at are those that presets and
+recipes make.
+"""
 
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def dimensions(model: ModelConfig) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_has_the_tokens_that_its_masks_leave(preset: str) -> None:
-    shape, = (shape for shape in SHAPES if shape.preset == preset)
+    (shape,) = (shape for shape in SHAPES if shape.preset == preset)
     model = ModelConfig.preset(preset)
     assert {name: getattr(model, name) for name in CLIP} == CLIP
     visible, masked = mask_counts(model.grid, "tube", 0.9)
@@ -43,16 +45,24 @@ def test_a_recipe_gives_the_encoder_tokens_that_are_checked(path: Path) -> None:
     mask = config.mask
     visible, masked = mask_counts(config.model.grid, mask.kind, mask.ratio, mask.decoder_mask_ratio)
     assert visible + config.model.class_tokens in ENCODER_TOKENS
-    same = [shape for shape in SHAPES if shape[6:] == dimensions(config.model) and shape.tokens == config.model.num_tokens]
+    same = [
+        shape
+        for shape in SHAPES
+        if shape[6:] == dimensions(config.model) and shape.tokens == config.model.num_tokens
+    ]
     if same and (mask.kind, mask.ratio) == ("tube", 0.9):
-        assert (visible, masked) in [(shape.visible, count) for shape in same for count in (shape.masked, shape.dual)]
+        assert (visible, masked) in [
+            (shape.visible, count) for shape in same for count in (shape.masked, shape.dual)
+        ]
 
 
 def test_no_encoder_is_checked_that_no_recipe_has() -> None:
     found = set()
     for path in RECIPES:
         config = load_config(path)
-        visible, _ = mask_counts(config.model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
+        visible, _ = mask_counts(
+            config.model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio
+        )
         found.add(visible + config.model.class_tokens)
     assert found == set(ENCODER_TOKENS)
 
@@ -60,6 +70,10 @@ def test_no_encoder_is_checked_that_no_recipe_has() -> None:
 def test_decoders_have_the_lengths_of_the_official_code() -> None:
     lengths = {shape.name: shape.tokens for shape in attention_shapes()}
     assert (lengths["decoder base"], lengths["decoder dual base"]) == (1568, 864)
-    assert (lengths["encoder giant"], lengths["decoder giant"], lengths["decoder dual giant"]) == (208, 2048, 1128)
+    assert (lengths["encoder giant"], lengths["decoder giant"], lengths["decoder dual giant"]) == (
+        208,
+        2048,
+        1128,
+    )
     assert AttentionShape("encoder huge", 160, 16, 80) in attention_shapes()
     assert preset_shapes.SHAPES[4].head_width == 88

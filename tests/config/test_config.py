@@ -1,4 +1,6 @@
-"""Configuration: what is written is what is read, and every mistake is one line that names the file and the key."""
+"""Configuration: what is written is what is read, and every mistake is one line that names the file
+and the key.
+"""
 
 import dataclasses
 import math
@@ -8,21 +10,41 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from video_mae import MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config, save_config
+from video_mae import (
+    MaskConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    load_config,
+    save_config,
+)
 from video_mae.cli import STAGES
 from video_mae.config import PRESETS, DataConfig, EngineConfig, FinetuneConfig, OptimConfig
 from video_mae.config.schema import describe, flatten, from_dict, knob, parse, section, to_dict
 
 ODD = PretrainConfig(
-    output="runs/a b: c#1", seed=2**62,
-    model=ModelConfig.preset("small", num_frames=1, tubelet_size=1, in_channels=1, mean=(0.5,), std=(0.25,)),
+    output="runs/a b: c#1",
+    seed=2**62,
+    model=ModelConfig.preset(
+        "small", num_frames=1, tubelet_size=1, in_channels=1, mean=(0.5,), std=(0.25,)
+    ),
     objective=ObjectiveConfig(contrastive_weight=0.1, learn_temperature=True, negatives="batch"),
-    mask=MaskConfig(kind="random", ratio=0.75, decoder_mask_ratio=0.5), data=DataConfig(source="no", root="1e3", crop_scales=(0.5,)),
+    mask=MaskConfig(kind="random", ratio=0.75, decoder_mask_ratio=0.5),
+    data=DataConfig(source="no", root="1e3", crop_scales=(0.5,)),
     optim=OptimConfig(steps=7, warmup_steps=3, base_lr=1e-9, min_lr=0.0, betas=(0.0, 0.999)),
-    engine=EngineConfig(zero_stage=3, offload="parameters", extra={"zero_optimization": {"reduce_bucket_size": 5}, "list": [1, "a"]}))
+    engine=EngineConfig(
+        zero_stage=3,
+        offload="parameters",
+        extra={"zero_optimization": {"reduce_bucket_size": 5}, "list": [1, "a"]},
+    ),
+)
 
 LEAVES = list(flatten(PretrainConfig()))
-SECTIONS = [f.name for f in dataclasses.fields(PretrainConfig) if dataclasses.is_dataclass(get_type_hints(PretrainConfig)[f.name])]
+SECTIONS = [
+    f.name
+    for f in dataclasses.fields(PretrainConfig)
+    if dataclasses.is_dataclass(get_type_hints(PretrainConfig)[f.name])
+]
 
 
 def kind_of(key: str) -> Any:
@@ -57,31 +79,120 @@ def test_section_survives_json(config):
 
 def test_empty_file_is_the_default(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert load_config(tmp_path / "empty.yaml") == PretrainConfig() == parse(None, [], PretrainConfig)
+    assert (
+        load_config(tmp_path / "empty.yaml") == PretrainConfig() == parse(None, [], PretrainConfig)
+    )
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: {preset: giant, decoder_depth: 3, depth: 39}\nmask: {ratio: 0.5}\n")
-    config = load_config(path, ["model.depth=38", "optim.betas=[0.8, 0.9]", "optim.steps=5", "output=a=b"])
+    config = load_config(
+        path, ["model.depth=38", "optim.betas=[0.8, 0.9]", "optim.steps=5", "output=a=b"]
+    )
     assert config.model == ModelConfig.preset("giant", decoder_depth=3, depth=38)
-    assert (config.mask.ratio, config.optim.betas, config.optim.steps, config.output) == (0.5, (0.8, 0.9), 5, "a=b")
-    assert load_config(path, ["model.preset=small"]).model == ModelConfig.preset("small", decoder_depth=3, depth=39)
+    assert (config.mask.ratio, config.optim.betas, config.optim.steps, config.output) == (
+        0.5,
+        (0.8, 0.9),
+        5,
+        "a=b",
+    )
+    assert load_config(path, ["model.preset=small"]).model == ModelConfig.preset(
+        "small", decoder_depth=3, depth=39
+    )
     assert load_config(path, ["optim.steps=null"]).optim.steps is None
 
 
 TEXTS = [
-    "/data/set #2/train.txt", "007", "1e3", "no", "12:30", "[a]/t.txt", "{a: 1}/t.txt", "@x", "", "a=b=c", "${seed}", "${", "$", "\\${x}",
-    "\\\\${x}", "a\\b", "C:\\t\\n", "\\", "'", '"', "''", '"a"', "it's", " a", "a ", " ", "\t", "a\tb", "b\u00e4r \u65e5\u672c \U0001f600",
-    "null", "~", "2020-01-01", "true", "0x1f", "0o7", "1_000", "-", "- a", "? a", ": a", "a: b", "a:", "#", "# a", "*a", "&a", "!a",
-    "!!int 3", "%a", "|", ">", "---", "...", "<<", "=", ".5", "1.", "-1", "+1", ".inf", ".nan", "a\nb", "a\r\nb", "a\u2028b", "a\x85b",
-    "a\v\x1b[2J", "\ufeffa", "b\udce4r", "a\xa0b", "x" * 5000, "a, b", "a b c " * 40, "y", "on", "OFF", "Null", "\\x24{",
-    "\u0378", "\uffff"]
+    "/data/set #2/train.txt",
+    "007",
+    "1e3",
+    "no",
+    "12:30",
+    "[a]/t.txt",
+    "{a: 1}/t.txt",
+    "@x",
+    "",
+    "a=b=c",
+    "${seed}",
+    "${",
+    "$",
+    "\\${x}",
+    "\\\\${x}",
+    "a\\b",
+    "C:\\t\\n",
+    "\\",
+    "'",
+    '"',
+    "''",
+    '"a"',
+    "it's",
+    " a",
+    "a ",
+    " ",
+    "\t",
+    "a\tb",
+    "b\u00e4r \u65e5\u672c \U0001f600",
+    "null",
+    "~",
+    "2020-01-01",
+    "true",
+    "0x1f",
+    "0o7",
+    "1_000",
+    "-",
+    "- a",
+    "? a",
+    ": a",
+    "a: b",
+    "a:",
+    "#",
+    "# a",
+    "*a",
+    "&a",
+    "!a",
+    "!!int 3",
+    "%a",
+    "|",
+    ">",
+    "---",
+    "...",
+    "<<",
+    "=",
+    ".5",
+    "1.",
+    "-1",
+    "+1",
+    ".inf",
+    ".nan",
+    "a\nb",
+    "a\r\nb",
+    "a\u2028b",
+    "a\x85b",
+    "a\v\x1b[2J",
+    "\ufeffa",
+    "b\udce4r",
+    "a\xa0b",
+    "x" * 5000,
+    "a, b",
+    "a b c " * 40,
+    "y",
+    "on",
+    "OFF",
+    "Null",
+    "\\x24{",
+    "\u0378",
+    "\uffff",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_what_follows_the_equals_sign_and_comes_back_from_the_saved_file(tmp_path, text):
-    overrides = [f"data.sources.some.source={text}", f"data.sources.some.root={text}", f"journal.wandb_project={text}"]
+    overrides = [
+        f"data.sources.some.source={text}",
+        f"data.sources.some.root={text}",
+        f"journal.wandb_project={text}",
+    ]
     config = parse(None, overrides, PretrainConfig)
     some = config.data.sources["some"]
     assert (some.source, some.root, config.journal.wandb_project) == (text, text, text)
@@ -97,41 +208,96 @@ def test_a_text_is_the_same_on_the_command_line_of_every_stage(text):
     for stage in STAGES.values():
         schema = getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
         for f in dataclasses.fields(schema):
-            if get_type_hints(schema)[f.name] is str and f.name not in ("ops", "presets", "compiled", "kind"):
+            if get_type_hints(schema)[f.name] is str and f.name not in (
+                "ops",
+                "presets",
+                "compiled",
+                "kind",
+            ):
                 need = {"ProbeConfig": ["train=a", "validation=a"]}.get(schema.__name__, [])
                 if f"{f.name}={text}" not in ("output=", "train=", "validation="):
                     assert getattr(parse(None, [*need, f"{f.name}={text}"], schema), f.name) == text
 
 
 def test_a_list_of_texts_keeps_each_as_it_is_written():
-    config = parse(None, ["classifier.num_classes=7", "classifier.class_names=[no, 007, 1e3, 12:30, a b, 2020-01-01, '${x} #1, \u00e4']"],
-                   FinetuneConfig)
-    assert config.classifier.class_names == ("no", "007", "1e3", "12:30", "a b", "2020-01-01", "${x} #1, \u00e4")
-    config = parse(None, ["data={source: 007, root: no, stride: 2}", "data.sources={}"], PretrainConfig)
+    config = parse(
+        None,
+        [
+            "classifier.num_classes=7",
+            "classifier.class_names=[no, 007, 1e3, 12:30, a b, 2020-01-01, '${x} #1, \u00e4']",
+        ],
+        FinetuneConfig,
+    )
+    assert config.classifier.class_names == (
+        "no",
+        "007",
+        "1e3",
+        "12:30",
+        "a b",
+        "2020-01-01",
+        "${x} #1, \u00e4",
+    )
+    config = parse(
+        None, ["data={source: 007, root: no, stride: 2}", "data.sources={}"], PretrainConfig
+    )
     assert (config.data.source, config.data.root, config.data.stride) == ("007", "no", 2)
     config = parse(None, ["data.sources={a: {source: 1e3, weight: 1e3}}"], PretrainConfig)
     assert (config.data.sources["a"].source, config.data.sources["a"].weight) == ("1e3", 1000.0)
 
 
 def test_numbers_lists_and_null_are_yaml_as_before():
-    config = parse(None, ["optim.base_lr=1e-3", "optim.betas=[0.5, 1e-1]", "optim.steps=null", "seed=007", "data.flip=yes",
-                          "model.preset=small", "data.value_range=[0, 255]", "data.channels=[]", "mask.kind='random'",
-                          "engine.extra={a: {b: 5e8, c: no}, d: [1, x]}", "engine.extra.a.c=on", "engine.extra.e=1e-3"],
-                   PretrainConfig, PRESETS)
-    assert (config.optim.base_lr, config.optim.betas, config.optim.steps) == (1e-3, (0.5, 0.1), None)
+    config = parse(
+        None,
+        [
+            "optim.base_lr=1e-3",
+            "optim.betas=[0.5, 1e-1]",
+            "optim.steps=null",
+            "seed=007",
+            "data.flip=yes",
+            "model.preset=small",
+            "data.value_range=[0, 255]",
+            "data.channels=[]",
+            "mask.kind='random'",
+            "engine.extra={a: {b: 5e8, c: no}, d: [1, x]}",
+            "engine.extra.a.c=on",
+            "engine.extra.e=1e-3",
+        ],
+        PretrainConfig,
+        PRESETS,
+    )
+    assert (config.optim.base_lr, config.optim.betas, config.optim.steps) == (
+        1e-3,
+        (0.5, 0.1),
+        None,
+    )
     assert (config.seed, config.data.flip) == (7, True)
-    assert (config.model.embed_dim, config.data.value_range, config.data.channels, config.mask.kind) == (384, (0.0, 255.0), (), "random")
+    assert (
+        config.model.embed_dim,
+        config.data.value_range,
+        config.data.channels,
+        config.mask.kind,
+    ) == (384, (0.0, 255.0), (), "random")
     assert config.engine.extra == {"a": {"b": 5e8, "c": True}, "d": [1, "x"], "e": 1e-3}
     assert isinstance(config.optim.base_lr, float)
 
 
 def test_a_text_in_a_file_is_as_it_is_written_there(tmp_path):
-    (tmp_path / "c.yaml").write_text("output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: 007\n")
+    (tmp_path / "c.yaml").write_text(
+        "output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: 007\n"
+    )
     config = load_config(tmp_path / "c.yaml")
-    assert (config.output, config.data.source, config.data.root, config.journal.wandb_project) == ("007", "no", "1e3", "2020-01-01")
+    assert (config.output, config.data.source, config.data.root, config.journal.wandb_project) == (
+        "007",
+        "no",
+        "1e3",
+        "2020-01-01",
+    )
     assert config.seed == 7
     (tmp_path / "c.yaml").write_bytes("\ufeffoutput: b\u00e4r\r\nseed: 3\r\n".encode())
-    assert (load_config(tmp_path / "c.yaml").output, load_config(tmp_path / "c.yaml").seed) == ("b\u00e4r", 3)
+    assert (load_config(tmp_path / "c.yaml").output, load_config(tmp_path / "c.yaml").seed) == (
+        "b\u00e4r",
+        3,
+    )
     (tmp_path / "c.yaml").write_bytes("output: b\u00e4r\nseed: 3\n".encode("utf-16"))
     assert load_config(tmp_path / "c.yaml").output == "b\u00e4r"
 
@@ -141,7 +307,9 @@ def test_names_of_sources_are_texts_none_of_which_is_lost(tmp_path):
     lines = "".join(f"    {name}: {{source: list/{name}}}\n" for name in names)
     (tmp_path / "c.yaml").write_text(f"data:\n  sources:\n{lines}")
     config = load_config(tmp_path / "c.yaml", ["data.sources.kinetics-400.stride=2"])
-    assert {name: source.source for name, source in config.data.sources.items()} == {name: f"list/{name}" for name in names}
+    assert {name: source.source for name, source in config.data.sources.items()} == {
+        name: f"list/{name}" for name in names
+    }
     assert config.data.sources["kinetics-400"].stride == 2
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
@@ -157,41 +325,76 @@ data:
 seed: *s
 """)
     config = load_config(tmp_path / "c.yaml")
-    found = {name: (part.source, part.root, part.stride, part.shuffle_window) for name, part in config.data.sources.items()}
-    assert found == {"a": ("007", "no", 2, 10_000), "b": ("007", "no", 3, 10_000), "c": ("007", "off", 2, 5)}
+    found = {
+        name: (part.source, part.root, part.stride, part.shuffle_window)
+        for name, part in config.data.sources.items()
+    }
+    assert found == {
+        "a": ("007", "no", 2, 10_000),
+        "b": ("007", "no", 3, 10_000),
+        "c": ("007", "off", 2, 5),
+    }
     assert config.seed == 7
 
 
 BOMB = "engine:\n  extra:\n    a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
-    f"    {name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True))
+    f"    {name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (BOMB, "without end"), ("engine:\n  extra: &a {x: *a}\n", "without end"), ("data: &a\n  sources: *a\n", "without end"),
-    ("engine: {extra: " + "{a: " * 60 + "1" + "}" * 60 + "}\n", "without end"), ("engine: {extra: " + "{a: " * 3000, "not YAML"),
-    ("? [a, b]\n: 3\n", "line 1: found a key that is no text"), ("engine: {extra: {? {a: 1} : 2}}\n", "no text"),
-    ("[a]: 1\n", "no text"), ("engine: {extra: {1: a, '1': b}}\n", "duplicate key 1"),
-    ("engine: {extra: {<<: {a: 1}, <<: {b: 1}}}\n", "duplicate"),
-    (f"seed: {'9' * 5000}\n", "line 1: 9"), (f"engine: {{extra: {{a: {'9' * 5000}}}}}\n", "line 1: 9"), ('output: "\\UFFFFFFFF"\n', ""),
-    ("engine: {extra: {a: !!timestamp x}}\n", "timestamp is not supported"), ("engine: {extra: {a: !!bool x}}\n", "x is no bool"),
-    ("engine: {extra: {a: !!set {x}}}\n", "set is not supported"), ("output: !foo x\n", "line 1: !foo is not supported"),
-    ("optim: !!seq {steps: 3}\n", "not supported"), ("optim:\n\tsteps: 3\n", "line 2: found character '\\t' (a tab: write blanks)"),
-    ('"a\\nb": 1\n', "unknown key a\\x0ab"), (f"seed: {'x' * 9000}\n", "seed: 'xx"), ("engine: {extra: null}\n", "engine.extra: must hold"),
-    ("data: {sources: 3}\n", "data.sources: must hold"), ("model: {mean: [.nan, 0, 0]}\n", "model.mean: "),
-    ("model: {std: [.inf, 1, 1]}\n", "model.std: ")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "without end"),
+        ("engine:\n  extra: &a {x: *a}\n", "without end"),
+        ("data: &a\n  sources: *a\n", "without end"),
+        ("engine: {extra: " + "{a: " * 60 + "1" + "}" * 60 + "}\n", "without end"),
+        ("engine: {extra: " + "{a: " * 3000, "not YAML"),
+        ("? [a, b]\n: 3\n", "line 1: found a key that is no text"),
+        ("engine: {extra: {? {a: 1} : 2}}\n", "no text"),
+        ("[a]: 1\n", "no text"),
+        ("engine: {extra: {1: a, '1': b}}\n", "duplicate key 1"),
+        ("engine: {extra: {<<: {a: 1}, <<: {b: 1}}}\n", "duplicate"),
+        (f"seed: {'9' * 5000}\n", "line 1: 9"),
+        (f"engine: {{extra: {{a: {'9' * 5000}}}}}\n", "line 1: 9"),
+        ('output: "\\UFFFFFFFF"\n', ""),
+        ("engine: {extra: {a: !!timestamp x}}\n", "timestamp is not supported"),
+        ("engine: {extra: {a: !!bool x}}\n", "x is no bool"),
+        ("engine: {extra: {a: !!set {x}}}\n", "set is not supported"),
+        ("output: !foo x\n", "line 1: !foo is not supported"),
+        ("optim: !!seq {steps: 3}\n", "not supported"),
+        ("optim:\n\tsteps: 3\n", "line 2: found character '\\t' (a tab: write blanks)"),
+        ('"a\\nb": 1\n', "unknown key a\\x0ab"),
+        (f"seed: {'x' * 9000}\n", "seed: 'xx"),
+        ("engine: {extra: null}\n", "engine.extra: must hold"),
+        ("data: {sources: 3}\n", "data.sources: must hold"),
+        ("model: {mean: [.nan, 0, 0]}\n", "model.mean: "),
+        ("model: {std: [.inf, 1, 1]}\n", "model.std: "),
+    ],
+)
 def test_a_file_that_no_run_can_mean_is_one_short_line(tmp_path, text, said):
     found = message(tmp_path, text)
     assert said in found
     assert len(found) < 250
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("optim.betas=[0.9,", "optim.betas: "), ("optim.steps=@x", "optim.steps: "),
-    ("classifier.class_names=[a]/t.txt", "classifier.class_names: "),
-    ("optim.steps={", "optim.steps: "), ("engine.extra=[a]/t", "engine.extra: "), ("dta.source=[a]/t", "unknown key dta"),
-    ("data.crop=[a]/t", "data.crop: "), ("optim.steps=!!python/name:os.system", "optim.steps: "),
-    ("optim.betas=" + "[" * 2000, "optim.betas: "),
-    ("data=@x", "data: "), ("engine.extra={a: 1, a: 2}", "engine.extra: ")])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.betas=[0.9,", "optim.betas: "),
+        ("optim.steps=@x", "optim.steps: "),
+        ("classifier.class_names=[a]/t.txt", "classifier.class_names: "),
+        ("optim.steps={", "optim.steps: "),
+        ("engine.extra=[a]/t", "engine.extra: "),
+        ("dta.source=[a]/t", "unknown key dta"),
+        ("data.crop=[a]/t", "data.crop: "),
+        ("optim.steps=!!python/name:os.system", "optim.steps: "),
+        ("optim.betas=" + "[" * 2000, "optim.betas: "),
+        ("data=@x", "data: "),
+        ("engine.extra={a: 1, a: 2}", "engine.extra: "),
+    ],
+)
 def test_a_parser_never_speaks_without_the_key(override, said):
     with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
         parse(None, [override], FinetuneConfig)
@@ -209,7 +412,9 @@ class Optional:
 
 
 def test_a_text_or_null_is_null_by_that_word_alone():
-    assert parse(None, ["text=null", "texts=[null_, ~a]"], Optional) == Optional(texts=("null_", "~a"))
+    assert parse(None, ["text=null", "texts=[null_, ~a]"], Optional) == Optional(
+        texts=("null_", "~a")
+    )
     assert parse(None, ["text=~", "pair=[2, 2]"], Optional) == Optional(text="~", pair=("2", 2))
     assert parse(None, ["text="], Optional).text == ""
 
@@ -235,8 +440,16 @@ def test_section_must_be_a_mapping_under_its_name(tmp_path, name):
         assert message(tmp_path, f"{name}: {value}\n").startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize(("key", "near"), [("optim.depth", "model.depth"), ("micro_batch", "optim.micro_batch"), ("optm.steps", "optim"),
-                                           ("model.ratio", "mask.ratio"), ("optim.micro_bach", "micro_batch")])
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("optim.depth", "model.depth"),
+        ("micro_batch", "optim.micro_batch"),
+        ("optm.steps", "optim"),
+        ("model.ratio", "mask.ratio"),
+        ("optim.micro_bach", "micro_batch"),
+    ],
+)
 def test_key_in_the_wrong_place_is_told_where_it_belongs(tmp_path, key, near):
     assert near in message(tmp_path, "", f"{key}=1")
 
@@ -253,43 +466,120 @@ def wrong_values(key: str) -> list[str]:
         return ["3", "null", "[a, b]", "[null, null]", "{a: 1}", *wrong_lengths]
     if get_origin(kind) is dict:
         return ["3", "[1]", "text"]
-    wrong = {int: ["many", "1.5", "true", "null", "[1]", "{a: 1}"],
-             float: ["much", "true", "null", "[0.1]", "{a: 1}", ".nan"],
-             bool: ["maybe", "null", "[true]", "{a: 1}"], str: ["null", "[a]", "{a: 1}"]}
+    wrong = {
+        int: ["many", "1.5", "true", "null", "[1]", "{a: 1}"],
+        float: ["much", "true", "null", "[0.1]", "{a: 1}", ".nan"],
+        bool: ["maybe", "null", "[true]", "{a: 1}"],
+        str: ["null", "[a]", "{a: 1}"],
+    }
     return wrong.get(kind, ["many", "1.5", "true", "[1]"])  # the last: int | None
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, value) for key in LEAVES for value in wrong_values(key)])
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key in LEAVES for value in wrong_values(key)]
+)
 def test_value_of_a_wrong_type_is_refused_by_name_in_file_and_override(tmp_path, key, value):
     if kind_of(key) is str and key != "data.axes":  # on the command line these are texts
         assert flatten(parse(None, [f"{key}={value}"], PretrainConfig))[key] == value
     else:
         assert key in message(tmp_path, "", f"{key}={value}")
     *sections, name = key.split(".")
-    text = "".join(f"{'  ' * i}{word}:\n" for i, word in enumerate(sections)) + f"{'  ' * len(sections)}{name}: {value}\n"
+    text = (
+        "".join(f"{'  ' * i}{word}:\n" for i, word in enumerate(sections))
+        + f"{'  ' * len(sections)}{name}: {value}\n"
+    )
     assert key in message(tmp_path, text)
 
 
-OUT_OF_RANGE = [f"{key}=0" for key in (
-    "model.depth", "model.num_heads", "model.in_channels", "model.embed_dim", "model.num_frames", "model.height", "model.patch_size",
-    "model.tubelet_size", "model.decoder_depth", "model.mlp_ratio", "mask.ratio", "objective.temperature", "optim.micro_batch",
-    "optim.accumulation", "optim.steps", "optim.epochs", "optim.eps", "data.stride", "data.clips_per_video", "data.prefetch_batches",
-    "journal.log_interval", "journal.keep_checkpoints", "journal.picture_clips", "engine.max_skipped_in_a_row")]
-OUT_OF_RANGE += [f"{key}=-1" for key in (
-    "seed", "model.drop_path", "objective.contrastive_weight", "optim.base_lr", "optim.min_lr", "optim.weight_decay", "optim.clip_grad",
-    "optim.warmup_epochs", "optim.warmup_steps", "data.num_workers", "data.max_bad_share", "journal.checkpoint_interval",
-    "journal.picture_interval")]
-OUT_OF_RANGE += [f"{key}=.inf" for key in (
-    "model.mlp_ratio", "model.decoder_mlp_ratio", "objective.contrastive_weight", "optim.epochs", "optim.base_lr", "optim.weight_decay",
-    "optim.clip_grad", "optim.eps")]
+OUT_OF_RANGE = [
+    f"{key}=0"
+    for key in (
+        "model.depth",
+        "model.num_heads",
+        "model.in_channels",
+        "model.embed_dim",
+        "model.num_frames",
+        "model.height",
+        "model.patch_size",
+        "model.tubelet_size",
+        "model.decoder_depth",
+        "model.mlp_ratio",
+        "mask.ratio",
+        "objective.temperature",
+        "optim.micro_batch",
+        "optim.accumulation",
+        "optim.steps",
+        "optim.epochs",
+        "optim.eps",
+        "data.stride",
+        "data.clips_per_video",
+        "data.prefetch_batches",
+        "journal.log_interval",
+        "journal.keep_checkpoints",
+        "journal.picture_clips",
+        "engine.max_skipped_in_a_row",
+    )
+]
 OUT_OF_RANGE += [
-    "optim.steps=1000000000000", "optim.epochs=1e9",
-    "mask.ratio=1", "mask.decoder_mask_ratio=0.3", "model.drop_path=1", "model.height=225", "model.num_frames=15", "model.num_heads=7",
-    "model.decoder_num_heads=5", "model.std=[0, 1, 1]", "model.mean=[1, 2]", "model.in_channels=4", "model.mlp_ratio=0.0001",
-    "model.preset=bse", "model.preset=[1]", "optim.betas=[0.9, 1]", "optim.min_lr=1", "optim.warmup_epochs=900",
-    "data.crop_scales=[0.5, 2]", "data.max_bad_share=2", "data.crop=random_resized", "objective.temperature=2",
+    f"{key}=-1"
+    for key in (
+        "seed",
+        "model.drop_path",
+        "objective.contrastive_weight",
+        "optim.base_lr",
+        "optim.min_lr",
+        "optim.weight_decay",
+        "optim.clip_grad",
+        "optim.warmup_epochs",
+        "optim.warmup_steps",
+        "data.num_workers",
+        "data.max_bad_share",
+        "journal.checkpoint_interval",
+        "journal.picture_interval",
+    )
+]
+OUT_OF_RANGE += [
+    f"{key}=.inf"
+    for key in (
+        "model.mlp_ratio",
+        "model.decoder_mlp_ratio",
+        "objective.contrastive_weight",
+        "optim.epochs",
+        "optim.base_lr",
+        "optim.weight_decay",
+        "optim.clip_grad",
+        "optim.eps",
+    )
+]
+OUT_OF_RANGE += [
+    "optim.steps=1000000000000",
+    "optim.epochs=1e9",
+    "mask.ratio=1",
+    "mask.decoder_mask_ratio=0.3",
+    "model.drop_path=1",
+    "model.height=225",
+    "model.num_frames=15",
+    "model.num_heads=7",
+    "model.decoder_num_heads=5",
+    "model.std=[0, 1, 1]",
+    "model.mean=[1, 2]",
+    "model.in_channels=4",
+    "model.mlp_ratio=0.0001",
+    "model.preset=bse",
+    "model.preset=[1]",
+    "optim.betas=[0.9, 1]",
+    "optim.min_lr=1",
+    "optim.warmup_epochs=900",
+    "data.crop_scales=[0.5, 2]",
+    "data.max_bad_share=2",
+    "data.crop=random_resized",
+    "objective.temperature=2",
     "objective.learn_temperature=true",
-    "engine.zero_stage=4", "engine.offload=parameters", "seed=9223372036854775808", "output="]
+    "engine.zero_stage=4",
+    "engine.offload=parameters",
+    "seed=9223372036854775808",
+    "output=",
+]
 
 
 @pytest.mark.parametrize("override", OUT_OF_RANGE)
@@ -297,22 +587,48 @@ def test_value_out_of_range_is_refused_by_name(tmp_path, override):
     assert override.split("=")[0] in message(tmp_path, "", override)
 
 
-@pytest.mark.parametrize(("overrides", "said"), [
-    (["optim.steps=5", "optim.warmup_steps=6"], "optim.warmup_steps"),
-    (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
-    (["objective.learn_temperature=true", "objective.contrastive_weight=1", "objective.temperature=1"], "objective.temperature"),
-    (["model.embed_dim=9", "model.num_heads=3"], "model.embed_dim"),
-    (["data.crop=random_resized", "data.crop_scales=[1.0, 0.2]"], "data.crop")])
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["optim.steps=5", "optim.warmup_steps=6"], "optim.warmup_steps"),
+        (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
+        (
+            [
+                "objective.learn_temperature=true",
+                "objective.contrastive_weight=1",
+                "objective.temperature=1",
+            ],
+            "objective.temperature",
+        ),
+        (["model.embed_dim=9", "model.num_heads=3"], "model.embed_dim"),
+        (["data.crop=random_resized", "data.crop_scales=[1.0, 0.2]"], "data.crop"),
+    ],
+)
 def test_knobs_that_contradict_each_other_are_named(tmp_path, overrides, said):
     assert said in message(tmp_path, "", *overrides)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("model:\n  depth: 2\n  depth: 3\n", "duplicate key depth"), ("seed: 1\nmodel: {}\nseed: 2\n", "duplicate key seed"),
-    ("- seed: 1\n", "key: value"), ("3\n", ""), ("true\n", ""), ("seed: {1", "line 1"), ("\tseed: 1", "line 1"),
-    ("output: ${seed}\n", "${"), ("output: ${oc.env:HOME}\n", "${"), ("output: ${\n", "${"), ("data: {source: 'x${model.depth}'}\n", "${"),
-    ("output: !!python/object/apply:os.getcwd []\n", "python/object"), ("1: 2\n", "unknown key 1"), ("null: 2\n", "key"),
-    ("output: a\x00b\n", "control characters"), ("seed 1\n", "seed 1")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  depth: 2\n  depth: 3\n", "duplicate key depth"),
+        ("seed: 1\nmodel: {}\nseed: 2\n", "duplicate key seed"),
+        ("- seed: 1\n", "key: value"),
+        ("3\n", ""),
+        ("true\n", ""),
+        ("seed: {1", "line 1"),
+        ("\tseed: 1", "line 1"),
+        ("output: ${seed}\n", "${"),
+        ("output: ${oc.env:HOME}\n", "${"),
+        ("output: ${\n", "${"),
+        ("data: {source: 'x${model.depth}'}\n", "${"),
+        ("output: !!python/object/apply:os.getcwd []\n", "python/object"),
+        ("1: 2\n", "unknown key 1"),
+        ("null: 2\n", "key"),
+        ("output: a\x00b\n", "control characters"),
+        ("seed 1\n", "seed 1"),
+    ],
+)
 def test_file_that_is_no_configuration_says_why(tmp_path, text, said):
     assert said in message(tmp_path, text)
 
@@ -323,8 +639,22 @@ def test_file_that_is_no_text_is_named(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize("override", ["model.depth", "=3", "--seed=1", "", "model depth=3", "model..depth=1", ".=1", "seed =1",
-                                      "optim.betas=[0.9,", "optim.steps=", "model.depth=${seed}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.depth",
+        "=3",
+        "--seed=1",
+        "",
+        "model depth=3",
+        "model..depth=1",
+        ".=1",
+        "seed =1",
+        "optim.betas=[0.9,",
+        "optim.steps=",
+        "model.depth=${seed}",
+    ],
+)
 def test_override_that_is_no_assignment_is_refused(tmp_path, override):
     assert message(tmp_path, "", override)
 
@@ -367,9 +697,15 @@ def test_other_stages_are_read_with_the_same_care(tmp_path):
             parse(None, wrong, Other)
 
 
-@pytest.mark.parametrize(("config", "grid", "tokens", "values"), [
-    (ModelConfig(), (8, 14, 14), 1568, 1536), (ModelConfig.preset("giant"), (8, 16, 16), 2048, 1176),
-    (ModelConfig(num_frames=1, tubelet_size=1), (1, 14, 14), 196, 768), (replace(ODD.model, height=32, width=48), (1, 2, 3), 6, 256)])
+@pytest.mark.parametrize(
+    ("config", "grid", "tokens", "values"),
+    [
+        (ModelConfig(), (8, 14, 14), 1568, 1536),
+        (ModelConfig.preset("giant"), (8, 16, 16), 2048, 1176),
+        (ModelConfig(num_frames=1, tubelet_size=1), (1, 14, 14), 196, 768),
+        (replace(ODD.model, height=32, width=48), (1, 2, 3), 6, 256),
+    ],
+)
 def test_grid_and_sizes(config, grid, tokens, values):
     assert (config.grid, config.num_tokens, config.tubelet_values) == (grid, tokens, values)
     assert math.prod(config.tubelet) * config.in_channels == values

@@ -1,4 +1,6 @@
-"""The environment of a launcher: what a process takes it for, half of one, and what a job script left of another."""
+"""The environment of a launcher: what a process takes it for, half of one, and what a job script
+left of another.
+"""
 
 import os
 import socket
@@ -12,7 +14,13 @@ from video_mae.config.world import NAMES, World, ranks_here
 from video_mae.data.workers import plan_workers
 from video_mae.training.engine import prepare_environment, world_from_environment
 
-WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+WHOLE = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +35,20 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("left", [
-    {}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "3"}, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, {"WORLD_SIZE": "", "RANK": ""},
-    {"WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
-    {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}])
+@pytest.mark.parametrize(
+    "left",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "3"},
+        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "", "RANK": ""},
+        {"WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"},
+    ],
+)
 def test_one_process_is_one_whatever_a_job_script_has_left(monkeypatch, left):
     set_all(monkeypatch, left)
     assert World.from_environment() == World(0, 1, 0)
@@ -52,20 +70,46 @@ def test_a_launcher_is_believed(monkeypatch):
     assert world_from_environment() == (1, 4)
 
 
-HALF = [*({name: value for name, value in WHOLE.items() if name != left_out} for left_out in WHOLE),
-        {"WORLD_SIZE": "8"}, {"RANK": "0"}, {"RANK": "3"}, {"RANK": "0", "WORLD_SIZE": "2"}, {**WHOLE, "RANK": ""}]
-WRONG = [{**WHOLE, name: value} for name, value in (
-    ("RANK", "4"), ("RANK", "-1"), ("RANK", "one"), ("RANK", "1.0"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "many"), ("WORLD_SIZE", "-2"),
-    ("LOCAL_RANK", "x"), ("MASTER_PORT", "http"), ("MASTER_PORT", "70000"), ("RANK", "\u0663"), ("RANK", "1" * 5000))]
+HALF = [
+    *({name: value for name, value in WHOLE.items() if name != left_out} for left_out in WHOLE),
+    {"WORLD_SIZE": "8"},
+    {"RANK": "0"},
+    {"RANK": "3"},
+    {"RANK": "0", "WORLD_SIZE": "2"},
+    {**WHOLE, "RANK": ""},
+]
+WRONG = [
+    {**WHOLE, name: value}
+    for name, value in (
+        ("RANK", "4"),
+        ("RANK", "-1"),
+        ("RANK", "one"),
+        ("RANK", "1.0"),
+        ("WORLD_SIZE", "0"),
+        ("WORLD_SIZE", "many"),
+        ("WORLD_SIZE", "-2"),
+        ("LOCAL_RANK", "x"),
+        ("MASTER_PORT", "http"),
+        ("MASTER_PORT", "70000"),
+        ("RANK", "\u0663"),
+        ("RANK", "1" * 5000),
+    )
+]
 
 
 @pytest.mark.parametrize("left", [*HALF, *WRONG])
 @pytest.mark.parametrize("stage", ["pretrain", "evaluate", "extract", "probe"])
-def test_half_an_environment_is_one_line_before_anything_starts(monkeypatch, capsys, left, stage, tiny_file, tmp_path: Path):
+def test_half_an_environment_is_one_line_before_anything_starts(
+    monkeypatch, capsys, left, stage, tiny_file, tmp_path: Path
+):
     monkeypatch.setattr("video_mae.cli.PATIENCE_SECONDS", 0)
     set_all(monkeypatch, left)
-    words = {"pretrain": [str(tiny_file), f"output={tmp_path / 'run'}"], "evaluate": ["model", "list"], "extract": ["model", "list", "out"],
-             "probe": ["model", "train=a", "validation=b"]}
+    words = {
+        "pretrain": [str(tiny_file), f"output={tmp_path / 'run'}"],
+        "evaluate": ["model", "list"],
+        "extract": ["model", "list", "out"],
+        "probe": ["model", "train=a", "validation=b"],
+    }
     with pytest.raises(SystemExit) as exit_of:
         main([stage, *words[stage]])
     assert exit_of.value.code == 2

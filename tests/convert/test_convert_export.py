@@ -1,4 +1,6 @@
-"""Models of ours as files of others, and what these cannot hold; checkpoints of a run as a model folder."""
+"""Models of ours as files of others, and what these cannot hold; checkpoints of a run as a model
+folder.
+"""
 
 import runpy
 import shutil
@@ -35,9 +37,30 @@ pytestmark = pytest.mark.trains_here
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "second_official.py")))
 SIZE = official.Size()
-MODEL = ModelConfig(num_frames=6, height=16, width=24, patch_size=8, embed_dim=24, depth=3, num_heads=3, mlp_ratio=40 / 24,
-                    decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, decoder_mlp_ratio=1.5)
-IMAGE = replace(MODEL, num_frames=1, tubelet_size=1, width=16, class_tokens=1, positions="sincos", qkv_bias="qkv", decoder_embed_bias=True)
+MODEL = ModelConfig(
+    num_frames=6,
+    height=16,
+    width=24,
+    patch_size=8,
+    embed_dim=24,
+    depth=3,
+    num_heads=3,
+    mlp_ratio=40 / 24,
+    decoder_embed_dim=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    decoder_mlp_ratio=1.5,
+)
+IMAGE = replace(
+    MODEL,
+    num_frames=1,
+    tubelet_size=1,
+    width=16,
+    class_tokens=1,
+    positions="sincos",
+    qkv_bias="qkv",
+    decoder_embed_bias=True,
+)
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 
@@ -50,25 +73,34 @@ def randomized(model: Any, seed: int = 0) -> Any:
 
 def a_clip(config: ModelConfig, batch: int = 2) -> torch.Tensor:
     shape = (batch, config.num_frames, config.height, config.width, config.in_channels)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def video_of(clip: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    return ((clip / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)).permute(0, 4, 1, 2, 3)
+    return ((clip / 255 - torch.tensor(config.mean)) / torch.tensor(config.std)).permute(
+        0, 4, 1, 2, 3
+    )
 
 
 def same(a: Any, b: Any) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
+    )
 
 
 def test_the_official_file_of_a_pretrained_model_computes_the_same(tmp_path):
     model = randomized(VideoMAE(MODEL))
     save_model_folder(tmp_path / "model", model)
-    assert len(convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))) == 1
+    assert (
+        len(convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))) == 1
+    )
     state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
     assert {name: tensor.shape for name, tensor in state.items()} == {
-        name: tensor.shape for name, tensor in official.videomae_pretraining(SIZE).items()}
+        name: tensor.shape for name, tensor in official.videomae_pretraining(SIZE).items()
+    }
     clip, mask = a_clip(MODEL), random_mask(torch.tensor([1, 2]), MODEL.grid, 0.6)
     hidden = torch.zeros(2, MODEL.num_tokens, dtype=torch.bool).scatter(1, mask.masked_BM, True)
     expected = official.pretraining_forward(video_of(clip, MODEL), state, hidden, SIZE)
@@ -87,16 +119,28 @@ def test_the_official_file_of_a_classifier_computes_the_same(pooling, tmp_path):
     state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
     assert state.keys() == official.videomae_finetuned(SIZE, pooling=pooling).keys()
     clip = a_clip(MODEL)
-    torch.testing.assert_close(model(clip), official.finetuned_forward(video_of(clip, MODEL), state, SIZE), **TOLERANCE)
+    torch.testing.assert_close(
+        model(clip), official.finetuned_forward(video_of(clip, MODEL), state, SIZE), **TOLERANCE
+    )
     assert same(import_model(tmp_path / "x.pth")[0], model)
 
 
 @pytest.mark.parametrize("name", ["pretraining", "fine-tuned", "image"])
 def test_official_files_come_back_with_every_bit(name, tmp_path):
     size = official.Size(frames=1, tubelet=1, height=24) if name == "image" else SIZE
-    state = official.videomae_finetuned(size) if name == "fine-tuned" else official.videomae_pretraining(size, image=name == "image")
+    state = (
+        official.videomae_finetuned(size)
+        if name == "fine-tuned"
+        else official.videomae_pretraining(size, image=name == "image")
+    )
     torch.save({"model": state}, tmp_path / "theirs.pth")
-    facts: dict[str, Any] = {"num_heads": 3, "decoder_num_heads": 2, "num_frames": size.frames, "height": size.height, "width": size.width}
+    facts: dict[str, Any] = {
+        "num_heads": 3,
+        "decoder_num_heads": 2,
+        "num_frames": size.frames,
+        "height": size.height,
+        "width": size.width,
+    }
     convert(tmp_path / "theirs.pth", tmp_path / "ours", ConvertConfig(**facts))
     convert(tmp_path / "ours", tmp_path / "back.pth", ConvertConfig(format="official"))
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
@@ -112,13 +156,17 @@ def test_an_image_model_is_written_for_a_conv2d_and_read_back(kind, tmp_path):
     lines = convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
     assert any("Conv2d, which MAE-pytorch loads" in line for line in lines)
     state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
-    (embed,) = [tensor for name, tensor in state.items() if name.endswith("patch_embed.proj.weight")]
+    (embed,) = [
+        tensor for name, tensor in state.items() if name.endswith("patch_embed.proj.weight")
+    ]
     conv = torch.nn.Conv2d(3, 24, 8, 8)
     conv.load_state_dict({"weight": embed, "bias": torch.zeros(24)})
     clip = a_clip(config)
     patches = conv(video_of(clip, config)[:, :, 0]).flatten(2).transpose(1, 2)
     ours = model.encoder.patch_embed
-    tubelets = gather_tubelets(clip, torch.arange(6).expand(2, -1), config.tubelet, config.mean, config.std, torch.float32)
+    tubelets = gather_tubelets(
+        clip, torch.arange(6).expand(2, -1), config.tubelet, config.mean, config.std, torch.float32
+    )
     torch.testing.assert_close(patches, ours(tubelets) - ours.bias, **TOLERANCE)
     back, _ = import_model(tmp_path / "x.pth")
     assert same(back, model)
@@ -129,7 +177,9 @@ def test_a_video_whose_tubelets_are_frames_keeps_its_conv3d(tmp_path):
     model = randomized(VideoMAE(replace(MODEL, num_frames=3, tubelet_size=1)))
     save_model_folder(tmp_path / "model", model)
     convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
-    assert torch.load(tmp_path / "x.pth", weights_only=True)["model"]["encoder.patch_embed.proj.weight"].shape == (24, 3, 1, 8, 8)
+    assert torch.load(tmp_path / "x.pth", weights_only=True)["model"][
+        "encoder.patch_embed.proj.weight"
+    ].shape == (24, 3, 1, 8, 8)
     assert same(import_model(tmp_path / "x.pth")[0], model)
 
 
@@ -147,8 +197,12 @@ def test_a_classifier_with_learned_positions_is_written_as_the_official_class_ke
 
 
 @pytest.mark.parametrize(("sampling", "stride"), [("uniform", 4), ("dense", 2)])
-def test_how_frames_are_chosen_goes_into_an_official_file_and_is_remarked_for_transformers(sampling, stride, tmp_path):
-    model = randomized(VideoClassifier(MODEL, ClassifierConfig(num_classes=5, sampling=sampling, stride=stride)))
+def test_how_frames_are_chosen_goes_into_an_official_file_and_is_remarked_for_transformers(
+    sampling, stride, tmp_path
+):
+    model = randomized(
+        VideoClassifier(MODEL, ClassifierConfig(num_classes=5, sampling=sampling, stride=stride))
+    )
     save_model_folder(tmp_path / "model", model)
     convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
     back, report = import_model(tmp_path / "x.pth")
@@ -156,7 +210,9 @@ def test_how_frames_are_chosen_goes_into_an_official_file_and_is_remarked_for_tr
     assert (back.classifier_config.sampling, back.classifier_config.stride) == (sampling, stride)
     assert not [note for note in report.notes if note.startswith(("sampling", "stride"))]
     lines = convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
-    assert any(line.startswith(f"classifier.sampling = {sampling}, stride = {stride}: ") for line in lines)
+    assert any(
+        line.startswith(f"classifier.sampling = {sampling}, stride = {stride}: ") for line in lines
+    )
 
 
 @pytest.mark.parametrize("sampling", ["parts", "parts_v2"])
@@ -176,7 +232,9 @@ def test_a_model_of_parts_comes_back_with_the_same_frames_in_tests(sampling, tmp
 
 @pytest.mark.parametrize("form", ["official", "hugging_face"])
 def test_a_mean_that_leaves_out_a_patch_has_no_place_elsewhere(form, tmp_path):
-    save_model_folder(tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=5, pooling="rest")))
+    save_model_folder(
+        tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=5, pooling="rest"))
+    )
     with pytest.raises(ValueError, match=r"^format: .* has no classifier\.pooling = rest$"):
         convert(tmp_path / "model", tmp_path / "out", ConvertConfig(format=form))  # pyright: ignore[reportArgumentType]
 
@@ -185,9 +243,16 @@ def test_a_file_of_one_project_becomes_a_folder_of_another_in_one_step(tmp_path)
     state = official.videomae_finetuned(SIZE)
     torch.save({"module": state}, tmp_path / "x.pth")
     facts: dict[str, Any] = {"num_heads": 3, "num_frames": 6, "height": 16, "width": 24}
-    lines = convert(tmp_path / "x.pth", tmp_path / "hub", ConvertConfig(format="hugging_face", **facts))
-    assert any("head_norm_eps = 1e-06: Hugging Face's VideoMAE computes with 1e-05" in line for line in lines)
-    assert same(load_pretrained(tmp_path / "hub"), import_model(tmp_path / "x.pth", Facts(**facts))[0])
+    lines = convert(
+        tmp_path / "x.pth", tmp_path / "hub", ConvertConfig(format="hugging_face", **facts)
+    )
+    assert any(
+        "head_norm_eps = 1e-06: Hugging Face's VideoMAE computes with 1e-05" in line
+        for line in lines
+    )
+    assert same(
+        load_pretrained(tmp_path / "hub"), import_model(tmp_path / "x.pth", Facts(**facts))[0]
+    )
 
 
 def test_a_key_bias_is_left_out_where_it_has_no_place_and_no_effect(tmp_path):
@@ -195,21 +260,35 @@ def test_a_key_bias_is_left_out_where_it_has_no_place_and_no_effect(tmp_path):
     save_model_folder(tmp_path / "model", model)
     lines = convert(tmp_path / "model", tmp_path / "x.pth", ConvertConfig(format="official"))
     assert sum("k_bias: left out" in line for line in lines) == 5
-    back, mask = load_pretrained(tmp_path / "x.pth", VideoMAE), random_mask(torch.tensor([1, 2]), MODEL.grid, 0.6)
-    torch.testing.assert_close(back.predict(a_clip(MODEL), mask), model.predict(a_clip(MODEL), mask), **TOLERANCE)
+    back, mask = (
+        load_pretrained(tmp_path / "x.pth", VideoMAE),
+        random_mask(torch.tensor([1, 2]), MODEL.grid, 0.6),
+    )
+    torch.testing.assert_close(
+        back.predict(a_clip(MODEL), mask), model.predict(a_clip(MODEL), mask), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("bias", ["qkv", "qv", "none"])
 def test_an_image_mae_becomes_a_vit_mae_with_its_computed_positions(bias, tmp_path):
     transformers = pytest.importorskip("transformers")
-    model = randomized(VideoMAE(replace(IMAGE, qkv_bias=bias), ObjectiveConfig(normalize="tubelet", pixels="normalized")))
+    model = randomized(
+        VideoMAE(
+            replace(IMAGE, qkv_bias=bias), ObjectiveConfig(normalize="tubelet", pixels="normalized")
+        )
+    )
     save_model_folder(tmp_path / "model", model)
-    assert len(convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))) == 1
+    assert (
+        len(convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face")))
+        == 1
+    )
     theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hub").eval()
     clip, mask = a_clip(IMAGE), random_mask(torch.tensor([1, 2]), IMAGE.grid, 0.5)
     theirs.config.mask_ratio = theirs.vit.embeddings.config.mask_ratio = 0.5
     with torch.no_grad():
-        expected = theirs(video_of(clip, IMAGE)[:, :, 0], noise=torch.zeros(2, 4).scatter(1, mask.masked_BM, 1.0))
+        expected = theirs(
+            video_of(clip, IMAGE)[:, :, 0], noise=torch.zeros(2, 4).scatter(1, mask.masked_BM, 1.0)
+        )
         torch.testing.assert_close(model(clip, mask).loss, expected.loss, **TOLERANCE)
     back = load_pretrained(tmp_path / "hub", VideoMAE)
     assert back.config.positions == "sincos"
@@ -217,15 +296,34 @@ def test_an_image_mae_becomes_a_vit_mae_with_its_computed_positions(bias, tmp_pa
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("official", {"class_tokens": 1}, "no model.class_tokens = 1"), ("official", {"positions": "learned"}, "in its classifiers alone"),
-    ("official", {"positions": "sincos"}, "no model.positions = sincos"), ("official", {"positions": "separate"}, "no model.positions"),
-    ("official", {"decoder_embed_bias": True}, "no model.decoder_embed_bias"), ("official", {"predicted_frames": 3}, "no model.predicted"),
-    ("official", {"encoder_norm": False}, "no model.encoder_norm = False"), ("official", {"position_grid": (2, 2, 2)}, "interpolated"),
-    ("hugging_face", {"layer_scale": 0.1}, "no model.layer_scale"), ("hugging_face", {"positions": "sincos"}, "no model.positions"),
-    ("hugging_face", {"class_tokens": 1, "decoder_embed_bias": True}, "ViTMAE has no model.num_frames = 6"),
-    ("hugging_face", {"positions": "separate", "class_tokens": 1, "num_frames": 1, "tubelet_size": 1, "width": 16},
-     "ViTMAE has no positions = separate"),
-    ("torch_export", {}, "for classifiers")]
+    ("official", {"class_tokens": 1}, "no model.class_tokens = 1"),
+    ("official", {"positions": "learned"}, "in its classifiers alone"),
+    ("official", {"positions": "sincos"}, "no model.positions = sincos"),
+    ("official", {"positions": "separate"}, "no model.positions"),
+    ("official", {"decoder_embed_bias": True}, "no model.decoder_embed_bias"),
+    ("official", {"predicted_frames": 3}, "no model.predicted"),
+    ("official", {"encoder_norm": False}, "no model.encoder_norm = False"),
+    ("official", {"position_grid": (2, 2, 2)}, "interpolated"),
+    ("hugging_face", {"layer_scale": 0.1}, "no model.layer_scale"),
+    ("hugging_face", {"positions": "sincos"}, "no model.positions"),
+    (
+        "hugging_face",
+        {"class_tokens": 1, "decoder_embed_bias": True},
+        "ViTMAE has no model.num_frames = 6",
+    ),
+    (
+        "hugging_face",
+        {
+            "positions": "separate",
+            "class_tokens": 1,
+            "num_frames": 1,
+            "tubelet_size": 1,
+            "width": 16,
+        },
+        "ViTMAE has no positions = separate",
+    ),
+    ("torch_export", {}, "for classifiers"),
+]
 
 
 @pytest.mark.parametrize(("form", "changes", "said"), REFUSED)
@@ -239,14 +337,30 @@ def test_what_a_format_cannot_hold_is_refused(form, changes, said, tmp_path):
 
 def test_what_a_format_does_not_say_is_remarked(tmp_path):
     objective = ObjectiveConfig(contrastive_weight=0.1, learn_temperature=True, normalize="tubelet")
-    save_model_folder(tmp_path / "model", VideoMAE(replace(MODEL, mean=(0.5,), std=(0.5,), drop_path=0.1), objective))
-    text = "\n".join(convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face")))
-    for remark in ("head_norm_eps", "drop_path", "contrastive_weight", "normalize = tubelet", "targets: ", "temperature_logit: left out"):
+    save_model_folder(
+        tmp_path / "model",
+        VideoMAE(replace(MODEL, mean=(0.5,), std=(0.5,), drop_path=0.1), objective),
+    )
+    text = "\n".join(
+        convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
+    )
+    for remark in (
+        "head_norm_eps",
+        "drop_path",
+        "contrastive_weight",
+        "normalize = tubelet",
+        "targets: ",
+        "temperature_logit: left out",
+    ):
         assert remark in text
     assert load_pretrained(tmp_path / "hub").config.mean == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"class_tokens": 1, "positions": "learned", "qkv_bias": "qkv"}], ids=["videomae", "class token"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"class_tokens": 1, "positions": "learned", "qkv_bias": "qkv"}],
+    ids=["videomae", "class token"],
+)
 def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(changes, tmp_path):
     config = replace(MODEL, **changes)
     model = randomized(VideoClassifier(config, 5))
@@ -254,8 +368,10 @@ def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(cha
     convert(tmp_path / "model", tmp_path / "x.pt2", ConvertConfig(format="torch_export"))
     clip = a_clip(config, 3)
     torch.save(clip, tmp_path / "clip.pt")
-    code = ("import sys, torch; program = torch.export.load('x.pt2').module(); clip = torch.load('clip.pt');"
-            "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt'); assert 'video_mae' not in sys.modules")
+    code = (
+        "import sys, torch; program = torch.export.load('x.pt2').module(); clip = torch.load('clip.pt');"
+        "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt'); assert 'video_mae' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=300)
     for number, logits in enumerate(torch.load(tmp_path / "logits.pt"), start=1):
         torch.testing.assert_close(logits, model(clip[:number]).detach(), **TOLERANCE)
@@ -272,10 +388,22 @@ def finished_runs(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.set_num_threads(1)
     for stage, precision in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "fp32")):
         output = folder / f"{stage}_{precision}"
-        run(prepare(load_config(tiny_file, [f"output={output}", "optim.steps=2", f"engine.zero_stage={stage}",
-                                            f"engine.precision={precision}", f"optim.decay_tokens={stage == 0}",
-                                            "objective.contrastive_weight=0.1",
-                                            "objective.learn_temperature=true"])))
+        run(
+            prepare(
+                load_config(
+                    tiny_file,
+                    [
+                        f"output={output}",
+                        "optim.steps=2",
+                        f"engine.zero_stage={stage}",
+                        f"engine.precision={precision}",
+                        f"optim.decay_tokens={stage == 0}",
+                        "objective.contrastive_weight=0.1",
+                        "objective.learn_temperature=true",
+                    ],
+                )
+            )
+        )
         (output / "model").rename(output / "put_aside")
     torch.set_num_threads(threads)
     return folder
@@ -283,17 +411,26 @@ def finished_runs(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.usefixtures("quiet_process")
 @pytest.mark.parametrize("name", ["0_fp32", "0_bf16", "2_bf16", "3_fp32"])
-def test_a_run_without_a_model_folder_is_converted_from_its_checkpoint(finished_runs, name, tmp_path):
+def test_a_run_without_a_model_folder_is_converted_from_its_checkpoint(
+    finished_runs, name, tmp_path
+):
     source = finished_runs / name
-    with pytest.raises(ValueError, match=r"step_00000002: holds pickles of DeepSpeed, .*trust=true"):
+    with pytest.raises(
+        ValueError, match=r"step_00000002: holds pickles of DeepSpeed, .*trust=true"
+    ):
         convert(source, tmp_path / "model", ConvertConfig())
     assert not (tmp_path / "model").exists()
     for path in (source, source / "checkpoints" / "step_00000002"):
         convert(path, tmp_path / "model", ConvertConfig(trust=True, overwrite=True))
-        ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", source / "put_aside"))
+        ours, theirs = (
+            load_file(folder / "model.safetensors")
+            for folder in (tmp_path / "model", source / "put_aside")
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-        assert (tmp_path / "model" / "config.json").read_text() == (source / "put_aside" / "config.json").read_text()
+        assert (tmp_path / "model" / "config.json").read_text() == (
+            source / "put_aside" / "config.json"
+        ).read_text()
 
 
 @pytest.mark.usefixtures("quiet_process")
@@ -316,6 +453,14 @@ def test_a_run_folder_is_converted_from_its_model(tmp_path):
     model = randomized(VideoMAE(MODEL))
     save_model_folder(tmp_path / "run" / "model", model)
     with pytest.raises(SystemExit) as exit_:
-        main(["convert", str(tmp_path / "run"), str(tmp_path / "hub"), "format=hugging_face", "layout=v5"])
+        main(
+            [
+                "convert",
+                str(tmp_path / "run"),
+                str(tmp_path / "hub"),
+                "format=hugging_face",
+                "layout=v5",
+            ]
+        )
     assert exit_.value.code == 0
     assert same(load_pretrained(tmp_path / "hub"), model)

@@ -1,4 +1,6 @@
-"""Files of a training with objects of any package beside their weights: these are read, the rest is passed over, named, and never run."""
+"""Files of a training with objects of any package beside their weights: these are read, the rest is
+passed over, named, and never run.
+"""
 
 import argparse
 import collections
@@ -50,7 +52,10 @@ class HistoryBuffer:
         return float(self.values.min())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "statistics_methods": {"mean": HistoryBuffer.mean, "min": HistoryBuffer.smallest}}
+        return {
+            **vars(self),
+            "statistics_methods": {"mean": HistoryBuffer.mean, "min": HistoryBuffer.smallest},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         raise AssertionError("an object of the file has been made")
@@ -77,7 +82,7 @@ KINDS = (HistoryBuffer, ConfigDict, Phase, Loop, Loop.State)
 @contextmanager
 def as_if_of(package: str) -> Iterator[None]:
     """The kinds above belong to a package that is there for as long as a file is written."""
-    names = [".".join(package.split(".")[:i + 1]) for i in range(package.count(".") + 1)]
+    names = [".".join(package.split(".")[: i + 1]) for i in range(package.count(".") + 1)]
     modules = {name: types.ModuleType(name) for name in names}
     with pytest.MonkeyPatch.context() as patch:
         for kind in KINDS:
@@ -93,35 +98,75 @@ def message_hub() -> dict[str, Any]:
     named = collections.defaultdict(list)
     named["a"].append(torch.ones(2))
     runtime = collections.OrderedDict(
-        cfg="model = dict(type='Recognizer3D')", max_iters=10, best=np.float64(0.5), root=pathlib.Path("work"),
-        phase=Phase.TRAIN, recent=collections.deque([1.0, 2.0], maxlen=5), named=named, config=ConfigDict(a=1), seen={1, 2},
-        frozen=frozenset("ab"), raw=b"\x00\xff", call=functools.partial(print, 1, sep=""), logger=logging.getLogger("x"),
-        state=Loop.State(), rng=np.random.RandomState(0).get_state(), generator=np.random.default_rng(0),
-        counts=collections.Counter("abc"), large=10**2000)
-    return {"log_scalars": scalars, "runtime_info": runtime, "resumed_keys": collections.OrderedDict({"train/loss": True})}
+        cfg="model = dict(type='Recognizer3D')",
+        max_iters=10,
+        best=np.float64(0.5),
+        root=pathlib.Path("work"),
+        phase=Phase.TRAIN,
+        recent=collections.deque([1.0, 2.0], maxlen=5),
+        named=named,
+        config=ConfigDict(a=1),
+        seen={1, 2},
+        frozen=frozenset("ab"),
+        raw=b"\x00\xff",
+        call=functools.partial(print, 1, sep=""),
+        logger=logging.getLogger("x"),
+        state=Loop.State(),
+        rng=np.random.RandomState(0).get_state(),
+        generator=np.random.default_rng(0),
+        counts=collections.Counter("abc"),
+        large=10**2000,
+    )
+    return {
+        "log_scalars": scalars,
+        "runtime_info": runtime,
+        "resumed_keys": collections.OrderedDict({"train/loss": True}),
+    }
 
 
 def training_file(folder: Path, package: str, **options: Any) -> Path:
     """epoch_N.pth as mmengine's Runner writes it."""
-    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}]}
-    content = {"meta": {"epoch": 3, "iter": 10, "cfg": "", "seed": 1, "experiment_name": "x", "dataset_meta": ConfigDict(classes=("a",))},
-               "state_dict": collections.OrderedDict(STATE), "message_hub": message_hub(), "optimizer": optimizer,
-               "param_schedulers": [{"_global_step": 3, "last_step": np.int64(3)}]}
+    optimizer = {
+        "state": {0: {"exp_avg": torch.zeros(3)}},
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}],
+    }
+    content = {
+        "meta": {
+            "epoch": 3,
+            "iter": 10,
+            "cfg": "",
+            "seed": 1,
+            "experiment_name": "x",
+            "dataset_meta": ConfigDict(classes=("a",)),
+        },
+        "state_dict": collections.OrderedDict(STATE),
+        "message_hub": message_hub(),
+        "optimizer": optimizer,
+        "param_schedulers": [{"_global_step": 3, "last_step": np.int64(3)}],
+    }
     content["state_dict"]._metadata = collections.OrderedDict({"": {"version": 1}})
     with as_if_of(package):
         return saved(content, **options)(folder)
 
 
 @pytest.mark.parametrize("package", ["mmengine.logging.history_buffer", "a_package.of_nobody"])
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}, {"pickle_protocol": 5}],
-                         ids=["archive", "old", "protocol 4", "protocol 5"])
-def test_a_training_file_of_mmengine_is_read_and_what_was_passed_over_is_named(package, options, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}, {"pickle_protocol": 5}],
+    ids=["archive", "old", "protocol 4", "protocol 5"],
+)
+def test_a_training_file_of_mmengine_is_read_and_what_was_passed_over_is_named(
+    package, options, tmp_path
+):
     path = training_file(tmp_path, package, **options)
     plain, _ = import_model(_plain(tmp_path), Facts(**FACTS))
-    with pytest.raises(pickle.UnpicklingError), warnings.catch_warnings(action="ignore"):  # of other protocols
+    # of other protocols
+    with pytest.raises(pickle.UnpicklingError), warnings.catch_warnings(action="ignore"):
         torch.load(path, weights_only=True)
     model, report = import_model(path, Facts(**FACTS))
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     assert {"meta", "message_hub", "optimizer", "param_schedulers"} <= set(report.left_out)
     line = report.left_out["message_hub"]
     assert f"{package}.HistoryBuffer" in line
@@ -133,29 +178,59 @@ def test_a_training_file_of_mmengine_is_read_and_what_was_passed_over_is_named(p
 
 
 def test_data_of_python_itself_is_passed_over(tmp_path):
-    content = [signal.SIGTERM, http.HTTPStatus.OK, dict[str, int], type(None), dataclasses.MISSING, io.BytesIO(b"x"), io.StringIO("x"),
-               sys.modules["typing"].Dict[str, int]]
-    _, report = import_model(saved({"model": STATE, "x": content}, pickle_protocol=4)(tmp_path), Facts(**FACTS))
+    content = [
+        signal.SIGTERM,
+        http.HTTPStatus.OK,
+        dict[str, int],
+        type(None),
+        dataclasses.MISSING,
+        io.BytesIO(b"x"),
+        io.StringIO("x"),
+        sys.modules["typing"].Dict[str, int],
+    ]
+    _, report = import_model(
+        saved({"model": STATE, "x": content}, pickle_protocol=4)(tmp_path), Facts(**FACTS)
+    )
     assert "_MISSING_TYPE" in report.left_out["x"]
 
 
-# What other readers would execute, or break over, and what is no more than a text or a number of items here.
+# What other readers would execute, or break over, and what is no more than a text or a number of
+# items here.
 INERT: dict[str, tuple[bytes, str]] = {
-    "a call of another package": (b"cnumpy.f2py.crackfortran\nmyeval\n" + text("open('EXECUTED', 'w')") + b"\x85R",
-                                  "numpy.f2py.crackfortran.myeval"),
+    "a call of another package": (
+        b"cnumpy.f2py.crackfortran\nmyeval\n" + text("open('EXECUTED', 'w')") + b"\x85R",
+        "numpy.f2py.crackfortran.myeval",
+    ),
     "a name without a call": (b"cposix\nsystem\n", "posix.system"),
-    "a state for a function": (b"ctorch._utils\n_rebuild_parameter\n(N}" + text("__defaults__") + b"cposix\nsystem\nstb",
-                               "torch._utils._rebuild_parameter"),
-    "a state for a class": (b"cargparse\nNamespace\n(N}" + text("__init__") + b"cposix\nsystem\nstb", ""),
-    "a state for an object": (b"ca_package\nKind\n)\x81(}" + text("__class__") + b"cposix\nsystem\ns}tb", "a_package.Kind"),
-    "methods of a dictionary": (b"ccollections\nOrderedDict\n)R}" + text("items") + b"cposix\nsystem\nsb", ""),
-    "an attribute of a text": (b"c__builtin__\ngetattr\n" + text("x") + text("format") + b"\x86R", ""),
+    "a state for a function": (
+        b"ctorch._utils\n_rebuild_parameter\n(N}" + text("__defaults__") + b"cposix\nsystem\nstb",
+        "torch._utils._rebuild_parameter",
+    ),
+    "a state for a class": (
+        b"cargparse\nNamespace\n(N}" + text("__init__") + b"cposix\nsystem\nstb",
+        "",
+    ),
+    "a state for an object": (
+        b"ca_package\nKind\n)\x81(}" + text("__class__") + b"cposix\nsystem\ns}tb",
+        "a_package.Kind",
+    ),
+    "methods of a dictionary": (
+        b"ccollections\nOrderedDict\n)R}" + text("items") + b"cposix\nsystem\nsb",
+        "",
+    ),
+    "an attribute of a text": (
+        b"c__builtin__\ngetattr\n" + text("x") + text("format") + b"\x86R",
+        "",
+    ),
     "a large place in the memo": (b"Nr\xff\xff\xff\xff", ""),
     "a large array": (b"c__builtin__\nbytearray\nL" + str(2**60).encode() + b"L\n\x85R", ""),
     "an integer of many digits": (b"\x8b" + (10**6).to_bytes(4, "little") + b"\x01" * 10**6, ""),
     "a deep key": (b"})" + b"\x85" * 300_000 + b"Ns", ""),
     "a deep list": (b"]" + b"]" * 100_000 + b"a" * 100_000, ""),
-    "a name of many lines": (text("a_package") + text("a\nb\x1b[31m") + b"\x93)R", "a_package.a\\nb"),
+    "a name of many lines": (
+        text("a_package") + text("a\nb\x1b[31m") + b"\x93)R",
+        "a_package.a\\nb",
+    ),
     "a long name": (text("a_package") + text("a" * 10**6) + b"\x93)R", "a_package.aaa"),
 }
 
@@ -167,7 +242,9 @@ def test_what_is_not_called_stays_a_text(case, tmp_path, monkeypatch):
     before = REBUILD.__defaults__
     plain, _ = import_model(saved({"model": hostile.STATE})(tmp_path), Facts(**FACTS))
     model, report = import_model(hostile.beside(payload)(tmp_path), Facts(**FACTS))
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     assert list(report.left_out) == ["x"]
     assert named in report.left_out["x"]
     assert report.left_out["x"].isprintable()
@@ -176,7 +253,9 @@ def test_what_is_not_called_stays_a_text(case, tmp_path, monkeypatch):
     assert [child.name for child in tmp_path.iterdir()] == ["x.pth"]
 
 
-@pytest.mark.parametrize("name", [name for name in hostile.PAYLOADS if name not in ("OBJ", "an object that calls")])
+@pytest.mark.parametrize(
+    "name", [name for name in hostile.PAYLOADS if name not in ("OBJ", "an object that calls")]
+)
 def test_the_payloads_would_have_been_executed(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     payload, _ = hostile.PAYLOADS[name]
@@ -187,11 +266,29 @@ def test_the_payloads_would_have_been_executed(name, tmp_path, monkeypatch):
 
 def test_tensors_of_every_kind_have_the_bits_that_torch_reads(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    kinds = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    kinds = (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    )
     whole = torch.randn(6, 5, generator=generator)
     tensors = {f"{kind}": (100 * torch.randn(3, 4, generator=generator)).to(kind) for kind in kinds}
-    tensors |= {"bool": torch.tensor([True, False]), "scalar": torch.tensor(3.5), "nothing": torch.empty(0, 3), "turned": whole.T,
-                "slice": whole[1:4, ::2], "row": whole[2], "parameter": torch.nn.Parameter(whole.clone()), "broadcast": torch.ones(3, 1)}
+    tensors |= {
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "nothing": torch.empty(0, 3),
+        "turned": whole.T,
+        "slice": whole[1:4, ::2],
+        "row": whole[2],
+        "parameter": torch.nn.Parameter(whole.clone()),
+        "broadcast": torch.ones(3, 1),
+    }
     tagged = whole.clone()
     tagged.origin = "a tensor with an attribute"  # pyright: ignore[reportAttributeAccessIssue]
     tensors["tagged"] = tagged
@@ -206,7 +303,9 @@ def test_tensors_of_every_kind_have_the_bits_that_torch_reads(tmp_path):
 
 
 def test_the_options_of_a_training_are_read_whatever_lies_between_them(tmp_path):
-    arguments = argparse.Namespace(num_frames=6, root=pathlib.Path("x"), rate=np.float64(0.5), call=functools.partial(print, 1))
+    arguments = argparse.Namespace(
+        num_frames=6, root=pathlib.Path("x"), rate=np.float64(0.5), call=functools.partial(print, 1)
+    )
     source = read_source(saved({"model": STATE, "args": arguments})(tmp_path))
     assert source.arguments["num_frames"] == 6
     assert set(source.arguments) == {"num_frames", "root", "rate", "call"}

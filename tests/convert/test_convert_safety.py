@@ -44,9 +44,14 @@ def test_a_hostile_or_damaged_file_is_refused_in_one_line(case, tmp_path, monkey
 
 
 SIZE = hostile.SIZE
-FILES = {"videomae": hostile.STATE, "fine-tuned": hostile.official.videomae_finetuned(SIZE), "mae_st": hostile.official.mae_st(SIZE),
-         "layer scale": hostile.official.videomae_pretraining(SIZE, layer_scale=True),
-         "mmaction2": hostile.official.mmaction_finetuned(SIZE), "mae_st, fine-tuned": hostile.official.mae_st(SIZE, part="classifier")}
+FILES = {
+    "videomae": hostile.STATE,
+    "fine-tuned": hostile.official.videomae_finetuned(SIZE),
+    "mae_st": hostile.official.mae_st(SIZE),
+    "layer scale": hostile.official.videomae_pretraining(SIZE, layer_scale=True),
+    "mmaction2": hostile.official.mmaction_finetuned(SIZE),
+    "mae_st, fine-tuned": hostile.official.mae_st(SIZE, part="classifier"),
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -57,7 +62,14 @@ def test_no_tensor_can_be_lost_or_change_its_shape_unnoticed(name, tmp_path):
     for key in once:
         longer = torch.cat([state[key], state[key][:1]])
         for change in ({}, {key: longer}):
-            saved({"model": {**{other: tensor for other, tensor in state.items() if other != key}, **change}})(tmp_path)
+            saved(
+                {
+                    "model": {
+                        **{other: tensor for other, tensor in state.items() if other != key},
+                        **change,
+                    }
+                }
+            )(tmp_path)
             if key == "backbone.pos_embed" and not change:  # it is computed
                 continue
             with pytest.raises(ValueError, match=r"^[^\n]*x\.pth: [^\n]*$"):
@@ -68,7 +80,11 @@ def test_the_bombs_do_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for case in ("system in the weights", "eval in the weights", "plain pickle of protocol 4"):
         path = HOSTILE[case][0](tmp_path)
-        content = pickle.loads(path.read_bytes()) if case.startswith("plain") else torch.load(path, weights_only=False)
+        content = (
+            pickle.loads(path.read_bytes())
+            if case.startswith("plain")
+            else torch.load(path, weights_only=False)
+        )
         assert content
         assert (tmp_path / "EXECUTED").exists()
         (tmp_path / "EXECUTED").unlink()
@@ -93,7 +109,13 @@ def test_objects_that_are_only_data_are_let_through_and_stay_inert(tmp_path, mon
     with monkeypatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        path = saved({"model": STATE, "message_hub": {"loss": buffer}, "args": argparse.Namespace(output=tmp_path, num_frames=6)})(tmp_path)
+        path = saved(
+            {
+                "model": STATE,
+                "message_hub": {"loss": buffer},
+                "args": argparse.Namespace(output=tmp_path, num_frames=6),
+            }
+        )(tmp_path)
     _, report = import_model(path, Facts(**{**FACTS, "num_frames": None}))
     assert set(report.left_out) == {"message_hub", "args"}
     assert not set(names) & set(sys.modules)
@@ -104,13 +126,17 @@ def test_objects_that_hold_each_other_are_counted_once(tmp_path):
     for _ in range(200):
         laughter = [laughter, laughter]
     laughter.append(laughter)
-    _, report = import_model(saved({"model": STATE, "optimizer": laughter})(tmp_path), Facts(**FACTS))
+    _, report = import_model(
+        saved({"model": STATE, "optimizer": laughter})(tmp_path), Facts(**FACTS)
+    )
     assert report.left_out["optimizer"].endswith("list with 1 tensors")
 
 
 def test_an_object_under_many_keys_is_counted_with_the_first(tmp_path):
     shared = [torch.zeros(1)] * 100_000  # over and over, it would take minutes
-    _, report = import_model(saved({"model": STATE, **{f"k{i}": shared for i in range(1000)}})(tmp_path), Facts(**FACTS))
+    _, report = import_model(
+        saved({"model": STATE, **{f"k{i}": shared for i in range(1000)}})(tmp_path), Facts(**FACTS)
+    )
     assert report.left_out["k0"].endswith("list with 1 tensors")
     assert {report.left_out[f"k{i}"] for i in range(1, 1000)} == {"not part of the weights: list"}
 
@@ -130,11 +156,15 @@ def test_a_file_without_checksums_is_read_and_one_of_a_wrong_one_is_not(tmp_path
     model, _ = import_model(path, Facts(**FACTS))
     path = saved({"model": STATE})(tmp_path)
     plain, _ = import_model(path, Facts(**FACTS))
-    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert all(
+        torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )
     content = path.read_bytes()
     value = STATE["encoder.blocks.1.attn.proj.weight"].numpy().tobytes()
     path.write_bytes(content.replace(value, value[:-4] + bytes(4)))
-    with pytest.raises(ValueError, match=r"x\.pth: encoder\.blocks\.1\.attn\.proj\.weight: is damaged"):
+    with pytest.raises(
+        ValueError, match=r"x\.pth: encoder\.blocks\.1\.attn\.proj\.weight: is damaged"
+    ):
         import_model(path, Facts(**FACTS))
 
 
@@ -143,8 +173,11 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     path = saved({"model": STATE})(tmp_path)
-    for target, form in (("video_mae.convert.model_folder.save_file", "model"), ("video_mae.convert.export.save_file", "hugging_face"),
-                         ("torch.save", "official")):
+    for target, form in (
+        ("video_mae.convert.model_folder.save_file", "model"),
+        ("video_mae.convert.export.save_file", "hugging_face"),
+        ("torch.save", "official"),
+    ):
         config = ConvertConfig(**FACTS, format=form)  # pyright: ignore[reportArgumentType]
         with monkeypatch.context() as patch:
             patch.setattr(target, full)

@@ -21,9 +21,25 @@ from video_mae import (
     weights,
 )
 
-MODEL = ModelConfig(num_frames=4, height=16, width=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, decoder_embed_dim=8,
-                    decoder_depth=1, decoder_num_heads=2, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4), drop_path=0.1)
-OBJECTIVE = ObjectiveConfig(contrastive_weight=0.25, learn_temperature=True, negatives="batch", normalize="tubelet")
+MODEL = ModelConfig(
+    num_frames=4,
+    height=16,
+    width=32,
+    patch_size=8,
+    embed_dim=12,
+    depth=2,
+    num_heads=2,
+    decoder_embed_dim=8,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    in_channels=2,
+    mean=(0.1, 0.2),
+    std=(0.3, 0.4),
+    drop_path=0.1,
+)
+OBJECTIVE = ObjectiveConfig(
+    contrastive_weight=0.25, learn_temperature=True, negatives="batch", normalize="tubelet"
+)
 
 
 def make(seed: int = 0) -> VideoMAE:
@@ -33,7 +49,9 @@ def make(seed: int = 0) -> VideoMAE:
 
 def assert_same(ours: VideoMAE, theirs: VideoMAE) -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(
+        torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items()
+    )
 
 
 @pytest.fixture
@@ -49,7 +67,9 @@ def test_model_comes_back_bit_for_bit_with_the_same_outputs(folder):
     assert_same(model, loaded)
     clip = torch.randint(0, 256, (2, 4, 16, 32, 2), dtype=torch.uint8)
     mask = tube_mask(torch.arange(2), model.grid, 0.6)
-    assert all(torch.equal(a, b) for a, b in zip(model(clip, mask), loaded(clip, mask), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model(clip, mask), loaded(clip, mask), strict=True)
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
@@ -63,7 +83,9 @@ def test_given_state_is_written_in_float32(tmp_path):
 
 
 def test_a_classifier_comes_back_with_its_classes(tmp_path):
-    head = ClassifierConfig(num_classes=3, class_names=("run", "swim", "fly"), sampling="uniform", head_init_scale=1.0)
+    head = ClassifierConfig(
+        num_classes=3, class_names=("run", "swim", "fly"), sampling="uniform", head_init_scale=1.0
+    )
     torch.manual_seed(0)
     model = VideoClassifier(MODEL, head).eval()
     save_model_folder(tmp_path / "model", model)
@@ -131,7 +153,9 @@ def test_pickle_in_disguise_executes_nothing(folder, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 8, b"{}", struct.pack("<Q", 2**62), struct.pack("<Q", 2) + b"{]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 8, b"{}", struct.pack("<Q", 2**62), struct.pack("<Q", 2) + b"{]"]
+)
 def test_file_that_is_no_safetensors_is_named(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: "):
@@ -141,7 +165,7 @@ def test_file_that_is_no_safetensors_is_named(folder, content):
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_truncated_weights_are_named(folder, share):
     content = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(content[:int(share * len(content))])
+    (folder / "model.safetensors").write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: cannot be read"):
         load_pretrained(folder, VideoMAE)
 
@@ -150,12 +174,22 @@ def rename(state: dict[str, torch.Tensor]) -> None:
     state["decoder.head.wieght"] = state.pop("decoder.head.weight")
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda state: state.pop("encoder.norm.bias"), ["encoder.norm.bias", "missing"]),
-    (lambda state: state.update(more=torch.zeros(1)), ["more", "not part"]),
-    (lambda state: state.update({"decoder.head.bias": torch.zeros(3)}), ["decoder.head.bias", "(3,)", "(256,)"]),
-    (lambda state: state.update({"decoder.mask_token": torch.zeros(1, 1, 8)}), ["decoder.mask_token", "(1, 1, 8)", "(8,)"]),
-    (rename, ["decoder.head.weight", "1 more"])])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("encoder.norm.bias"), ["encoder.norm.bias", "missing"]),
+        (lambda state: state.update(more=torch.zeros(1)), ["more", "not part"]),
+        (
+            lambda state: state.update({"decoder.head.bias": torch.zeros(3)}),
+            ["decoder.head.bias", "(3,)", "(256,)"],
+        ),
+        (
+            lambda state: state.update({"decoder.mask_token": torch.zeros(1, 1, 8)}),
+            ["decoder.mask_token", "(1, 1, 8)", "(8,)"],
+        ),
+        (rename, ["decoder.head.weight", "1 more"]),
+    ],
+)
 def test_weights_that_do_not_fit_are_named(folder, change, said):
     state = load_file(folder / "model.safetensors")
     change(state)
@@ -165,11 +199,21 @@ def test_weights_that_do_not_fit_are_named(folder, change, said):
     assert all(part in str(error.value) for part in said)
 
 
-@pytest.mark.parametrize(("section", "key", "value", "said"), [
-    ("model", "dept", 2, "did you mean depth"), ("model", "depth", "many", "depth"), ("model", "depth", 0, "model.depth"),
-    ("model", "num_heads", 5, "num_heads"), ("model", "mean", [0.1, 0.2, 0.3], "mean"), ("model", "std", "x", "std"),
-    ("model", "depth", None, "depth"), ("model", "in_channels", True, "in_channels"),
-    ("objective", "normalize", "chanel", "normalize"), ("objective", "tau", 1, "tau")])
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("model", "dept", 2, "did you mean depth"),
+        ("model", "depth", "many", "depth"),
+        ("model", "depth", 0, "model.depth"),
+        ("model", "num_heads", 5, "num_heads"),
+        ("model", "mean", [0.1, 0.2, 0.3], "mean"),
+        ("model", "std", "x", "std"),
+        ("model", "depth", None, "depth"),
+        ("model", "in_channels", True, "in_channels"),
+        ("objective", "normalize", "chanel", "normalize"),
+        ("objective", "tau", 1, "tau"),
+    ],
+)
 def test_wrong_key_or_value_in_the_configuration_is_named(folder, section, key, value, said):
     description = json.loads((folder / "config.json").read_text())
     description[section][key] = value
@@ -180,9 +224,20 @@ def test_wrong_key_or_value_in_the_configuration_is_named(folder, section, key, 
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"model": {}}',
-                                  '{"model": 3, "objective": {}}', '{"model": [1], "objective": {}}',
-                                  '{"model": {}, "objective": "clip"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"model": {}}',
+        '{"model": 3, "objective": {}}',
+        '{"model": [1], "objective": {}}',
+        '{"model": {}, "objective": "clip"}',
+    ],
+)
 def test_file_that_is_no_configuration_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json: "):

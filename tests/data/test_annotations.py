@@ -31,53 +31,121 @@ def write_list(path: Path, *lines: str) -> DataConfig:
 
 
 def test_a_list_has_paths_with_spaces_optional_labels_and_blank_lines(folder, tmp_path):
-    config = write_list(tmp_path / "list.txt", f"{folder}/clip of 1.mp4 3", "", f"{folder}/clip of 2.mp4", f"{folder}/clip of 9.mp4\t-2\r")
+    config = write_list(
+        tmp_path / "list.txt",
+        f"{folder}/clip of 1.mp4 3",
+        "",
+        f"{folder}/clip of 2.mp4",
+        f"{folder}/clip of 9.mp4\t-2\r",
+    )
     paths = read_annotations(config)
     assert [paths[i] for i in range(len(paths))] == [
-        (f"{folder}/clip of 1.mp4", {"label": 3}), (f"{folder}/clip of 2.mp4", {"label": -1}), (f"{folder}/clip of 9.mp4", {"label": -2})]
+        (f"{folder}/clip of 1.mp4", {"label": 3}),
+        (f"{folder}/clip of 2.mp4", {"label": -1}),
+        (f"{folder}/clip of 9.mp4", {"label": -2}),
+    ]
     assert class_names(config) == ()
 
 
 def test_relative_paths_start_at_the_root_or_else_at_the_list(folder, tmp_path):
-    assert read_annotations(write_list(folder / "near.txt", "clip of 1.mp4 0"))[0][0] == str(folder / "clip of 1.mp4")
+    assert read_annotations(write_list(folder / "near.txt", "clip of 1.mp4 0"))[0][0] == str(
+        folder / "clip of 1.mp4"
+    )
     (tmp_path / "far.txt").write_text("clip of 1.mp4 0")
-    assert read_annotations(DataConfig(source=str(tmp_path / "far.txt"), root=str(folder)))[0][0] == str(folder / "clip of 1.mp4")
+    assert read_annotations(DataConfig(source=str(tmp_path / "far.txt"), root=str(folder)))[0][
+        0
+    ] == str(folder / "clip of 1.mp4")
     with pytest.raises(FileNotFoundError, match=r"data\.root"):
         read_annotations(DataConfig(source=str(tmp_path / "far.txt"), root=str(tmp_path / "none")))
 
 
-@pytest.mark.parametrize(("line", "path", "label"), [
-    ("a b.mp4\t3", "a b.mp4", 3), ("a.mp4,3", "a.mp4", 3), ("a.mp4, 3", "a.mp4", 3), ("a,b.mp4 , 3", "a,b.mp4", 3), ("a.mp4", "a.mp4", -1),
-    ("a,b.mp4", "a,b.mp4", -1), ("a 1,2", "a 1", 2), ('"a b 7" 3', "a b 7", 3), ('"a b 7"', "a b 7", -1),
-    ('"a ""b"".mp4",3', 'a "b".mp4', 3), ('"a b.mp4"\t+3', "a b.mp4", 3), ('"a" and "b" 3', '"a" and "b"', 3),
-    ("3", "3", -1), (",3", ",3", -1), ("a.mp4 -1", "a.mp4", -1),
-    ("#1.mp4 0", "#1.mp4", 0), ("a 9999999999999999999", "a 9999999999999999999", -1), ("a.mp4 \u0663", "a.mp4 \u0663", -1),
-])
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("a b.mp4\t3", "a b.mp4", 3),
+        ("a.mp4,3", "a.mp4", 3),
+        ("a.mp4, 3", "a.mp4", 3),
+        ("a,b.mp4 , 3", "a,b.mp4", 3),
+        ("a.mp4", "a.mp4", -1),
+        ("a,b.mp4", "a,b.mp4", -1),
+        ("a 1,2", "a 1", 2),
+        ('"a b 7" 3', "a b 7", 3),
+        ('"a b 7"', "a b 7", -1),
+        ('"a ""b"".mp4",3', 'a "b".mp4', 3),
+        ('"a b.mp4"\t+3', "a b.mp4", 3),
+        ('"a" and "b" 3', '"a" and "b"', 3),
+        ("3", "3", -1),
+        (",3", ",3", -1),
+        ("a.mp4 -1", "a.mp4", -1),
+        ("#1.mp4 0", "#1.mp4", 0),
+        ("a 9999999999999999999", "a 9999999999999999999", -1),
+        ("a.mp4 \u0663", "a.mp4 \u0663", -1),
+    ],
+)
 def test_a_line_is_a_path_and_a_label_in_each_way_that_lists_have(line, path, label):
     assert split_line(line) == (path, label)
 
 
-@pytest.mark.parametrize("path", ["a.mp4", "a b", "a 7", "a,7", '"a"', '"a', 'a"b', " a", "a\t", "7", "a,", "#a", "\u00e9", '"a" 3'])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "a.mp4",
+        "a b",
+        "a 7",
+        "a,7",
+        '"a"',
+        '"a',
+        'a"b',
+        " a",
+        "a\t",
+        "7",
+        "a,",
+        "#a",
+        "\u00e9",
+        '"a" 3',
+    ],
+)
 def test_a_line_that_is_written_is_read_back(path, tmp_path):
     for label in (-1, 0, 12):
         (tmp_path / "list").write_text(format_line(path, label) + "\n", encoding="utf-8")
-        assert [(line.path, line.label, line.mistake) for line in read_lines(tmp_path / "list")] == [(path, label, "")]
+        assert [
+            (line.path, line.label, line.mistake) for line in read_lines(tmp_path / "list")
+        ] == [(path, label, "")]
 
 
-@pytest.mark.parametrize(("encoding", "end"), [("utf-8", "\n"), ("utf-8", "\r\n"), ("utf-8", "\r"), ("utf-8-sig", "\n"), ("utf-16", "\r\n"),
-                                              ("utf-16", "\n")])
+@pytest.mark.parametrize(
+    ("encoding", "end"),
+    [
+        ("utf-8", "\n"),
+        ("utf-8", "\r\n"),
+        ("utf-8", "\r"),
+        ("utf-8-sig", "\n"),
+        ("utf-16", "\r\n"),
+        ("utf-16", "\n"),
+    ],
+)
 def test_a_list_is_read_whatever_system_saved_it(folder, encoding, end):
     (folder / "b\u00e4r.mp4").touch()
-    (folder / "list").write_bytes(end.join(["b\u00e4r.mp4 1", "", "clip of 1.mp4 0", ""]).encode(encoding))
+    (folder / "list").write_bytes(
+        end.join(["b\u00e4r.mp4 1", "", "clip of 1.mp4 0", ""]).encode(encoding)
+    )
     videos: Any = read_annotations(DataConfig(source=str(folder / "list")))
-    assert [(Path(path).name, info["label"]) for path, info in videos] == [("b\u00e4r.mp4", 1), ("clip of 1.mp4", 0)]
+    assert [(Path(path).name, info["label"]) for path, info in videos] == [
+        ("b\u00e4r.mp4", 1),
+        ("clip of 1.mp4", 0),
+    ]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("clip of 1.mp4 0\n".encode("utf-16-le"), "list:1: .*NUL byte"), ("clip of 1.mp4 0\n".encode("utf-16")[:-1], "list:1: .*UTF-16"),
-    (bytes(2**21), "list:1: .*longer"), (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2\n", "list:1: .*NUL byte"),
-    (b"\x89PNG\r\n\x1a\n", "list:1: .*UTF-8"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("clip of 1.mp4 0\n".encode("utf-16-le"), "list:1: .*NUL byte"),
+        ("clip of 1.mp4 0\n".encode("utf-16")[:-1], "list:1: .*UTF-16"),
+        (bytes(2**21), "list:1: .*longer"),
+        (b"\0\0\0\x20ftypisom\0\0\2\0isomiso2\n", "list:1: .*NUL byte"),
+        (b"\x89PNG\r\n\x1a\n", "list:1: .*UTF-8"),
+    ],
+)
 def test_what_is_no_text_is_refused_in_one_line(tmp_path, content, message):
     (tmp_path / "list").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -90,9 +158,18 @@ def test_links_lead_anywhere_and_a_video_may_be_named_twice(folder, tmp_path):
     root.mkdir()
     (root / "linked.mp4").symlink_to(folder / "clip of 1.mp4")
     (root / "folder").symlink_to(folder)
-    videos = read_annotations(write_list(root / "list", "linked.mp4 0", "../the videos/clip of 1.mp4 1", "folder/clip of 2.mp4 2",
-                                         "linked.mp4 1"))
-    assert [Path(videos[i][0]).samefile(folder / f"clip of {n}.mp4") for i, n in enumerate((1, 1, 2, 1))] == [True] * 4
+    videos = read_annotations(
+        write_list(
+            root / "list",
+            "linked.mp4 0",
+            "../the videos/clip of 1.mp4 1",
+            "folder/clip of 2.mp4 2",
+            "linked.mp4 1",
+        )
+    )
+    assert [
+        Path(videos[i][0]).samefile(folder / f"clip of {n}.mp4") for i, n in enumerate((1, 1, 2, 1))
+    ] == [True] * 4
     assert len(read_annotations(DataConfig(source=str(root / "folder")))) == 3
 
 
@@ -107,7 +184,9 @@ def test_what_is_no_file_in_a_folder_is_refused_and_not_opened(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.002])
-def test_the_first_bad_file_is_named_also_where_threads_hide_the_latency_of_a_disk(folder, monkeypatch, seconds):
+def test_the_first_bad_file_is_named_also_where_threads_hide_the_latency_of_a_disk(
+    folder, monkeypatch, seconds
+):
     names = [f"clip of {1 if i not in (301, 302, 490) else 7}.mp4 0" for i in range(500)]
     config = write_list(folder / "list", *names)
     seen: set[str] = set()
@@ -127,8 +206,13 @@ def test_the_first_bad_file_is_named_also_where_threads_hide_the_latency_of_a_di
 
 
 def test_videos_are_a_sequence_and_survive_pickling(folder):
-    videos: Any = read_annotations(write_list(folder / "list", "clip of 1.mp4 1", "clip of 2.mp4", "clip of 9.mp4 -5"))
-    expected = [(str(folder / f"clip of {n}.mp4"), {"label": label}) for n, label in ((1, 1), (2, -1), (9, -5))]
+    videos: Any = read_annotations(
+        write_list(folder / "list", "clip of 1.mp4 1", "clip of 2.mp4", "clip of 9.mp4 -5")
+    )
+    expected = [
+        (str(folder / f"clip of {n}.mp4"), {"label": label})
+        for n, label in ((1, 1), (2, -1), (9, -5))
+    ]
     copy = pickle.loads(pickle.dumps(videos))
     assert list(videos) == list(copy) == expected
     assert videos[-1] == expected[2]
@@ -136,29 +220,40 @@ def test_videos_are_a_sequence_and_survive_pickling(folder):
         videos[3]
 
 
-@pytest.mark.parametrize(("line", "error", "message"), [
-    ("absent.mp4 3", FileNotFoundError, "no such file: .*absent.mp4"),
-    ("clip of 1.mp4 dog", ValueError, "the label `dog` is not an integer"),
-    ("clip of 1.mp4 1.5", ValueError, "the label `1.5` is not an integer"),
-    ("a folder 1", ValueError, "is a folder"),
-    ("pipe 1", ValueError, "not a regular file"),
-    ("https://example.org/a.mp4 1", ValueError, "bad.txt:3: https://example.org/a.mp4 is no local file"),
-    ("concat:clip of 1.mp4|clip of 2.mp4 1", ValueError, r"bad.txt:3: concat:clip of 1.mp4\|clip of 2.mp4 is no local file"),
-    ("pipe:0", ValueError, "bad.txt:3: pipe:0 is no local file"),
-    ("nul\0.mp4 1", ValueError, "NUL byte"),
-    ("/dev/zero 1", ValueError, "not a regular file"),
-    ("/proc/self/maps 1", ValueError, "not a regular file"),
-    ("/proc/kmsg 1", ValueError, "not a regular file"),
-    ("socket 1", ValueError, "not a regular file"),
-    ("circle 1", FileNotFoundError, "circle is a link that leads to no file"),
-    ("dangling 1", FileNotFoundError, "dangling is a link that leads to no file"),
-    ("to pipe 1", ValueError, "not a regular file"),
-    ("# a comment", FileNotFoundError, "no such file: .*# a comment"),
-    ('"clip of 1.mp4', FileNotFoundError, "no such file"),
-    ("x" * 5000, FileNotFoundError, r"no such file: .*xxx\.\.\."),
-    ("x" * 70000, ValueError, "longer than 65536 characters"),
-    ("\x1b[2Jabsent", FileNotFoundError, r"no such file: .*\?\[2Jabsent"),
-])
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("absent.mp4 3", FileNotFoundError, "no such file: .*absent.mp4"),
+        ("clip of 1.mp4 dog", ValueError, "the label `dog` is not an integer"),
+        ("clip of 1.mp4 1.5", ValueError, "the label `1.5` is not an integer"),
+        ("a folder 1", ValueError, "is a folder"),
+        ("pipe 1", ValueError, "not a regular file"),
+        (
+            "https://example.org/a.mp4 1",
+            ValueError,
+            "bad.txt:3: https://example.org/a.mp4 is no local file",
+        ),
+        (
+            "concat:clip of 1.mp4|clip of 2.mp4 1",
+            ValueError,
+            r"bad.txt:3: concat:clip of 1.mp4\|clip of 2.mp4 is no local file",
+        ),
+        ("pipe:0", ValueError, "bad.txt:3: pipe:0 is no local file"),
+        ("nul\0.mp4 1", ValueError, "NUL byte"),
+        ("/dev/zero 1", ValueError, "not a regular file"),
+        ("/proc/self/maps 1", ValueError, "not a regular file"),
+        ("/proc/kmsg 1", ValueError, "not a regular file"),
+        ("socket 1", ValueError, "not a regular file"),
+        ("circle 1", FileNotFoundError, "circle is a link that leads to no file"),
+        ("dangling 1", FileNotFoundError, "dangling is a link that leads to no file"),
+        ("to pipe 1", ValueError, "not a regular file"),
+        ("# a comment", FileNotFoundError, "no such file: .*# a comment"),
+        ('"clip of 1.mp4', FileNotFoundError, "no such file"),
+        ("x" * 5000, FileNotFoundError, r"no such file: .*xxx\.\.\."),
+        ("x" * 70000, ValueError, "longer than 65536 characters"),
+        ("\x1b[2Jabsent", FileNotFoundError, r"no such file: .*\?\[2Jabsent"),
+    ],
+)
 def test_a_bad_line_is_named_with_its_number(folder, line, error, message, monkeypatch):
     (folder / "a folder").mkdir()
     os.mkfifo(folder / "pipe")
@@ -168,14 +263,20 @@ def test_a_bad_line_is_named_with_its_number(folder, line, error, message, monke
     for name, target in (("circle", "circle"), ("dangling", "absent.mp4"), ("to pipe", "pipe")):
         (folder / name).symlink_to(target)
     with pytest.raises(error, match=message) as caught:
-        read_annotations(write_list(folder / "bad.txt", "clip of 1.mp4 0", "", line, "also absent.mp4 1"))
+        read_annotations(
+            write_list(folder / "bad.txt", "clip of 1.mp4 0", "", line, "also absent.mp4 1")
+        )
     assert str(caught.value).startswith(f"{folder}/bad.txt:3: ")
     assert len(str(caught.value)) < 800
     assert "\n" not in str(caught.value)
 
 
 def test_a_source_that_is_no_list_is_refused_in_one_line(folder, tmp_path):
-    for content, message in ((b"", "empty"), (b" \n\n", "empty"), ("clip.mp4 0\nb\xe4r.mp4 1".encode("latin-1"), r"list:2: .*UTF-8")):
+    for content, message in (
+        (b"", "empty"),
+        (b" \n\n", "empty"),
+        ("clip.mp4 0\nb\xe4r.mp4 1".encode("latin-1"), r"list:2: .*UTF-8"),
+    ):
         (tmp_path / "list").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_annotations(DataConfig(source=str(tmp_path / "list"), root=str(folder)))
@@ -192,7 +293,9 @@ def test_a_folder_per_class_gives_labels_in_sorted_order(tmp_path):
     config = DataConfig(source=str(tmp_path))
     paths = read_annotations(config)
     assert [paths[i] for i in range(len(paths))] == [
-        (str(tmp_path / name), {"label": label}) for name, label in (("ant/c.avi", 0), ("zebra/a.MP4", 1), ("zebra/deep/b.mkv", 1))]
+        (str(tmp_path / name), {"label": label})
+        for name, label in (("ant/c.avi", 0), ("zebra/a.MP4", 1), ("zebra/deep/b.mkv", 1))
+    ]
     assert class_names(config) == ("ant", "zebra")
     (tmp_path / "stray.mp4").write_bytes(b"x")
     with pytest.raises(ValueError, match="in no class folder"):

@@ -1,4 +1,6 @@
-"""A run belongs to its lists: another one under the same name is refused, or let in and told; the results of a test likewise."""
+"""A run belongs to its lists: another one under the same name is refused, or let in and told; the
+results of a test likewise.
+"""
 
 import json
 import shutil
@@ -28,7 +30,9 @@ pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 @pytest.fixture
 def listed(demo_folder: Path, tmp_path: Path) -> Path:
     """A list of 6 videos, to be changed."""
-    lines = [str(demo_folder / line) for line in (demo_folder / "train.txt").read_text().splitlines()[:6]]
+    lines = [
+        str(demo_folder / line) for line in (demo_folder / "train.txt").read_text().splitlines()[:6]
+    ]
     (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
     return tmp_path / "list.txt"
 
@@ -39,13 +43,21 @@ def digest(source: Path | str) -> str:
 
 def test_a_digest_is_of_the_paths_and_labels_in_their_order(listed: Path) -> None:
     before, lines = digest(listed), listed.read_text().splitlines()
-    listed.write_bytes("\r\n\r\n".join(line.replace(" ", "\t") for line in lines).encode("utf-8-sig"))
+    listed.write_bytes(
+        "\r\n\r\n".join(line.replace(" ", "\t") for line in lines).encode("utf-8-sig")
+    )
     assert digest(listed) == before  # written otherwise, it says the same
     assert digest(listed.rename(listed.with_name("other.txt"))) == before
     first, second, *rest = lines
     path, label = first.rsplit(" ", 1)
     relabelled = f"{path} {int(label) + 1}"
-    for other in ([second, first, *rest], [relabelled, second, *rest], [second, *rest], [first, *lines], [path, second, *rest]):
+    for other in (
+        [second, first, *rest],
+        [relabelled, second, *rest],
+        [second, *rest],
+        [first, *lines],
+        [path, second, *rest],
+    ):
         listed.write_text("\n".join(other))
         assert digest(listed) != before
 
@@ -58,30 +70,45 @@ def test_paths_cannot_be_moved_from_one_to_the_next_unseen(tmp_path: Path) -> No
     assert digest(tmp_path / "1") != digest(tmp_path / "2")
 
 
-def test_a_packed_folder_is_known_by_its_rows_wherever_it_lies(listed: Path, tmp_path: Path) -> None:
-    assert pack(str(listed), str(tmp_path / "packed"), PackConfig(num_workers=1, short_side=16)) == DONE
+def test_a_packed_folder_is_known_by_its_rows_wherever_it_lies(
+    listed: Path, tmp_path: Path
+) -> None:
+    assert (
+        pack(str(listed), str(tmp_path / "packed"), PackConfig(num_workers=1, short_side=16))
+        == DONE
+    )
     shutil.copytree(tmp_path / "packed", tmp_path / "copy")
     before = digest(tmp_path / "packed")
     assert digest(tmp_path / "copy") == digest(f"file://{tmp_path / 'copy'}") == before
     listed.write_text("\n".join(listed.read_text().splitlines()[::-1]))
-    assert pack(str(listed), str(tmp_path / "other"), PackConfig(num_workers=1, short_side=16)) == DONE
+    assert (
+        pack(str(listed), str(tmp_path / "other"), PackConfig(num_workers=1, short_side=16)) == DONE
+    )
     assert digest(tmp_path / "other") != before
 
 
-def test_another_list_of_the_same_name_is_refused_or_let_in_and_told(listed: Path, tiny: Callable[..., PretrainConfig]) -> None:
+def test_another_list_of_the_same_name_is_refused_or_let_in_and_told(
+    listed: Path, tiny: Callable[..., PretrainConfig]
+) -> None:
     config = tiny(f"data.source={listed}", "optim.steps=2")
     folder, lines = Path(config.output), listed.read_text().splitlines()
     assert run(prepare(config)) == DONE
     listed.write_text("\n".join(lines) + "\n\n")
     prepare(config)
     listed.write_text("\n".join(lines[:5]))
-    with pytest.raises(ValueError, match=r"run: data\.source is another list than that of this run \(it had 6 videos, and has 5, of other "
-                                         r"paths, labels or order\); put the list back, set data\.allow_changed_list=true to go on with "
-                                         r"this one, or choose another output"):
+    with pytest.raises(
+        ValueError,
+        match=r"run: data\.source is another list than that of this run \(it had 6 videos, and has 5, of other "
+        r"paths, labels or order\); put the list back, set data\.allow_changed_list=true to go on with "
+        r"this one, or choose another output",
+    ):
         prepare(config)
     allowed = tiny(f"data.source={listed}", "optim.steps=2", "data.allow_changed_list=true")
     assert run(prepare(allowed)) == DONE
-    assert "data.source is another list than that of this run (it had 6 videos, and has 5," in (folder / "log.txt").read_text()
+    assert (
+        "data.source is another list than that of this run (it had 6 videos, and has 5,"
+        in (folder / "log.txt").read_text()
+    )
     prepare(config)  # now it is the run's
     listed.write_text("\n".join(lines[::-1]))
     (folder / LISTS_FILE).rename(folder / "kept")
@@ -94,8 +121,9 @@ def test_another_list_of_the_same_name_is_refused_or_let_in_and_told(listed: Pat
     prepare(config)  # nothing was learned from the other
 
 
-def test_the_command_line_ends_with_status_2_and_one_line(listed: Path, tiny: Callable[..., PretrainConfig],
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_ends_with_status_2_and_one_line(
+    listed: Path, tiny: Callable[..., PretrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tiny(f"data.source={listed}", "optim.steps=1")
     assert run(prepare(config)) == DONE
     file = listed.with_name("config.yaml")
@@ -111,28 +139,45 @@ def test_the_command_line_ends_with_status_2_and_one_line(listed: Path, tiny: Ca
 
 
 def test_each_of_several_sources_is_known_by_its_name(listed: Path, demo_folder: Path) -> None:
-    data = DataConfig(sources={"one": WeightedSourceConfig(source=str(listed)),
-                               "two": WeightedSourceConfig(source=str(demo_folder / "val.txt"))})
+    data = DataConfig(
+        sources={
+            "one": WeightedSourceConfig(source=str(listed)),
+            "two": WeightedSourceConfig(source=str(demo_folder / "val.txt")),
+        }
+    )
     digests = {key: videos.digest() for key, videos in read_sources(data, 3).by_key.items()}
-    assert digests == {"data.sources.one.source": digest(listed), "data.sources.two.source": digest(demo_folder / "val.txt")}
+    assert digests == {
+        "data.sources.one.source": digest(listed),
+        "data.sources.two.source": digest(demo_folder / "val.txt"),
+    }
 
 
-def test_a_validation_list_is_part_of_a_run_too(tiny_finetune: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+def test_a_validation_list_is_part_of_a_run_too(
+    tiny_finetune: Callable[..., FinetuneConfig], tmp_path: Path
+) -> None:
     validation = tmp_path / "val.txt"
     lines = Path(tiny_finetune().validation.source).read_text().splitlines()
     validation.write_text("\n".join(lines))
     config = tiny_finetune(f"validation.source={validation}", "optim.steps=1")
     assert finetune(prepare_finetuning(config)) == DONE
-    assert set(json.loads((Path(config.output) / LISTS_FILE).read_text())) == {"data.source", "validation.source"}
+    assert set(json.loads((Path(config.output) / LISTS_FILE).read_text())) == {
+        "data.source",
+        "validation.source",
+    }
     validation.write_text("\n".join(lines[1:]))
-    with pytest.raises(ValueError, match=r"validation\.source is another list than that of this run"):
+    with pytest.raises(
+        ValueError, match=r"validation\.source is another list than that of this run"
+    ):
         prepare_finetuning(config)
 
 
 def test_results_of_another_list_are_not_written_over(tmp_path: Path) -> None:
     write_metrics(tmp_path, {"list": "val.txt", "list_sha256": "a"}, {})
     check_folder(tmp_path, {"list": "val.txt", "list_sha256": "a"})
-    with pytest.raises(ValueError, match=r"metrics\.json: was made with another list of this name; choose another output, or remove it"):
+    with pytest.raises(
+        ValueError,
+        match=r"metrics\.json: was made with another list of this name; choose another output, or remove it",
+    ):
         check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})
     write_metrics(tmp_path, {"list": "val.txt"}, {})  # of an earlier version
     check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})

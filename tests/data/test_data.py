@@ -27,7 +27,9 @@ from video_mae.data import (
 )
 
 VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
-needs_videos = pytest.mark.skipif(not VIDEOS.is_dir(), reason="the collection of real and broken videos is not here")
+needs_videos = pytest.mark.skipif(
+    not VIDEOS.is_dir(), reason="the collection of real and broken videos is not here"
+)
 BRIGHTNESS_STEP = 5  # of one frame to the next
 
 
@@ -45,7 +47,10 @@ def render(path: Path, num_frames: int, height: int = 48, width: int = 64) -> Pa
 
 
 def frames_shown(clip_THWC: np.ndarray | torch.Tensor) -> list[int]:
-    return [round((float(frame.reshape(-1).max()) - 20) / BRIGHTNESS_STEP) for frame in np.asarray(clip_THWC)]
+    return [
+        round((float(frame.reshape(-1).max()) - 20) / BRIGHTNESS_STEP)
+        for frame in np.asarray(clip_THWC)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,9 @@ def write_list(path: Path, *lines: str) -> DataConfig:
 
 @pytest.fixture
 def data(folder: Path) -> DataConfig:
-    return write_list(folder / "all.txt", *(f"clip of {n}.mp4 {n}" for n in (1, 2, 9, 20, 30, 40)), "broken.mp4 7")
+    return write_list(
+        folder / "all.txt", *(f"clip of {n}.mp4 {n}" for n in (1, 2, 9, 20, 30, 40)), "broken.mp4 7"
+    )
 
 
 def dataset(data: DataConfig, seed: int = 3) -> ClipDataset:
@@ -85,11 +92,17 @@ def test_exactly_the_wanted_frames_are_read_in_the_wanted_order(folder):
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (32, 34), (50, 50), (64, 16), (64, 66)])
 def test_rows_that_the_decoder_pads_are_read_right(tmp_path: Path, height: int, width: int) -> None:
     path = tmp_path / "ramp.mp4"
-    ramp_HWC = np.broadcast_to(np.linspace(0, 255, width)[None, :, None], (height, width, 3)).astype(np.uint8)
+    ramp_HWC = np.broadcast_to(
+        np.linspace(0, 255, width)[None, :, None], (height, width, 3)
+    ).astype(np.uint8)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(ramp_HWC), format="rgb24")))
+        container.mux(
+            stream.encode(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(ramp_HWC), format="rgb24")
+            )
+        )
         container.mux(stream.encode())
     frame_HWC = decode(str(path), lambda _: np.zeros(1, dtype=np.int64))[0]
     assert frame_HWC.shape == ramp_HWC.shape
@@ -101,9 +114,15 @@ def test_what_is_no_video_is_refused_with_path_decoder_and_reason(folder, tmp_pa
     (tmp_path / "text.mp4").write_text("this is not a video\n")
     (tmp_path / "playlist.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{folder}/clip of 40.mp4\n")
     os.mkfifo(tmp_path / "pipe.mp4")
-    for path, reason in ((folder / "broken.mp4", "cut off"), (tmp_path / "empty.mp4", "empty"), (tmp_path / "text.mp4", "container"),
-                         (tmp_path / "playlist.mp4", "container"), (tmp_path / "pipe.mp4", "regular"), (tmp_path, "regular"),
-                         (tmp_path / "absent.mp4", "No such file")):
+    for path, reason in (
+        (folder / "broken.mp4", "cut off"),
+        (tmp_path / "empty.mp4", "empty"),
+        (tmp_path / "text.mp4", "container"),
+        (tmp_path / "playlist.mp4", "container"),
+        (tmp_path / "pipe.mp4", "regular"),
+        (tmp_path, "regular"),
+        (tmp_path / "absent.mp4", "No such file"),
+    ):
         with pytest.raises(VideoDecodeError, match=reason) as caught:
             decode(str(path), np.arange)
         copy = pickle.loads(pickle.dumps(caught.value))
@@ -126,15 +145,22 @@ def test_every_broken_file_raises_or_decodes_and_never_in_part():
         except VideoDecodeError as error:
             reasons.append(error.reason)
     assert all(5 < len(reason) < 201 for reason in reasons)
-    assert not any(word in reason for reason in reasons for word in ("\n", ".cc:", "Stack trace", "Check failed", str(VIDEOS)))
-    # The first two have damaged bits that the codec conceals, with all frames there; the third is whole.
+    assert not any(
+        word in reason
+        for reason in reasons
+        for word in ("\n", ".cc:", "Stack trace", "Check failed", str(VIDEOS))
+    )
+    # The first two have damaged bits that the codec conceals, with all frames there; the third is
+    # whole.
     assert decoded == {"flip_mp4_03.mp4", "noise.mp4", "unordered.mov"}
 
 
 @needs_videos
 def test_every_real_file_gives_clips():
     for path in sorted((VIDEOS / "real").iterdir()):
-        assert len(decode(str(path), lambda n: clip_indices(n, 16, 4, np.random.default_rng(0)))) == 16
+        assert (
+            len(decode(str(path), lambda n: clip_indices(n, 16, 4, np.random.default_rng(0)))) == 16
+        )
 
 
 def test_a_sample_shows_the_frames_its_random_numbers_choose(data):
@@ -144,8 +170,13 @@ def test_a_sample_shows_the_frames_its_random_numbers_choose(data):
     assert (sample.label, sample.index, sample.failures) == (40, 5, ())
     assert sample.seeds_R.tolist() == [sample_seed(3, 2, 5, 0)]
     assert torch.equal(sample.clip_RTHWC, dataset(data)[2, 5].clip_RTHWC)
-    assert len({tuple(frames_shown(dataset(data)[epoch, 5].clip_RTHWC[0])) for epoch in range(8)}) > 3
-    assert [frames_shown(dataset(data)[0, short].clip_RTHWC[0]) for short in (0, 1)] == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert (
+        len({tuple(frames_shown(dataset(data)[epoch, 5].clip_RTHWC[0])) for epoch in range(8)}) > 3
+    )
+    assert [frames_shown(dataset(data)[0, short].clip_RTHWC[0]) for short in (0, 1)] == [
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
 
 
 def test_crops_of_a_video_share_frames_and_differ_in_box_and_mask(tmp_path):
@@ -163,7 +194,10 @@ def test_crops_of_a_video_share_frames_and_differ_in_box_and_mask(tmp_path):
     assert sample.clip_RTHWC.shape == (5, 4, 32, 32, 3)
     assert len(set(sample.seeds_R.tolist())) == 5
     assert len({clip.numpy().tobytes() for clip in sample.clip_RTHWC}) >= 4
-    assert torch.equal(sample.clip_RTHWC[0], dataset(DataConfig(source=config.source, flip=True, stride=1))[0, 0].clip_RTHWC[0])
+    assert torch.equal(
+        sample.clip_RTHWC[0],
+        dataset(DataConfig(source=config.source, flip=True, stride=1))[0, 0].clip_RTHWC[0],
+    )
 
 
 def test_a_broken_video_gives_way_to_the_same_other_video_each_time(data):
@@ -180,13 +214,22 @@ def test_a_broken_video_gives_way_to_the_same_other_video_each_time(data):
 
 
 def test_a_list_of_broken_videos_ends_the_run_with_a_reason(folder):
-    with pytest.raises(RuntimeError, match=r"data\.source: 20 videos in a row .*broken\.mp4: pyav: the file is cut off"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"data\.source: 20 videos in a row .*broken\.mp4: pyav: the file is cut off",
+    ):
         dataset(write_list(folder / "broken.txt", "broken.mp4 0"))[0, 0]
 
 
-def batches(data: DataConfig, rank: int = 0, world_size: int = 1, micro_batch: int = 4, first_step: int = 0) -> list[Batch]:
+def batches(
+    data: DataConfig, rank: int = 0, world_size: int = 1, micro_batch: int = 4, first_step: int = 0
+) -> list[Batch]:
     clips = dataset(data)
-    return list(make_loader(clips, StepSampler(len(clips), micro_batch, 2, rank, world_size, 3, first_step, 3), data))
+    return list(
+        make_loader(
+            clips, StepSampler(len(clips), micro_batch, 2, rank, world_size, 3, first_step, 3), data
+        )
+    )
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -198,13 +241,19 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
 
 
 def with_workers(data: DataConfig, num_workers: int) -> DataConfig:
-    return DataConfig(source=data.source, stride=data.stride, clips_per_video=2, num_workers=num_workers)
+    return DataConfig(
+        source=data.source, stride=data.stride, clips_per_video=2, num_workers=num_workers
+    )
 
 
 def test_batches_do_not_depend_on_workers_and_resume_where_they_stopped(data):
     alone, helped = (batches(with_workers(data, n)) for n in (0, 2))
     assert alone[0].clip_BTHWC.shape == (8, 4, 32, 32, 3)
-    assert (alone[0].clip_BTHWC.dtype, alone[0].seeds_B.dtype, alone[0].label_B.dtype) == (torch.uint8, torch.int64, torch.int64)
+    assert (alone[0].clip_BTHWC.dtype, alone[0].seeds_B.dtype, alone[0].label_B.dtype) == (
+        torch.uint8,
+        torch.int64,
+        torch.int64,
+    )
     assert alone[0].index_B[::2].equal(alone[0].index_B[1::2])
     assert_same(alone, helped)
     assert_same(batches(with_workers(data, 2), first_step=1), alone[2:])

@@ -1,4 +1,6 @@
-"""Folders of classes, and files in the place of a list: all that is a video is read, by every stage; what is left out is told."""
+"""Folders of classes, and files in the place of a list: all that is a video is read, by every
+stage; what is left out is told.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -23,10 +25,24 @@ from video_mae.tools.pack import start as pack
 from video_mae.training.pretrain import prepare
 
 # What PyAV writes: the ending, FFmpeg's name of the container, the codec.
-WRITTEN = [("flv", "flv", "flv"), ("wmv", "asf", "msmpeg4"), ("asf", "asf", "wmv2"), ("mpeg", "mpeg", "mpeg1video"),
-           ("mpe", "mpeg", "mpeg2video"), ("vob", "vob", "mpeg2video"), ("m2v", "mpeg2video", "mpeg2video"), ("3gp", "3gp", "libx264"),
-           ("3g2", "3g2", "libx264"), ("f4v", "f4v", "libx264"), ("m2ts", "mpegts", "libx264"), ("divx", "avi", "mpeg4"),
-           ("ogv", "ogg", "libvpx"), ("gif", "gif", "gif"), ("qt", "mov", "mjpeg"), ("mk3d", "matroska", "libvpx")]
+WRITTEN = [
+    ("flv", "flv", "flv"),
+    ("wmv", "asf", "msmpeg4"),
+    ("asf", "asf", "wmv2"),
+    ("mpeg", "mpeg", "mpeg1video"),
+    ("mpe", "mpeg", "mpeg2video"),
+    ("vob", "vob", "mpeg2video"),
+    ("m2v", "mpeg2video", "mpeg2video"),
+    ("3gp", "3gp", "libx264"),
+    ("3g2", "3g2", "libx264"),
+    ("f4v", "f4v", "libx264"),
+    ("m2ts", "mpegts", "libx264"),
+    ("divx", "avi", "mpeg4"),
+    ("ogv", "ogg", "libvpx"),
+    ("gif", "gif", "gif"),
+    ("qt", "mov", "mjpeg"),
+    ("mk3d", "matroska", "libvpx"),
+]
 
 
 def touch(folder: Path, *names: str) -> str:
@@ -41,11 +57,16 @@ def names(source: str) -> list[str]:
 
 
 def notes(source: str) -> list[str]:
-    return [note.removeprefix(f"{source}: ") for note in read_annotations(SourceConfig(source=source)).notes]
+    return [
+        note.removeprefix(f"{source}: ")
+        for note in read_annotations(SourceConfig(source=source)).notes
+    ]
 
 
 def write(path: Path, container: str, codec: str) -> Path:
-    """6 frames of 64 x 48 pixels; what is called .m2ts as it is written would get packets of 192 bytes."""
+    """6 frames of 64 x 48 pixels; what is called .m2ts as it is written would get packets of 192
+    bytes.
+    """
     unnamed = path.with_name("unnamed")
     with av.open(str(unnamed), "w", format=container) as file:
         stream: Any = file.add_stream(codec, rate=25)
@@ -59,13 +80,15 @@ def write(path: Path, container: str, codec: str) -> Path:
 
 
 @pytest.mark.parametrize(("ending", "container", "codec"), WRITTEN)
-def test_what_decodes_when_it_is_listed_is_found_in_a_folder(tmp_path: Path, ending: str, container: str, codec: str) -> None:
+def test_what_decodes_when_it_is_listed_is_found_in_a_folder(
+    tmp_path: Path, ending: str, container: str, codec: str
+) -> None:
     (tmp_path / "swim").mkdir()
     try:
         video = write(tmp_path / "swim" / f"a.{ending.upper()}", container, codec)
     except av.FFmpegError:
         pytest.skip(f"PyAV's libraries write no {codec} in {container}")
-    (path, info), = read_annotations(SourceConfig(source=str(tmp_path)))
+    ((path, info),) = read_annotations(SourceConfig(source=str(tmp_path)))
     assert (path, info) == (str(video), {"label": 0})
     clip_THWC = decode(path, lambda num_frames: np.arange(num_frames), Reading())
     assert clip_THWC.shape[1:] == (48, 64, 3)
@@ -80,17 +103,38 @@ def test_every_ending_of_a_video_is_found_beside_every_other(tmp_path: Path) -> 
 
 
 def test_what_is_left_out_is_counted_and_an_empty_class_named(tmp_path: Path) -> None:
-    source = touch(tmp_path, "jump/a.mp4", "jump/a.jpg", "jump/b.JPG", "run/a.swf", "swim/deep/a.wmv", "swim/README", "walk/.keep", "a.txt")
+    source = touch(
+        tmp_path,
+        "jump/a.mp4",
+        "jump/a.jpg",
+        "jump/b.JPG",
+        "run/a.swf",
+        "swim/deep/a.wmv",
+        "swim/README",
+        "walk/.keep",
+        "a.txt",
+    )
     assert names(source) == ["a.mp4", "a.wmv"]
-    assert notes(source) == ["files that are left out by their endings: 2 .jpg, 2 without an ending, 1 .swf, 1 .txt",
-                             "2 of 4 classes have no videos, and keep their labels: run, walk"]
-    many = touch(tmp_path / "many", "b/a.mp4", *(f"{letter}/a.{letter * 3}" for letter in "acdefghijkl"))
-    assert notes(many)[0].endswith("1 .aaa, 1 .ccc, 1 .ddd, 1 .eee, 1 .fff, 1 .ggg, 1 .hhh, 1 .iii, and 3 more")
-    assert notes(many)[1] == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, and 3 more"
+    assert notes(source) == [
+        "files that are left out by their endings: 2 .jpg, 2 without an ending, 1 .swf, 1 .txt",
+        "2 of 4 classes have no videos, and keep their labels: run, walk",
+    ]
+    many = touch(
+        tmp_path / "many", "b/a.mp4", *(f"{letter}/a.{letter * 3}" for letter in "acdefghijkl")
+    )
+    assert notes(many)[0].endswith(
+        "1 .aaa, 1 .ccc, 1 .ddd, 1 .eee, 1 .fff, 1 .ggg, 1 .hhh, 1 .iii, and 3 more"
+    )
+    assert (
+        notes(many)[1]
+        == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, and 3 more"
+    )
 
 
 def test_a_folder_of_which_nothing_is_read_says_what_is_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no videos in its folders, put files .*; there are 2 \.swf, 1 \.txt$"):
+    with pytest.raises(
+        ValueError, match=r"no videos in its folders, put files .*; there are 2 \.swf, 1 \.txt$"
+    ):
         names(touch(tmp_path, "jump/a.swf", "run/a.swf", "run/a.txt"))
 
 
@@ -103,7 +147,8 @@ def test_an_animation_is_a_video_but_among_pictures(tmp_path: Path) -> None:
 
 
 def test_every_stage_takes_the_same_files_of_a_folder_and_tells_what_it_leaves_out(
-        tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_finetune: Callable[..., FinetuneConfig]) -> None:
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_finetune: Callable[..., FinetuneConfig]
+) -> None:
     (tmp_path / "data" / "swim").mkdir(parents=True)
     video = str(write(tmp_path / "data" / "swim" / "a.flv", "flv", "flv"))
     source = touch(tmp_path / "data", "run/a.swf")
@@ -113,19 +158,35 @@ def test_every_stage_takes_the_same_files_of_a_folder_and_tells_what_it_leaves_o
     assert _paths(source, "") == (video,)
     assert [left in (told := capsys.readouterr().out), empty in told] == [True, True]
     assert doctor(source, DoctorConfig(output=str(tmp_path / "doctor")))() == 0
-    assert capsys.readouterr().out.startswith(f"{source}: 1 files, 1 good, 0 bad (quick check, decoder pyav)\n  {source}: {left}\n")
+    assert capsys.readouterr().out.startswith(
+        f"{source}: 1 files, 1 good, 0 bad (quick check, decoder pyav)\n  {source}: {left}\n"
+    )
     assert f"{left}" in (tmp_path / "doctor" / "summary.json").read_text()
     assert pack(source, str(tmp_path / "packed"), PackConfig(num_workers=1)) == 0
     assert f"{source}: {left}\n" in capsys.readouterr().out
     assert read_sources(DataConfig(source=source), 3)[0] == (video, {"label": 1})
-    videos, classifier = read_training_videos(tiny_finetune(f"data.source={source}", "classifier.num_classes=2"))
-    assert (videos[0], len(videos.notes), classifier.class_names) == ((video, {"label": 1}), 2, ("run", "swim"))
+    videos, classifier = read_training_videos(
+        tiny_finetune(f"data.source={source}", "classifier.num_classes=2")
+    )
+    assert (videos[0], len(videos.notes), classifier.class_names) == (
+        (video, {"label": 1}),
+        2,
+        ("run", "swim"),
+    )
 
 
 @pytest.mark.parametrize("name", ["a.flv", "A.WMV", "a.gif"])
-def test_a_video_in_the_place_of_a_list_is_that_video(name: str, tmp_path: Path, tiny: Callable[..., PretrainConfig],
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    container, codec = {"a.flv": ("flv", "flv"), "A.WMV": ("asf", "msmpeg4"), "a.gif": ("gif", "gif")}[name]
+def test_a_video_in_the_place_of_a_list_is_that_video(
+    name: str,
+    tmp_path: Path,
+    tiny: Callable[..., PretrainConfig],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    container, codec = {
+        "a.flv": ("flv", "flv"),
+        "A.WMV": ("asf", "msmpeg4"),
+        "a.gif": ("gif", "gif"),
+    }[name]
     video = str(write(tmp_path / name, container, codec))
     assert _paths(video, "") == (video,)
     assert doctor(video, DoctorConfig(output=str(tmp_path / "doctor")))() == 0

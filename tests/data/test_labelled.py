@@ -25,13 +25,20 @@ WHOLE = Crop((0, 0, 48, 48), flip=False)
 Tiny = Callable[..., FinetuneConfig]
 
 
-@pytest.mark.parametrize(("num_videos", "batch", "world_size"), [(8, 3, 1), (8, 3, 2), (7, 2, 3), (1, 4, 3), (12, 3, 2), (13, 1, 4)])
-def test_every_video_is_visited_once_by_ranks_of_equal_length(num_videos: int, batch: int, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_videos", "batch", "world_size"),
+    [(8, 3, 1), (8, 3, 2), (7, 2, 3), (1, 4, 3), (12, 3, 2), (13, 1, 4)],
+)
+def test_every_video_is_visited_once_by_ranks_of_equal_length(
+    num_videos: int, batch: int, world_size: int
+) -> None:
     ranks = [list(ShareSampler(num_videos, batch, rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert len(ranks[0]) == len(ShareSampler(num_videos, batch, 0, world_size))
     assert all(len(indices) == batch for batches in ranks for indices in batches)
-    visited = [index for batches in ranks for indices in batches for index in indices if index != -1]
+    visited = [
+        index for batches in ranks for indices in batches for index in indices if index != -1
+    ]
     assert sorted(visited) == list(range(num_videos))
     assert len(ranks[0]) == -(-num_videos // (batch * world_size))  # and no more
 
@@ -40,7 +47,9 @@ def clips(config: FinetuneConfig) -> LabelledClips:
     return LabelledClips(read_training_videos(config)[0], config)
 
 
-def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(tiny_finetune: Tiny) -> None:
+def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(
+    tiny_finetune: Tiny,
+) -> None:
     config = tiny_finetune("data.clips_per_video=3")
     sample, again = clips(config)[2, 5], clips(config)[2, 5]
     assert sample.clip_RTHWC.shape == (3, 4, 32, 32, 3)
@@ -52,23 +61,41 @@ def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(tiny_fi
 
 def test_a_worker_strengthens_clips_unless_the_device_does(tiny_finetune: Tiny) -> None:
     plain = clips(tiny_finetune("augment.randaugment_ops=0", "augment.erasing=0"))
-    device, worker = (clips(tiny_finetune(f"augment.where={where}", "augment.erasing=1")) for where in ("device", "worker"))
+    device, worker = (
+        clips(tiny_finetune(f"augment.where={where}", "augment.erasing=1"))
+        for where in ("device", "worker")
+    )
     for key in ((0, 0), (1, 7)):
         assert torch.equal(device[key].clip_RTHWC, plain[key].clip_RTHWC)
         assert not torch.equal(worker[key].clip_RTHWC, plain[key].clip_RTHWC)
 
 
 @pytest.mark.parametrize("where", ["worker", "device"])
-def test_training_and_validation_resize_as_the_classifier_says(tiny_finetune: Tiny, where: str) -> None:
-    plain = ("augment.randaugment_ops=0", "augment.erasing=0", "model.height=16", "model.width=16", f"data.crop_where={where}")
+def test_training_and_validation_resize_as_the_classifier_says(
+    tiny_finetune: Tiny, where: str
+) -> None:
+    plain = (
+        "augment.randaugment_ops=0",
+        "augment.erasing=0",
+        "model.height=16",
+        "model.width=16",
+        f"data.crop_where={where}",
+    )
     found = []
     for antialias in (True, False):
         config = tiny_finetune(*plain, f"classifier.antialias={antialias}")
         validation = ValidationClips(read_validation_videos(config), config)
         training = collate([clips(config)[0, index] for index in range(3)]).to("cpu")
         whole = clips(config).read(0, lambda _: np.arange(4)).clip_THWC
-        expected = crop_clip(torch.from_numpy(whole), (0, 0, 48, 48), (16, 16), flip=False, antialias=antialias)
-        assert torch.equal(ValidationClips(read_training_videos(config)[0], config).clips._cut(torch.from_numpy(whole), WHOLE), expected)
+        expected = crop_clip(
+            torch.from_numpy(whole), (0, 0, 48, 48), (16, 16), flip=False, antialias=antialias
+        )
+        assert torch.equal(
+            ValidationClips(read_training_videos(config)[0], config).clips._cut(
+                torch.from_numpy(whole), WHOLE
+            ),
+            expected,
+        )
         found.append((training.clip_BTHWC.float(), validation[2].clip_RTHWC.float()))
     for smooth, sharp in zip(*found, strict=True):
         assert 0.5 < (smooth - sharp).abs().mean() < 20
@@ -76,8 +103,13 @@ def test_training_and_validation_resize_as_the_classifier_says(tiny_finetune: Ti
 
 @pytest.mark.parametrize("sampling", ["dense", "uniform", "parts", "parts_v2"])
 def test_validation_draws_nothing_and_sees_the_middle(tiny_finetune: Tiny, sampling: str) -> None:
-    config = tiny_finetune("data.clips_per_video=3", "data.flip=true", f"classifier.sampling={sampling}", "model.height=48",
-                           "model.width=48")
+    config = tiny_finetune(
+        "data.clips_per_video=3",
+        "data.flip=true",
+        f"classifier.sampling={sampling}",
+        "model.height=48",
+        "model.width=48",
+    )
     validation = ValidationClips(read_validation_videos(config), config)
     batch = collate([validation[index] for index in (0, 5, -1, 5)])
     assert batch.clip_BTHWC.shape == (4, 4, 48, 48, 3)
@@ -90,12 +122,22 @@ def test_validation_draws_nothing_and_sees_the_middle(tiny_finetune: Tiny, sampl
     assert np.array_equal(batch.clip_BTHWC[1], frames_THWC)
 
 
-@pytest.mark.parametrize(("sampling", "middle", "short"), [
-    ("uniform", [2, 7, 11, 16], [0, 1, 1, 2]), ("parts", [2, 6, 10, 14], [0, 0, 0, 0]), ("parts_v2", [2, 6, 10, 14], [0, 0, 1, 2])])
-def test_each_kind_of_sampling_has_its_frames(sampling: Sampling, middle: list[int], short: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "middle", "short"),
+    [
+        ("uniform", [2, 7, 11, 16], [0, 1, 1, 2]),
+        ("parts", [2, 6, 10, 14], [0, 0, 0, 0]),
+        ("parts_v2", [2, 6, 10, 14], [0, 0, 1, 2]),
+    ],
+)
+def test_each_kind_of_sampling_has_its_frames(
+    sampling: Sampling, middle: list[int], short: list[int]
+) -> None:
     classifier = ClassifierConfig(sampling=sampling)
     assert [frame_choice(classifier, 4)(length).tolist() for length in (19, 3)] == [middle, short]
-    drawn = np.stack([frame_choice(classifier, 4, np.random.default_rng(seed))(19) for seed in range(200)])
+    drawn = np.stack(
+        [frame_choice(classifier, 4, np.random.default_rng(seed))(19) for seed in range(200)]
+    )
     assert drawn.max() == (18 if sampling == "uniform" else 15)
 
 

@@ -1,4 +1,6 @@
-"""The loader: cores shared out, the same batches for any workers and threads, workers that are killed, processes that leave none behind."""
+"""The loader: cores shared out, the same batches for any workers and threads, workers that are
+killed, processes that leave none behind.
+"""
 
 import gc
 import itertools
@@ -21,7 +23,14 @@ import pytest
 import torch
 
 from video_mae.config import DataConfig, PretrainConfig
-from video_mae.data import Batch, ClipDataset, StepSampler, clip_indices, make_loader, read_annotations
+from video_mae.data import (
+    Batch,
+    ClipDataset,
+    StepSampler,
+    clip_indices,
+    make_loader,
+    read_annotations,
+)
 from video_mae.data.advice import Costs, Loading, advise
 from video_mae.data.loader import Loader
 from video_mae.data.prefetch import DevicePrefetcher
@@ -45,23 +54,39 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., Path]) -> Path:
-    """Nine videos of moving noise whose frames cannot be taken for one another, and one that is no video."""
+    """Nine videos of moving noise whose frames cannot be taken for one another, and one that is no
+    video.
+    """
     folder = tmp_path_factory.mktemp("videos")
     rng = np.random.default_rng(0)
     for number in range(9):
         coarse = rng.integers(256, size=(30, 6, 8, 3), dtype=np.uint8)
-        write_video(folder / f"{number}.mp4", coarse.repeat(8, axis=1).repeat(8 + 2 * (number % 3), axis=2))
+        write_video(
+            folder / f"{number}.mp4", coarse.repeat(8, axis=1).repeat(8 + 2 * (number % 3), axis=2)
+        )
     (folder / "broken.mp4").write_bytes(b"no video" * 99)
     names = [*(f"{number}.mp4 {number}" for number in range(9)), "broken.mp4 9"]
     (folder / "list.txt").write_text("\n".join(names) + "\n")
     return folder / "list.txt"
 
 
-def loader(videos: Path, *, steps: int = 4, rank: int = 0, ranks: int = 1, say: Callable[[str], None] = print,
-           **changes: Any) -> "Loader[Batch]":
-    data = replace(DataConfig(source=str(videos), stride=2, clips_per_video=2, flip=True, num_workers=0), **changes)
+def loader(
+    videos: Path,
+    *,
+    steps: int = 4,
+    rank: int = 0,
+    ranks: int = 1,
+    say: Callable[[str], None] = print,
+    **changes: Any,
+) -> "Loader[Batch]":
+    data = replace(
+        DataConfig(source=str(videos), stride=2, clips_per_video=2, flip=True, num_workers=0),
+        **changes,
+    )
     clips = ClipDataset(read_annotations(data), data, num_frames=4, height=32, width=32, seed=3)
-    return make_loader(clips, StepSampler(len(clips), 4 // ranks, 1, rank, ranks, 3, 0, steps), data, say)
+    return make_loader(
+        clips, StepSampler(len(clips), 4 // ranks, 1, rank, ranks, 3, 0, steps), data, say
+    )
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -72,51 +97,106 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
             assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-@pytest.mark.parametrize(("num", "ranks", "asked", "planned"), [
-    (16, 2, (None, None), (8, 1)), (64, 1, (None, None), (16, 4)), (64, 8, (None, None), (8, 1)), (2, 4, (None, None), (1, 1)),
-    (16, 2, (3, None), (3, 2)), (16, 2, (0, None), (0, 4)), (16, 2, (12, None), (8, 1)), (16, 2, (None, 4), (2, 4)),
-    (16, 1, (8, 2), (8, 2)), (16, 1, (12, 2), (8, 2)), (4, 1, (1, 9), (1, 4)), (16, 1, (1, None), (1, 4)), (3, 1, (2, None), (2, 1)),
-])
-def test_ranks_x_workers_x_threads_never_exceed_the_cores(cores: Callable[..., None], num: int, ranks: int, asked: tuple[Any, Any],
-                                                          planned: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("num", "ranks", "asked", "planned"),
+    [
+        (16, 2, (None, None), (8, 1)),
+        (64, 1, (None, None), (16, 4)),
+        (64, 8, (None, None), (8, 1)),
+        (2, 4, (None, None), (1, 1)),
+        (16, 2, (3, None), (3, 2)),
+        (16, 2, (0, None), (0, 4)),
+        (16, 2, (12, None), (8, 1)),
+        (16, 2, (None, 4), (2, 4)),
+        (16, 1, (8, 2), (8, 2)),
+        (16, 1, (12, 2), (8, 2)),
+        (4, 1, (1, 9), (1, 4)),
+        (16, 1, (1, None), (1, 4)),
+        (3, 1, (2, None), (2, 1)),
+    ],
+)
+def test_ranks_x_workers_x_threads_never_exceed_the_cores(
+    cores: Callable[..., None],
+    num: int,
+    ranks: int,
+    asked: tuple[Any, Any],
+    planned: tuple[int, int],
+) -> None:
     cores(num, ranks)
     plan = plan_workers(*asked)
     assert (plan.num, plan.threads) == planned
     assert ranks * max(plan.num, 1) * plan.threads <= max(num, ranks)
-    less = [name for name, wish, given in zip(("num_workers", "decoder_threads"), asked, planned, strict=True) if wish and given < wish]
+    less = [
+        name
+        for name, wish, given in zip(
+            ("num_workers", "decoder_threads"), asked, planned, strict=True
+        )
+        if wish and given < wish
+    ]
     assert all(f"{name} = " in plan.told for name in less)
     assert bool(plan.told) == bool(less)
     assert "\n" not in plan.told + plan.describe()
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-def test_batches_are_the_same_for_any_workers_threads_and_ranks(videos: Path, cores: Callable[..., None], decoder: str) -> None:
+def test_batches_are_the_same_for_any_workers_threads_and_ranks(
+    videos: Path, cores: Callable[..., None], decoder: str
+) -> None:
     cores(16)
     alone = list(loader(videos, decoder=decoder, decoder_threads=1))
     assert any(batch.failures for batch in alone)
     assert len({clip.numpy().tobytes() for batch in alone for clip in batch.clip_BTHWC}) > 12
     assert_same(list(loader(videos, decoder=decoder, decoder_threads=4)), alone)
     assert_same(list(loader(videos, decoder=decoder, num_workers=2, decoder_threads=3)), alone)
-    first, second = (list(loader(videos, decoder=decoder, num_workers=1, decoder_threads=2, rank=rank, ranks=2)) for rank in (0, 1))
+    first, second = (
+        list(loader(videos, decoder=decoder, num_workers=1, decoder_threads=2, rank=rank, ranks=2))
+        for rank in (0, 1)
+    )
     for whole, left, right in zip(alone, first, second, strict=True):
         assert torch.equal(whole.clip_BTHWC, torch.cat([left.clip_BTHWC, right.clip_BTHWC]))
-        assert whole.host_seeds_B.tolist() == [*left.host_seeds_B.tolist(), *right.host_seeds_B.tolist()]
+        assert whole.host_seeds_B.tolist() == [
+            *left.host_seeds_B.tolist(),
+            *right.host_seeds_B.tolist(),
+        ]
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
-@pytest.mark.parametrize("name", ["WUzgd7C1pWA.mp4", "flipping_a_pancake.mkv", "v_SoccerJuggling_g23_c01.avi", "h265_video.mp4", "vfr.mp4",
-                                  "video_90.mov", "nasa_13013.mp4"])
-def test_real_videos_decode_to_the_same_frames_with_any_number_of_threads(shared_videos: Path, decoder: Any, name: str) -> None:
-    one, four = (read_clip(str(shared_videos / "real" / name), lambda n: clip_indices(n, 16, 3, np.random.default_rng(1)),
-                           Reading(decoder=decoder, threads=threads)) for threads in (1, 4))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "WUzgd7C1pWA.mp4",
+        "flipping_a_pancake.mkv",
+        "v_SoccerJuggling_g23_c01.avi",
+        "h265_video.mp4",
+        "vfr.mp4",
+        "video_90.mov",
+        "nasa_13013.mp4",
+    ],
+)
+def test_real_videos_decode_to_the_same_frames_with_any_number_of_threads(
+    shared_videos: Path, decoder: Any, name: str
+) -> None:
+    one, four = (
+        read_clip(
+            str(shared_videos / "real" / name),
+            lambda n: clip_indices(n, 16, 3, np.random.default_rng(1)),
+            Reading(decoder=decoder, threads=threads),
+        )
+        for threads in (1, 4)
+    )
     assert (one.decoder, one.fallback) == (four.decoder, four.fallback)
     assert np.array_equal(one.clip_THWC, four.clip_THWC)
 
 
-def test_the_threads_that_are_planned_reach_the_decoder(videos: Path, cores: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_threads_that_are_planned_reach_the_decoder(
+    videos: Path, cores: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cores(12)
     seen: list[int] = []
-    monkeypatch.setattr("video_mae.data.dataset.read_clip", lambda place, choose, reading: seen.append(reading.threads) or 1 / 0)
+    monkeypatch.setattr(
+        "video_mae.data.dataset.read_clip",
+        lambda place, choose, reading: seen.append(reading.threads) or 1 / 0,
+    )
     data = DataConfig(source=str(videos), num_workers=4)
     with pytest.raises(ZeroDivisionError):
         ClipDataset(read_annotations(data), data, 4, 32, 32, 3)[0, 0]
@@ -128,7 +208,9 @@ def test_batches_carry_what_they_cost_and_the_device_adds_its_copy(videos: Path)
     batches = list(DevicePrefetcher(loader(videos), torch.device("cpu")))
     seconds = time.perf_counter() - begin
     total = Costs.total(batch.costs for batch in batches)
-    assert all(getattr(total, stage) > 0 for stage in ("decoding", "augmenting", "collating", "copying"))
+    assert all(
+        getattr(total, stage) > 0 for stage in ("decoding", "augmenting", "collating", "copying")
+    )
     assert 0.6 * seconds < sum(total) < seconds  # all of the time but that of looking and sampling
     assert total.decoding > total.augmenting
 
@@ -153,14 +235,18 @@ class Parcel:
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """For the thread that prefetches; tests/gpu looks at what a GPU does."""
     for name in ("Stream", "current_stream", "set_device"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: SimpleNamespace(wait_event=lambda event: None))
+        monkeypatch.setattr(
+            torch.cuda, name, lambda _: SimpleNamespace(wait_event=lambda event: None)
+        )
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     event = SimpleNamespace(record=lambda: None, query=lambda: True, elapsed_time=lambda end: 250.0)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
     return torch.device("cuda", 0)
 
 
-def test_the_thread_that_prefetches_is_one_batch_ahead_and_ends(pretended_gpu: torch.device) -> None:
+def test_the_thread_that_prefetches_is_one_batch_ahead_and_ends(
+    pretended_gpu: torch.device,
+) -> None:
     taken: list[int] = []
 
     def parcels() -> Iterator[Any]:
@@ -186,7 +272,9 @@ def test_the_thread_that_prefetches_is_one_batch_ahead_and_ends(pretended_gpu: t
     assert not endless._thread.is_alive()
 
 
-def test_what_the_loader_raises_in_the_thread_is_raised_where_batches_are_taken(pretended_gpu: torch.device) -> None:
+def test_what_the_loader_raises_in_the_thread_is_raised_where_batches_are_taken(
+    pretended_gpu: torch.device,
+) -> None:
     def parcels() -> Iterator[Any]:
         yield Parcel(0)
         raise RuntimeError("20 videos in a row")
@@ -220,7 +308,9 @@ def test_a_worker_that_is_killed_is_replaced_and_no_batch_is_lost(videos: Path) 
     assert "no batch is lost" in told[0]
 
 
-def test_workers_that_die_each_time_end_the_run_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_die_each_time_end_the_run_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("video_mae.data.loader.MAX_RESTARTS", 2)
     starts, told = [], list[str]()
 
@@ -229,7 +319,10 @@ def test_workers_that_die_each_time_end_the_run_with_a_remedy(monkeypatch: pytes
         yield "a batch"
         raise RuntimeError("DataLoader worker (pid(s) 5, 6) exited unexpectedly")
 
-    with pytest.raises(RuntimeError, match=r"exited unexpectedly, for the last of 3 times: is there enough memory\? Lower data"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"exited unexpectedly, for the last of 3 times: is there enough memory\? Lower data",
+    ):
         list(Loader(make, 9, told.append))
     assert (starts, len(told)) == ([0, 1, 2], 2)
 
@@ -237,7 +330,9 @@ def test_workers_that_die_each_time_end_the_run_with_a_remedy(monkeypatch: pytes
 class Handed:
     """Items of workers, of which the second is lost with a broken connection."""
 
-    def __init__(self, delivered: int, error: Exception, workers: list[multiprocessing.Process]) -> None:
+    def __init__(
+        self, delivered: int, error: Exception, workers: list[multiprocessing.Process]
+    ) -> None:
         self.left, self.error, self._workers = list(range(delivered, 4)), error, workers
 
     def __iter__(self) -> Iterator[int]:
@@ -251,7 +346,14 @@ class Handed:
         return self.left.pop(0)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError(), FileNotFoundError(2, "no such socket")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "reset by peer"),
+        EOFError(),
+        FileNotFoundError(2, "no such socket"),
+    ],
+)
 def test_a_worker_that_dies_with_a_batch_in_its_hands_is_replaced_too(error: Exception) -> None:
     dead = multiprocessing.Process(target=int)
     dead.start()
@@ -289,12 +391,23 @@ def start_run(tiny_file: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
     started: list[subprocess.Popen[str]] = []
 
     def start(*overrides: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "video_mae", "pretrain", str(tiny_file), f"output={tmp_path / 'run'}", "data.num_workers=2",
-                   *overrides]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [
+            sys.executable,
+            "-m",
+            "video_mae",
+            "pretrain",
+            str(tiny_file),
+            f"output={tmp_path / 'run'}",
+            "data.num_workers=2",
+            *overrides,
+        ]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
         return started[-1]
 
-    gc.collect()  # a loader that an earlier test left would be ended, for seconds, while this test looks
+    # a loader that an earlier test left would be ended, for seconds, while this test looks
+    gc.collect()
     yield start
     for process in started:
         process.kill()
@@ -303,9 +416,17 @@ def start_run(tiny_file: Path, tmp_path: Path) -> Iterator[Callable[..., subproc
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("end", ["finished", "killed"])
-def test_a_run_leaves_no_process_behind(start_run: Callable[..., subprocess.Popen[str]], tmp_path: Path, end: str) -> None:
-    process = start_run(f"optim.steps={150 if end == 'finished' else 100_000}", "optim.micro_batch=2")
-    trainer, seen, deadline = psutil.Process(process.pid), dict[int, psutil.Process](), time.monotonic() + 120
+def test_a_run_leaves_no_process_behind(
+    start_run: Callable[..., subprocess.Popen[str]], tmp_path: Path, end: str
+) -> None:
+    process = start_run(
+        f"optim.steps={150 if end == 'finished' else 100_000}", "optim.micro_batch=2"
+    )
+    trainer, seen, deadline = (
+        psutil.Process(process.pid),
+        dict[int, psutil.Process](),
+        time.monotonic() + 120,
+    )
     while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 3:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
         assert time.monotonic() < deadline
@@ -323,22 +444,77 @@ GOOD = Costs(reading=1.0, decoding=8.0, augmenting=2.0, collating=0.5, copying=0
 LOADING = Loading(DataConfig(), Workers(4, 1, 16, 2), world_size=2)
 
 
-@pytest.mark.parametrize(("costs", "changes", "stage", "remedies", "not_remedies"), [
-    (Costs(1, 41, 8, 2, 0.1), {}, "decoding", ("data.num_workers=6", "clips_per_video=2", "short_side", "`video-mae pack`"),
-     ("crop_where",)),
-    (Costs(1, 61, 8, 2, 0.1), {"workers": Workers(8, 1, 16, 2)}, "decoding", ("clips_per_video=2",), ("num_workers",)),
-    (Costs(1, 99, 8, 2, 0.1), {"workers": Workers(8, 1, 16, 2)}, "decoding", ("more cores (12 a rank)",), ("num_workers",)),
-    (Costs(1, 41, 8, 2, 0.1), {"packed": "video"}, "decoding", ("--form frames",), ()),
-    (Costs(1, 41, 8, 2, 0.1), {"packed": "frames"}, "decoding", ("num_workers",), ("pack", "short_side")),
-    (Costs(50, 4, 8, 2, 0.1), {}, "reading", ("video-mae pack", "disk"), ("short_side", "crop_where")),
-    (Costs(1, 4, 60, 2, 0.1), {"augments_in_workers": True}, "augmenting", ("augment.where=device", "data.crop_where=device"), ("pack",)),
-    (Costs(1, 4, 8, 60, 0.1), {"data": DataConfig(crop_where="device")}, "collating", ("data.crop_where=worker",), ("pack",)),
-    (Costs(1, 4, 3, 2, 60), {}, "copying", ("fewer bytes",), ("pack", "cores")),
-    (Costs(1, 4, 3, 2, 0.1), {}, "handing over", ("prefetch_batches=4",), ("pack", "cores")),
-    (Costs(1, 41, 8, 2, 0.1), {"workers": Workers(0, 1, 16, 2)}, "no workers", ("data.num_workers=6",), ("pack",)),
-])
-def test_a_wait_for_data_names_its_stage_and_what_helps_there(costs: Costs, changes: dict[str, Any], stage: str,
-                                                              remedies: tuple[str, ...], not_remedies: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("costs", "changes", "stage", "remedies", "not_remedies"),
+    [
+        (
+            Costs(1, 41, 8, 2, 0.1),
+            {},
+            "decoding",
+            ("data.num_workers=6", "clips_per_video=2", "short_side", "`video-mae pack`"),
+            ("crop_where",),
+        ),
+        (
+            Costs(1, 61, 8, 2, 0.1),
+            {"workers": Workers(8, 1, 16, 2)},
+            "decoding",
+            ("clips_per_video=2",),
+            ("num_workers",),
+        ),
+        (
+            Costs(1, 99, 8, 2, 0.1),
+            {"workers": Workers(8, 1, 16, 2)},
+            "decoding",
+            ("more cores (12 a rank)",),
+            ("num_workers",),
+        ),
+        (Costs(1, 41, 8, 2, 0.1), {"packed": "video"}, "decoding", ("--form frames",), ()),
+        (
+            Costs(1, 41, 8, 2, 0.1),
+            {"packed": "frames"},
+            "decoding",
+            ("num_workers",),
+            ("pack", "short_side"),
+        ),
+        (
+            Costs(50, 4, 8, 2, 0.1),
+            {},
+            "reading",
+            ("video-mae pack", "disk"),
+            ("short_side", "crop_where"),
+        ),
+        (
+            Costs(1, 4, 60, 2, 0.1),
+            {"augments_in_workers": True},
+            "augmenting",
+            ("augment.where=device", "data.crop_where=device"),
+            ("pack",),
+        ),
+        (
+            Costs(1, 4, 8, 60, 0.1),
+            {"data": DataConfig(crop_where="device")},
+            "collating",
+            ("data.crop_where=worker",),
+            ("pack",),
+        ),
+        (Costs(1, 4, 3, 2, 60), {}, "copying", ("fewer bytes",), ("pack", "cores")),
+        (Costs(1, 4, 3, 2, 0.1), {}, "handing over", ("prefetch_batches=4",), ("pack", "cores")),
+        (
+            Costs(1, 41, 8, 2, 0.1),
+            {"workers": Workers(0, 1, 16, 2)},
+            "no workers",
+            ("data.num_workers=6",),
+            ("pack",),
+        ),
+    ],
+)
+def test_a_wait_for_data_names_its_stage_and_what_helps_there(
+    costs: Costs,
+    changes: dict[str, Any],
+    stage: str,
+    remedies: tuple[str, ...],
+    not_remedies: tuple[str, ...],
+) -> None:
     found = advise(0.37, costs, 130.0, replace(LOADING, **changes))
     assert found is not None
     name, line = found
@@ -356,7 +532,10 @@ def test_the_figures_of_an_advice_add_up() -> None:
     found = advise(0.37, Costs(1, 41, 8, 2, 0.1), 130.0, LOADING)
     assert found is not None
     # 2 ranks x 4 workers / 52 ms = 154 clips/s; 130 clips/s in 63 % of the time are 206.
-    assert "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model would take 206: " in found[1]
+    assert (
+        "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model would take 206: "
+        in found[1]
+    )
 
 
 def test_a_short_wait_needs_no_advice() -> None:
@@ -372,34 +551,55 @@ Tiny = Callable[..., PretrainConfig]
 class TestRun:
     """What a training run records of its decoder."""
 
-    def test_the_decoder_of_a_run_is_recorded_and_kept(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_decoder_of_a_run_is_recorded_and_kept(
+        self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from video_mae.training.pretrain import prepare, run
 
         config = tiny("data.decoder=decord", "journal.checkpoint_interval=2")
         run(prepare(config))
         folder = Path(config.output)
         assert "decoder: decord" in (folder / "config.yaml").read_text()
-        state = torch.load(folder / "checkpoints" / "step_00000004" / "mp_rank_00_model_states.pt", weights_only=False)
+        state = torch.load(
+            folder / "checkpoints" / "step_00000004" / "mp_rank_00_model_states.pt",
+            weights_only=False,
+        )
         assert state["memory"]["decoder"] == f"decord {decoder_version('decord')}"
-        assert prepare(tiny()).config.data.decoder == "decord"  # auto is what the run has, not what it would be now
-        with pytest.raises(ValueError, match=r"run: this run was started with data.decoder = decord, now it is pyav; set it back"):
+        # auto is what the run has, not what it would be now
+        assert prepare(tiny()).config.data.decoder == "decord"
+        with pytest.raises(
+            ValueError,
+            match=r"run: this run was started with data.decoder = decord, now it is pyav; set it back",
+        ):
             prepare(tiny("data.decoder=pyav"))
 
         def gone(name: str) -> str:
-            raise ValueError(f"data.decoder: {name} cannot be loaded here (no module); install it, or take one of: pyav")
+            raise ValueError(
+                f"data.decoder: {name} cannot be loaded here (no module); install it, or take one of: pyav"
+            )
 
         monkeypatch.setattr("video_mae.training.run_folder.resolve_decoder", gone)
-        with pytest.raises(ValueError, match=r"run: this run reads videos with decord: decord cannot be loaded here \(no module\); "
-                           "install it, or choose another output$"):
+        with pytest.raises(
+            ValueError,
+            match=r"run: this run reads videos with decord: decord cannot be loaded here \(no module\); "
+            "install it, or choose another output$",
+        ):
             prepare(tiny())
 
     def test_auto_is_resolved_before_a_run_starts(self, tiny: Tiny) -> None:
         from video_mae.training.pretrain import prepare
 
         plan = prepare(tiny("data.decoder=auto"))
-        assert plan.config.data.decoder == plan.run.config.data.decoder == resolve_decoder("auto") != "auto"
+        assert (
+            plan.config.data.decoder
+            == plan.run.config.data.decoder
+            == resolve_decoder("auto")
+            != "auto"
+        )
 
-    def test_a_checkpoint_of_another_version_of_the_decoder_is_told(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_checkpoint_of_another_version_of_the_decoder_is_told(
+        self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from video_mae.training.pretrain import prepare, run
 
         config = tiny("optim.steps=2")
@@ -408,15 +608,25 @@ class TestRun:
         monkeypatch.undo()
         run(prepare(config))
         name = resolve_decoder("auto")
-        assert f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by {name} 0.1" in (
-            Path(config.output) / "log.txt").read_text()
+        assert (
+            f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by {name} 0.1"
+            in (Path(config.output) / "log.txt").read_text()
+        )
 
-    def test_videos_that_another_decoder_reads_are_counted_and_named_once(self, tiny: Tiny, shared_videos: Path, tmp_path: Path) -> None:
+    def test_videos_that_another_decoder_reads_are_counted_and_named_once(
+        self, tiny: Tiny, shared_videos: Path, tmp_path: Path
+    ) -> None:
         from video_mae.training.pretrain import prepare, run
 
-        (tmp_path / "list.txt").write_text("".join(f"{shared_videos / name}\n" for name in (
-            "real/editlist.mp4", "real/demo_demo.mp4", "real/R6llTwEh07w.mp4")))
-        config = tiny(f"data.source={tmp_path / 'list.txt'}", "data.decoder=decord", "data.num_workers=1")
+        (tmp_path / "list.txt").write_text(
+            "".join(
+                f"{shared_videos / name}\n"
+                for name in ("real/editlist.mp4", "real/demo_demo.mp4", "real/R6llTwEh07w.mp4")
+            )
+        )
+        config = tiny(
+            f"data.source={tmp_path / 'list.txt'}", "data.decoder=decord", "data.num_workers=1"
+        )
         run(prepare(config))
         folder = Path(config.output)
         (entry,) = read_jsonl(folder / "fallbacks.jsonl")
@@ -425,10 +635,15 @@ class TestRun:
         log = (folder / "log.txt").read_text()
         assert log.count("1 of the videos so far were read by another decoder") == 2
         assert "editlist.mp4 by pyav, as decord: an edit list hides frames" in log
-        assert "<th>videos read by another decoder</th><td>1, named" in (folder / "report.html").read_text()
+        assert (
+            "<th>videos read by another decoder</th><td>1, named"
+            in (folder / "report.html").read_text()
+        )
         assert not (folder / "quarantine.jsonl").exists()
 
-    def test_a_killed_worker_changes_nothing_of_a_run(self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_killed_worker_changes_nothing_of_a_run(
+        self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from video_mae.training.loop import _Loop
         from video_mae.training.pretrain import prepare, run
 

@@ -20,8 +20,19 @@ from video_mae.data.sampling import (
 )
 
 
-def sampler(rank: int = 0, world_size: int = 1, micro_batch: int = 4, first: int = 0, last: int = 9, num_videos: int = 7) -> list:
-    return list(StepSampler(num_videos, micro_batch, 3, rank, world_size, seed=5, first_step=first, last_step=last))
+def sampler(
+    rank: int = 0,
+    world_size: int = 1,
+    micro_batch: int = 4,
+    first: int = 0,
+    last: int = 9,
+    num_videos: int = 7,
+) -> list:
+    return list(
+        StepSampler(
+            num_videos, micro_batch, 3, rank, world_size, seed=5, first_step=first, last_step=last
+        )
+    )
 
 
 def test_a_clip_starts_anywhere_it_fits_and_steps_by_the_stride():
@@ -34,14 +45,24 @@ def test_a_clip_starts_anywhere_it_fits_and_steps_by_the_stride():
     assert starts == set(range(30 - 5 * 4 + 1))
 
 
-@pytest.mark.parametrize(("num_video_frames", "expected"), [
-    (1, [0, 0, 0, 0, 0]), (2, [0, 0, 0, 0, 0]), (4, [0, 3, 3, 3, 3]), (11, [0, 3, 6, 9, 9]), (15, [0, 3, 6, 9, 12])])
+@pytest.mark.parametrize(
+    ("num_video_frames", "expected"),
+    [
+        (1, [0, 0, 0, 0, 0]),
+        (2, [0, 0, 0, 0, 0]),
+        (4, [0, 3, 3, 3, 3]),
+        (11, [0, 3, 6, 9, 9]),
+        (15, [0, 3, 6, 9, 12]),
+    ],
+)
 def test_a_short_video_starts_at_zero_and_stops_at_its_end(num_video_frames, expected):
     assert clip_indices(num_video_frames, 5, 3, sample_rng(0, 0, 0, 0)).tolist() == expected
 
 
 def test_a_clip_of_one_frame_may_be_any_frame():
-    assert {int(clip_indices(6, 1, 1, sample_rng(0, 0, i, 0))[0]) for i in range(200)} == set(range(6))
+    assert {int(clip_indices(6, 1, 1, sample_rng(0, 0, i, 0))[0]) for i in range(200)} == set(
+        range(6)
+    )
 
 
 def test_random_numbers_depend_on_seed_epoch_index_and_draw_alone():
@@ -86,44 +107,73 @@ def test_fewer_videos_than_a_micro_batch_come_again_in_the_next_epoch():
     assert [epoch for epoch, _ in sampler(num_videos=2, last=1)[0]] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("num_videos", "ranks", "micro_batch", "accumulation"),
-                         [(10, 2, 2, 1), (1000, 4, 8, 8), (12, 1, 3, 2), (7, 1, 1, 7)])
+@pytest.mark.parametrize(
+    ("num_videos", "ranks", "micro_batch", "accumulation"),
+    [(10, 2, 2, 1), (1000, 4, 8, 8), (12, 1, 3, 2), (7, 1, 1, 7)],
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_dropped_last_batch_is_dropped_in_every_epoch_and_resumes_exactly(num_videos, ranks, micro_batch, accumulation, packed):
+def test_a_dropped_last_batch_is_dropped_in_every_epoch_and_resumes_exactly(
+    num_videos, ranks, micro_batch, accumulation, packed
+):
     batch = ranks * micro_batch * accumulation
     steps_an_epoch, key_at = num_videos // batch, None
     if packed:
-        key_at = ShardStream(np.array([num_videos // 2, num_videos - num_videos // 2]), num_videos // 4, 5).key_at
+        key_at = ShardStream(
+            np.array([num_videos // 2, num_videos - num_videos // 2]), num_videos // 4, 5
+        ).key_at
 
     def micro_batches(rank: int, first_step: int) -> list:
-        return list(StepSampler(num_videos, micro_batch, accumulation, rank, ranks, 5, first_step, 4 * steps_an_epoch, key_at,
-                                epoch_videos=steps_an_epoch * batch))
+        return list(
+            StepSampler(
+                num_videos,
+                micro_batch,
+                accumulation,
+                rank,
+                ranks,
+                5,
+                first_step,
+                4 * steps_an_epoch,
+                key_at,
+                epoch_videos=steps_an_epoch * batch,
+            )
+        )
 
     of_rank = [micro_batches(rank, 0) for rank in range(ranks)]
     stream = [key for together in zip(*of_rank, strict=True) for some in together for key in some]
     for epoch in range(4):
-        visited = stream[epoch * steps_an_epoch * batch: (epoch + 1) * steps_an_epoch * batch]
+        visited = stream[epoch * steps_an_epoch * batch : (epoch + 1) * steps_an_epoch * batch]
         assert {e for e, _ in visited} == {epoch}
         assert len({i for _, i in visited}) == len(visited) == num_videos // batch * batch
         if not packed:
-            assert [i for _, i in visited] == epoch_order(5, epoch, num_videos)[: len(visited)].tolist()
+            assert [i for _, i in visited] == epoch_order(5, epoch, num_videos)[
+                : len(visited)
+            ].tolist()
     for first_step in range(4 * steps_an_epoch + 1):
-        assert micro_batches(0, first_step) == of_rank[0][first_step * accumulation:]
+        assert micro_batches(0, first_step) == of_rank[0][first_step * accumulation :]
 
 
 def test_a_dense_clip_has_the_published_indices():
     # 16 points from 0 to 64 are 64 / 15 = 4.27 apart; rounded down by hand.
     by_hand = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
-    assert dense_indices(101, 16, 4).tolist() == [18 + index for index in by_hand]  # (101 - 64) // 2: the middle
+    # (101 - 64) // 2: the middle
+    assert dense_indices(101, 16, 4).tolist() == [18 + index for index in by_hand]
     assert dense_indices(65, 16, 4, sample_rng(0, 0, 0, 0)).tolist() == by_hand  # one place only
     assert dense_indices(12, 1, 4).tolist() == [4]
     starts = {int(dense_indices(80, 16, 4, sample_rng(0, 0, index, 0))[0]) for index in range(300)}
     assert starts == set(range(80 - 64))
 
 
-@pytest.mark.parametrize(("num_video_frames", "expected"), [
-    (40, [0, 4, 8, 13, 17, 22, 26, 31, 35, 39, 39, 39, 39, 39, 39, 39]),  # 10 points from 0 to 40, 4.44 apart, then the last frame
-    (64, [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]), (9, [0, 8] + 14 * [8]), (3, 16 * [2]), (1, 16 * [0])])
+@pytest.mark.parametrize(
+    ("num_video_frames", "expected"),
+    [
+        # 10 points from 0 to 40, 4.44 apart, then the last frame
+        (40, [0, 4, 8, 13, 17, 22, 26, 31, 35, 39, 39, 39, 39, 39, 39, 39]),
+        (64, [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]),
+        (9, [0, 8] + 14 * [8]),
+        (3, 16 * [2]),
+        (1, 16 * [0]),
+    ],
+)
 def test_a_video_not_longer_than_a_dense_clip_repeats_its_last_frame(num_video_frames, expected):
     assert dense_indices(num_video_frames, 16, 4, sample_rng(0, 0, 0, 0)).tolist() == expected
     assert dense_indices(num_video_frames, 16, 4).tolist() == expected
@@ -131,18 +181,28 @@ def test_a_video_not_longer_than_a_dense_clip_repeats_its_last_frame(num_video_f
 
 def test_uniform_frames_are_one_of_each_equal_part():
     assert uniform_indices(80, 8).tolist() == [5, 15, 25, 35, 45, 55, 65, 75]
-    assert uniform_indices(37, 4).tolist() == [4, 13, 23, 32]  # parts of 9.25 frames: 4.6, 13.9, 23.1, 32.4
+    # parts of 9.25 frames: 4.6, 13.9, 23.1, 32.4
+    assert uniform_indices(37, 4).tolist() == [4, 13, 23, 32]
     assert uniform_indices(3, 8).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]  # parts of 0.375 frames
     drawn = np.stack([uniform_indices(80, 8, sample_rng(0, 0, index, 0)) for index in range(400)])
     for part in range(8):
         assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))
     assert uniform_indices(1, 8, sample_rng(0, 0, 0, 0)).tolist() == 8 * [0]
-    assert all(0 <= uniform_indices(n, 5, sample_rng(0, 0, n, 0)).min() <= uniform_indices(n, 5).max() < n for n in range(1, 40))
+    assert all(
+        0 <= uniform_indices(n, 5, sample_rng(0, 0, n, 0)).min() <= uniform_indices(n, 5).max() < n
+        for n in range(1, 40)
+    )
 
 
 def extreme(share: int) -> Any:
-    """Stands for a generator whose every whole number is the smallest (0), or the largest (1), that it may be."""
-    return SimpleNamespace(integers=lambda high, size=None: share * (high - 1) if size is None else np.full(size, share * (high - 1)))
+    """Stands for a generator whose every whole number is the smallest (0), or the largest (1), that
+    it may be.
+    """
+    return SimpleNamespace(
+        integers=lambda high, size=None: (
+            share * (high - 1) if size is None else np.full(size, share * (high - 1))
+        )
+    )
 
 
 @pytest.mark.parametrize("num_frames", [4, 16])
@@ -151,14 +211,20 @@ def test_parts_of_whole_frames_are_those_of_the_sources_for_every_length(num_fra
     for length in range(1, 301):
         part = length // num_frames
         if part:  # of each part: its first, its middle, its last frame
-            low, middle, high = ([i * part + within for i in range(num_frames)] for within in (0, part // 2, part - 1))
+            low, middle, high = (
+                [i * part + within for i in range(num_frames)]
+                for within in (0, part // 2, part - 1)
+            )
             first, every = (low, middle, high), (low, middle, high)
         else:
             first = 3 * ([0] * num_frames,)
             every = 3 * ([0] * (num_frames - length) + list(range(length)),)
         choices: Any = (("first", first), ("all", every))
         for short, expected in choices:
-            drawn = [part_indices(length, num_frames, short, rng) for rng in (extreme(0), None, extreme(1))]
+            drawn = [
+                part_indices(length, num_frames, short, rng)
+                for rng in (extreme(0), None, extreme(1))
+            ]
             assert all(indices.dtype == np.int64 for indices in drawn)
             assert tuple(indices.tolist() for indices in drawn) == expected, (length, short)
         differing += length >= 5 and every[1] != uniform_indices(length, num_frames).tolist()
@@ -166,14 +232,19 @@ def test_parts_of_whole_frames_are_those_of_the_sources_for_every_length(num_fra
 
 
 def test_frames_drawn_of_whole_parts_are_all_of_them():
-    drawn = np.stack([part_indices(87, 8, "first", sample_rng(0, 0, index, 0)) for index in range(400)])
+    drawn = np.stack(
+        [part_indices(87, 8, "first", sample_rng(0, 0, index, 0)) for index in range(400)]
+    )
     for part in range(8):
-        assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))  # 80 to 86 are left over
+        # 80 to 86 are left over
+        assert set(drawn[:, part].tolist()) == set(range(10 * part, 10 * part + 10))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_a_clip_that_does_not_reach_the_end_is_that_of_videomae_for_every_length(stride):
-    """Its frames count from 1; one moves on while the next is below the number of frames, not up to it."""
+    """Its frames count from 1; one moves on while the next is below the number of frames, not up to
+    it.
+    """
     differing = []
     for length in range(1, 301):
         free = max(length - 16 * stride, 0)
@@ -182,11 +253,16 @@ def test_a_clip_that_does_not_reach_the_end_is_that_of_videomae_for_every_length
             for _ in range(16):
                 expected.append(place - 1)
                 place += stride if place + stride < length else 0
-            assert clip_indices(length, 16, stride, rng, reach_end=False).tolist() == expected, (length, start)
+            assert clip_indices(length, 16, stride, rng, reach_end=False).tolist() == expected, (
+                length,
+                start,
+            )
             if clip_indices(length, 16, stride, rng).tolist() != expected:
                 differing.append(length)
     if stride == 1:  # of every video that its last clip is taken from
         assert set(differing) == set(range(2, 301))
         assert clip_indices(40, 16, 1, extreme(1), reach_end=False).tolist() == [*range(24, 39), 38]
     else:
-        assert set(differing) == {length for length in range(2, 16 * stride) if length % stride == 1}
+        assert set(differing) == {
+            length for length in range(2, 16 * stride) if length % stride == 1
+        }

@@ -40,13 +40,19 @@ def folders(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     found = {}
     for form in ("video", "frames"):
         found[form] = tmp_path_factory.mktemp("packed") / form
-        _pack(str(demo_folder / "train.txt"), found[form], 200_000 if form == "frames" else 30_000, form=form)
+        _pack(
+            str(demo_folder / "train.txt"),
+            found[form],
+            200_000 if form == "frames" else 30_000,
+            form=form,
+        )
     return found
 
 
 def _pack(source: str, folder: Path, shard_bytes: int = 10**6, **knobs: Any) -> None:
     config = PackConfig(num_workers=1, **knobs)
-    object.__setattr__(config, "shard_mb", shard_bytes / 1e6)  # smaller than anybody would want them
+    # smaller than anybody would want them
+    object.__setattr__(config, "shard_mb", shard_bytes / 1e6)
     assert pack.start(source, str(folder), config) == 0
 
 
@@ -63,7 +69,9 @@ def rewrite(folder: Path, change: Callable[[list[dict[str, Any]], dict[str, Any]
     change(rows, manifest)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "manifest.jsonl").write_text(text)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "rows_sha256": sha256(text.encode()).hexdigest()}))
+    (folder / "manifest.json").write_text(
+        json.dumps({**manifest, "rows_sha256": sha256(text.encode()).hexdigest()})
+    )
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -74,8 +82,13 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["video", "frames"])
-def test_a_packed_folder_is_a_source_like_its_list(form: str, folders: dict[str, Path], demo_folder: Path) -> None:
-    videos, plain = videos_of(folders[form]), read_annotations(SourceConfig(source=str(demo_folder / "train.txt")))
+def test_a_packed_folder_is_a_source_like_its_list(
+    form: str, folders: dict[str, Path], demo_folder: Path
+) -> None:
+    videos, plain = (
+        videos_of(folders[form]),
+        read_annotations(SourceConfig(source=str(demo_folder / "train.txt"))),
+    )
     assert len(videos) == len(plain) == 24
     assert len(list(folders[form].glob("*.tar"))) >= 3
     assert videos.shard_sizes().sum() == 24
@@ -99,12 +112,16 @@ def test_millions_of_videos_take_a_few_bytes_each(tmp_path: Path) -> None:
         members[10_000]
 
 
-def test_only_the_wanted_frames_are_read_in_this_process(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_wanted_frames_are_read_in_this_process(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     member, _ = videos_of(folders["frames"])[3]
     whole, reads = decode(member, np.arange), []
     preadv = pack.os.preadv
     monkeypatch.setattr(pack.os, "preadv", lambda *words: reads.append(words[2]) or preadv(*words))
-    monkeypatch.setattr("video_mae.decoding.frames.decoder_process", lambda: pytest.fail("a process is asked"))
+    monkeypatch.setattr(
+        "video_mae.decoding.frames.decoder_process", lambda: pytest.fail("a process is asked")
+    )
     found = read_clip(member, lambda _: np.array([2, 7, 7, 5]), Reading())
     assert np.array_equal(found.clip_THWC, whole[[2, 7, 7, 5]])
     assert found.decoder == "numpy"
@@ -113,7 +130,9 @@ def test_only_the_wanted_frames_are_read_in_this_process(folders: dict[str, Path
 
 @pytest.mark.parametrize("form", ["video", "frames"])
 @pytest.mark.parametrize("protocol", ["memory", "file"])
-def test_a_folder_behind_a_url_is_a_source(protocol: str, form: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_behind_a_url_is_a_source(
+    protocol: str, form: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     url = f"file://{folders[form]}"
     if protocol == "memory":
         url = f"memory://test/{form}"
@@ -122,7 +141,10 @@ def test_a_folder_behind_a_url_is_a_source(protocol: str, form: str, folders: di
     assert videos[2][0].archive.startswith(url)
     for index in (0, 13, 23):
         for wanted in ([0, 1, 2, 3, 9], [15], [1, 15]):
-            found, expected = (decode(either[index][0], lambda _, wanted=wanted: np.array(wanted)) for either in (videos, local))
+            found, expected = (
+                decode(either[index][0], lambda _, wanted=wanted: np.array(wanted))
+                for either in (videos, local)
+            )
             assert np.array_equal(found, expected)
 
 
@@ -133,7 +155,9 @@ def test_a_url_that_cannot_be_opened_is_told_in_a_line(url: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_is_missing_cut_or_unfinished_is_told_before_anything_starts(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_missing_cut_or_unfinished_is_told_before_anything_starts(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     def refuses(message: str, damage: Callable[[Path], object]) -> None:
         folder = copied(folders["video"], tmp_path / str(len(list(tmp_path.iterdir()))))
         damage(folder)
@@ -146,22 +170,48 @@ def test_what_is_missing_cut_or_unfinished_is_told_before_anything_starts(folder
         content = (folder / "shard-000001.tar").read_bytes()
         (folder / "shard-000001.tar").write_bytes(content[:-512])
 
-    refuses("no such shard: .*shard-000002.tar, copy the folder again", lambda folder: (folder / "shard-000002.tar").unlink())
+    refuses(
+        "no such shard: .*shard-000002.tar, copy the folder again",
+        lambda folder: (folder / "shard-000002.tar").unlink(),
+    )
     refuses(r"shard-000001.tar has \d+ bytes, its manifest says \d+; copy the folder again", cut)
-    refuses("its packing is not finished, start the same `video-mae pack` again", lambda folder: (folder / "manifest.json").unlink())
-    refuses("is not what manifest.json describes", lambda folder: (folder / "manifest.jsonl").write_bytes(
-        (folder / "manifest.jsonl").read_bytes().replace(b"shard-000001", b"shard-000002")))
-    refuses("manifest.jsonl:3: is no row of a packed folder", lambda folder: (folder / "manifest.jsonl").write_bytes(
-        b"".join((folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)[:2]) + b'{"key": "0000'))
-    refuses("is not of `video-mae pack 1`", lambda folder: (folder / "manifest.json").write_text('{"format": "video-mae pack 9"}'))
-    refuses("is not of `video-mae pack 1`", lambda folder: (folder / "manifest.json").write_text("[1, 2"))
+    refuses(
+        "its packing is not finished, start the same `video-mae pack` again",
+        lambda folder: (folder / "manifest.json").unlink(),
+    )
+    refuses(
+        "is not what manifest.json describes",
+        lambda folder: (folder / "manifest.jsonl").write_bytes(
+            (folder / "manifest.jsonl").read_bytes().replace(b"shard-000001", b"shard-000002")
+        ),
+    )
+    refuses(
+        "manifest.jsonl:3: is no row of a packed folder",
+        lambda folder: (folder / "manifest.jsonl").write_bytes(
+            b"".join((folder / "manifest.jsonl").read_bytes().splitlines(keepends=True)[:2])
+            + b'{"key": "0000'
+        ),
+    )
+    refuses(
+        "is not of `video-mae pack 1`",
+        lambda folder: (folder / "manifest.json").write_text('{"format": "video-mae pack 9"}'),
+    )
+    refuses(
+        "is not of `video-mae pack 1`",
+        lambda folder: (folder / "manifest.json").write_text("[1, 2"),
+    )
 
 
 def test_all_refused_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "junk.mp4").write_bytes(b"junk")
     (tmp_path / "list.txt").write_text("junk.mp4 0\n")
-    assert pack.start(str(tmp_path / "list.txt"), str(tmp_path / "out"), PackConfig(num_workers=1)) == 3
-    with pytest.raises(ValueError, match=r"holds no videos, all were refused: refused\.jsonl says why"):
+    assert (
+        pack.start(str(tmp_path / "list.txt"), str(tmp_path / "out"), PackConfig(num_workers=1))
+        == 3
+    )
+    with pytest.raises(
+        ValueError, match=r"holds no videos, all were refused: refused\.jsonl says why"
+    ):
         videos_of(tmp_path / "out")
 
 
@@ -176,12 +226,22 @@ HOSTILE: dict[str, Callable[[list[dict[str, Any]], dict[str, Any]], object]] = {
     "a fraction": lambda rows, _: rows[0].update(offset=512.5),
     "a text": lambda rows, _: rows[0].update(size="7"),
     "another shard": lambda rows, _: rows[0].update(shard="../../etc/passwd"),
-    "a parent folder": lambda rows, manifest: (rows[0].update(shard="../x.tar"), manifest["shards"][0].update(name="../x.tar")),
-    "an absolute path": lambda rows, manifest: (rows[0].update(shard="/etc/passwd"), manifest["shards"][0].update(name="/etc/passwd")),
-    "a url": lambda rows, manifest: manifest["shards"][0].update(name="http://host/shard-000000.tar"),
+    "a parent folder": lambda rows, manifest: (
+        rows[0].update(shard="../x.tar"),
+        manifest["shards"][0].update(name="../x.tar"),
+    ),
+    "an absolute path": lambda rows, manifest: (
+        rows[0].update(shard="/etc/passwd"),
+        manifest["shards"][0].update(name="/etc/passwd"),
+    ),
+    "a url": lambda rows, manifest: manifest["shards"][0].update(
+        name="http://host/shard-000000.tar"
+    ),
     "a shard twice": lambda rows, manifest: manifest["shards"].append(manifest["shards"][0]),
     "a negative shard": lambda rows, manifest: manifest["shards"][0].update(bytes=-1),
-    "shards out of order": lambda rows, _: rows[0].update(shard="shard-000001.tar", offset=512, size=1),
+    "shards out of order": lambda rows, _: rows[0].update(
+        shard="shard-000001.tar", offset=512, size=1
+    ),
     "a key of another row": lambda rows, _: rows[3].update(key="000000004"),
     "a path as key": lambda rows, _: rows[3].update(key="../000000003"),
     "a form": lambda rows, manifest: manifest.update(form="pickle"),
@@ -205,8 +265,13 @@ def test_rows_that_lie_are_refused(case: str, folders: dict[str, Path], tmp_path
 
 def test_a_member_that_lies_costs_one_sample(folders: dict[str, Path], tmp_path: Path) -> None:
     member, _ = videos_of(folders["frames"])[0]
-    for wrong in (member._replace(size=member.size - 1), member._replace(offset=member.offset + 512), member._replace(size=60),
-                  member._replace(archive=str(tmp_path / "absent.tar")), member._replace(offset=10**12)):
+    for wrong in (
+        member._replace(size=member.size - 1),
+        member._replace(offset=member.offset + 512),
+        member._replace(size=60),
+        member._replace(archive=str(tmp_path / "absent.tar")),
+        member._replace(offset=10**12),
+    ):
         with pytest.raises(VideoDecodeError) as error:
             decode(wrong, np.arange)
         assert error.value.path == str(wrong)
@@ -215,7 +280,9 @@ def test_a_member_that_lies_costs_one_sample(folders: dict[str, Path], tmp_path:
         decode(video._replace(offset=video.offset + 8), np.arange)
 
 
-def stream(sizes: list[int], window: int, seed: int = SEED, source: int | None = None) -> ShardStream:
+def stream(
+    sizes: list[int], window: int, seed: int = SEED, source: int | None = None
+) -> ShardStream:
     return ShardStream(np.array(sizes), window, seed, source)
 
 
@@ -229,10 +296,18 @@ def test_an_epoch_of_shards_visits_every_video_once_within_bounds() -> None:
         assert {e for e, _ in found} == {epoch}
         order = [index for _, index in found]
         assert sorted(order) == list(range(53))
-        first, last = ({shard: pick(place for place, index in enumerate(order) if shard_of[index] == shard) for shard in range(12)}
-                       for pick in (min, max))
-        assert all(last[shard] - first[shard] < 20 + 9 for shard in range(12))  # a window, and what a shard goes beyond it
-        open_at = [sum(first[shard] <= place <= last[shard] for shard in range(12)) for place in range(53)]
+        first, last = (
+            {
+                shard: pick(place for place, index in enumerate(order) if shard_of[index] == shard)
+                for shard in range(12)
+            }
+            for pick in (min, max)
+        )
+        # a window, and what a shard goes beyond it
+        assert all(last[shard] - first[shard] < 20 + 9 for shard in range(12))
+        open_at = [
+            sum(first[shard] <= place <= last[shard] for shard in range(12)) for place in range(53)
+        ]
         assert max(open_at) < 12
         assert sum(a + 1 == b for a, b in pairwise(order)) < 15  # nor in the order of the files
         orders.append(order)
@@ -245,9 +320,17 @@ def test_the_place_in_an_epoch_alone_decides() -> None:
     keys = stream([5, 8, 2, 9, 9, 4], 9)
     wanted = [keys.key_at(position) for position in range(150)]
     for position in (149, 0, 77, 40, 41, 3, 111):
-        assert stream([5, 8, 2, 9, 9, 4], 9).key_at(position) == keys.key_at(position) == wanted[position]
-    assert wanted != [stream([5, 8, 2, 9, 9, 4], 9, SEED + 1).key_at(position) for position in range(150)]
-    assert wanted != [stream([5, 8, 2, 9, 9, 4], 9, SEED, 1).key_at(position) for position in range(150)]
+        assert (
+            stream([5, 8, 2, 9, 9, 4], 9).key_at(position)
+            == keys.key_at(position)
+            == wanted[position]
+        )
+    assert wanted != [
+        stream([5, 8, 2, 9, 9, 4], 9, SEED + 1).key_at(position) for position in range(150)
+    ]
+    assert wanted != [
+        stream([5, 8, 2, 9, 9, 4], 9, SEED, 1).key_at(position) for position in range(150)
+    ]
 
 
 def test_a_set_smaller_than_a_window_is_shuffled_whole_as_a_eitheris() -> None:
@@ -269,12 +352,26 @@ def test_windows_hold_as_many_as_asked_for() -> None:
         assert widths[-1] < 2 * window + max(sizes)
 
 
-def test_ranks_share_what_one_reads_and_a_partial_epoch_goes_on_at_its_sample(folders: dict[str, Path]) -> None:
+def test_ranks_share_what_one_reads_and_a_partial_epoch_goes_on_at_its_sample(
+    folders: dict[str, Path],
+) -> None:
     data = DataConfig(source=str(folders["frames"]), shuffle_window=5)
 
     def keys(rank: int, world_size: int, first_step: int = 0) -> list[list[Key]]:
         sources = read_sources(data, 3)
-        return list(StepSampler(len(sources), 4 // world_size, 2, rank, world_size, SEED, first_step, 9, sources.stream(SEED)))
+        return list(
+            StepSampler(
+                len(sources),
+                4 // world_size,
+                2,
+                rank,
+                world_size,
+                SEED,
+                first_step,
+                9,
+                sources.stream(SEED),
+            )
+        )
 
     one = keys(0, 1)
     assert [a + b for a, b in zip(keys(0, 2), keys(1, 2), strict=True)] == one
@@ -286,10 +383,14 @@ def test_ranks_share_what_one_reads_and_a_partial_epoch_goes_on_at_its_sample(fo
 def test_workers_change_nothing(form: str, folders: dict[str, Path]) -> None:
     batches = []
     for num_workers in (0, 1, 3):
-        data = DataConfig(source=str(folders[form]), shuffle_window=5, stride=2, num_workers=num_workers)
+        data = DataConfig(
+            source=str(folders[form]), shuffle_window=5, stride=2, num_workers=num_workers
+        )
         sources = read_sources(data, 3)
         sampler = StepSampler(len(sources), 4, 1, 0, 1, SEED, 1, 4, sources.stream(SEED))
-        batches.append(list(make_loader(ClipDataset(sources, data, 4, 32, 32, SEED), sampler, data)))
+        batches.append(
+            list(make_loader(ClipDataset(sources, data, 4, 32, 32, SEED), sampler, data))
+        )
     for other in batches[1:]:
         for wanted, found in zip(batches[0], other, strict=True):
             assert torch.equal(wanted.clip_BTHWC, found.clip_BTHWC)
@@ -297,7 +398,9 @@ def test_workers_change_nothing(form: str, folders: dict[str, Path]) -> None:
             assert not found.failures
 
 
-def test_packed_frames_give_the_clips_of_the_files(folders: dict[str, Path], demo_folder: Path) -> None:
+def test_packed_frames_give_the_clips_of_the_files(
+    folders: dict[str, Path], demo_folder: Path
+) -> None:
     found = []
     for source in (folders["frames"], demo_folder / "train.txt"):
         data = DataConfig(source=str(source), stride=2)
@@ -320,14 +423,16 @@ def test_packed_and_plain_sources_mix(folders: dict[str, Path], demo_folder: Pat
     wanted = ShardStream(videos_of(folders["frames"]).shard_sizes(), 5, SEED, 0)
     assert own == [wanted.key_at(position)[1] for position in range(250)]
     dataset = ClipDataset(sources, data, 4, 32, 32, SEED)
-    assert {dataset[key_at(position)].clip_RTHWC.shape for position in range(6)} == {(1, 4, 32, 32, 3)}
+    assert {dataset[key_at(position)].clip_RTHWC.shape for position in range(6)} == {
+        (1, 4, 32, 32, 3)
+    }
 
 
 def test_a_damaged_member_is_replaced_and_named(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(folders["video"], tmp_path / "copy")
     member, _ = videos_of(folder)[7]
     shard = bytearray(Path(member.archive).read_bytes())
-    shard[member.offset: member.offset + member.size] = bytes(member.size)
+    shard[member.offset : member.offset + member.size] = bytes(member.size)
     Path(member.archive).write_bytes(shard)
     sample = ClipDataset(videos_of(folder), DataConfig(source=str(folder)), 4, 32, 32, SEED)[0, 7]
     assert sample.index != 7
@@ -342,7 +447,9 @@ def classes(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     for number, line in enumerate(videos[:6]):
         name = ("zebra", "ant")[number % 2]
         (folder / "plain" / name).mkdir(parents=True, exist_ok=True)
-        (folder / "plain" / name / f"{number}.mp4").write_bytes((demo_folder / line.rsplit(" ", 1)[0]).read_bytes())
+        (folder / "plain" / name / f"{number}.mp4").write_bytes(
+            (demo_folder / line.rsplit(" ", 1)[0]).read_bytes()
+        )
     _pack(str(folder / "plain"), folder / "packed", form="frames")
     return folder
 
@@ -351,7 +458,9 @@ def test_labels_and_names_of_classes_are_those_of_the_folder(classes: Path) -> N
     packed, plain = (read_labeled("LIST", str(classes / name)) for name in ("packed", "plain"))
     assert packed.class_names == plain.class_names == ("ant", "zebra")
     assert packed.labels == plain.labels == (0, 0, 0, 1, 1, 1)
-    mapped = read_labeled("LIST", str(classes / "packed"), num_classes=3, names=("zebra", "bee", "ant"))
+    mapped = read_labeled(
+        "LIST", str(classes / "packed"), num_classes=3, names=("zebra", "bee", "ant")
+    )
     assert mapped.labels == (2, 2, 2, 0, 0, 0)
     again = mapped.videos
     assert isinstance(again, PackedVideos)
@@ -361,21 +470,33 @@ def test_labels_and_names_of_classes_are_those_of_the_folder(classes: Path) -> N
         read_labeled("LIST", str(classes / "packed"), names=("ant",))
 
 
-def test_finetuning_takes_packed_lists(classes: Path, tiny_finetune: Callable[..., FinetuneConfig]) -> None:
-    config = tiny_finetune(f"data.source={classes / 'packed'}", f"validation.source={classes / 'packed'}", "classifier.num_classes=2")
+def test_finetuning_takes_packed_lists(
+    classes: Path, tiny_finetune: Callable[..., FinetuneConfig]
+) -> None:
+    config = tiny_finetune(
+        f"data.source={classes / 'packed'}",
+        f"validation.source={classes / 'packed'}",
+        "classifier.num_classes=2",
+    )
     videos, classifier = read_training_videos(config)
     assert isinstance(videos, PackedVideos)
     assert classifier.class_names == ("ant", "zebra")
     assert len(read_validation_videos(replace(config, classifier=classifier))) == 6
 
 
-def test_views_windows_and_names_of_feature_files_know_members(classes: Path, folders: dict[str, Path]) -> None:
+def test_views_windows_and_names_of_feature_files_know_members(
+    classes: Path, folders: dict[str, Path]
+) -> None:
     videos = read_labeled("LIST", str(classes / "packed"))
-    views = Views(num_frames=4, height=32, width=32, sampling="dense", stride=2, num_clips=2, num_crops=3)
+    views = Views(
+        num_frames=4, height=32, width=32, sampling="dense", stride=2, num_clips=2, num_crops=3
+    )
     viewed = ViewDataset(videos.paths, views)[2]
     assert viewed.views is not None
     assert viewed.views.clips().shape == (6, 4, 32, 32, 3)
-    windows = Windows(num_frames=4, height=32, width=32, stride=2, hop=8, crop="whole", reading=Reading())
+    windows = Windows(
+        num_frames=4, height=32, width=32, stride=2, hop=8, crop="whole", reading=Reading()
+    )
     member, _ = videos_of(folders["video"])[0]
     assert len(list(windows.clips(member))) == 2
     assert np.isfinite(clip_times(member, 16, windows).end_seconds_C).all()
@@ -387,11 +508,17 @@ def test_views_windows_and_names_of_feature_files_know_members(classes: Path, fo
 
 @pytest.mark.trains_here
 @pytest.mark.usefixtures("quiet_process")
-def test_a_run_on_shards_resumes_bit_for_bit_in_the_middle_of_an_epoch(folders: dict[str, Path], tiny: Callable[..., PretrainConfig],
-                                                                       tmp_path: Path) -> None:
+def test_a_run_on_shards_resumes_bit_for_bit_in_the_middle_of_an_epoch(
+    folders: dict[str, Path], tiny: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
     def trained(name: str) -> PretrainConfig:
-        return tiny(f"output={tmp_path / name}", f"data.source={folders['video']}", "data.shuffle_window=5", "data.num_workers=1",
-                    "journal.checkpoint_interval=2")  # 4 steps of 4 videos: an epoch has 24
+        return tiny(
+            f"output={tmp_path / name}",
+            f"data.source={folders['video']}",
+            "data.shuffle_window=5",
+            "data.num_workers=1",
+            "journal.checkpoint_interval=2",
+        )  # 4 steps of 4 videos: an epoch has 24
 
     whole, resumed = trained("whole"), trained("resumed")
     for config in (whole, resumed):
@@ -399,5 +526,8 @@ def test_a_run_on_shards_resumes_bit_for_bit_in_the_middle_of_an_epoch(folders: 
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / step_name(4))
     assert pretrain.run(pretrain.prepare(resumed)) == 0
     assert "resumed after step 2" in (tmp_path / "resumed" / "log.txt").read_text()
-    first, second = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    first, second = (
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("whole", "resumed")
+    )
     assert first == second

@@ -120,11 +120,16 @@ def isolated() -> Iterator[Isolated]:
 
 
 def is_gone(pid: int, seconds: float = 1.0) -> bool:
-    """Whether nothing is left of a process within that time, not even a zombie of another parent than init."""
+    """Whether nothing is left of a process within that time, not even a zombie of another parent
+    than init.
+    """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE and psutil.Process(pid).ppid() != os.getpid():
+            if (
+                psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+                and psutil.Process(pid).ppid() != os.getpid()
+            ):
                 return True
         except psutil.NoSuchProcess:
             return True
@@ -147,8 +152,11 @@ def test_a_process_lives_for_many_calls_and_has_no_torch(isolated, strange):
 def test_what_hangs_is_ended_at_its_deadline_and_the_next_call_is_answered(isolated, strange, how):
     pid = isolated.call(strange.pid, seconds=30)
     begin = time.monotonic()
-    calls = {"sleeps": (time.sleep, 600), "is stopped": (strange.raise_signal, signal.SIGSTOP),
-             "locks the interpreter": (strange.hang_with_the_interpreter_locked,)}
+    calls = {
+        "sleeps": (time.sleep, 600),
+        "is stopped": (strange.raise_signal, signal.SIGSTOP),
+        "locks the interpreter": (strange.hang_with_the_interpreter_locked,),
+    }
     with pytest.raises(KilledError, match=r"no answer within 0\.5 seconds"):
         isolated.call(*calls[how], seconds=0.5)
     assert time.monotonic() - begin < 1.5
@@ -156,12 +164,19 @@ def test_what_hangs_is_ended_at_its_deadline_and_the_next_call_is_answered(isola
     assert isolated.call(strange.pid, seconds=30) != pid
 
 
-@pytest.mark.parametrize(("function", "arguments", "reason"), [
-    ("raise_signal", (signal.SIGSEGV,), "ended by SIGSEGV"), ("raise_signal", (signal.SIGKILL,), "ended by SIGKILL"),
-    ("raise_signal", (signal.SIGFPE,), "ended by SIGFPE"), ("raise_signal", (signal.SIGABRT,), "ended by SIGABRT"),
-    ("read_nothing", (), "ended by SIGSEGV"), ("leave", (3,), "ended with status 3"), ("leave", (0,), "ended with status 0"),
-    ("raise_outside", (), "ended with status 1"),
-])
+@pytest.mark.parametrize(
+    ("function", "arguments", "reason"),
+    [
+        ("raise_signal", (signal.SIGSEGV,), "ended by SIGSEGV"),
+        ("raise_signal", (signal.SIGKILL,), "ended by SIGKILL"),
+        ("raise_signal", (signal.SIGFPE,), "ended by SIGFPE"),
+        ("raise_signal", (signal.SIGABRT,), "ended by SIGABRT"),
+        ("read_nothing", (), "ended by SIGSEGV"),
+        ("leave", (3,), "ended with status 3"),
+        ("leave", (0,), "ended with status 0"),
+        ("raise_outside", (), "ended with status 1"),
+    ],
+)
 def test_a_process_that_ends_costs_its_call_only(isolated, strange, function, arguments, reason):
     pid = isolated.call(strange.pid, seconds=30)
     with pytest.raises(KilledError, match=reason):
@@ -178,14 +193,22 @@ def test_a_process_that_closes_its_side_is_replaced(isolated, strange):
 
 def test_an_error_is_the_callers_and_the_process_goes_on(isolated, strange):
     pid = isolated.call(strange.pid, seconds=30)
-    for function, error, text in ((strange.raise_odd, RuntimeError, "Odd: odd"), (strange.raise_holding, RuntimeError, "holding a lock"),
-                                  (strange.lock, RuntimeError, "cannot be sent"), (os.listdir, FileNotFoundError, "No such file")):
+    for function, error, text in (
+        (strange.raise_odd, RuntimeError, "Odd: odd"),
+        (strange.raise_holding, RuntimeError, "holding a lock"),
+        (strange.lock, RuntimeError, "cannot be sent"),
+        (os.listdir, FileNotFoundError, "No such file"),
+    ):
         with pytest.raises(error, match=text):
-            isolated.call(function, *(["/no/such/folder"] if function is os.listdir else []), seconds=30)
+            isolated.call(
+                function, *(["/no/such/folder"] if function is os.listdir else []), seconds=30
+            )
     assert isolated.call(strange.pid, seconds=30) == pid
 
 
-def test_memory_without_end_is_an_error_within_the_limit_and_the_limit_is_for_one_call(isolated, strange):
+def test_memory_without_end_is_an_error_within_the_limit_and_the_limit_is_for_one_call(
+    isolated, strange
+):
     pid = isolated.call(strange.pid, seconds=30)
     for function in (strange.big_list, np.ones, strange.allocate_and_touch):
         with pytest.raises((MemoryError, OSError)) as caught:
@@ -201,10 +224,13 @@ def test_arrays_come_back_as_they_are_and_large_memory_is_given_back(isolated, s
     assert (small.dtype, small.flags.writeable) == (np.uint16, True)
     np.testing.assert_array_equal(small, np.broadcast_to(np.arange(7), (3, 5, 7)))
     large = isolated.call(strange.shared_array, (300, 2**20), np.uint8, seconds=60, shares=True)
-    np.testing.assert_array_equal(large[::50], np.broadcast_to(np.arange(2**20).astype(np.uint8), (6, 2**20)))
+    np.testing.assert_array_equal(
+        large[::50], np.broadcast_to(np.arange(2**20).astype(np.uint8), (6, 2**20))
+    )
     again = isolated.call(strange.shared_array, (3, 5, 7), np.int64, seconds=30, shares=True)
     np.testing.assert_array_equal(again, small)
-    np.testing.assert_array_equal(small, np.broadcast_to(np.arange(7), (3, 5, 7)))  # a copy: later calls do not write into it
+    # a copy: later calls do not write into it
+    np.testing.assert_array_equal(small, np.broadcast_to(np.arange(7), (3, 5, 7)))
     assert os.fstat(isolated._memory).st_size < 2**20
     found = isolated.call(strange.several, seconds=30)
     np.testing.assert_array_equal(found["turned"], np.arange(12).reshape(3, 4).T)
@@ -228,7 +254,9 @@ def test_nothing_is_left_of_processes_that_came_and_went(strange):
                 continue
             process.close()
     assert handles() == before
-    assert [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE] == []
+    assert [
+        child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE
+    ] == []
 
 
 def test_each_thread_has_a_process_that_ends_with_it(strange):
@@ -283,7 +311,9 @@ process = Isolated()
 def parent(body: str) -> "subprocess.Popen[str]":
     """A process of its own group that starts one that decodes."""
     command = PARENT.format(path=sys.path, body=body)
-    return subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -324,7 +354,8 @@ def test_a_hang_in_native_code_costs_its_deadline(isolated, strange, shared_vide
         isolated.call(strange.unguarded, path, 16, seconds=4)
     assert time.monotonic() - begin < 5
     assert isolated.call(strange.pid, seconds=30)
-    assert len(decode(path, lambda n: np.arange(0, n, 4), Reading(decoder="decord"))) == 15  # guarded, it is left to another
+    # guarded, it is left to another
+    assert len(decode(path, lambda n: np.arange(0, n, 4), Reading(decoder="decord"))) == 15
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -332,15 +363,27 @@ def test_a_bomb_is_refused_within_its_limits(decoder, shared_videos):
     path = str(shared_videos / "hostile" / "bomb8k.mp4")
     for memory_gb in (1.0, 4.0):
         begin = time.monotonic()
-        with pytest.raises(VideoDecodeError):  # each of them says in its own way that there is no memory
-            decode(path, lambda n: np.arange(16), Reading(decoder=decoder, memory_gb=memory_gb, seconds=30))
+        # each of them says in its own way that there is no memory
+        with pytest.raises(VideoDecodeError):
+            decode(
+                path,
+                lambda n: np.arange(16),
+                Reading(decoder=decoder, memory_gb=memory_gb, seconds=30),
+            )
         assert time.monotonic() - begin < 31
         status = Path(f"/proc/{decoder_process().call(os.getpid, seconds=30)}/status").read_text()
         assert int(status.split("VmHWM:")[1].split()[0]) * 1024 < (memory_gb + 0.3) * 1e9
 
 
-def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(tmp_path, write_video: Callable[..., Path], monkeypatch):
-    path = str(write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(256, size=(20, 32, 48, 3), dtype=np.uint8)))
+def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(
+    tmp_path, write_video: Callable[..., Path], monkeypatch
+):
+    path = str(
+        write_video(
+            tmp_path / "clip.mp4",
+            np.random.default_rng(0).integers(256, size=(20, 32, 48, 3), dtype=np.uint8),
+        )
+    )
     monkeypatch.setattr(frames, "MOST_FILES", 3)
     all_FHWC = decode(path, np.arange)
 
@@ -349,7 +392,8 @@ def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(tmp
 
     first, streamed = pid(), frames.stream(path, np.arange)
     shown = [next(streamed)]
-    assert all(np.array_equal(decode(path, np.arange), all_FHWC) for _ in range(4))  # meanwhile the stream's file is open
+    # meanwhile the stream's file is open
+    assert all(np.array_equal(decode(path, np.arange), all_FHWC) for _ in range(4))
     assert pid() == first
     shown += list(streamed)
     np.testing.assert_array_equal(np.stack(shown), all_FHWC)
@@ -358,15 +402,25 @@ def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(tmp
 
 
 @pytest.mark.parametrize(("decoder", "num_opens"), [("pyav", 3000), ("decord", 1000)])
-def test_memory_and_handles_are_the_same_after_thousands_of_opens(decoder, num_opens, tmp_path, write_video: Callable[..., Path]):
-    path = write_video(tmp_path / "clip.mp4", np.random.default_rng(0).integers(256, size=(9, 32, 48, 3), dtype=np.uint8))
+def test_memory_and_handles_are_the_same_after_thousands_of_opens(
+    decoder, num_opens, tmp_path, write_video: Callable[..., Path]
+):
+    path = write_video(
+        tmp_path / "clip.mp4",
+        np.random.default_rng(0).integers(256, size=(9, 32, 48, 3), dtype=np.uint8),
+    )
     (tmp_path / "cut.mp4").write_bytes(path.read_bytes()[:-900])
 
     def taken() -> tuple[int, list[int]]:
-        """Bytes of this process and the one that decodes; handles of both, and threads of the latter."""
+        """Bytes of this process and the one that decodes; handles of both, and threads of the
+        latter.
+        """
         gc.collect()
         both = [psutil.Process(), psutil.Process(decoder_process().call(os.getpid, seconds=30))]
-        return sum(one.memory_info().rss for one in both), [*(one.num_fds() for one in both), both[1].num_threads()]
+        return sum(one.memory_info().rss for one in both), [
+            *(one.num_fds() for one in both),
+            both[1].num_threads(),
+        ]
 
     reading, memory, handles = Reading(decoder=decoder), 0, []
     for turn in range(num_opens):
@@ -382,7 +436,9 @@ def test_memory_and_handles_are_the_same_after_thousands_of_opens(decoder, num_o
     assert taken()[1] == handles
 
 
-def test_a_relative_path_is_read_from_where_the_caller_is(tmp_path, write_video: Callable[..., Path], monkeypatch):
+def test_a_relative_path_is_read_from_where_the_caller_is(
+    tmp_path, write_video: Callable[..., Path], monkeypatch
+):
     for name, num_frames in (("a", 3), ("b", 5)):
         write_video(tmp_path / name / "clip.mp4", np.zeros((num_frames, 16, 16, 3), np.uint8))
     for name, num_frames in (("a", 3), ("b", 5)):

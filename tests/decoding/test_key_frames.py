@@ -1,4 +1,6 @@
-"""Videos whose key frames are not what their flags say: each frame asked for alone is that of reading in order, or another decoder's."""
+"""Videos whose key frames are not what their flags say: each frame asked for alone is that of
+reading in order, or another decoder's.
+"""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -40,7 +42,9 @@ def without_first(packets: list[av.Packet]) -> list[av.Packet]:
 
 
 def begun_earlier(num_frames: int) -> Change:
-    """Negative stamps: an mp4 hides what comes before 0, as `ffmpeg -ss 0.5 -i a.mp4 -c copy` writes it."""
+    """Negative stamps: an mp4 hides what comes before 0, as `ffmpeg -ss 0.5 -i a.mp4 -c copy`
+    writes it.
+    """
 
     def shift(packets: list[av.Packet]) -> list[av.Packet]:
         for packet in packets:
@@ -54,21 +58,37 @@ def begun_earlier(num_frames: int) -> Change:
 
 
 def check(path: str) -> tuple[list[int], Any]:
-    """The numbers of the frames in order, and what `doctor` knows; each decoder gives each of them alone, or is passed over."""
+    """The numbers of the frames in order, and what `doctor` knows; each decoder gives each of them
+    alone, or is passed over.
+    """
     in_order, description = matrix.in_order(path), describe(path)
     for name in NAMES:
         read_by, fallback, numbers = decoder_process().call(matrix.alone, path, name, seconds=60.0)
         assert read_by == (name if name in description.trusted_with else "pyav")
         assert bool(fallback) == (read_by != name)
-        assert numbers == (in_order if read_by == name else in_order[:: max(len(in_order) // 2, 1)]), name
+        assert numbers == (
+            in_order if read_by == name else in_order[:: max(len(in_order) // 2, 1)]
+        ), name
     return in_order, description
 
 
-@pytest.mark.parametrize(("container", "codec"), [
-    ("mp4", "H.264 with B-frames"), ("fragmented mp4", "H.264"), ("mkv", "H.265 with B-frames"), ("mp4", "MPEG-4"),
-    ("mp4", "MPEG-4 with B-frames"), ("avi", "MPEG-4"), ("mkv", "MPEG-2 with B-frames"), ("mov", "MPEG-2")])
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        ("mp4", "H.264 with B-frames"),
+        ("fragmented mp4", "H.264"),
+        ("mkv", "H.265 with B-frames"),
+        ("mp4", "MPEG-4"),
+        ("mp4", "MPEG-4 with B-frames"),
+        ("avi", "MPEG-4"),
+        ("mkv", "MPEG-2 with B-frames"),
+        ("mov", "MPEG-2"),
+    ],
+)
 def test_key_frames_that_are_none_lead_nowhere(container, codec, tmp_path):
-    in_order, _ = check(remade(tmp_path / "a", container, codec, all_keys, **matrix.CONTAINERS[container][1]))
+    in_order, _ = check(
+        remade(tmp_path / "a", container, codec, all_keys, **matrix.CONTAINERS[container][1])
+    )
     assert in_order == list(range(matrix.NUM_FRAMES))
 
 
@@ -80,7 +100,9 @@ def test_where_all_are_key_frames_they_are_sought(codec, tmp_path, monkeypatch):
     assert description.traits == ()
 
 
-@pytest.mark.parametrize("codec", ["H.264 with B-frames", "H.265 with B-frames", "MPEG-2 with B-frames"])
+@pytest.mark.parametrize(
+    "codec", ["H.264 with B-frames", "H.265 with B-frames", "MPEG-2 with B-frames"]
+)
 @pytest.mark.parametrize("container", ["mp4", "mkv"])
 def test_a_first_key_frame_that_is_missing(codec, container, tmp_path):
     in_order, description = check(remade(tmp_path / "a", container, codec, without_first))
@@ -88,8 +110,17 @@ def test_a_first_key_frame_that_is_missing(codec, container, tmp_path):
     assert LATE_START in description.traits
 
 
-@pytest.mark.parametrize("codec", ["H.264 with B-frames", "H.264, open groups", "H.265 with B-frames", "MPEG-2 with B-frames",
-                                   "MPEG-4 with B-frames", "VP9"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        "H.264 with B-frames",
+        "H.264, open groups",
+        "H.265 with B-frames",
+        "MPEG-2 with B-frames",
+        "MPEG-4 with B-frames",
+        "VP9",
+    ],
+)
 @pytest.mark.parametrize("num_hidden", [1, 3, 7, 12])
 def test_an_edit_list_hides_what_comes_before_the_first_frame(codec, num_hidden, tmp_path):
     in_order, description = check(remade(tmp_path / "a", "mp4", codec, begun_earlier(num_hidden)))
@@ -101,14 +132,19 @@ def test_an_edit_list_hides_what_comes_before_the_first_frame(codec, num_hidden,
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "avi"])
 def test_the_last_frames_of_a_refresh_column_by_column_are_whole(container, tmp_path, monkeypatch):
-    noise_HWC = np.random.default_rng(0).integers(0, 255, (matrix.HEIGHT, matrix.WIDTH, 3), dtype=np.uint8)
+    noise_HWC = np.random.default_rng(0).integers(
+        0, 255, (matrix.HEIGHT, matrix.WIDTH, 3), dtype=np.uint8
+    )
     monkeypatch.setattr(matrix, "picture", lambda number: np.roll(noise_HWC, 3 * number, axis=1))
     monkeypatch.setattr(matrix, "NUM_FRAMES", 60)
     name, form, options = matrix.CODECS["H.264, refreshed bit by bit"]
-    monkeypatch.setitem(matrix.CODECS, "H.264", (name, form, {**options, "g": "12"}))  # numbers of frames wrap round beside a key frame
+    # numbers of frames wrap round beside a key frame
+    monkeypatch.setitem(matrix.CODECS, "H.264", (name, form, {**options, "g": "12"}))
     path = remade(tmp_path / "a", container, "H.264", lambda packets: packets)
     for index, frame in enumerate(sequential(path)):
-        alone_HWC = read_clip(path, lambda _, index=index: np.array([index]), Reading(decoder="pyav")).clip_THWC[0]
+        alone_HWC = read_clip(
+            path, lambda _, index=index: np.array([index]), Reading(decoder="pyav")
+        ).clip_THWC[0]
         assert np.array_equal(alone_HWC, pixels(frame, 0)), index
 
 

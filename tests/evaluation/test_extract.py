@@ -1,4 +1,6 @@
-"""Features along videos: of the right frames, at the right times, whole files only, one for each full path."""
+"""Features along videos: of the right frames, at the right times, whole files only, one for each
+full path.
+"""
 
 import json
 import signal
@@ -16,7 +18,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, load_pretrained, save_model_folder
+from video_mae import (
+    ClassifierConfig,
+    ModelConfig,
+    VideoClassifier,
+    VideoMAE,
+    load_pretrained,
+    save_model_folder,
+)
 from video_mae.config.frozen import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
@@ -27,8 +36,19 @@ from video_mae.evaluation.extract import file_name, start
 from video_mae.evaluation.feature_file import FeatureFile
 from video_mae.evaluation.features import FrozenEncoder
 
-MODEL = ModelConfig(num_frames=4, height=16, width=16, patch_size=8, embed_dim=24, depth=5, num_heads=2, decoder_embed_dim=8,
-                    decoder_depth=1, decoder_num_heads=2, class_tokens=1)
+MODEL = ModelConfig(
+    num_frames=4,
+    height=16,
+    width=16,
+    patch_size=8,
+    embed_dim=24,
+    depth=5,
+    num_heads=2,
+    decoder_embed_dim=8,
+    decoder_depth=1,
+    decoder_num_heads=2,
+    class_tokens=1,
+)
 CPU = torch.device("cpu")
 
 
@@ -53,7 +73,11 @@ def _one_thread(quiet_process: None) -> None:
 
 
 def config(*overrides: str) -> ExtractConfig:
-    return parse(None, ["num_workers=0", "data.stride=3", "hop=10", "batch_size=4", *overrides], ExtractConfig)
+    return parse(
+        None,
+        ["num_workers=0", "data.stride=3", "hop=10", "batch_size=4", *overrides],
+        ExtractConfig,
+    )
 
 
 def extract(model: Path, source: Path, folder: Path, *overrides: str) -> dict[str, Any]:
@@ -73,10 +97,17 @@ def clips_of(video: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("ending", ["npz", "safetensors"])
 @pytest.mark.parametrize("level", ["pooled", "tokens", "pyramid"])
-def test_features_are_those_of_a_direct_call_on_the_same_frames(model: Path, video: Path, tmp_path: Path, level: str,
-                                                                ending: str) -> None:
-    arrays = extract(model, video, tmp_path / "out", f"level={level}", f"format={ending}",
-                     *(["layers=[4,1]"] if level == "pyramid" else []))
+def test_features_are_those_of_a_direct_call_on_the_same_frames(
+    model: Path, video: Path, tmp_path: Path, level: str, ending: str
+) -> None:
+    arrays = extract(
+        model,
+        video,
+        tmp_path / "out",
+        f"level={level}",
+        f"format={ending}",
+        *(["layers=[4,1]"] if level == "pyramid" else []),
+    )
     encoder = load_pretrained(model, VideoMAE).encoder
     with torch.no_grad():
         tokens = encoder(clips_of(video))
@@ -87,11 +118,14 @@ def test_features_are_those_of_a_direct_call_on_the_same_frames(model: Path, vid
         else:
             found = {}
             for layer in (1, 4):
-                encoder.blocks[layer].register_forward_hook(lambda _, __, output, layer=layer: found.update({layer: output}))
+                encoder.blocks[layer].register_forward_hook(
+                    lambda _, __, output, layer=layer: found.update({layer: output})
+                )
             encoder(clips_of(video))
             norm = encoder.norm
             assert isinstance(norm, torch.nn.LayerNorm)
-            torch.testing.assert_close(norm(found[4]), tokens)  # the last block is what the norm reads
+            # the last block is what the norm reads
+            torch.testing.assert_close(norm(found[4]), tokens)
             expected = torch.stack([found[4], found[1]], dim=1)[:, :, 1:].unflatten(2, (2, 2, 2))
     assert arrays["features"].dtype == np.float32
     assert arrays["features"].shape == expected.shape
@@ -99,31 +133,47 @@ def test_features_are_those_of_a_direct_call_on_the_same_frames(model: Path, vid
 
 
 @pytest.mark.parametrize("trained", ["uniform", "parts"])
-def test_a_uniform_clip_is_all_of_the_video(trained: Sampling, tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_uniform_clip_is_all_of_the_video(
+    trained: Sampling, tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     classifier = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, sampling=trained)).eval()
     save_model_folder(tmp_path / "model", classifier)
     arrays = extract(tmp_path / "model", video, tmp_path / "out", "sampling=uniform", "hop=0")
     assert "frames:" not in capsys.readouterr().out
-    frames = torch.from_numpy(decode(str(video), np.arange))[[12, 38, 64, 90]]  # the middles of four parts of 103 frames
+    # the middles of four parts of 103 frames
+    frames = torch.from_numpy(decode(str(video), np.arange))[[12, 38, 64, 90]]
     with torch.no_grad():
         expected = FrozenEncoder(classifier, CPU)(frames[None]).pooled_BD
     np.testing.assert_allclose(arrays["features"], expected.numpy(), rtol=1e-5, atol=1e-5)
     assert (arrays["start_frame"].tolist(), arrays["start_seconds"][0]) == ([0], 0.0)
     assert arrays["end_seconds"] == pytest.approx([103 / 25])
-    with pytest.raises(ValueError, match="its features were made with sampling = uniform, now dense"):
+    with pytest.raises(
+        ValueError, match="its features were made with sampling = uniform, now dense"
+    ):
         extract(tmp_path / "model", video, tmp_path / "out", "hop=0")
 
 
-def test_frames_that_a_classifier_was_not_trained_on_are_told(tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_model_folder(tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=3, stride=2)))
+def test_frames_that_a_classifier_was_not_trained_on_are_told(
+    tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model_folder(
+        tmp_path / "model", VideoClassifier(MODEL, ClassifierConfig(num_classes=3, stride=2))
+    )
     one = extract(tmp_path / "model", video, tmp_path / "one")
-    assert "frames: dense, stride 3, as given here; the model says dense, stride 2\n" in capsys.readouterr().out
+    assert (
+        "frames: dense, stride 3, as given here; the model says dense, stride 2\n"
+        in capsys.readouterr().out
+    )
     same = parse(None, ["num_workers=0", "stride=3", "hop=10", "batch_size=4"], ExtractConfig)
-    assert start(str(tmp_path / "model"), str(video), str(tmp_path / "one"), same)() == 0  # the same features, by the other key
+    # the same features, by the other key
+    assert start(str(tmp_path / "model"), str(video), str(tmp_path / "one"), same)() == 0
     two = extract(tmp_path / "model", video, tmp_path / "two", "stride=2", "data.stride=4")
     assert "frames:" not in capsys.readouterr().out.split("features")[-2]
     assert not np.array_equal(one["features"], two["features"])
-    for overrides, said in ((("stride=2",), r"stride: 2 and data\.stride = 3 are two values"), (("sampling=uniform",), "hop: 10 is for")):
+    for overrides, said in (
+        (("stride=2",), r"stride: 2 and data\.stride = 3 are two values"),
+        (("sampling=uniform",), "hop: 10 is for"),
+    ):
         with pytest.raises(ValueError, match=said):
             config(*overrides)
 
@@ -135,8 +185,12 @@ def test_a_classifier_gives_what_its_head_reads(tmp_path: Path, video: Path) -> 
     clip_BTHWC = clips_of(video)[:3]
     pooled = FrozenEncoder(classifier, CPU)(clip_BTHWC).pooled_BD
     torch.testing.assert_close(classifier.head(pooled), classifier(clip_BTHWC))
-    first = VideoClassifier(MODEL, ClassifierConfig(num_classes=3, head_init_scale=1.0, pooling="first")).eval()
-    torch.testing.assert_close(first.head(FrozenEncoder(first, CPU)(clip_BTHWC).pooled_BD), first(clip_BTHWC))
+    first = VideoClassifier(
+        MODEL, ClassifierConfig(num_classes=3, head_init_scale=1.0, pooling="first")
+    ).eval()
+    torch.testing.assert_close(
+        first.head(FrozenEncoder(first, CPU)(clip_BTHWC).pooled_BD), first(clip_BTHWC)
+    )
 
 
 def test_times_of_a_25_fps_file_are_right(model: Path, video: Path, tmp_path: Path) -> None:
@@ -144,28 +198,43 @@ def test_times_of_a_25_fps_file_are_right(model: Path, video: Path, tmp_path: Pa
     starts = np.arange(11) * 10
     assert arrays["start_frame"].tolist() == starts.tolist()
     assert arrays["start_seconds"] == pytest.approx(starts / 25, abs=1e-5)
-    assert arrays["end_seconds"] == pytest.approx([*(starts[:10] + 12) / 25, 103 / 25], abs=1e-5)  # a clip spans 12 frames
+    # a clip spans 12 frames
+    assert arrays["end_seconds"] == pytest.approx([*(starts[:10] + 12) / 25, 103 / 25], abs=1e-5)
 
 
 def test_times_follow_the_stamps_of_a_variable_frame_rate(shared_videos: Path) -> None:
-    windows = Windows(num_frames=4, height=16, width=16, stride=2, hop=5, crop="center", reading=Reading())
+    windows = Windows(
+        num_frames=4, height=16, width=16, stride=2, hop=5, crop="center", reading=Reading()
+    )
     with av.open(str(shared_videos / "real" / "vfr.mp4")) as container:
-        seconds = sorted(frame.time for frame in container.decode(video=0) if frame.time is not None)
+        seconds = sorted(
+            frame.time for frame in container.decode(video=0) if frame.time is not None
+        )
     times = clip_times(str(shared_videos / "real" / "vfr.mp4"), len(seconds), windows)
     first = seconds[0]
-    assert times.start_seconds_C == pytest.approx([second - first for second in seconds[: len(times.start_frame_C) * 5: 5]], abs=1e-3)
-    avi = clip_times(str(shared_videos / "real" / "tests_data_test.avi"), 164, windows)  # without stamps on some frames
+    assert times.start_seconds_C == pytest.approx(
+        [second - first for second in seconds[: len(times.start_frame_C) * 5 : 5]], abs=1e-3
+    )
+    # without stamps on some frames
+    avi = clip_times(str(shared_videos / "real" / "tests_data_test.avi"), 164, windows)
     assert avi.start_seconds_C == pytest.approx(avi.start_frame_C / 25)
 
 
-def test_a_video_shorter_than_a_clip_is_one_clip(model: Path, write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_video_shorter_than_a_clip_is_one_clip(
+    model: Path, write_video: Callable[..., Path], tmp_path: Path
+) -> None:
     frames = np.random.default_rng(1).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     arrays = extract(model, write_video(tmp_path / "short.mp4", frames), tmp_path / "out")
     assert arrays["features"].shape == (1, 24)
-    assert (arrays["start_seconds"].tolist(), arrays["end_seconds"]) == ([0.0], pytest.approx([2 / 25], abs=1e-5))
+    assert (arrays["start_seconds"].tolist(), arrays["end_seconds"]) == (
+        [0.0],
+        pytest.approx([2 / 25], abs=1e-5),
+    )
 
 
-def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(
+    video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alive, read = set(), []
 
     def counting(*arguments: Any) -> Any:
@@ -183,7 +252,9 @@ def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(video: Pat
 
     monkeypatch.setattr(module, "stream", counting)
     monkeypatch.setattr(Windows, "_fit", tracked)
-    windows = Windows(num_frames=4, height=16, width=16, stride=3, hop=2, crop="whole", reading=Reading())
+    windows = Windows(
+        num_frames=4, height=16, width=16, stride=3, hop=2, crop="whole", reading=Reading()
+    )
     most = []
     for total, clip_THWC in windows.clips(str(video)):
         assert (total, clip_THWC.shape) == (103, (4, 16, 16, 3))
@@ -193,39 +264,54 @@ def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(video: Pat
     assert max(most) <= windows.span + 1
 
 
-def test_the_middle_or_all_of_a_frame_is_seen(video: Path, write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_middle_or_all_of_a_frame_is_seen(
+    video: Path, write_video: Callable[..., Path], tmp_path: Path
+) -> None:
     frames = np.zeros((4, 32, 64, 3), dtype=np.uint8)
     frames[:, :, :16], frames[:, :, 48:] = 255, 255  # the sides are white
     path = str(write_video(tmp_path / "sides.mp4", frames))
     clips = {}
     for crop in ("center", "whole"):
-        windows = Windows(num_frames=4, height=16, width=16, stride=1, hop=4, crop=crop, reading=Reading())
+        windows = Windows(
+            num_frames=4, height=16, width=16, stride=1, hop=4, crop=crop, reading=Reading()
+        )
         ((_, clips[crop]),) = windows.clips(path)
     assert clips["center"].float().mean() < 10
     assert clips["whole"].float().mean() == pytest.approx(127, abs=10)
 
 
-def test_equal_names_in_two_folders_have_two_files(model: Path, write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_equal_names_in_two_folders_have_two_files(
+    model: Path, write_video: Callable[..., Path], tmp_path: Path
+) -> None:
     rng, paths = np.random.default_rng(2), [tmp_path / "a" / "x.mp4", tmp_path / "b" / "x.mp4"]
     for path in paths:
         write_video(path, rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8))
-    (tmp_path / "list.txt").write_text("a/x.mp4\nb/x.mp4\na/x.mp4 7\n")  # one of them twice, with and without a label
+    # one of them twice, with and without a label
+    (tmp_path / "list.txt").write_text("a/x.mp4\nb/x.mp4\na/x.mp4 7\n")
     assert start(str(model), str(tmp_path / "list.txt"), str(tmp_path / "out"), config())() == 0
-    index = [json.loads(line) for line in (tmp_path / "out" / "index.jsonl").read_text().splitlines()]
+    index = [
+        json.loads(line) for line in (tmp_path / "out" / "index.jsonl").read_text().splitlines()
+    ]
     assert [row["path"] for row in index] == [str(path) for path in paths]
     first, second = (np.load(tmp_path / "out" / row["file"])["features"] for row in index)
     assert not np.allclose(first, second)
     assert file_name("a/x.mp4", "npz") == file_name(str(Path("a/x.mp4").absolute()), "npz")
 
 
-def test_workers_and_ranks_give_the_same_files_and_name_the_bad_video(model: Path, write_video: Callable[..., Path], tmp_path: Path,
-                                                                      on_ranks: Callable[..., None]) -> None:
+def test_workers_and_ranks_give_the_same_files_and_name_the_bad_video(
+    model: Path, write_video: Callable[..., Path], tmp_path: Path, on_ranks: Callable[..., None]
+) -> None:
     rng = np.random.default_rng(3)
     for i in range(5):
-        write_video(tmp_path / "videos" / f"{i}.mp4", rng.integers(0, 256, (10 * i + 5, 16, 16, 3), dtype=np.uint8))
+        write_video(
+            tmp_path / "videos" / f"{i}.mp4",
+            rng.integers(0, 256, (10 * i + 5, 16, 16, 3), dtype=np.uint8),
+        )
     content = (tmp_path / "videos" / "4.mp4").read_bytes()
     (tmp_path / "videos" / "cut.mp4").write_bytes(content[: len(content) // 2])
-    (tmp_path / "list.txt").write_text("".join(f"videos/{name}.mp4\n" for name in (4, "cut", 0, 1, 2, 3)))
+    (tmp_path / "list.txt").write_text(
+        "".join(f"videos/{name}.mp4\n" for name in (4, "cut", 0, 1, 2, 3))
+    )
 
     def work(folder: Path, *overrides: str) -> None:
         assert start(str(model), str(tmp_path / "list.txt"), str(folder), config(*overrides))() == 0
@@ -236,19 +322,37 @@ def test_workers_and_ranks_give_the_same_files_and_name_the_bad_video(model: Pat
     for folder in (tmp_path / name for name in ("alone", "workers", "ranks")):
         index = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
         assert [bool("bad" in row) for row in index] == [False, True, False, False, False, False]
-        assert {path.name for path in folder.iterdir()} == {"extract.json", "index.jsonl", *(row["file"] for row in index if "file" in row)}
+        assert {path.name for path in folder.iterdir()} == {
+            "extract.json",
+            "index.jsonl",
+            *(row["file"] for row in index if "file" in row),
+        }
         for path in (tmp_path / "alone").glob("*.npz"):
             assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
-def test_a_killed_extraction_leaves_whole_files_and_goes_on(model: Path, write_video: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_killed_extraction_leaves_whole_files_and_goes_on(
+    model: Path, write_video: Callable[..., Path], tmp_path: Path
+) -> None:
     rng = np.random.default_rng(4)
     frames = rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
     write_video(tmp_path / "videos" / "0.mp4", frames)
     for i in range(1, 60):
         (tmp_path / "videos" / f"{i}.mp4").write_bytes((tmp_path / "videos" / "0.mp4").read_bytes())
-    out, settings = tmp_path / "out", ["num_workers=0", "data.stride=3", "hop=3", "batch_size=4", "level=tokens"]
-    command = [sys.executable, "-m", "video_mae", "extract", str(model), str(tmp_path / "videos"), str(out), *settings]
+    out, settings = (
+        tmp_path / "out",
+        ["num_workers=0", "data.stride=3", "hop=3", "batch_size=4", "level=tokens"],
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "video_mae",
+        "extract",
+        str(model),
+        str(tmp_path / "videos"),
+        str(out),
+        *settings,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list(out.glob("*.npz"))) < 3:
@@ -260,7 +364,10 @@ def test_a_killed_extraction_leaves_whole_files_and_goes_on(model: Path, write_v
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.npz")}
     assert len(before) < 60
     assert all(np.load(path)["features"].shape == (17, 2, 2, 2, 24) for path in before)
-    assert start(str(model), str(tmp_path / "videos"), str(out), config("hop=3", "level=tokens"))() == 0
+    assert (
+        start(str(model), str(tmp_path / "videos"), str(out), config("hop=3", "level=tokens"))()
+        == 0
+    )
     after = list(out.glob("*.npz"))
     assert len(after) == 60
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -290,7 +397,10 @@ def test_a_file_is_there_when_it_is_closed(tmp_path: Path, kind: Any) -> None:
 def test_mistakes_are_one_line(model: Path, video: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(model, video, out)
-    with pytest.raises(ValueError, match=r"out: its features were made with hop = 10, now 11; choose another folder"):
+    with pytest.raises(
+        ValueError,
+        match=r"out: its features were made with hop = 10, now 11; choose another folder",
+    ):
         start(str(model), str(video), str(out), config("hop=11"))
     torch.manual_seed(9)
     save_model_folder(tmp_path / "other", VideoMAE(MODEL))

@@ -1,4 +1,6 @@
-"""Heads on frozen features: against their definitions, each alone, and on signals that one finds and another cannot."""
+"""Heads on frozen features: against their definitions, each alone, and on signals that one finds
+and another cannot.
+"""
 
 import math
 
@@ -7,7 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
+from video_mae.evaluation.heads import (
+    AttentiveHead,
+    HeadGrid,
+    LinearHead,
+    Setting,
+    neighbour_scores,
+)
 
 SETTINGS = [Setting(lr, decay) for lr in (1e-3, 3e-2) for decay in (0.0, 0.5)]
 
@@ -30,7 +38,10 @@ def _one_thread(quiet_process: None) -> None:
 def test_the_batch_norm_is_the_definition_without_parameters():
     grid = HeadGrid(lambda: LinearHead(3, 2), 3, SETTINGS)
     assert list(grid.prepare.parameters()) == []
-    batches = [torch.randn(7, 3) * torch.tensor([1.0, 20.0, 0.1]) + torch.tensor([0.0, 5.0, -9.0]) for _ in range(2)]
+    batches = [
+        torch.randn(7, 3) * torch.tensor([1.0, 20.0, 0.1]) + torch.tensor([0.0, 5.0, -9.0])
+        for _ in range(2)
+    ]
     for x_BD in batches:
         grid.step(x_BD, torch.tensor([0, 1, 1, 0, 1, 0, 0]), 0.0)
     first, x_BD = grid.heads[0], batches[0]
@@ -38,21 +49,27 @@ def test_the_batch_norm_is_the_definition_without_parameters():
     head = first.head
     mean_D = (batches[0].mean(dim=0) + batches[1].mean(dim=0)) / 2
     variance_D = (batches[0].var(dim=0, unbiased=True) + batches[1].var(dim=0, unbiased=True)) / 2
-    torch.testing.assert_close(grid.logits(x_BD)[0], head((x_BD - mean_D) / (variance_D + 1e-6).sqrt()))
+    torch.testing.assert_close(
+        grid.logits(x_BD)[0], head((x_BD - mean_D) / (variance_D + 1e-6).sqrt())
+    )
     grid.train()
     in_training = (x_BD - x_BD.mean(dim=0)) / (x_BD.var(dim=0, unbiased=False) + 1e-6).sqrt()
     torch.testing.assert_close(grid(x_BD)[0], head(in_training))
 
 
 def reference_attention(head: AttentiveHead, tokens_BND: torch.Tensor) -> torch.Tensor:
-    """The cross-attention block as V-JEPA writes it: keys and values of every token, torch's attention."""
+    """The cross-attention block as V-JEPA writes it: keys and values of every token, torch's
+    attention.
+    """
     x = F.layer_norm(tokens_BND, tokens_BND.shape[2:], head.norm1.weight, head.norm1.bias, 1e-6)
     query = head.query_D.expand(len(x), 1, -1)
 
     def split(y: torch.Tensor) -> torch.Tensor:
         return y.unflatten(2, (head.num_heads, -1)).transpose(1, 2)
 
-    attended = F.scaled_dot_product_attention(split(head.q(query)), split(head.k(x)), split(head.v(x)))
+    attended = F.scaled_dot_product_attention(
+        split(head.q(query)), split(head.k(x)), split(head.v(x))
+    )
     y = query + head.proj(attended.transpose(1, 2).flatten(2))
     y = y + head.mlp(head.norm2(y))
     return head.head(y[:, 0])
@@ -67,8 +84,14 @@ def test_the_attentive_head_is_a_cross_attention_block():
     expected = reference_attention(head, tokens_BND)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     weight_BK = torch.randn(2, 5)
-    gradients = torch.autograd.grad((logits * weight_BK).sum(), list(head.parameters()), retain_graph=True)
-    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weight_BK).sum(), list(head.parameters())), strict=True):
+    gradients = torch.autograd.grad(
+        (logits * weight_BK).sum(), list(head.parameters()), retain_graph=True
+    )
+    for ours, theirs in zip(
+        gradients,
+        torch.autograd.grad((expected * weight_BK).sum(), list(head.parameters())),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -83,16 +106,20 @@ def test_each_head_of_a_grid_ends_as_it_would_alone(kind: str) -> None:
 
     grid, steps = HeadGrid(make, 6, SETTINGS), 12
     for step in range(steps):
-        grid.step(x[step: step + 8], label_B[step: step + 8], step / steps)
+        grid.step(x[step : step + 8], label_B[step : step + 8], step / steps)
     together = grid.logits(x)
     for place, setting in enumerate(SETTINGS):
         head = make()
         prepare = head.prepare(6)
-        optimizer = torch.optim.AdamW(head.parameters(), setting.lr, weight_decay=setting.weight_decay)
+        optimizer = torch.optim.AdamW(
+            head.parameters(), setting.lr, weight_decay=setting.weight_decay
+        )
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = setting.lr * (1 + math.cos(math.pi * step / steps)) / 2
+            optimizer.param_groups[0]["lr"] = (
+                setting.lr * (1 + math.cos(math.pi * step / steps)) / 2
+            )
             optimizer.zero_grad()
-            F.cross_entropy(head(prepare(x[step: step + 8])), label_B[step: step + 8]).backward()
+            F.cross_entropy(head(prepare(x[step : step + 8])), label_B[step : step + 8]).backward()
             optimizer.step()
         torch.testing.assert_close(together[place], head(prepare.eval()(x)), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(together[0], together[-1], atol=1e-2)  # the settings do differ
@@ -100,7 +127,8 @@ def test_each_head_of_a_grid_ends_as_it_would_alone(kind: str) -> None:
 
 def test_a_linear_head_finds_a_planted_direction():
     x_BD, label_B = torch.randn(200, 8), torch.randint(2, (200,))
-    x_BD[:, 3] = 0.01 * (2.0 * label_B - 1) + 0.001 * torch.randn(200)  # small beside the noise: the batch norm sees to that
+    # small beside the noise: the batch norm sees to that
+    x_BD[:, 3] = 0.01 * (2.0 * label_B - 1) + 0.001 * torch.randn(200)
     grid = train(HeadGrid(lambda: LinearHead(8, 2), 8, SETTINGS), x_BD[:100], label_B[:100])
     assert max(accuracy(grid, x_BD[100:], label_B[100:])) == 1.0
 
@@ -117,16 +145,35 @@ def test_an_attentive_head_finds_what_the_mean_of_the_tokens_does_not_hold():
         return tokens_BND - tokens_BND.mean(dim=1, keepdim=True), label_B
 
     (train_x, train_label), (x, label) = clips(128), clips(128)
-    attentive = train(HeadGrid(lambda: AttentiveHead(8, 2, num_heads=2), 8, SETTINGS), train_x, train_label, steps=120)
-    linear = train(HeadGrid(lambda: LinearHead(8, 2), 8, SETTINGS), train_x.mean(dim=1), train_label)
+    attentive = train(
+        HeadGrid(lambda: AttentiveHead(8, 2, num_heads=2), 8, SETTINGS),
+        train_x,
+        train_label,
+        steps=120,
+    )
+    linear = train(
+        HeadGrid(lambda: LinearHead(8, 2), 8, SETTINGS), train_x.mean(dim=1), train_label
+    )
     assert max(accuracy(attentive, x, label)) > 0.95
     assert max(accuracy(linear, x.mean(dim=1), label)) < 0.7
 
 
 def test_neighbours_vote_as_defined():
     rng = np.random.default_rng(0)
-    query, example, label = rng.normal(size=(5, 4)), rng.normal(size=(11, 4)), rng.integers(3, size=11)
-    scores_GBK = neighbour_scores(torch.from_numpy(query), torch.from_numpy(example), torch.from_numpy(label), 3, (1, 4, 50), 0.2, chunk=2)
+    query, example, label = (
+        rng.normal(size=(5, 4)),
+        rng.normal(size=(11, 4)),
+        rng.integers(3, size=11),
+    )
+    scores_GBK = neighbour_scores(
+        torch.from_numpy(query),
+        torch.from_numpy(example),
+        torch.from_numpy(label),
+        3,
+        (1, 4, 50),
+        0.2,
+        chunk=2,
+    )
     for scores_BK, k in zip(scores_GBK.numpy(), (1, 4, 11), strict=True):
         for q, scores_K in zip(query, scores_BK, strict=True):
             cosine = example @ q / np.linalg.norm(example, axis=1) / np.linalg.norm(q)

@@ -1,4 +1,6 @@
-"""Accuracies against torchmetrics and the definitions, ties, videos without scores, the table and the picture."""
+"""Accuracies against torchmetrics and the definitions, ties, videos without scores, the table and
+the picture.
+"""
 
 import csv
 import math
@@ -25,12 +27,16 @@ def test_accuracies_are_those_of_torchmetrics():
     scores = drawn()
     score_MK, label_M = torch.from_numpy(scores.score_MK), torch.from_numpy(scores.label_M)
     metrics = scores.metrics()
-    expected = {"top1": multiclass_accuracy(score_MK, label_M, 7, average="micro"),
-                "top5": multiclass_accuracy(score_MK, label_M, 7, average="micro", top_k=5),
-                "mean_class_accuracy": multiclass_accuracy(score_MK, label_M, 7, average="macro")}
+    expected = {
+        "top1": multiclass_accuracy(score_MK, label_M, 7, average="micro"),
+        "top5": multiclass_accuracy(score_MK, label_M, 7, average="micro", top_k=5),
+        "mean_class_accuracy": multiclass_accuracy(score_MK, label_M, 7, average="macro"),
+    }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(float(value), abs=1e-6), name
-    assert np.array_equal(scores.confusion(), multiclass_confusion_matrix(score_MK, label_M, 7).numpy())
+    assert np.array_equal(
+        scores.confusion(), multiclass_confusion_matrix(score_MK, label_M, 7).numpy()
+    )
 
 
 def test_mean_class_accuracy_is_over_the_classes_that_have_videos():
@@ -67,20 +73,39 @@ def test_the_class_table_has_a_line_a_class(tmp_path):
     score_MK = np.zeros((5, 7))
     score_MK[range(5), [0, 2, 2, 1, 6]] = 1.0
     score_MK[4] = np.nan
-    write_class_table(tmp_path / "classes.csv", Scores(score_MK, np.array([0, 0, 0, 1, 1])), ["a, b", *NAMES[1:]])
+    write_class_table(
+        tmp_path / "classes.csv", Scores(score_MK, np.array([0, 0, 0, 1, 1])), ["a, b", *NAMES[1:]]
+    )
     rows = list(csv.DictReader((tmp_path / "classes.csv").open()))
     assert [row["label"] for row in rows] == [str(label) for label in range(7)]
-    assert rows[0] == {"label": "0", "class": "a, b", "videos": "3", "without_scores": "0", "top1": "0.3333", "top5": "1.0000",
-                       "most_taken_for": "class 2", "times": "2"}
-    assert (rows[1]["videos"], rows[1]["without_scores"], rows[1]["top1"], rows[1]["most_taken_for"]) == ("2", "1", "0.5000", "")
+    assert rows[0] == {
+        "label": "0",
+        "class": "a, b",
+        "videos": "3",
+        "without_scores": "0",
+        "top1": "0.3333",
+        "top5": "1.0000",
+        "most_taken_for": "class 2",
+        "times": "2",
+    }
+    assert (
+        rows[1]["videos"],
+        rows[1]["without_scores"],
+        rows[1]["top1"],
+        rows[1]["most_taken_for"],
+    ) == ("2", "1", "0.5000", "")
     assert (rows[3]["videos"], rows[3]["top1"]) == ("0", "")
 
 
 @pytest.mark.parametrize("num_classes", [2, 61])
-def test_the_confusion_picture_is_darkest_where_the_videos_are(tmp_path: Path, num_classes: int) -> None:
+def test_the_confusion_picture_is_darkest_where_the_videos_are(
+    tmp_path: Path, num_classes: int
+) -> None:
     confusion = np.eye(num_classes, dtype=np.int64) * 3
     confusion[1] = 0  # no videos
-    draw_confusion(tmp_path / "confusion.png", confusion, [f"class {label}" for label in range(num_classes)])
+    draw_confusion(
+        tmp_path / "confusion.png", confusion, [f"class {label}" for label in range(num_classes)]
+    )
     picture = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
     assert min(picture.shape[:2]) > 300
     dark = (picture == (8, 48, 107)).all(axis=2)  # the end of the colour map

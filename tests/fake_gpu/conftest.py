@@ -1,7 +1,8 @@
-"""These tests run in a process that is told of a GPU which can do nothing (gpu.c): tests/test_fake_gpu.py starts it.
+"""These tests run in a process that is told of a GPU which can do nothing (gpu.c):
+tests/test_fake_gpu.py starts it.
 
-Models live on fake CUDA tensors: shapes, dtypes, devices, which kernel is chosen, and every wait of the host for the device, which
-raises, as a fake tensor has no value.
+Models live on fake CUDA tensors: shapes, dtypes, devices, which kernel is chosen, and every wait of
+the host for the device, which raises, as a fake tensor has no value.
 """
 
 import os
@@ -28,7 +29,8 @@ class Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removesuffix(".default")
-        if not name.startswith("prim.") and not func.is_view:  # neither where a fake is, nor what only the host does
+        # neither where a fake is, nor what only the host does
+        if not name.startswith("prim.") and not func.is_view:
             self.num[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -45,11 +47,16 @@ def on_gpu() -> Callable[..., Any]:
     """on_gpu(lambda: VideoMAE(...), dtype): the model on the GPU, its weights fakes of this dtype."""
 
     def move(make: Callable[[], nn.Module], dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-        with torch.device("meta"):  # weights are never filled: a giant model takes as long as a small one
+        # weights are never filled: a giant model takes as long as a small one
+        with torch.device("meta"):
             model = make()
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=dtype, device="cuda")))
+                setattr(
+                    module,
+                    name,
+                    nn.Parameter(torch.empty(weight.shape, dtype=dtype, device="cuda")),
+                )
             for name, buffer in module.named_buffers(recurse=False):
                 kind = dtype if buffer.is_floating_point() else buffer.dtype
                 setattr(module, name, torch.empty(buffer.shape, dtype=kind, device="cuda"))

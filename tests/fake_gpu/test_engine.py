@@ -1,4 +1,6 @@
-"""Steps of ViT-B through `Engine` on fake CUDA tensors, as one of two ranks: what the GPU is asked, and that nobody waits for it."""
+"""Steps of ViT-B through `Engine` on fake CUDA tensors, as one of two ranks: what the GPU is asked,
+and that nobody waits for it.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,16 +24,29 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @pytest.fixture(scope="module")
 def one_of_two_ranks() -> Iterator[None]:
-    """A process group in which the other rank is made up; DeepSpeed keeps it until the process ends."""
-    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": "1"}
+    """A process group in which the other rank is made up; DeepSpeed keeps it until the process
+    ends.
+    """
+    environment = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(RANKS),
+        "LOCAL_WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
-        patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)  # fakes have no allocator
+        # fakes have no allocator
+        patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         # ZeRO 3 has the ranks compare the order of layers in its first step, on the host.
-        patch.setattr("deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks", lambda ints: None)
-        # DeepSpeed moves the model to where it is; torch would exchange each weight with a copy of itself, which fakes do not allow.
+        patch.setattr(
+            "deepspeed.runtime.zero.partitioned_param_coordinator.assert_ints_same_as_other_ranks",
+            lambda ints: None,
+        )
+        # DeepSpeed moves the model to where it is; torch would exchange each weight with a copy of
+        # itself, which fakes do not allow.
         patch.setattr(torch.utils, "swap_tensors", lambda here, there: None)
         dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
         yield
@@ -40,14 +55,35 @@ def one_of_two_ranks() -> Iterator[None]:
 @pytest.mark.usefixtures("fakes", "one_of_two_ranks")
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("stage", range(4))
-def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(stage: Any, precision: Any, on_gpu: Callable[..., Any],
-                                                              tmp_path: Path) -> None:
+def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(
+    stage: Any, precision: Any, on_gpu: Callable[..., Any], tmp_path: Path
+) -> None:
     model_config = ModelConfig.preset("base")
-    model = on_gpu(lambda: VideoMAE(model_config, ObjectiveConfig(contrastive_weight=0.1)), DTYPES[precision])
-    engine_config, optim_config = EngineConfig(zero_stage=stage, precision=precision), OptimConfig(micro_batch=B, accumulation=2)
-    config = deepspeed_config(engine_config, optim_config, JournalConfig(), clips_per_video=1, world_size=RANKS, run_folder=tmp_path)
+    model = on_gpu(
+        lambda: VideoMAE(model_config, ObjectiveConfig(contrastive_weight=0.1)), DTYPES[precision]
+    )
+    engine_config, optim_config = (
+        EngineConfig(zero_stage=stage, precision=precision),
+        OptimConfig(micro_batch=B, accumulation=2),
+    )
+    config = deepspeed_config(
+        engine_config,
+        optim_config,
+        JournalConfig(),
+        clips_per_video=1,
+        world_size=RANKS,
+        run_folder=tmp_path,
+    )
     engine = Engine(model, engine_config, optim_config, config, tmp_path)
-    clip_BTHWC = torch.empty(B, model_config.num_frames, model_config.height, model_config.width, 3, dtype=torch.uint8, device="cuda")
+    clip_BTHWC = torch.empty(
+        B,
+        model_config.num_frames,
+        model_config.height,
+        model_config.width,
+        3,
+        dtype=torch.uint8,
+        device="cuda",
+    )
     mask = token_mask(torch.arange(B, device="cuda"), model_config.grid, "tube", 0.9, 0.5)
 
     def accumulate() -> None:

@@ -1,4 +1,6 @@
-"""Starts tests/fake_gpu where torch finds a GPU that can do nothing: the library is built here, and preloaded."""
+"""Starts tests/fake_gpu where torch finds a GPU that can do nothing: the library is built here, and
+preloaded.
+"""
 
 import os
 import shutil
@@ -18,11 +20,42 @@ HEADERS = Path(backends.__path__[0]) / "nvidia" / "include"  # CUDA's, from Trit
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 def test_what_runs_on_cuda_runs_on_fake_cuda_tensors(tmp_path: Path) -> None:
     library = tmp_path / "libcuda.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", f"-I{HEADERS}", f"-Wl,-soname,{library.name}", str(HERE / "fake_gpu" / "gpu.c"),
-                    "-o", str(library)], check=True)
-    environment = {**os.environ, "FAKE_GPU": "1", "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(HERE / "fake_gpu"), "-p", "no:cacheprovider", "--durations=10"]
-    finished = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    subprocess.run(
+        [
+            "cc",
+            "-shared",
+            "-fPIC",
+            f"-I{HEADERS}",
+            f"-Wl,-soname,{library.name}",
+            str(HERE / "fake_gpu" / "gpu.c"),
+            "-o",
+            str(library),
+        ],
+        check=True,
+    )
+    environment = {
+        **os.environ,
+        "FAKE_GPU": "1",
+        "LD_PRELOAD": str(library),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(HERE / "fake_gpu"),
+        "-p",
+        "no:cacheprovider",
+        "--durations=10",
+    ]
+    finished = subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     print(finished.stdout)  # pytest shows it if this fails
     assert finished.returncode == 0, "\n" + finished.stdout[-20000:]
     assert " passed" in finished.stdout

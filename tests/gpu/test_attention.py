@@ -1,4 +1,6 @@
-"""The attention kernels on a GPU against the reference in float64, by the two-sided rule of tests/norms.py."""
+"""The attention kernels on a GPU against the reference in float64, by the two-sided rule of
+tests/norms.py.
+"""
 
 import runpy
 from pathlib import Path
@@ -12,7 +14,10 @@ from video_mae.kernels import attention, attention_long, attention_short, refere
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.preset_shapes import attention_shapes
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 norms = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "norms.py")))
 OPCHECK: Any = torch.library.opcheck
 HALF = [torch.bfloat16, torch.float16]
@@ -20,13 +25,35 @@ TOKENS = [1, 2, 15, 16, 17, 63, 64, 65, 97, 127, 128, 129, 157, 160, 161, 196, 2
 LONG_TOKENS = [257, 785]
 WIDTHS = [16, 24, 32, 40, 64, 72, 80, 88, 96, 128]
 CASES = [
-    *((program, (3, tokens, 5, 64), dtype) for program in (attention_short, attention_long) for tokens in TOKENS for dtype in HALF),
-    *((program, (2, tokens, 3, width), torch.bfloat16) for program in (attention_short, attention_long) for tokens in (97, 160, 256)
-      for width in WIDTHS),
-    *((attention_long, (2, tokens, 3, width), dtype) for tokens in LONG_TOKENS for width in (64, 80, 88, 128) for dtype in HALF),
-    *((program, (2, shape.tokens, shape.heads, shape.width), torch.bfloat16) for shape in attention_shapes()
-      for program in (attention_short, attention_long) if program is attention_long or shape.tokens <= attention_short.MAX_TOKENS),
-    *((attention_long, (2, tokens, 3, width), torch.float32) for tokens in (17, 160, 257) for width in (24, 64, 80, 128)),
+    *(
+        (program, (3, tokens, 5, 64), dtype)
+        for program in (attention_short, attention_long)
+        for tokens in TOKENS
+        for dtype in HALF
+    ),
+    *(
+        (program, (2, tokens, 3, width), torch.bfloat16)
+        for program in (attention_short, attention_long)
+        for tokens in (97, 160, 256)
+        for width in WIDTHS
+    ),
+    *(
+        (attention_long, (2, tokens, 3, width), dtype)
+        for tokens in LONG_TOKENS
+        for width in (64, 80, 88, 128)
+        for dtype in HALF
+    ),
+    *(
+        (program, (2, shape.tokens, shape.heads, shape.width), torch.bfloat16)
+        for shape in attention_shapes()
+        for program in (attention_short, attention_long)
+        if program is attention_long or shape.tokens <= attention_short.MAX_TOKENS
+    ),
+    *(
+        (attention_long, (2, tokens, 3, width), torch.float32)
+        for tokens in (17, 160, 257)
+        for width in (24, 64, 80, 128)
+    ),
 ]
 
 
@@ -35,7 +62,9 @@ def inputs(shape, dtype, seed=0):
     batch, tokens, heads, width = shape
     generator = torch.Generator("cuda").manual_seed(seed)
     qkv = torch.randn(batch, tokens, 3, heads, width, generator=generator, device="cuda")
-    return qkv.to(dtype), torch.randn(batch, tokens, heads, width, generator=generator, device="cuda").to(dtype)
+    return qkv.to(dtype), torch.randn(
+        batch, tokens, heads, width, generator=generator, device="cuda"
+    ).to(dtype)
 
 
 def reference_of(qkv, dout):
@@ -52,25 +81,46 @@ def run(program: ModuleType, qkv, dout):
 
 
 def check(program, qkv, dout, **rule):
-    ours, low, exact = run(program, qkv, dout), reference_of(qkv, dout), reference_of(qkv.double(), dout.double())
-    bounds = norms.attention_bounds(qkv, dout)  # for float32: what `low` is off by there is one processor's luck
+    ours, low, exact = (
+        run(program, qkv, dout),
+        reference_of(qkv, dout),
+        reference_of(qkv.double(), dout.double()),
+    )
+    # for float32: what `low` is off by there is one processor's luck
+    bounds = norms.attention_bounds(qkv, dout)
     in_float32 = 1.0 if qkv.dtype == torch.float32 else 0.0
-    norms.assert_close(ours[0], low[0], exact[0], "out", slack=in_float32 * bounds[0].max().item(), rmse=rule.get("rmse"))
+    norms.assert_close(
+        ours[0],
+        low[0],
+        exact[0],
+        "out",
+        slack=in_float32 * bounds[0].max().item(),
+        rmse=rule.get("rmse"),
+    )
     for i, name in enumerate(("dq", "dk", "dv")):
         parts = [gradient[:, :, i] for gradient in (ours[1], low[1], exact[1])]
         is_zero = qkv.shape[1] == 1 and name != "dv"  # but for the rounding of sums in float32
         slack = max(in_float32, float(is_zero)) * bounds[1][:, :, i].max().item()
-        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule})
+        norms.assert_close(
+            *parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule}
+        )
 
 
-@pytest.mark.parametrize(("program", "shape", "dtype"), CASES,
-                         ids=lambda value: value.__name__.split("_")[-1] if isinstance(value, ModuleType) else str(value))
+@pytest.mark.parametrize(
+    ("program", "shape", "dtype"),
+    CASES,
+    ids=lambda value: (
+        value.__name__.split("_")[-1] if isinstance(value, ModuleType) else str(value)
+    ),
+)
 def test_attention_and_its_gradient_are_their_definition(program, shape, dtype):
     check(program, *inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("program", "tokens"), [(attention_short, 160), (attention_long, 160), (attention_long, 785)])
+@pytest.mark.parametrize(
+    ("program", "tokens"), [(attention_short, 160), (attention_long, 160), (attention_long, 785)]
+)
 def test_extreme_logits_neither_overflow_nor_lose_the_gradient(program, tokens, dtype):
     qkv, dout = inputs((2, tokens, 3, 64), dtype)
     qkv[:, :, 0] *= 5
@@ -79,7 +129,9 @@ def test_extreme_logits_neither_overflow_nor_lose_the_gradient(program, tokens, 
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("program", "tokens"), [(attention_short, 160), (attention_long, 161), (attention_long, 864)])
+@pytest.mark.parametrize(
+    ("program", "tokens"), [(attention_short, 160), (attention_long, 161), (attention_long, 864)]
+)
 def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_batch(program, tokens, dtype):
     qkv, dout = inputs((4, tokens, 6, 64), dtype)
     together = run(program, qkv, dout)
@@ -89,12 +141,21 @@ def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_batch(program, toke
     assert all(torch.equal(a[0], t[1]) for a, t in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize(("program", "tokens"), [(attention_short, 157), (attention_long, 157), (attention_long, 300)])
+@pytest.mark.parametrize(
+    ("program", "tokens"), [(attention_short, 157), (attention_long, 157), (attention_long, 300)]
+)
 def test_nothing_beyond_the_input_is_read(program, tokens):
     qkv, dout = inputs((2, tokens, 3, 72), torch.bfloat16)
-    around = torch.full((3, tokens + 70, 4, 4, 80), float("nan"), dtype=torch.bfloat16, device="cuda")
-    dout_around = torch.full((3, tokens + 70, 4, 80), float("nan"), dtype=torch.bfloat16, device="cuda")
-    inside = around[:2, :tokens, :3, :3, :72].copy_(qkv), dout_around[:2, :tokens, :3, :72].copy_(dout)
+    around = torch.full(
+        (3, tokens + 70, 4, 4, 80), float("nan"), dtype=torch.bfloat16, device="cuda"
+    )
+    dout_around = torch.full(
+        (3, tokens + 70, 4, 80), float("nan"), dtype=torch.bfloat16, device="cuda"
+    )
+    inside = (
+        around[:2, :tokens, :3, :3, :72].copy_(qkv),
+        dout_around[:2, :tokens, :3, :72].copy_(dout),
+    )
     assert all(map(torch.equal, run(program, *inside), run(program, qkv, dout)))
 
 
@@ -122,7 +183,9 @@ def test_a_recorded_graph_follows_its_inputs(tokens):
             dout.copy_(new_dout)
         graph.replay()
         program = attention_short if tokens <= 256 else attention_long
-        assert all(map(torch.equal, [x.detach() for x in recorded], run(program, new_qkv, new_dout)))
+        assert all(
+            map(torch.equal, [x.detach() for x in recorded], run(program, new_qkv, new_dout))
+        )
 
 
 @pytest.mark.parametrize("tokens", [160, 257])

@@ -1,4 +1,6 @@
-"""The kernel benchmark on a GPU: every way to take a time, and the rows of our kernels, at small shapes."""
+"""The kernel benchmark on a GPU: every way to take a time, and the rows of our kernels, at small
+shapes.
+"""
 
 import time
 from pathlib import Path
@@ -14,16 +16,24 @@ from video_mae.benchmark.measure import Ceilings, Clock
 from video_mae.benchmark.records_base import Run, append, environment
 from video_mae.benchmark.report import write_page
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 GPU, BF16 = torch.device("cuda"), torch.bfloat16
 SIZE = (4, 96, 96)  # 72 tokens
 
 
 def problem_of(number: int) -> Problem:
-    return [lambda: Attention("short", 3, 160, 4, 64, BF16, GPU), lambda: Attention("long", 3, 785, 2, 80, BF16, GPU),
-            lambda: Gather("small", 3, SIZE, 11, 64, BF16, GPU), lambda: Embed("small", 3, SIZE, 11, 64, BF16, GPU),
-            lambda: Reconstruction("small", 3, SIZE, 61, 64, BF16, GPU), lambda: Contrastive("small", 3, 61, "batch", BF16, GPU),
-            lambda: Joint("small", 3, SIZE, 61, 64, BF16, GPU)][number]()
+    return [
+        lambda: Attention("short", 3, 160, 4, 64, BF16, GPU),
+        lambda: Attention("long", 3, 785, 2, 80, BF16, GPU),
+        lambda: Gather("small", 3, SIZE, 11, 64, BF16, GPU),
+        lambda: Embed("small", 3, SIZE, 11, 64, BF16, GPU),
+        lambda: Reconstruction("small", 3, SIZE, 61, 64, BF16, GPU),
+        lambda: Contrastive("small", 3, 61, "batch", BF16, GPU),
+        lambda: Joint("small", 3, SIZE, 61, 64, BF16, GPU),
+    ][number]()
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +45,39 @@ def clock() -> Clock:
 def test_our_kernels_are_right_and_measured_in_every_way(number: int, clock: Clock) -> None:
     problem = problem_of(number)
     records = benchmark_cells.measure_problem(problem, clock, Ceilings(1e15, 1e13))
-    ours = [record for record in records if record.provider.startswith("ours") and not (record.provider == "ours short" and number == 1)]
-    assert {(record.provider, record.mode) for record in ours} >= {("ours auto", mode) for mode in problem.modes}
+    ours = [
+        record
+        for record in records
+        if record.provider.startswith("ours")
+        and not (record.provider == "ours short" and number == 1)
+    ]
+    assert {(record.provider, record.mode) for record in ours} >= {
+        ("ours auto", mode) for mode in problem.modes
+    }
     for record in ours:
-        assert (record.reason, record.measures.get("gate"), record.measures.get("note")) == ("", "", None), record.name
+        assert (record.reason, record.measures.get("gate"), record.measures.get("note")) == (
+            "",
+            "",
+            None,
+        ), record.name
         assert set(record.times) == {"cold", "graph", "wall"}
         assert all(0 < times.p20 <= times.p50 <= times.p80 < 100 for times in record.times.values())
         assert float(record.measures["peak_mb"]) > 0
-        assert record.measures["bit_equal"] or record.measures.get("resolved") == "sdpa", record.name
+        assert record.measures["bit_equal"] or record.measures.get("resolved") == "sdpa", (
+            record.name
+        )
     baseline = [record for record in records if record.provider == problem.baseline]
-    assert [(record.reason, record.measures["gate"]) for record in baseline] == [("", "")] * len(problem.modes)
+    assert [(record.reason, record.measures["gate"]) for record in baseline] == [("", "")] * len(
+        problem.modes
+    )
 
 
 def test_every_sdpa_backend_is_told_by_name(clock: Clock) -> None:
     records = benchmark_cells.measure_problem(problem_of(0), clock, Ceilings(1e15, 1e13), ["sdpa"])
     forward = {record.provider: record for record in records if record.mode == "forward"}
-    assert {"sdpa flash", "sdpa efficient", "sdpa math", "sdpa cudnn", "sdpa default"} <= set(forward)
+    assert {"sdpa flash", "sdpa efficient", "sdpa math", "sdpa cudnn", "sdpa default"} <= set(
+        forward
+    )
     assert not forward["sdpa flash"].reason
     assert forward["sdpa default"].measures["resolved"] in ("flash", "cudnn", "efficient", "math")
 
@@ -84,5 +111,14 @@ def test_ceilings_are_those_of_a_gpu(clock: Clock, tmp_path: Path) -> None:
     header = {**environment(GPU), "dtype": "bfloat16", "ceilings": ceilings._asdict()}
     assert header["driver"]
     assert header["device"] == torch.cuda.get_device_name()
-    append(tmp_path / "kernels.jsonl", Run(header, benchmark_cells.measure_problem(problem_of(0), clock, ceilings, ["ours", "reference"])))
-    assert [path.name for path in write_page(tmp_path / "kernels.jsonl", benchmark.tables)] == ["kernels.md", "kernels_roofline.png"]
+    append(
+        tmp_path / "kernels.jsonl",
+        Run(
+            header,
+            benchmark_cells.measure_problem(problem_of(0), clock, ceilings, ["ours", "reference"]),
+        ),
+    )
+    assert [path.name for path in write_page(tmp_path / "kernels.jsonl", benchmark.tables)] == [
+        "kernels.md",
+        "kernels_roofline.png",
+    ]

@@ -1,4 +1,6 @@
-"""Every kernel compiles for GPUs that are not here without a spill, and the check would say so if one did not."""
+"""Every kernel compiles for GPUs that are not here without a spill, and the check would say so if
+one did not.
+"""
 
 import os
 import subprocess
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BAD = '''
+BAD = """
 from functools import partial
 
 import torch
@@ -54,7 +56,7 @@ def compile_runs(arch):
             Run("no tensor cores", partial(multiply, 32, 4)), Run("aligned", partial(copy, 64)), Run("aligned again", partial(copy, 128)),
             Run("head of 88", partial(copy, 88)), Run("odd start", partial(copy, 64, 1)), Run("allowed", partial(copy, 88, 1), 64),
             Run("does not compile", lambda: unknown_name[(1,)](torch.empty(1, device="cuda")))]
-'''
+"""
 
 
 COLUMNS = ("registers", "spill", "shared", "HGMMA", "HMMA", "narrow")
@@ -62,8 +64,13 @@ COLUMNS = ("registers", "spill", "shared", "HGMMA", "HMMA", "narrow")
 
 def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-m", "video_mae.kernels.compile_check", *arguments], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, env={**env, "TRITON_CACHE_DIR": str(folder / "cache"), **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "video_mae.kernels.compile_check", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**env, "TRITON_CACHE_DIR": str(folder / "cache"), **environment},
+    )
 
 
 @pytest.mark.timeout(1800)
@@ -76,20 +83,39 @@ def test_every_kernel_compiles_without_spills_within_shared_memory_on_the_tensor
         assert any(noun in line for line in lines), f"no case of {noun}"
     assert any("sm_90" in line for line in lines)
     assert any("sm_80" in line for line in lines)
-    rows = {line.split(" sm_90")[0].strip(): dict(zip(COLUMNS, line.split(" sm_90")[1].split(), strict=False))
-            for line in lines if " sm_90" in line}
-    for name in ("N=160 16x80: forward", "N=160 16x80: backward", "N=208 16x88: forward", "N=208 16x88: backward",
-                 *(f"N={shape}: {kernel}" for shape in ("1568 16x80", "2048 16x88")
-                   for kernel in ("forward", "query_gradient", "key_gradient"))):
+    rows = {
+        line.split(" sm_90")[0].strip(): dict(
+            zip(COLUMNS, line.split(" sm_90")[1].split(), strict=False)
+        )
+        for line in lines
+        if " sm_90" in line
+    }
+    for name in (
+        "N=160 16x80: forward",
+        "N=160 16x80: backward",
+        "N=208 16x88: forward",
+        "N=208 16x88: backward",
+        *(
+            f"N={shape}: {kernel}"
+            for shape in ("1568 16x80", "2048 16x88")
+            for kernel in ("forward", "query_gradient", "key_gradient")
+        ),
+    ):
         row = rows[f"attention bf16 {name}"]
-        assert (row["spill"], row["narrow"]) == ("0", "0"), f"{name}: a spill, or values read one by one"
+        assert (row["spill"], row["narrow"]) == ("0", "0"), (
+            f"{name}: a spill, or values read one by one"
+        )
 
 
 def test_bad_kernels_are_found(tmp_path):
     (tmp_path / "bad_kernels.py").write_text(BAD)
     finished = run(tmp_path, "--modules", "bad_kernels", "--arch", "90", PYTHONPATH=str(tmp_path))
     assert finished.returncode == 1, finished.stdout
-    found = {line.split(" sm_90")[0].strip(): line for line in finished.stdout.splitlines() if " sm_90" in line}
+    found = {
+        line.split(" sm_90")[0].strip(): line
+        for line in finished.stdout.splitlines()
+        if " sm_90" in line
+    }
     for name in ("good: product", "aligned: rows", "allowed: rows"):
         assert found[name].rstrip().split()[-1].isdigit(), name
     assert "aligned again: rows" not in found  # the same compilation

@@ -45,13 +45,21 @@ def videos(data: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {split: read_videos(data, split) for split in ("train", "val")}
 
 
-def neighbours_accuracy(train_SF: Tensor, train_labels_S: Tensor, val_SF: Tensor, val_labels_S: Tensor, k: int = 5) -> float:
+def neighbours_accuracy(
+    train_SF: Tensor, train_labels_S: Tensor, val_SF: Tensor, val_labels_S: Tensor, k: int = 5
+) -> float:
     mean_F, std_F = train_SF.mean(0), train_SF.std(0) + 1e-6
-    nearest = torch.cdist((val_SF - mean_F) / std_F, (train_SF - mean_F) / std_F).topk(k, largest=False).indices
+    nearest = (
+        torch.cdist((val_SF - mean_F) / std_F, (train_SF - mean_F) / std_F)
+        .topk(k, largest=False)
+        .indices
+    )
     return (train_labels_S[nearest].mode(1).values == val_labels_S).float().mean().item()
 
 
-def logistic_accuracy(train_SF: Tensor, train_labels_S: Tensor, val_SF: Tensor, val_labels_S: Tensor) -> float:
+def logistic_accuracy(
+    train_SF: Tensor, train_labels_S: Tensor, val_SF: Tensor, val_labels_S: Tensor
+) -> float:
     mean_F, std_F = train_SF.mean(0), train_SF.std(0) + 1e-6
     train_SF, val_SF = (train_SF - mean_F) / std_F, (val_SF - mean_F) / std_F
     weight = torch.zeros(train_SF.shape[1], len(ACTIONS), requires_grad=True)
@@ -69,16 +77,27 @@ def frame_features(videos_STHWC: Tensor, frame_S: Tensor) -> Tensor:
 
 
 def motion_features(videos_STHWC: Tensor) -> Tensor:
-    """Mean velocity, mean turning of the velocity and mean rotation of what is brighter than any background."""
+    """Mean velocity, mean turning of the velocity and mean rotation of what is brighter than any
+    background.
+    """
     bright_STHW = (videos_STHWC.mean(-1) - 0.36).clamp(0, 0.02)
     height, width = bright_STHW.shape[2:]
     y_H, x_W = torch.arange(height) / height, torch.arange(width) / width
     # the screen is a torus: the mean place is the angle of a mean on the circle
-    place_ST2 = torch.stack([(torch.exp(2j * math.pi * along) * bright_STHW.sum(other)).sum(-1).angle() / (2 * math.pi)
-                             for along, other in ((x_W, 2), (y_H, 3))], -1)
+    place_ST2 = torch.stack(
+        [
+            (torch.exp(2j * math.pi * along) * bright_STHW.sum(other)).sum(-1).angle()
+            / (2 * math.pi)
+            for along, other in ((x_W, 2), (y_H, 3))
+        ],
+        -1,
+    )
     dx_STHW = ((x_W - place_ST2[..., :1] + 0.5) % 1 - 0.5)[:, :, None, :] * width
     dy_STHW = ((y_H - place_ST2[..., 1:] + 0.5) % 1 - 0.5)[:, :, :, None] * height
-    long_axis_ST = torch.atan2((2 * bright_STHW * dx_STHW * dy_STHW).sum((2, 3)), (bright_STHW * (dx_STHW**2 - dy_STHW**2)).sum((2, 3)))
+    long_axis_ST = torch.atan2(
+        (2 * bright_STHW * dx_STHW * dy_STHW).sum((2, 3)),
+        (bright_STHW * (dx_STHW**2 - dy_STHW**2)).sum((2, 3)),
+    )
     velocity_ST2 = (place_ST2.diff(dim=1) + 0.5) % 1 - 0.5
     before, after = velocity_ST2[:, :-8], velocity_ST2[:, 8:]
     turning_S = (before[..., 0] * after[..., 1] - before[..., 1] * after[..., 0]).mean(1)
@@ -92,7 +111,10 @@ def test_the_lists_are_balanced_and_their_files_decode_to_the_size_asked_for(dat
         paths, labels_S = read_list(data, split)
         assert len(set(paths)) == clips
         assert labels_S.bincount().tolist() == [clips // len(ACTIONS)] * len(ACTIONS)
-        assert all(Path(path).parts[:2] == (split, ACTIONS[label]) for path, label in zip(paths, labels_S.tolist(), strict=True))
+        assert all(
+            Path(path).parts[:2] == (split, ACTIONS[label])
+            for path, label in zip(paths, labels_S.tolist(), strict=True)
+        )
         assert len(list((data / split).rglob("*.mp4"))) == clips
     reader = decord.VideoReader(str(data / "train" / "up" / "00002.mp4"))
     assert len(reader) == CONFIG.num_frames
@@ -121,21 +143,32 @@ def test_one_frame_says_nothing_about_the_action(videos: dict[str, tuple[Tensor,
     for which in ("any", "last"):
         features_and_labels = []
         for videos_STHWC, labels_S in (videos["train"], videos["val"]):
-            frame_S = torch.randint(CONFIG.num_frames, labels_S.shape, generator=generator) if which == "any" else torch.full_like(
-                labels_S, CONFIG.num_frames - 1)
+            frame_S = (
+                torch.randint(CONFIG.num_frames, labels_S.shape, generator=generator)
+                if which == "any"
+                else torch.full_like(labels_S, CONFIG.num_frames - 1)
+            )
             features_and_labels += [frame_features(videos_STHWC, frame_S), labels_S]
         for accuracy in (neighbours_accuracy, logistic_accuracy):
-            assert accuracy(*features_and_labels) < chance + 3 * math.sqrt(chance * (1 - chance) / clips), (which, accuracy)
+            assert accuracy(*features_and_labels) < chance + 3 * math.sqrt(
+                chance * (1 - chance) / clips
+            ), (which, accuracy)
 
 
-def test_motion_says_which_action_it_is_on_photographs_never_seen(videos: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_motion_says_which_action_it_is_on_photographs_never_seen(
+    videos: dict[str, tuple[Tensor, Tensor]],
+) -> None:
     (train_STHWC, train_labels_S), (val_STHWC, val_labels_S) = videos["train"], videos["val"]
-    accuracy = neighbours_accuracy(motion_features(train_STHWC), train_labels_S, motion_features(val_STHWC), val_labels_S)
+    accuracy = neighbours_accuracy(
+        motion_features(train_STHWC), train_labels_S, motion_features(val_STHWC), val_labels_S
+    )
     assert accuracy > 0.8
 
 
 @pytest.mark.parametrize("difficulty", ["easy", "medium", "hard"])
-def test_the_same_config_gives_the_same_pixels_and_another_seed_gives_others(tmp_path: Path, difficulty: str) -> None:
+def test_the_same_config_gives_the_same_pixels_and_another_seed_gives_others(
+    tmp_path: Path, difficulty: str
+) -> None:
     config = dataclasses.replace(TINY, difficulty=difficulty)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_demo_data(tmp_path / name, dataclasses.replace(config, seed=seed))
@@ -152,7 +185,10 @@ def test_a_data_set_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     make_demo_data(folder, TINY)
     assert (folder / "train.txt").read_text() == "mine"
     assert [path.name for path in folder.parent.iterdir()] == ["demo"]
-    with pytest.raises(ValueError, match=r"demo: holds another demo data set \(seed = 0 there, 7 wanted\): name another folder, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"demo: holds another demo data set \(seed = 0 there, 7 wanted\): name another folder, or remove",
+    ):
         make_demo_data(folder, dataclasses.replace(TINY, seed=7))
     assert (folder / "train.txt").read_text() == "mine"
 
@@ -163,25 +199,43 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_is_filled(tmp_path: Path) 
     make_demo_data(folder, TINY)
     assert (folder / "demo.json").is_file()
     (folder / "demo.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"demo\.json: is not readable as a demo data set: name another folder, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"demo\.json: is not readable as a demo data set: name another folder, or remove",
+    ):
         make_demo_data(folder, TINY)
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match=r"demo: exists and is not a demo data set .* name another folder, or remove"):
+    with pytest.raises(
+        ValueError,
+        match=r"demo: exists and is not a demo data set .* name another folder, or remove",
+    ):
         make_demo_data(folder, TINY)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_a_render_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_render_that_fails_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(PHOTOGRAPHS, "val", ("missing.png", "chelsea.png"))
     with pytest.raises(FileNotFoundError, match=r"missing\.png.*install scikit-image"):
         make_demo_data(tmp_path / "demo", TINY)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("train_clips", 12), ("validation_clips", 0), ("height", 63), ("width", 30), ("num_frames", 1),
-                                            ("fps", 0), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_clips", 12),
+        ("validation_clips", 0),
+        ("height", 63),
+        ("width", 30),
+        ("num_frames", 1),
+        ("fps", 0),
+        ("seed", -1),
+    ],
+)
 def test_a_knob_out_of_range_is_named(key: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{key}: {value} must be"):
         dataclasses.replace(TINY, **{key: value})

@@ -1,4 +1,6 @@
-"""Packing: the frames of the source in their order, whatever the source is; the same bytes however often it was killed."""
+"""Packing: the frames of the source in their order, whatever the source is; the same bytes however
+often it was killed.
+"""
 
 import hashlib
 import json
@@ -33,24 +35,53 @@ from video_mae.decoding import Member, Reading, decode, decoders, read_clip, tim
 from video_mae.decoding.pyav_video import pixels, sequential
 from video_mae.tools import pack
 
-REAL = ("R6llTwEh07w.mp4", "TrumanShow_wave_f_nm_np1_fr_med_26.avi", "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
-        "RATRACE_wave_f_nm_np1_fr_goo_37.avi", "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi", "editlist.mp4",
-        "video_90.mov", "video_180.mov", "video_270.mov", "h264_10bits.mp4", "h265_video.mp4", "odd.mp4", "vfr.mp4", "one.mp4", "two.mp4",
-        "vp9.webm", "flipping_a_pancake.mkv")
+REAL = (
+    "R6llTwEh07w.mp4",
+    "TrumanShow_wave_f_nm_np1_fr_med_26.avi",
+    "SchoolRulesHowTheyHelpUs_wave_f_nm_np1_ba_med_0.avi",
+    "RATRACE_wave_f_nm_np1_fr_goo_37.avi",
+    "hmdb51_Turnk_r_Pippi_Michel_cartwheel_f_cm_np2_le_med_6.avi",
+    "editlist.mp4",
+    "video_90.mov",
+    "video_180.mov",
+    "video_270.mov",
+    "h264_10bits.mp4",
+    "h265_video.mp4",
+    "odd.mp4",
+    "vfr.mp4",
+    "one.mp4",
+    "two.mp4",
+    "vp9.webm",
+    "flipping_a_pancake.mkv",
+)
 
 
 def moving(num_frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth frames_THWC of which no two are alike."""
     rng = np.random.default_rng(seed)
     phase, (y, x) = rng.random(3) * 6, np.mgrid[:height, :width]
-    frames = [[np.sin(x / (9 + 4 * c) + phase[c] + t / 3) * np.cos(y / (11 - 2 * c) - t / 4) for c in range(3)] for t in range(num_frames)]
+    frames = [
+        [
+            np.sin(x / (9 + 4 * c) + phase[c] + t / 3) * np.cos(y / (11 - 2 * c) - t / 4)
+            for c in range(3)
+        ]
+        for t in range(num_frames)
+    ]
     return (np.array(frames).transpose(0, 2, 3, 1) * 100 + 128).astype(np.uint8)
 
 
-def render(path: Path, frames_THWC: np.ndarray, pix_fmt: str = "yuv420p", stamps: Sequence[int] | None = None, **options: str) -> Path:
+def render(
+    path: Path,
+    frames_THWC: np.ndarray,
+    pix_fmt: str = "yuv420p",
+    stamps: Sequence[int] | None = None,
+    **options: str,
+) -> Path:
     """An H.264 file with B-frames; stamps in hundredths of seconds."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": "12", "bf": "2", "g": "250", **options})
+        stream = container.add_stream(
+            "libx264", rate=25, options={"crf": "12", "bf": "2", "g": "250", **options}
+        )
         stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], pix_fmt
         stream.codec_context.time_base = Fraction(1, 100)
         for number, frame_HWC in enumerate(frames_THWC):
@@ -65,7 +96,7 @@ def patch(path: Path, box: bytes, at: int, data: bytes) -> Path:
     """Overwrites bytes of a box of an MP4 file, counted from the end of its name."""
     content = bytearray(path.read_bytes())
     place = content.index(box) + len(box) + at
-    content[place: place + len(data)] = data
+    content[place : place + len(data)] = data
     path.write_bytes(content)
     return path
 
@@ -76,19 +107,34 @@ def odd_videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     quarter_turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
     return {
         "constant": render(folder / "constant.mp4", moving(40, 90, 122)),
-        "variable": render(folder / "variable.mp4", moving(30, 64, 80), stamps=[n * n // 4 + 3 * n for n in range(30)]),
-        "late": render(folder / "late.mkv", moving(20, 64, 80), stamps=[500 + 4 * n for n in range(20)]),
+        "variable": render(
+            folder / "variable.mp4",
+            moving(30, 64, 80),
+            stamps=[n * n // 4 + 3 * n for n in range(30)],
+        ),
+        "late": render(
+            folder / "late.mkv", moving(20, 64, 80), stamps=[500 + 4 * n for n in range(20)]
+        ),
         "ten_bits": render(folder / "ten.mp4", moving(20, 64, 80), "yuv420p10le"),
         "odd": render(folder / "odd.mp4", moving(20, 65, 79), "yuv444p"),
-        "turned": patch(render(folder / "turned.mp4", moving(20, 64, 80)), b"tkhd", 40, quarter_turn),
-        "edited": patch(render(folder / "edited.mp4", moving(40, 64, 80)), b"elst", 8, struct.pack(">I", 600)),
+        "turned": patch(
+            render(folder / "turned.mp4", moving(20, 64, 80)), b"tkhd", 40, quarter_turn
+        ),
+        "edited": patch(
+            render(folder / "edited.mp4", moving(40, 64, 80)), b"elst", 8, struct.pack(">I", 600)
+        ),
         "single": render(folder / "single.mp4", moving(1, 64, 80)),
     }
 
 
-def write_list(folder: Path, videos: Sequence[Path | str], labels: Sequence[int] | None = None) -> str:
+def write_list(
+    folder: Path, videos: Sequence[Path | str], labels: Sequence[int] | None = None
+) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{video} {labels[number] if labels else number % 3}\n" for number, video in enumerate(videos)]
+    lines = [
+        f"{video} {labels[number] if labels else number % 3}\n"
+        for number, video in enumerate(videos)
+    ]
     (folder / "list.txt").write_text("".join(lines))
     return str(folder / "list.txt")
 
@@ -129,20 +175,32 @@ def check_packed(source: Path, member: Member, row: dict[str, Any]) -> None:
     assert len(found) == len(wanted) == row["num_frames"]
     own = [psnr(a, b) for a, b in zip(wanted, found, strict=True)]
     assert min(own) > 27, own
-    if len(wanted) > 1 and psnr(wanted[0], wanted[1]) < 45:  # a neighbour is not mistaken for a frame
+    # a neighbour is not mistaken for a frame
+    if len(wanted) > 1 and psnr(wanted[0], wanted[1]) < 45:
         shifted = [psnr(a, b) for a, b in zip(wanted[1:], found, strict=False)]
         assert np.mean(own) > np.mean(shifted) + 1
     if None not in stamps and all(b > a for a, b in pairwise(stamps)):  # pyright: ignore[reportOperatorIssue]
-        assert np.allclose(np.array(new_stamps, float), np.array(stamps, float) - stamps[0], atol=1e-5)  # pyright: ignore
+        assert np.allclose(
+            np.array(new_stamps, float), np.array(stamps, float) - stamps[0], atol=1e-5
+        )  # pyright: ignore
     assert new_stamps[0] == 0
-    assert (hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_size) == (row["source_sha256"], row["source_bytes"])
+    assert (hashlib.sha256(source.read_bytes()).hexdigest(), source.stat().st_size) == (
+        row["source_sha256"],
+        row["source_bytes"],
+    )
     del kept
 
 
-def test_a_packed_clip_has_the_frames_of_its_source_in_their_order(odd_videos: dict[str, Path], tmp_path: Path) -> None:
-    videos = packed(write_list(tmp_path, list(odd_videos.values())), tmp_path / "out", short_side=60)
+def test_a_packed_clip_has_the_frames_of_its_source_in_their_order(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
+    videos = packed(
+        write_list(tmp_path, list(odd_videos.values())), tmp_path / "out", short_side=60
+    )
     sizes = {}
-    for (member, _), row, (name, source) in zip(videos, rows_of(tmp_path / "out"), odd_videos.items(), strict=True):
+    for (member, _), row, (name, source) in zip(
+        videos, rows_of(tmp_path / "out"), odd_videos.items(), strict=True
+    ):
         check_packed(source, member, row)
         sizes[name] = (row["height"], row["width"], row["num_frames"], row["fps"])
     assert sizes["constant"] == (60, 82, 40, 25)  # of 90 x 122
@@ -153,27 +211,37 @@ def test_a_packed_clip_has_the_frames_of_its_source_in_their_order(odd_videos: d
     assert sizes["variable"][3] == round(29 / ((29 * 29 // 4 + 87) / 100), 4)
 
 
-def test_none_is_scaled_up_and_odd_sides_become_even(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_none_is_scaled_up_and_odd_sides_become_even(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     packed(write_list(tmp_path, [odd_videos["odd"], odd_videos["constant"]]), tmp_path / "out")
-    assert [(row["height"], row["width"]) for row in rows_of(tmp_path / "out")] == [(64, 78), (90, 122)]
+    assert [(row["height"], row["width"]) for row in rows_of(tmp_path / "out")] == [
+        (64, 78),
+        (90, 122),
+    ]
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_clip_keeps_its_frames(name: str, shared_videos: Path, tmp_path: Path) -> None:
-    (member, _), = packed(write_list(tmp_path, [shared_videos / "real" / name]), tmp_path / "out", num_workers=1)
-    row, = rows_of(tmp_path / "out")
+    ((member, _),) = packed(
+        write_list(tmp_path, [shared_videos / "real" / name]), tmp_path / "out", num_workers=1
+    )
+    (row,) = rows_of(tmp_path / "out")
     assert min(row["height"], row["width"]) <= 224
     check_packed(shared_videos / "real" / name, member, row)
     found, wanted = all_frames(member), np.array([0, row["num_frames"] // 2, row["num_frames"] - 1])
     for decoder in decoders.NAMES:
         if not decoders.problem(decoder):
             read = read_clip(member, lambda _: wanted, Reading(decoder=decoder))  # pyright: ignore[reportArgumentType]
-            assert (read.decoder, read.fallback) == (decoder, "")  # nothing about it is known to be read wrongly
+            # nothing about it is known to be read wrongly
+            assert (read.decoder, read.fallback) == (decoder, "")
             assert psnr(read.clip_THWC, found[wanted]) > 35
 
 
 @pytest.mark.parametrize("decoder", decoders.NAMES)
-def test_random_access_to_a_packed_clip_equals_reading_it_in_order(decoder: Any, odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_random_access_to_a_packed_clip_equals_reading_it_in_order(
+    decoder: Any, odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     if decoders.problem(decoder):
         pytest.skip(decoders.problem(decoder))
     videos = packed(write_list(tmp_path, list(odd_videos.values())), tmp_path / "out", gop=7)
@@ -183,11 +251,16 @@ def test_random_access_to_a_packed_clip_equals_reading_it_in_order(decoder: Any,
         assert psnr(frames, all_frames(member, "pyav")) > 40
         for _ in range(4):
             wanted = rng.integers(0, len(frames), 5)
-            assert np.array_equal(decode(member, lambda _, wanted=wanted: wanted, Reading(decoder=decoder)), frames[wanted])
+            assert np.array_equal(
+                decode(member, lambda _, wanted=wanted: wanted, Reading(decoder=decoder)),
+                frames[wanted],
+            )
 
 
-def test_key_frames_come_every_gop_frames_and_none_refers_ahead(odd_videos: dict[str, Path], tmp_path: Path) -> None:
-    (member, _), = packed(write_list(tmp_path, [odd_videos["constant"]]), tmp_path / "out", gop=8)
+def test_key_frames_come_every_gop_frames_and_none_refers_ahead(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
+    ((member, _),) = packed(write_list(tmp_path, [odd_videos["constant"]]), tmp_path / "out", gop=8)
     path, kept = decoders.local_file(member)
     with av.open(path) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
@@ -198,31 +271,58 @@ def test_key_frames_come_every_gop_frames_and_none_refers_ahead(odd_videos: dict
     del kept
 
 
-def test_packed_frames_are_the_pixels_that_a_decoder_gives(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_packed_frames_are_the_pixels_that_a_decoder_gives(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     picture = Image.fromarray(moving(1, 50, 70)[0])
     picture.save(tmp_path / "still.png")
     np.save(tmp_path / "array.npy", moving(5, 20, 30))
-    sources = [odd_videos["constant"], odd_videos["turned"], tmp_path / "still.png", tmp_path / "array.npy"]
-    videos = packed(write_list(tmp_path, sources), tmp_path / "out", form="frames", short_side=40, frame_step=3)
+    sources = [
+        odd_videos["constant"],
+        odd_videos["turned"],
+        tmp_path / "still.png",
+        tmp_path / "array.npy",
+    ]
+    videos = packed(
+        write_list(tmp_path, sources), tmp_path / "out", form="frames", short_side=40, frame_step=3
+    )
     for (member, _), source in zip(videos[:2], sources, strict=False):
         wanted = np.stack([pixels(frame, 40) for frame in sequential(str(source))])[::3]
         assert np.array_equal(decode(member, np.arange), wanted)
-        assert np.array_equal(decode(member, lambda _: np.array([4, 1, 1, 6])), wanted[[4, 1, 1, 6]])
+        assert np.array_equal(
+            decode(member, lambda _: np.array([4, 1, 1, 6])), wanted[[4, 1, 1, 6]]
+        )
     assert [row["num_frames"] for row in rows_of(tmp_path / "out")] == [14, 7, 1, 2]
-    assert [row["fps"] for row in rows_of(tmp_path / "out")] == [round(25 / 3, 4), round(25 / 3, 4), None, None]
+    assert [row["fps"] for row in rows_of(tmp_path / "out")] == [
+        round(25 / 3, 4),
+        round(25 / 3, 4),
+        None,
+        None,
+    ]
     assert decode(videos[2][0], np.arange).shape == (1, 40, 56, 3)
-    assert np.array_equal(decode(videos[3][0], np.arange), moving(5, 20, 30)[::3])  # 20 is not scaled up
-    assert psnr(decode(videos[2][0], np.arange)[0], np.asarray(picture.resize((56, 40), Image.Resampling.BILINEAR))) > 35
+    # 20 is not scaled up
+    assert np.array_equal(decode(videos[3][0], np.arange), moving(5, 20, 30)[::3])
+    assert (
+        psnr(
+            decode(videos[2][0], np.arange)[0],
+            np.asarray(picture.resize((56, 40), Image.Resampling.BILINEAR)),
+        )
+        > 35
+    )
 
 
-def test_fps_keeps_at_most_so_many_frames_a_second(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_fps_keeps_at_most_so_many_frames_a_second(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     source = write_list(tmp_path, [odd_videos["constant"], odd_videos["variable"]])
     for form in ("video", "frames"):
         packed(source, tmp_path / form, form=form, fps=6.25)
         first, second = rows_of(tmp_path / form)
         assert (first["num_frames"], first["fps"]) == (10, 6.25)  # every fourth
         assert 12 <= second["num_frames"] < 30
-    seconds = times(read_annotations(SourceConfig(source=str(tmp_path / "video")))[1][0], Reading())[:, 0]  # pyright: ignore
+    seconds = times(
+        read_annotations(SourceConfig(source=str(tmp_path / "video")))[1][0], Reading()
+    )[:, 0]  # pyright: ignore
     assert np.diff(seconds).min() > 0.5 / 6.25
     assert len(seconds) <= seconds[-1] * 6.25 + 1.2
     (member, _), _ = packed(source, tmp_path / "all", fps=100.0)
@@ -243,17 +343,29 @@ def test_python_and_webdataset_read_the_shards(odd_videos: dict[str, Path], tmp_
     assert order == sorted(order)
     assert [sample.get("cls") for sample in samples.values()] == [b"7", None, b"0", b"123"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    for (key, sample), row, name in zip(samples.items(), rows_of(tmp_path / "out"), names, strict=True):
+    for (key, sample), row, name in zip(
+        samples.items(), rows_of(tmp_path / "out"), names, strict=True
+    ):
         about = json.loads(sample["json"])
         assert about["path"] == row["path"] == str(odd_videos[name])
-        assert {**about, "key": key} == {key: value for key, value in row.items() if key not in ("shard", "offset", "size", "sha256")}
+        assert {**about, "key": key} == {
+            key: value
+            for key, value in row.items()
+            if key not in ("shard", "offset", "size", "sha256")
+        }
         assert hashlib.sha256(sample["mp4"]).hexdigest() == row["sha256"]
         whole = (tmp_path / "out" / row["shard"]).read_bytes()
-        assert whole[row["offset"]: row["offset"] + row["size"]] == sample["mp4"]
+        assert whole[row["offset"] : row["offset"] + row["size"]] == sample["mp4"]
     shard = tmp_path / "out" / "shard-000000.tar"
     checksum = hashlib.sha256(shard.read_bytes()).hexdigest()
-    assert manifest["shards"] == [{"name": shard.name, "bytes": shard.stat().st_size, "sha256": checksum}]
-    assert (manifest["videos"], manifest["refused"], manifest["bytes"]) == (4, 0, shard.stat().st_size)
+    assert manifest["shards"] == [
+        {"name": shard.name, "bytes": shard.stat().st_size, "sha256": checksum}
+    ]
+    assert (manifest["videos"], manifest["refused"], manifest["bytes"]) == (
+        4,
+        0,
+        shard.stat().st_size,
+    )
     assert shard.read_bytes().endswith(bytes(1024))
 
 
@@ -291,28 +403,39 @@ def in_a_process(work: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_the_bytes_do_not_depend_on_the_number_of_workers(num_workers: int, many: str, undisturbed: dict[str, bytes],
-                                                          tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    num_workers: int, many: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     packed(many, tmp_path / "out", **SMALL, num_workers=num_workers)
     assert contents(tmp_path / "out") == undisturbed
 
 
-def test_encoding_gives_the_same_bytes_whatever_else_goes_on(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_encoding_gives_the_same_bytes_whatever_else_goes_on(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     source = write_list(tmp_path, list(odd_videos.values()))
     for num_workers in (1, 3):
         packed(source, tmp_path / str(num_workers), num_workers=num_workers, preset="veryfast")
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-def test_kills_at_any_moment_leave_nothing_but_time_to_be_made_up(many: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_kills_at_any_moment_leave_nothing_but_time_to_be_made_up(
+    many: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     rng, folder, kills, seen = random.Random(0), tmp_path / "out", 0, set()
 
     def num_rows() -> int:
-        return (folder / "manifest.jsonl").read_bytes().count(b"\n") if (folder / "manifest.jsonl").exists() else 0
+        return (
+            (folder / "manifest.jsonl").read_bytes().count(b"\n")
+            if (folder / "manifest.jsonl").exists()
+            else 0
+        )
 
     while kills < 20:
         num_workers, wanted = rng.choice([1, 2, 3]), num_rows() + rng.randrange(12)
-        process = in_a_process(lambda n=num_workers: pack.start(many, str(folder), PackConfig(**SMALL, num_workers=n)))
+        process = in_a_process(
+            lambda n=num_workers: pack.start(many, str(folder), PackConfig(**SMALL, num_workers=n))
+        )
         while process.exitcode is None and num_rows() < wanted:
             time.sleep(0.001)
         process.join(rng.uniform(0, 0.02))
@@ -330,7 +453,9 @@ def test_kills_at_any_moment_leave_nothing_but_time_to_be_made_up(many: str, und
     assert contents(folder) == undisturbed
 
 
-def test_a_power_cut_that_took_written_bytes_away_is_made_up(many: str, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_power_cut_that_took_written_bytes_away_is_made_up(
+    many: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
     folder = tmp_path / "out"
     packed(many, folder, **SMALL)
     shards = sorted(folder.glob("*.tar"))
@@ -344,7 +469,7 @@ def test_a_power_cut_that_took_written_bytes_away_is_made_up(many: str, undistur
             (folder / "shards.jsonl").write_bytes(b"")
         elif damage == 3:
             whole = bytearray(shards[-1].read_bytes())
-            whole[len(whole) // 2: len(whole) // 2 + 4096] = bytes(4096)
+            whole[len(whole) // 2 : len(whole) // 2 + 4096] = bytes(4096)
             shards[-1].write_bytes(whole)
         else:
             rows = (folder / "manifest.jsonl").read_bytes()
@@ -355,10 +480,17 @@ def test_a_power_cut_that_took_written_bytes_away_is_made_up(many: str, undistur
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_cleanly_and_it_says_how_to_go_on(number: signal.Signals, many: str, undisturbed: dict[str, bytes],
-                                                             tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_stops_it_cleanly_and_it_says_how_to_go_on(
+    number: signal.Signals,
+    many: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     folder = tmp_path / "out"
-    process = in_a_process(lambda: pack.start(many, str(folder), PackConfig(**SMALL, num_workers=1)))
+    process = in_a_process(
+        lambda: pack.start(many, str(folder), PackConfig(**SMALL, num_workers=1))
+    )
     while not (folder / "shard-000000.tar").exists():
         time.sleep(0.005)
     os.kill(process.pid, number)
@@ -369,19 +501,24 @@ def test_a_signal_stops_it_cleanly_and_it_says_how_to_go_on(number: signal.Signa
     assert contents(folder) == undisturbed
 
 
-def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(many: str, undisturbed: dict[str, bytes], tmp_path: Path,
-                                                           capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(
+    many: str, undisturbed: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out"
 
     def limited() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, resource.RLIM_INFINITY))  # of a file: 1 MB is a shard's
+        # of a file: 1 MB is a shard's
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, resource.RLIM_INFINITY))
         return pack.start(many, str(folder), PackConfig(**SMALL, num_workers=1))
 
     process = in_a_process(limited)
     process.join(60)
     assert process.exitcode == 1
     told = capfd.readouterr().err
-    assert f"video-mae pack: {folder}: File too large: free some space and start the same command again, what is packed is not lost" in told
+    assert (
+        f"video-mae pack: {folder}: File too large: free some space and start the same command again, what is packed is not lost"
+        in told
+    )
     assert "Traceback" not in told
     num_rows = len(rows_of(folder)[:-1])
     assert num_rows > 5
@@ -389,12 +526,17 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(many: str, undisturbe
     assert contents(folder) == undisturbed
 
 
-def test_what_is_finished_is_left_alone(many: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_finished_is_left_alone(
+    many: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     packed(many, tmp_path / "out", **SMALL)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     packed(many, tmp_path / "out", **SMALL, decode_seconds=7.0)
-    assert "is packed already: 51 videos, 9 refused (refused.jsonl says why)" in capsys.readouterr().out
+    assert (
+        "is packed already: 51 videos, 9 refused (refused.jsonl says why)"
+        in capsys.readouterr().out
+    )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -407,8 +549,13 @@ def test_a_folder_belongs_to_one_list_and_one_way_of_packing(many: str, tmp_path
             pack.start(source, where, PackConfig(**{**SMALL, **knobs}))
         assert "\n" not in str(error.value)
 
-    refuses("its packing was begun with short_side = 224, now 112; choose another folder", short_side=112)
-    longer = write_list(tmp_path / "longer", [Path(many).parent / f"{number}.mp4" for number in range(59)])
+    refuses(
+        "its packing was begun with short_side = 224, now 112; choose another folder",
+        short_side=112,
+    )
+    longer = write_list(
+        tmp_path / "longer", [Path(many).parent / f"{number}.mp4" for number in range(59)]
+    )
     refuses("its packing was begun from another list", longer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
@@ -422,13 +569,22 @@ def test_a_folder_belongs_to_one_list_and_one_way_of_packing(many: str, tmp_path
 
 
 def refused(videos: Sequence[Path | str], folder: Path, **knobs: Any) -> list[str]:
-    assert pack.start(write_list(folder, videos), str(folder / "out"), PackConfig(num_workers=1, **knobs)) == 0
-    told = [json.loads(line) for line in (folder / "out" / "refused.jsonl").read_text().splitlines()]
+    assert (
+        pack.start(
+            write_list(folder, videos), str(folder / "out"), PackConfig(num_workers=1, **knobs)
+        )
+        == 0
+    )
+    told = [
+        json.loads(line) for line in (folder / "out" / "refused.jsonl").read_text().splitlines()
+    ]
     assert told == [row for row in rows_of(folder / "out") if "refused" in row]
     return [row["refused"] for row in told]
 
 
-def test_what_cannot_be_packed_is_refused_with_its_reason(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_packed_is_refused_with_its_reason(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "still.png")
     np.save(tmp_path / "volume.npy", np.zeros((4, 20, 20), np.float32))
     (tmp_path / "playlist.mp4").write_text("#EXTM3U\n/etc/passwd\n")
@@ -437,70 +593,148 @@ def test_what_cannot_be_packed_is_refused_with_its_reason(odd_videos: dict[str, 
     good = str(odd_videos["single"])
     names = ["still.png", "volume.npy", "playlist.mp4", "cut.mp4", "pipe.mp4", "absent.mp4"]
     reasons = refused([good, *(tmp_path / name for name in names)], tmp_path / "video")
-    for reason, expected in zip(reasons, ("form=frames", "form=frames", "not a video container", "cut off", "not a regular file",
-                                          "No such file"), strict=True):
+    for reason, expected in zip(
+        reasons,
+        (
+            "form=frames",
+            "form=frames",
+            "not a video container",
+            "cut off",
+            "not a regular file",
+            "No such file",
+        ),
+        strict=True,
+    ):
         assert expected in reason
     assert refused([good, tmp_path / "volume.npy"], tmp_path / "frames", form="frames") == [
-        "holds float32 of 1 channels, only uint8 of 3 is packed; list it as it is"]
+        "holds float32 of 1 channels, only uint8 of 3 is packed; list it as it is"
+    ]
 
 
-def test_a_video_that_makes_no_progress_is_refused_without_figures_of_time(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_a_video_that_makes_no_progress_is_refused_without_figures_of_time(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     source = write_list(tmp_path, [odd_videos["single"], odd_videos["odd"]])
-    assert pack.start(source, str(tmp_path / "out"), PackConfig(num_workers=1, decode_seconds=1e-9)) == 3
-    assert {row["refused"] for row in rows_of(tmp_path / "out")} == {"it makes no progress (decode_seconds)"}
+    assert (
+        pack.start(source, str(tmp_path / "out"), PackConfig(num_workers=1, decode_seconds=1e-9))
+        == 3
+    )
+    assert {row["refused"] for row in rows_of(tmp_path / "out")} == {
+        "it makes no progress (decode_seconds)"
+    }
 
 
-def test_hostile_files_are_refused_or_packed_within_limits(shared_videos: Path, tmp_path: Path) -> None:
-    names = sorted(path for part in ("broken", "hostile") for path in (shared_videos / part).iterdir())
+def test_hostile_files_are_refused_or_packed_within_limits(
+    shared_videos: Path, tmp_path: Path
+) -> None:
+    names = sorted(
+        path for part in ("broken", "hostile") for path in (shared_videos / part).iterdir()
+    )
     config = PackConfig(num_workers=2, short_side=64, decode_memory_gb=2.0)
     assert pack.start(write_list(tmp_path, names), str(tmp_path / "out"), config) == 0
     rows = {Path(row["path"]).name: row for row in rows_of(tmp_path / "out")}
     assert rows["decord_hang_edit_list.mp4"]["num_frames"] == 60
-    for name in ("hls_playlist.mp4", "ffconcat_script.mp4", "zero.mp4", "audio_only.mp4", "trunc_end_30.mp4", "zeroed_mid.mp4"):
+    for name in (
+        "hls_playlist.mp4",
+        "ffconcat_script.mp4",
+        "zero.mp4",
+        "audio_only.mp4",
+        "trunc_end_30.mp4",
+        "zeroed_mid.mp4",
+    ):
         assert rows[name]["refused"]
 
 
 def test_a_list_of_which_nothing_is_there_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none of its 2 files is there; the first: no such file: .*, correct the path or root"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of its 2 files is there; the first: no such file: .*, correct the path or root",
+    ):
         pack.start(write_list(tmp_path, ["a.mp4", "b.mp4"]), str(tmp_path / "out"), PackConfig())
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileNotFoundError, match="LIST: no such list file or folder"):
         pack.start(str(tmp_path / "none.txt"), str(tmp_path / "out"), PackConfig())
 
 
-def test_names_of_classes_and_packed_folders_are_sources(odd_videos: dict[str, Path], tmp_path: Path) -> None:
+def test_names_of_classes_and_packed_folders_are_sources(
+    odd_videos: dict[str, Path], tmp_path: Path
+) -> None:
     for name, video in (("zebra", "odd"), ("ant", "single"), ("ant", "ten_bits")):
         (tmp_path / "classes" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "classes" / name / f"{video}.mp4").write_bytes(odd_videos[video].read_bytes())
     videos = packed(str(tmp_path / "classes"), tmp_path / "out")
-    assert [row["path"] for row in rows_of(tmp_path / "out")] == ["ant/single.mp4", "ant/ten_bits.mp4", "zebra/odd.mp4"]
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["class_names"] == ["ant", "zebra"]
+    assert [row["path"] for row in rows_of(tmp_path / "out")] == [
+        "ant/single.mp4",
+        "ant/ten_bits.mp4",
+        "zebra/odd.mp4",
+    ]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["class_names"] == [
+        "ant",
+        "zebra",
+    ]
     again = packed(str(tmp_path / "out"), tmp_path / "again", form="frames")
     for (member, about), (raw, raw_about) in zip(videos, again, strict=True):
         assert about == raw_about
         assert np.array_equal(decode(raw, np.arange), all_frames(member))
-    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["class_names"] == ["ant", "zebra"]
+    assert json.loads((tmp_path / "again" / "manifest.json").read_text())["class_names"] == [
+        "ant",
+        "zebra",
+    ]
 
 
 def test_the_command_line_packs(odd_videos: dict[str, Path], tmp_path: Path) -> None:
     source = write_list(tmp_path, ["../" + os.path.relpath(odd_videos["odd"], tmp_path.parent)])
     with pytest.raises(SystemExit) as end:
-        main(["pack", source, str(tmp_path / "out"), "--form", "frames", "--frame-step", "2", "num_workers=1"])
+        main(
+            [
+                "pack",
+                source,
+                str(tmp_path / "out"),
+                "--form",
+                "frames",
+                "--frame-step",
+                "2",
+                "num_workers=1",
+            ]
+        )
     assert end.value.code == 0
     assert rows_of(tmp_path / "out")[0]["num_frames"] == 10
     assert rows_of(tmp_path / "out")[0]["path"].startswith("../")
 
 
-@pytest.mark.parametrize("wrong", ["form=avi", "short_side=-1", "fps=0", "frame_step=2", "gop=0", "crf=99", "num_workers=0", "shard_mb=0",
-                                   "decode_seconds=0", "decode_memory_gb=inf"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "form=avi",
+        "short_side=-1",
+        "fps=0",
+        "frame_step=2",
+        "gop=0",
+        "crf=99",
+        "num_workers=0",
+        "shard_mb=0",
+        "decode_seconds=0",
+        "decode_memory_gb=inf",
+    ],
+)
 def test_a_wrong_setting_is_named(wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong.split("=")[0]):
         parse(None, [wrong], PackConfig)
 
 
 def test_no_process_and_no_handle_is_left(odd_videos: dict[str, Path], tmp_path: Path) -> None:
-    source = write_list(tmp_path, [odd_videos["single"], odd_videos["odd"], tmp_path / "absent.mp4"])
+    source = write_list(
+        tmp_path, [odd_videos["single"], odd_videos["odd"], tmp_path / "absent.mp4"]
+    )
     packed(source, tmp_path / "first")
-    before = len(os.listdir("/proc/self/fd")), threading.active_count(), {child.pid for child in psutil.Process().children()}
+    before = (
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+        {child.pid for child in psutil.Process().children()},
+    )
     packed(source, tmp_path / "second")
-    assert (len(os.listdir("/proc/self/fd")), threading.active_count(), {child.pid for child in psutil.Process().children()}) == before
+    assert (
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+        {child.pid for child in psutil.Process().children()},
+    ) == before

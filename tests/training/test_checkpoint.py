@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from video_mae.training import checkpoint
-from video_mae.training.checkpoint import MANIFEST, damaged_files, digest, files_of, newest, publish, read_manifest, step_name
+from video_mae.training.checkpoint import (
+    MANIFEST,
+    damaged_files,
+    digest,
+    files_of,
+    newest,
+    publish,
+    read_manifest,
+    step_name,
+)
 
 FACTS = {"world_size": 2, "zero_stage": 1}
 
@@ -59,10 +68,20 @@ def torn(path: Path) -> None:
     path.write_text(path.read_text()[:30])
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("model.pt", Path.unlink), ("rank/0.pt", Path.unlink), ("model.pt", truncate), ("rank/0.pt", lambda path: path.write_bytes(b"")),
-    (MANIFEST, Path.unlink), (MANIFEST, torn), (MANIFEST, lambda path: path.write_bytes(b"\xff\x00")),
-    (MANIFEST, lambda path: path.write_text("[]")), (MANIFEST, lambda path: path.write_text("{}"))])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("model.pt", Path.unlink),
+        ("rank/0.pt", Path.unlink),
+        ("model.pt", truncate),
+        ("rank/0.pt", lambda path: path.write_bytes(b"")),
+        (MANIFEST, Path.unlink),
+        (MANIFEST, torn),
+        (MANIFEST, lambda path: path.write_bytes(b"\xff\x00")),
+        (MANIFEST, lambda path: path.write_text("[]")),
+        (MANIFEST, lambda path: path.write_text("{}")),
+    ],
+)
 def test_incomplete_checkpoint_is_passed_over(tmp_path, name, damage):
     write(tmp_path, 1)
     folder = write(tmp_path, 2)

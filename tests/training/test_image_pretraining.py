@@ -1,4 +1,6 @@
-"""The recipes that are not about video, shrunk and run on data made here: pictures, bands, volumes, and pictures with videos."""
+"""The recipes that are not about video, shrunk and run on data made here: pictures, bands, volumes,
+and pictures with videos.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,15 +25,35 @@ pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
 STEPS = 24
 SHRINK = [
-    "model.height=32", "model.width=32", "model.patch_size=8", "model.embed_dim=32", "model.depth=2", "model.num_heads=2",
-    "model.decoder_embed_dim=16", "model.decoder_depth=1", "model.decoder_num_heads=2", "data.num_workers=0",
-    "optim.micro_batch=4", "optim.accumulation=1", f"optim.steps={STEPS}", "optim.warmup_steps=2", "optim.base_lr=0.4", "optim.min_lr=0",
-    "engine.precision=fp32", "engine.zero_stage=0", "journal.log_interval=1", "journal.checkpoint_interval=8", "journal.picture_interval=0"]
+    "model.height=32",
+    "model.width=32",
+    "model.patch_size=8",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.decoder_embed_dim=16",
+    "model.decoder_depth=1",
+    "model.decoder_num_heads=2",
+    "data.num_workers=0",
+    "optim.micro_batch=4",
+    "optim.accumulation=1",
+    f"optim.steps={STEPS}",
+    "optim.warmup_steps=2",
+    "optim.base_lr=0.4",
+    "optim.min_lr=0",
+    "engine.precision=fp32",
+    "engine.zero_stage=0",
+    "journal.log_interval=1",
+    "journal.checkpoint_interval=8",
+    "journal.picture_interval=0",
+]
 RAW = ["objective.normalize=none", "objective.pixels=unit"]  # a target that is learned in few steps
 
 
 def scene(number: int, frame: int = 0, channels: int = 3) -> np.ndarray:
-    """A soft picture in [0, 1], 44 x 52: a slope that moves with the frame and has another strength in each channel."""
+    """A soft picture in [0, 1], 44 x 52: a slope that moves with the frame and has another strength
+    in each channel.
+    """
     rows, columns = np.mgrid[0:44, 0:52] / 52
     slope = 0.5 + 0.5 * np.sin(3 * columns + number + frame / 8) * np.cos(2 * rows)
     return slope[..., None] * np.linspace(0.3, 1, channels)
@@ -46,14 +68,27 @@ def write_pictures(folder: Path) -> Path:
 
 
 def write_bands(folder: Path) -> Path:
-    """Reflectance times 10,000, as Sentinel-2's files have it: 13 bands a file, in one page or as planes."""
+    """Reflectance times 10,000, as Sentinel-2's files have it: 13 bands a file, in one page or as
+    planes.
+    """
     folder.mkdir(parents=True)
     for number in range(8):
         bands_HWC = (4000 * scene(number, channels=13)).astype(np.uint16)
         if number % 2:
-            tifffile.imwrite(folder / f"{number}.tif", bands_HWC, photometric="minisblack", planarconfig="contig", compression="zlib")
+            tifffile.imwrite(
+                folder / f"{number}.tif",
+                bands_HWC,
+                photometric="minisblack",
+                planarconfig="contig",
+                compression="zlib",
+            )
         else:
-            tifffile.imwrite(folder / f"{number}.tif", bands_HWC.transpose(2, 0, 1), photometric="minisblack", planarconfig="separate")
+            tifffile.imwrite(
+                folder / f"{number}.tif",
+                bands_HWC.transpose(2, 0, 1),
+                photometric="minisblack",
+                planarconfig="separate",
+            )
     return folder
 
 
@@ -68,7 +103,9 @@ def write_volumes(folder: Path) -> Path:
 
 def write_videos(folder: Path, demo_folder: Path) -> Path:
     folder.mkdir(parents=True)
-    (folder / "list.txt").write_text("".join(f"{path} 0\n" for path in sorted(demo_folder.rglob("*.mp4"))[:6]))
+    (folder / "list.txt").write_text(
+        "".join(f"{path} 0\n" for path in sorted(demo_folder.rglob("*.mp4"))[:6])
+    )
     return folder / "list.txt"
 
 
@@ -85,12 +122,22 @@ def make(tmp_path: Path, demo_folder: Path) -> Make:
             sources: dict[str, Callable[[], list[str]]] = {
                 "mae_image_base": lambda: [f"data.source={write_pictures(data)}"],
                 "remote_sensing_base": lambda: [f"data.source={write_bands(data)}"],
-                "volume_base": lambda: [f"data.source={write_volumes(data)}", "model.num_frames=8", "model.tubelet_size=4"],
+                "volume_base": lambda: [
+                    f"data.source={write_volumes(data)}",
+                    "model.num_frames=8",
+                    "model.tubelet_size=4",
+                ],
                 "joint_image_video_base": lambda: [
-                    f"data.sources.imagenet.source={write_pictures(data / 'pictures')}", "model.num_frames=4",
-                    f"data.sources.ssv2.source={write_videos(data / 'videos', demo_folder)}", "mask.ratio=0.75"]}
+                    f"data.sources.imagenet.source={write_pictures(data / 'pictures')}",
+                    "model.num_frames=4",
+                    f"data.sources.ssv2.source={write_videos(data / 'videos', demo_folder)}",
+                    "mask.ratio=0.75",
+                ],
+            }
             made.extend(sources[name]())
-        return load_config(RECIPES / f"{name}.yaml", [*SHRINK, *made, f"output={tmp_path / 'run'}", *overrides])
+        return load_config(
+            RECIPES / f"{name}.yaml", [*SHRINK, *made, f"output={tmp_path / 'run'}", *overrides]
+        )
 
     made: list[str] = []
     return config
@@ -112,7 +159,9 @@ NAMES = ["mae_image_base", "remote_sensing_base", "volume_base", "joint_image_vi
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_learns_and_goes_on_bit_for_bit_where_it_was_stopped(make: Make, name: str) -> None:
+def test_a_recipe_learns_and_goes_on_bit_for_bit_where_it_was_stopped(
+    make: Make, name: str
+) -> None:
     config = make(name, *RAW)
     assert run(prepare(config)) == DONE
     written, model = losses(config), weights(config)
@@ -130,9 +179,19 @@ def test_a_recipe_learns_and_goes_on_bit_for_bit_where_it_was_stopped(make: Make
 
 
 @pytest.mark.parametrize("name", ["joint_image_video_base", "remote_sensing_base"])
-def test_a_run_is_the_same_with_any_number_of_workers(make: Make, tmp_path: Path, name: str) -> None:
-    alone, helped = (make(name, "optim.steps=5", f"data.num_workers={n}", f"output={tmp_path / str(n)}", "data.clips_per_video=2")
-                     for n in (0, 2))
+def test_a_run_is_the_same_with_any_number_of_workers(
+    make: Make, tmp_path: Path, name: str
+) -> None:
+    alone, helped = (
+        make(
+            name,
+            "optim.steps=5",
+            f"data.num_workers={n}",
+            f"output={tmp_path / str(n)}",
+            "data.clips_per_video=2",
+        )
+        for n in (0, 2)
+    )
     run(prepare(alone))
     run(prepare(helped))
     assert losses(alone) == losses(helped)
@@ -140,13 +199,28 @@ def test_a_run_is_the_same_with_any_number_of_workers(make: Make, tmp_path: Path
 
 
 def test_a_joint_run_tells_the_shares_of_its_sources(make: Make) -> None:
-    config = make("joint_image_video_base", "optim.steps=2", "data.sources.imagenet.weight=3", "data.sources.ssv2.weight=1")
+    config = make(
+        "joint_image_video_base",
+        "optim.steps=2",
+        "data.sources.imagenet.weight=3",
+        "data.sources.ssv2.weight=1",
+    )
     run(prepare(config))
     log = (Path(config.output) / "log.txt").read_text()
     assert "15 videos" in log
-    assert "75.0% of the samples from data.sources.imagenet (9 files), 25.0% of the samples from data.sources.ssv2 (6 files)" in log
+    assert (
+        "75.0% of the samples from data.sources.imagenet (9 files), 25.0% of the samples from data.sources.ssv2 (6 files)"
+        in log
+    )
     with pytest.raises(ValueError, match=r"this run was started with data\.sources = .*weight=3"):
-        prepare(make("joint_image_video_base", "optim.steps=2", "data.sources.imagenet.weight=2", "data.sources.ssv2.weight=1"))
+        prepare(
+            make(
+                "joint_image_video_base",
+                "optim.steps=2",
+                "data.sources.imagenet.weight=2",
+                "data.sources.ssv2.weight=1",
+            )
+        )
 
 
 @pytest.mark.parametrize("normalize", ["channel", "tubelet", "none"])
@@ -154,23 +228,43 @@ def test_clips_of_sixteen_bits_are_drawn_as_those_of_eight(normalize: Any) -> No
     clip_BTHWC = torch.randint(256, (2, 4, 16, 24, 5), dtype=torch.uint8)
     mask = random_mask(torch.tensor([3, 4]), (2, 2, 3), 0.5)
     predicted_BMP = torch.rand(2, 6, 2 * 8 * 8 * 5)
-    eight, sixteen = (reconstruction_frames(clip, mask.visible_BV, mask.masked_BM, predicted_BMP, (2, 8, 8), normalize)
-                      for clip in (clip_BTHWC, clip_BTHWC.to(torch.uint16) * 257))
+    eight, sixteen = (
+        reconstruction_frames(
+            clip, mask.visible_BV, mask.masked_BM, predicted_BMP, (2, 8, 8), normalize
+        )
+        for clip in (clip_BTHWC, clip_BTHWC.to(torch.uint16) * 257)
+    )
     assert all(torch.equal(one, other) for one, other in zip(eight, sixteen, strict=True))
 
 
 def test_files_that_do_not_fit_are_quarantined_while_the_run_goes_on(make: Make) -> None:
     config = make("remote_sensing_base", "optim.steps=6", "data.max_bad_share=0.5")
-    tifffile.imwrite(Path(config.data.source) / "a.tif", np.zeros((44, 52, 4), np.uint16), photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(
+        Path(config.data.source) / "a.tif",
+        np.zeros((44, 52, 4), np.uint16),
+        photometric="minisblack",
+        planarconfig="contig",
+    )
     (Path(config.data.source) / "b.npy").write_bytes(b"no array")
     assert run(prepare(config)) == DONE
-    reasons = {Path(line["path"]).name: (line["decoder"], line["reason"]) for line in lines(config, "quarantine.jsonl")}
-    assert reasons == {"a.tif": ("tifffile", "has 4 channels, data.channels asks for 12, counted from 0"),
-                       "b.npy": ("numpy", r"the magic string is not correct; expected b'\x93NUMPY', got b'no arr'")}
+    reasons = {
+        Path(line["path"]).name: (line["decoder"], line["reason"])
+        for line in lines(config, "quarantine.jsonl")
+    }
+    assert reasons == {
+        "a.tif": ("tifffile", "has 4 channels, data.channels asks for 12, counted from 0"),
+        "b.npy": (
+            "numpy",
+            r"the magic string is not correct; expected b'\x93NUMPY', got b'no arr'",
+        ),
+    }
 
 
 def test_a_model_of_other_channels_is_refused_before_the_run_begins(make: Make) -> None:
     config = make("remote_sensing_base", "data.channels=[]")
-    with pytest.raises(ValueError, match=r"data\.source: no file can be used of the first 3: .*0\.tif: tifffile: gives 13 channels"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.source: no file can be used of the first 3: .*0\.tif: tifffile: gives 13 channels",
+    ):
         prepare(config)
     assert not Path(config.output).exists()

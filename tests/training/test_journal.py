@@ -16,8 +16,24 @@ from video_mae.training.journal import Event, Journal, peak_flops
 from video_mae.training.report import write_report
 
 STAGES = ("decoding", "copying")
-KEYS = ["step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait",
-        "decoding_ms", "copying_ms", "mfu", "memory_gb", "skipped_steps", "bad_videos", "time"]
+KEYS = [
+    "step",
+    "epoch",
+    "loss",
+    "reconstruction_loss",
+    "contrastive_loss",
+    "lr",
+    "grad_norm",
+    "clips_per_second",
+    "data_wait",
+    "decoding_ms",
+    "copying_ms",
+    "mfu",
+    "memory_gb",
+    "skipped_steps",
+    "bad_videos",
+    "time",
+]
 
 
 class Failure(NamedTuple):
@@ -32,28 +48,54 @@ class CountingTensor(torch.Tensor):
     num_syncs = 0
 
     @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.__float__,
-                    torch.Tensor.__int__, torch.Tensor.__bool__):
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (
+            torch.Tensor.item,
+            torch.Tensor.tolist,
+            torch.Tensor.cpu,
+            torch.Tensor.numpy,
+            torch.Tensor.__float__,
+            torch.Tensor.__int__,
+            torch.Tensor.__bool__,
+        ):
             CountingTensor.num_syncs += 1
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
 def make_journal(folder: Path, **changes: Any) -> Journal:
-    settings: dict[str, Any] = {"is_main": True, "total_steps": 10, "log_interval": 4, "clips_per_step": 8, "flops_per_clip": 1e9,
-                                "num_devices": 1, "device": torch.device("cpu"), "precision": "fp32", "stages": STAGES}
+    settings: dict[str, Any] = {
+        "is_main": True,
+        "total_steps": 10,
+        "log_interval": 4,
+        "clips_per_step": 8,
+        "flops_per_clip": 1e9,
+        "num_devices": 1,
+        "device": torch.device("cpu"),
+        "precision": "fp32",
+        "stages": STAGES,
+    }
     return Journal(folder, **{**settings, **changes})
 
 
-def losses(loss: torch.Tensor | float, reconstruction: torch.Tensor | float, contrastive: torch.Tensor | float) -> dict[str, Any]:
+def losses(
+    loss: torch.Tensor | float,
+    reconstruction: torch.Tensor | float,
+    contrastive: torch.Tensor | float,
+) -> dict[str, Any]:
     """What pretraining measures."""
     return {"loss": loss, "reconstruction_loss": reconstruction, "contrastive_loss": contrastive}
 
 
-def take_steps(journal: Journal, first: int, last: int, loss: Callable[[int], float] = float) -> None:
+def take_steps(
+    journal: Journal, first: int, last: int, loss: Callable[[int], float] = float
+) -> None:
     for step in range(first, last + 1):
         value = torch.tensor(loss(step))
-        journal.step(step, step / 5, losses(value, 2 * value, torch.tensor(0.0)), 1e-3 * step, 3 * value, 0)
+        journal.step(
+            step, step / 5, losses(value, 2 * value, torch.tensor(0.0)), 1e-3 * step, 3 * value, 0
+        )
 
 
 def test_a_line_holds_exactly_the_promised_keys_and_interval_means(tmp_path: Path):
@@ -86,7 +128,9 @@ def test_between_lines_nothing_waits_for_the_device(tmp_path: Path):
 
 
 def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path: Path):
-    take_steps(make_journal(tmp_path), 1, 4, loss=lambda step: float("nan") if step == 2 else float("inf"))
+    take_steps(
+        make_journal(tmp_path), 1, 4, loss=lambda step: float("nan") if step == 2 else float("inf")
+    )
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -132,13 +176,20 @@ def test_the_stages_of_loading_are_milliseconds_of_a_clip_over_all_ranks(tmp_pat
         journal.spent((0.04, 0.0))
         take_steps(journal, step, step)
     line = read_jsonl(tmp_path / "metrics.jsonl")[0]
-    assert (line["decoding_ms"], line["copying_ms"]) == (pytest.approx(240 / 4), pytest.approx(10 / 4))
+    assert (line["decoding_ms"], line["copying_ms"]) == (
+        pytest.approx(240 / 4),
+        pytest.approx(10 / 4),
+    )
 
 
-def test_advice_is_asked_after_the_first_line_and_told_once_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_advice_is_asked_after_the_first_line_and_told_once_a_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     journal, asked = make_journal(tmp_path, total_steps=8, log_interval=1), []
 
-    def advise(data_wait: float, milliseconds: Mapping[str, float], clips_per_second: float) -> tuple[str, str] | None:
+    def advise(
+        data_wait: float, milliseconds: Mapping[str, float], clips_per_second: float
+    ) -> tuple[str, str] | None:
         asked.append((milliseconds["decoding"], milliseconds["copying"]))
         assert 0 <= data_wait <= 1
         assert clips_per_second > 0
@@ -151,20 +202,29 @@ def test_advice_is_asked_after_the_first_line_and_told_once_a_stage(tmp_path: Pa
         journal.spent((0.008 * step, 0.0))
         take_steps(journal, step, step)
     assert asked == [(pytest.approx(float(step)), 0.0) for step in range(2, 9)]
-    assert [line for line in capsys.readouterr().out.splitlines() if "slow" in line] == ["decoding is slow, 2", "copying is slow, 4"]
+    assert [line for line in capsys.readouterr().out.splitlines() if "slow" in line] == [
+        "decoding is slow, 2",
+        "copying is slow, 4",
+    ]
 
 
-def test_any_measures_are_averaged_and_shown_under_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_any_measures_are_averaged_and_shown_under_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     journal = make_journal(tmp_path, log_interval=2)
     for step in (1, 2):
-        journal.step(step, 0.5, {"loss": torch.tensor(float(step)), "accuracy": 0.25 * step}, 1e-3, 0.5, 0)
+        journal.step(
+            step, 0.5, {"loss": torch.tensor(float(step)), "accuracy": 0.25 * step}, 1e-3, 0.5, 0
+        )
     line = read_jsonl(tmp_path / "metrics.jsonl")[0]
     assert list(line) == [*KEYS[:3], "accuracy", *KEYS[5:]]
     assert (line["loss"], line["accuracy"], line["grad_norm"]) == (1.5, 0.375, 0.5)
     assert "loss 1.5000  accuracy 0.3750  lr 1.00e-03" in capsys.readouterr().out
 
 
-def test_a_record_is_a_line_of_its_own_and_goes_to_the_monitors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_record_is_a_line_of_its_own_and_goes_to_the_monitors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     events: list[Event] = []
     journal = make_journal(tmp_path, write_events=events.extend)
     journal.record(3, 1.5, {"val_loss": float("nan"), "val_top1": 0.75, "val_videos": 8})
@@ -173,7 +233,11 @@ def test_a_record_is_a_line_of_its_own_and_goes_to_the_monitors(tmp_path: Path, 
     assert line.pop("time") == pytest.approx(time.time(), abs=60)
     assert line == {"step": 3, "epoch": 1.5, "val_loss": None, "val_top1": 0.75, "val_videos": 8}
     assert "step 3/10  val loss not finite  val top1 0.75  val videos 8" in capsys.readouterr().out
-    assert events == [("validation/epoch", 1.5, 3), ("validation/val_top1", 0.75, 3), ("validation/val_videos", 8.0, 3)]
+    assert events == [
+        ("validation/epoch", 1.5, 3),
+        ("validation/val_top1", 0.75, 3),
+        ("validation/val_videos", 8.0, 3),
+    ]
     assert not (tmp_path / "other" / "metrics.jsonl").exists()
 
 
@@ -186,18 +250,25 @@ def test_what_is_done_aside_slows_no_figure_down(tmp_path: Path):
         time.sleep(0.4)
     seconds = time.perf_counter() - start - 0.4
     take_steps(journal, 1, 1)
-    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["clips_per_second"] == pytest.approx(8 / seconds, rel=0.25)
+    assert read_jsonl(tmp_path / "metrics.jsonl")[0]["clips_per_second"] == pytest.approx(
+        8 / seconds, rel=0.25
+    )
 
 
 def test_a_report_of_a_fine_tuning_run_shows_its_accuracies(tmp_path: Path):
     journal = make_journal(tmp_path, log_interval=1, total_steps=3)
     for step, top1 in ((1, 0.25), (2, 0.75), (3, 0.5)):
         journal.step(step, float(step), {"loss": 1.0, "accuracy": 0.125 * step}, 1e-3, 0.5, 0)
-        journal.record(step, float(step), {"val_loss": 1.0, "val_top1": top1, "val_top5": 0.9, "val_videos": 8})
+        journal.record(
+            step, float(step), {"val_loss": 1.0, "val_top1": top1, "val_top5": 0.9, "val_videos": 8}
+        )
     text = write_report(tmp_path).read_text()
-    for row in ("<th>steps</th><td>3</td>", "<th>final training accuracy</th><td>37.5%</td>",
-                "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 videos, one view</td>",
-                "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 videos, one view</td>"):
+    for row in (
+        "<th>steps</th><td>3</td>",
+        "<th>final training accuracy</th><td>37.5%</td>",
+        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 videos, one view</td>",
+        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 videos, one view</td>",
+    ):
         assert row in text
 
 
@@ -217,20 +288,35 @@ def test_resuming_cuts_the_lines_of_lost_work_and_a_torn_line(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl"]
 
 
-def test_the_console_line_and_messages_are_kept_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_console_line_and_messages_are_kept_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     journal = make_journal(tmp_path)
     journal.say("kernels: reference")
     take_steps(journal, 1, 4)
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "kernels: reference"
     assert len(printed) == 2
-    for part in ("step 4/10", "loss 2.5000", "lr 4.00e-03", "grad norm 7.5", "clips/s", "data wait 0%", "memory", "ETA 0:00:0"):
+    for part in (
+        "step 4/10",
+        "loss 2.5000",
+        "lr 4.00e-03",
+        "grad norm 7.5",
+        "clips/s",
+        "data wait 0%",
+        "memory",
+        "ETA 0:00:0",
+    ):
         assert part in printed[1]
     assert "MFU" not in printed[1]
-    assert [line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()] == printed
+    assert [
+        line.split("  ", 1)[1] for line in (tmp_path / "log.txt").read_text().splitlines()
+    ] == printed
 
 
-def test_on_a_terminal_a_bar_shows_the_values(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_on_a_terminal_a_bar_shows_the_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "300")
     journal = make_journal(tmp_path)
@@ -248,27 +334,49 @@ def test_monitors_receive_the_finite_values_of_each_line(tmp_path: Path):
     events: list[Event] = []
     take_steps(make_journal(tmp_path, write_events=events.extend), 1, 4)
     assert ("train/loss", 2.5, 4) in events
-    assert {name for name, _, _ in events} == {f"train/{key}" for key in KEYS} - {"train/step", "train/time", "train/mfu"}
+    assert {name for name, _, _ in events} == {f"train/{key}" for key in KEYS} - {
+        "train/step",
+        "train/time",
+        "train/mfu",
+    }
 
 
-@pytest.mark.parametrize(("name", "precision", "flops"), [
-    ("NVIDIA H100 80GB HBM3", "bf16", 989e12), ("NVIDIA H100 PCIe", "bf16", 756e12), ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
-    ("NVIDIA A10", "bf16", 125e12), ("NVIDIA A10G", "bf16", None), ("Tesla V100-SXM2-16GB", "fp16", 125e12),
-    ("Tesla V100-SXM2-16GB", "bf16", None), ("NVIDIA H100 80GB HBM3", "fp32", None), ("NVIDIA GeForce RTX 4090", "bf16", 165e12),
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None), ("Some Future GPU", "bf16", None),
-])
-def test_peak_flops_are_known_or_unknown_but_never_of_another_gpu(name: str, precision: Any, flops: float | None):
+@pytest.mark.parametrize(
+    ("name", "precision", "flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("NVIDIA A10", "bf16", 125e12),
+        ("NVIDIA A10G", "bf16", None),
+        ("Tesla V100-SXM2-16GB", "fp16", 125e12),
+        ("Tesla V100-SXM2-16GB", "bf16", None),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
+        ("Some Future GPU", "bf16", None),
+    ],
+)
+def test_peak_flops_are_known_or_unknown_but_never_of_another_gpu(
+    name: str, precision: Any, flops: float | None
+):
     assert peak_flops(name, precision) == flops
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("video_mae.training.journal.peak_flops", lambda name, precision: 1e12)
     device = torch.device("cuda")
     journal = make_journal(tmp_path, device=device, num_devices=2)
     value = torch.tensor(2.0, device=device, dtype=torch.bfloat16)
-    monkeypatch.setattr(journal, "reduce_mean", lambda values: (torch.cuda.set_sync_debug_mode("default"), values)[1])
+    monkeypatch.setattr(
+        journal,
+        "reduce_mean",
+        lambda values: (torch.cuda.set_sync_debug_mode("default"), values)[1],
+    )
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 5):
@@ -347,7 +455,10 @@ def test_a_report_escapes_text_and_shows_the_newest_pictures(tmp_path: Path):
     assert "&lt;script&gt;" in text
     assert "&lt;img src=x&gt;" in text
     assert "a &lt;b&gt; &amp; run" in text
-    assert re.findall(r'src="([^"]*)"', text) == ["curves.png", *(f"reconstructions/step_{step}.png" for step in (20000, 1500, 1000))]
+    assert re.findall(r'src="([^"]*)"', text) == [
+        "curves.png",
+        *(f"reconstructions/step_{step}.png" for step in (20000, 1500, 1000)),
+    ]
     assert "<td>9.5000</td>" in text
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 

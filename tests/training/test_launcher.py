@@ -21,24 +21,52 @@ from video_mae.config.schema import save_config
 RUNS = Path(__file__).parent / "launched" / "runs.py"
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
 CURVE = ["optim.steps=30", "optim.warmup_steps=5", "objective.contrastive_weight=0.1"]
-RESUMED = ["optim.steps=5", "journal.checkpoint_interval=3", "optim.clip_grad=0.5", "optim.accumulation=2"]
+RESUMED = [
+    "optim.steps=5",
+    "journal.checkpoint_interval=3",
+    "optim.clip_grad=0.5",
+    "optim.accumulation=2",
+]
 GLOBAL_BATCH = 8
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
-FINETUNE_CURVE = ["optim.steps=20", "optim.warmup_steps=5", "data.clips_per_video=2", "augment.mix_probability=0", "validation.interval=6",
-                  "model.depth=3", "optim.layer_decay=0.7", "journal.log_interval=2"]
+FINETUNE_CURVE = [
+    "optim.steps=20",
+    "optim.warmup_steps=5",
+    "data.clips_per_video=2",
+    "augment.mix_probability=0",
+    "validation.interval=6",
+    "model.depth=3",
+    "optim.layer_decay=0.7",
+    "journal.log_interval=2",
+]
 
 pytestmark = pytest.mark.launcher
 
 
-def launch(*command: str, status: int = 0, launcher: bool = True, seconds: int = 420,
-           variables: dict[str, str] | None = None) -> str:
-    environment = {**os.environ, **(variables or {}), **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
+def launch(
+    *command: str,
+    status: int = 0,
+    launcher: bool = True,
+    seconds: int = 420,
+    variables: dict[str, str] | None = None,
+) -> str:
+    environment = {
+        **os.environ,
+        **(variables or {}),
+        **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+    }
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     start = [*LAUNCHER, "--master_port", port] if launcher else [sys.executable]
-    result = subprocess.run([*start, *command], capture_output=True, text=True, timeout=seconds,
-                            env=environment, check=False)
+    result = subprocess.run(
+        [*start, *command],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment,
+        check=False,
+    )
     assert result.returncode == status, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result.stdout + result.stderr
 
@@ -53,39 +81,99 @@ def losses(run: Path, file: str = "metrics.jsonl") -> list[float]:
 
 
 def batch(accumulation: int, ranks: int) -> list[str]:
-    return [f"optim.accumulation={accumulation}", f"optim.micro_batch={GLOBAL_BATCH // accumulation // ranks}"]
+    return [
+        f"optim.accumulation={accumulation}",
+        f"optim.micro_batch={GLOBAL_BATCH // accumulation // ranks}",
+    ]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All pretraining runs of two ranks in one launch, their single-process twins in another."""
     modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
-    single = [{"name": f"single_{dual}_{accumulation}", "overrides": [*CURVE, *batch(accumulation, 1), f"mask.decoder_mask_ratio={dual}"]}
-              for dual, accumulation in modes]
-    double = [{"name": f"stage{stage}_{dual}_{accumulation}",
-               "overrides": [*CURVE, *batch(accumulation, 2), f"mask.decoder_mask_ratio={dual}", f"engine.zero_stage={stage}"]}
-              for stage in range(4) for dual, accumulation in modes]
-    double += [{"name": f"resumed{stage}_{precision}", "crash_after": 3,
-                "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
-               for stage in range(4) for precision in ("fp32", "bf16")]
-    double += [{"name": f"poisoned{stage}_{precision}", "poison": True,
-                "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"]}
-               for stage in range(4) for precision in ("fp32", "bf16")]
-    return launch_runs(tmp_path_factory.mktemp("runs"), {"stage": "pretrain", "config": str(tiny_file)}, single, double)
+    single = [
+        {
+            "name": f"single_{dual}_{accumulation}",
+            "overrides": [*CURVE, *batch(accumulation, 1), f"mask.decoder_mask_ratio={dual}"],
+        }
+        for dual, accumulation in modes
+    ]
+    double = [
+        {
+            "name": f"stage{stage}_{dual}_{accumulation}",
+            "overrides": [
+                *CURVE,
+                *batch(accumulation, 2),
+                f"mask.decoder_mask_ratio={dual}",
+                f"engine.zero_stage={stage}",
+            ],
+        }
+        for stage in range(4)
+        for dual, accumulation in modes
+    ]
+    double += [
+        {
+            "name": f"resumed{stage}_{precision}",
+            "crash_after": 3,
+            "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"],
+        }
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+    ]
+    double += [
+        {
+            "name": f"poisoned{stage}_{precision}",
+            "poison": True,
+            "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"],
+        }
+        for stage in range(4)
+        for precision in ("fp32", "bf16")
+    ]
+    return launch_runs(
+        tmp_path_factory.mktemp("runs"),
+        {"stage": "pretrain", "config": str(tiny_file)},
+        single,
+        double,
+    )
 
 
 @pytest.fixture(scope="module")
 def finetuned(tiny_finetune_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `finished`, for fine-tuning."""
     single = [{"name": "single", "overrides": [*FINETUNE_CURVE, *batch(1, 1)]}]
-    double = [{"name": f"stage{stage}", "overrides": [*FINETUNE_CURVE, *batch(2, 2), f"engine.zero_stage={stage}"]} for stage in range(4)]
-    double += [{"name": f"resumed{stage}", "crash_after": 3,
-                "overrides": [*RESUMED, "model.drop_path=0.3", "classifier.head_dropout=0.3", "optim.micro_batch=2",
-                              f"engine.zero_stage={stage}", f"engine.precision={('fp32', 'bf16')[stage % 2]}"]} for stage in range(4)]
-    return launch_runs(tmp_path_factory.mktemp("finetuned"), {"stage": "finetune", "config": str(tiny_finetune_file)}, single, double)
+    double = [
+        {
+            "name": f"stage{stage}",
+            "overrides": [*FINETUNE_CURVE, *batch(2, 2), f"engine.zero_stage={stage}"],
+        }
+        for stage in range(4)
+    ]
+    double += [
+        {
+            "name": f"resumed{stage}",
+            "crash_after": 3,
+            "overrides": [
+                *RESUMED,
+                "model.drop_path=0.3",
+                "classifier.head_dropout=0.3",
+                "optim.micro_batch=2",
+                f"engine.zero_stage={stage}",
+                f"engine.precision={('fp32', 'bf16')[stage % 2]}",
+            ],
+        }
+        for stage in range(4)
+    ]
+    return launch_runs(
+        tmp_path_factory.mktemp("finetuned"),
+        {"stage": "finetune", "config": str(tiny_finetune_file)},
+        single,
+        double,
+    )
 
 
-def launch_runs(folder: Path, common: dict[str, str], single: list[dict[str, Any]], double: list[dict[str, Any]]) -> Path:
+def launch_runs(
+    folder: Path, common: dict[str, str], single: list[dict[str, Any]], double: list[dict[str, Any]]
+) -> Path:
     for name, specs, launcher in (("single", single, False), ("double", double, True)):
         file = folder / f"{name}.yaml"
         file.write_text(yaml.safe_dump([{**common, **spec} for spec in specs]))
@@ -96,8 +184,13 @@ def launch_runs(folder: Path, common: dict[str, str], single: list[dict[str, Any
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("dual", [0.0, 0.5])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_two_ranks_follow_the_curve_of_one_process(finished: Path, stage: int, dual: float, accumulation: int) -> None:
-    one, two = losses(finished / f"single_{dual}_{accumulation}"), losses(finished / f"stage{stage}_{dual}_{accumulation}")
+def test_two_ranks_follow_the_curve_of_one_process(
+    finished: Path, stage: int, dual: float, accumulation: int
+) -> None:
+    one, two = (
+        losses(finished / f"single_{dual}_{accumulation}"),
+        losses(finished / f"stage{stage}_{dual}_{accumulation}"),
+    )
     assert len(one) == len(two) == 30
     assert one[-1] < one[0] - 0.02  # it learns, so that equality says something
     assert two == pytest.approx(one, rel=1e-4)
@@ -109,22 +202,34 @@ def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) ->
     assert len(losses(one)) == len(losses(two)) == 10
     assert losses(one)[-1] < losses(one)[0] - 0.5
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert [line["accuracy"] for line in lines(two, "accuracy")] == [line["accuracy"] for line in lines(one, "accuracy")]
-    for ours, theirs in zip(lines(two, "val_loss"), lines(one, "val_loss"), strict=True):  # 8 videos in batches of 3: some are fillers
+    assert [line["accuracy"] for line in lines(two, "accuracy")] == [
+        line["accuracy"] for line in lines(one, "accuracy")
+    ]
+    # 8 videos in batches of 3: some are fillers
+    for ours, theirs in zip(lines(two, "val_loss"), lines(one, "val_loss"), strict=True):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
-        assert [ours[key] for key in ("step", "val_top1", "val_top5", "val_videos")] == [theirs[key] for key in (
-            "step", "val_top1", "val_top5", "val_videos")]
+        assert [ours[key] for key in ("step", "val_top1", "val_top5", "val_videos")] == [
+            theirs[key] for key in ("step", "val_top1", "val_top5", "val_videos")
+        ]
 
 
 @pytest.mark.parametrize("stage", range(4))
-def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(finetuned: Path, stage: int) -> None:
+def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(
+    finetuned: Path, stage: int
+) -> None:
     run = finetuned / f"resumed{stage}"
     for name in ("model", "best"):
-        resumed, uninterrupted = (load_file(run / folder / "model.safetensors") for folder in (name, f"{name}_uninterrupted"))
+        resumed, uninterrupted = (
+            load_file(run / folder / "model.safetensors")
+            for folder in (name, f"{name}_uninterrupted")
+        )
         assert resumed.keys() == uninterrupted.keys()
         assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
-    scores = [[{**line, "time": 0} for line in lines(run, "val_loss", file)] for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")]
+    scores = [
+        [{**line, "time": 0} for line in lines(run, "val_loss", file)]
+        for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")
+    ]
     assert scores[0] == scores[1]
     assert [line["step"] for line in scores[0]] == [2, 4, 5]
 
@@ -133,7 +238,9 @@ def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(finetuned: Pat
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, precision: str) -> None:
     run = finished / f"resumed{stage}_{precision}"
-    resumed, uninterrupted = (load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted"))
+    resumed, uninterrupted = (
+        load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted")
+    )
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
@@ -142,35 +249,78 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
 
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_on_one_rank_is_skipped_on_all(finished: Path, stage: int, precision: str) -> None:
-    assert [line["skipped_steps"] for line in lines(finished / f"poisoned{stage}_{precision}", "loss")] == [0, 1, 1, 2, 2]
+def test_what_is_not_finite_on_one_rank_is_skipped_on_all(
+    finished: Path, stage: int, precision: str
+) -> None:
+    assert [
+        line["skipped_steps"] for line in lines(finished / f"poisoned{stage}_{precision}", "loss")
+    ] == [0, 1, 1, 2, 2]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu trains with the kernels themselves")
-def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(tiny_file: Path, tmp_path: Path) -> None:
-    common = ["optim.steps=5", "optim.micro_batch=2", "optim.accumulation=2", "objective.contrastive_weight=0.1",
-              "objective.learn_temperature=true", "mask.decoder_mask_ratio=0.5", "engine.activation_checkpointing=true"]
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/gpu trains with the kernels themselves"
+)
+def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(
+    tiny_file: Path, tmp_path: Path
+) -> None:
+    common = [
+        "optim.steps=5",
+        "optim.micro_batch=2",
+        "optim.accumulation=2",
+        "objective.contrastive_weight=0.1",
+        "objective.learn_temperature=true",
+        "mask.decoder_mask_ratio=0.5",
+        "engine.activation_checkpointing=true",
+    ]
     for kernels, variables in (("reference", {}), ("triton", {"TRITON_INTERPRET": "1"})):
-        runs = [{"name": f"{kernels}{stage}", "stage": "pretrain", "config": str(tiny_file),
-                 "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"]} for stage in (2, 3)]
+        runs = [
+            {
+                "name": f"{kernels}{stage}",
+                "stage": "pretrain",
+                "config": str(tiny_file),
+                "overrides": [*common, f"engine.zero_stage={stage}", f"engine.kernels={kernels}"],
+            }
+            for stage in (2, 3)
+        ]
         (tmp_path / f"{kernels}.yaml").write_text(yaml.safe_dump(runs))
         launch(str(RUNS), str(tmp_path / f"{kernels}.yaml"), str(tmp_path), variables=variables)
     for stage in (2, 3):
-        reference, kernels = losses(tmp_path / f"reference{stage}"), losses(tmp_path / f"triton{stage}")
+        reference, kernels = (
+            losses(tmp_path / f"reference{stage}"),
+            losses(tmp_path / f"triton{stage}"),
+        )
         assert reference[-1] < reference[0]
         assert kernels == pytest.approx(reference, rel=1e-4)
 
 
-def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(shared_videos: Path, tiny_file: Path, tmp_path: Path) -> None:
+def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(
+    shared_videos: Path, tiny_file: Path, tmp_path: Path
+) -> None:
     files = sorted([*(shared_videos / "real").iterdir(), *(shared_videos / "broken").iterdir()])
     videos = tmp_path / "videos.txt"
     videos.write_text("".join(f"{file}\n" for file in files))
-    launch("--module", "video_mae", "pretrain", str(tiny_file), f"data.source={videos}", f"output={tmp_path / 'run'}", "optim.steps=24",
-           "engine.zero_stage=2", "data.max_bad_share=0.6", "data.num_workers=1", "data.clips_per_video=2", "optim.warmup_steps=2")
-    entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    launch(
+        "--module",
+        "video_mae",
+        "pretrain",
+        str(tiny_file),
+        f"data.source={videos}",
+        f"output={tmp_path / 'run'}",
+        "optim.steps=24",
+        "engine.zero_stage=2",
+        "data.max_bad_share=0.6",
+        "data.num_workers=1",
+        "data.clips_per_video=2",
+        "optim.warmup_steps=2",
+    )
+    entries = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    ]
     named = [Path(entry["path"]).name for entry in entries]
     assert len(named) == len(set(named))
-    # Of broken/, flip_mp4_03 and noise decode to the last frame (the codec conceals the damage) and unordered.mov is whole.
+    # Of broken/, flip_mp4_03 and noise decode to the last frame (the codec conceals the damage) and
+    # unordered.mov is whole.
     readable = {"flip_mp4_03.mp4", "noise.mp4", "unordered.mov"}
     partly = {"zeroed_mid.mp4", "reschange.ts"}  # clips from their intact start decode
     must = {file.name for file in (shared_videos / "broken").iterdir()} - readable - partly
@@ -182,13 +332,24 @@ def test_real_and_broken_videos_train_and_every_unreadable_one_is_named(shared_v
 def test_a_wrong_key_under_the_launcher_is_one_line_and_status_2(tiny_file: Path) -> None:
     output = launch("--module", "video_mae", "pretrain", str(tiny_file), "model.dept=3", status=2)
     lines = [line for line in output.splitlines() if line.startswith("video-mae")]
-    assert lines == [f"video-mae pretrain: {tiny_file}: unknown key model.dept (did you mean depth?)"]
+    assert lines == [
+        f"video-mae pretrain: {tiny_file}: unknown key model.dept (did you mean depth?)"
+    ]
     assert "Traceback" not in output
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tiny_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "video_mae", "pretrain", str(tiny_file), f"output={run}", "optim.steps=100000", "data.num_workers=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "video_mae",
+        "pretrain",
+        str(tiny_file),
+        f"output={run}",
+        "optim.steps=100000",
+        "data.num_workers=1",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:

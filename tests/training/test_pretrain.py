@@ -23,8 +23,20 @@ from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 
 Tiny = Callable[..., PretrainConfig]
-METRICS = {"step", "epoch", "loss", "reconstruction_loss", "contrastive_loss", "lr", "grad_norm", "clips_per_second", "data_wait", "mfu",
-           "memory_gb", "skipped_steps"}
+METRICS = {
+    "step",
+    "epoch",
+    "loss",
+    "reconstruction_loss",
+    "contrastive_loss",
+    "lr",
+    "grad_norm",
+    "clips_per_second",
+    "data_wait",
+    "mfu",
+    "memory_gb",
+    "skipped_steps",
+}
 
 pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
@@ -38,21 +50,41 @@ def losses(config: PretrainConfig) -> list[float]:
 
 
 def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
-    config = tiny("journal.checkpoint_interval=2", "journal.picture_interval=3", "journal.tensorboard=true", "mask.decoder_mask_ratio=0.5",
-                  "objective.contrastive_weight=0.1", "data.clips_per_video=2")
+    config = tiny(
+        "journal.checkpoint_interval=2",
+        "journal.picture_interval=3",
+        "journal.tensorboard=true",
+        "mask.decoder_mask_ratio=0.5",
+        "objective.contrastive_weight=0.1",
+        "data.clips_per_video=2",
+    )
     assert run(prepare(config)) == DONE
     folder = Path(config.output)
-    for name in ("deepspeed.json", "log.txt", "report.html", "curves.png", "model/config.json", "model/model.safetensors",
-                 "reconstructions/step_00000003.png", "reconstructions/step_00000004.png", "checkpoints/step_00000004/MANIFEST.json"):
+    for name in (
+        "deepspeed.json",
+        "log.txt",
+        "report.html",
+        "curves.png",
+        "model/config.json",
+        "model/model.safetensors",
+        "reconstructions/step_00000003.png",
+        "reconstructions/step_00000004.png",
+        "checkpoints/step_00000004/MANIFEST.json",
+    ):
         assert (folder / name).stat().st_size > 0, name
     decoder = resolve_decoder("auto")
-    assert load_config(folder / "config.yaml") == replace(config, data=replace(config.data, decoder=decoder))
+    assert load_config(folder / "config.yaml") == replace(
+        config, data=replace(config.data, decoder=decoder)
+    )
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000004\n"
     assert any("tfevents" in file.name for file in (folder / "tensorboard").rglob("*"))
     written = lines(config)
     assert [line["step"] for line in written] == [1, 2, 3, 4]
     assert all(line.keys() >= METRICS for line in written)
-    assert all(abs(line["loss"] - line["reconstruction_loss"] - 0.1 * line["contrastive_loss"]) < 1e-5 for line in written)
+    assert all(
+        abs(line["loss"] - line["reconstruction_loss"] - 0.1 * line["contrastive_loss"]) < 1e-5
+        for line in written
+    )
     assert written[-1]["epoch"] == pytest.approx(4 * 4 / 24)
     assert all(line["grad_norm"] > 0 for line in written)
     log = (folder / "log.txt").read_text()
@@ -63,34 +95,58 @@ def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
 def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:
     config = tiny("optim.steps=2")
     run(prepare(config))
-    state = torch.load(Path(config.output) / "checkpoints" / step_name(2) / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    state = torch.load(
+        Path(config.output) / "checkpoints" / step_name(2) / "mp_rank_00_model_states.pt",
+        weights_only=False,
+    )["module"]
     loaded = load_pretrained(Path(config.output) / "model").state_dict()
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_keeps_that(tiny: Tiny) -> None:
-    config = tiny("optim.steps=2", "mask.decoder_mask_ratio=0.5", "model.decoder_context=all", "journal.picture_interval=2")
+def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_keeps_that(
+    tiny: Tiny,
+) -> None:
+    config = tiny(
+        "optim.steps=2",
+        "mask.decoder_mask_ratio=0.5",
+        "model.decoder_context=all",
+        "journal.picture_interval=2",
+    )
     plan = prepare(config)
     assert run(plan) == DONE
     visible = plan.num_visible
-    assert f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} more in the decoder" in (
-        Path(config.output) / "log.txt").read_text()
+    assert (
+        f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} more in the decoder"
+        in (Path(config.output) / "log.txt").read_text()
+    )
     assert load_pretrained(Path(config.output) / "model").config.decoder_context == "all"
 
 
-@pytest.mark.parametrize("changes", [
-    ["mask.kind=random"],
-    ["mask.kind=random_kept", "mask.ratio=0.8", "optim.decay_tokens=true", "data.reach_end=false"],
-    ["mask.kind=frame", "mask.ratio=0.5"],
-    ["model.num_frames=1", "model.tubelet_size=1"],
-    ["objective.normalize=tubelet"],
-    ["objective.normalize=none", "data.crop=center", "data.flip=true"],
-    ["objective.contrastive_weight=0.2", "objective.learn_temperature=true", "objective.negatives=batch"],
-    ["engine.zero_stage=2", "engine.offload=optimizer"],
-    ["engine.zero_stage=3", "engine.offload=parameters"],
-    ["model.drop_path=0.2", "engine.precision=bf16"],
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["mask.kind=random"],
+        [
+            "mask.kind=random_kept",
+            "mask.ratio=0.8",
+            "optim.decay_tokens=true",
+            "data.reach_end=false",
+        ],
+        ["mask.kind=frame", "mask.ratio=0.5"],
+        ["model.num_frames=1", "model.tubelet_size=1"],
+        ["objective.normalize=tubelet"],
+        ["objective.normalize=none", "data.crop=center", "data.flip=true"],
+        [
+            "objective.contrastive_weight=0.2",
+            "objective.learn_temperature=true",
+            "objective.negatives=batch",
+        ],
+        ["engine.zero_stage=2", "engine.offload=optimizer"],
+        ["engine.zero_stage=3", "engine.offload=parameters"],
+        ["model.drop_path=0.2", "engine.precision=bf16"],
+    ],
+)
 def test_every_mode_trains(tiny: Tiny, changes: list[str]) -> None:
     config = tiny("optim.steps=3", *changes)
     assert run(prepare(config)) == DONE
@@ -99,17 +155,32 @@ def test_every_mode_trains(tiny: Tiny, changes: list[str]) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_activation_checkpointing_changes_nothing_but_memory(tiny: Tiny, tmp_path: Path, stage: int) -> None:
-    plain, checkpointed = (tiny(f"engine.zero_stage={stage}", f"engine.activation_checkpointing={flag}", f"output={tmp_path / flag}")
-                           for flag in ("false", "true"))
+def test_activation_checkpointing_changes_nothing_but_memory(
+    tiny: Tiny, tmp_path: Path, stage: int
+) -> None:
+    plain, checkpointed = (
+        tiny(
+            f"engine.zero_stage={stage}",
+            f"engine.activation_checkpointing={flag}",
+            f"output={tmp_path / flag}",
+        )
+        for flag in ("false", "true")
+    )
     run(prepare(plain))
     run(prepare(checkpointed))
     assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-6)
 
 
 def test_compiling_changes_the_speed_and_not_the_curve(tiny: Tiny, tmp_path: Path) -> None:
-    plain, compiled = (tiny(f"engine.compile={flag}", "optim.steps=2", "engine.zero_stage=2", f"output={tmp_path / flag}")
-                       for flag in ("false", "true"))
+    plain, compiled = (
+        tiny(
+            f"engine.compile={flag}",
+            "optim.steps=2",
+            "engine.zero_stage=2",
+            f"output={tmp_path / flag}",
+        )
+        for flag in ("false", "true")
+    )
     run(prepare(plain))
     run(prepare(compiled))
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
@@ -117,8 +188,11 @@ def test_compiling_changes_the_speed_and_not_the_curve(tiny: Tiny, tmp_path: Pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="ranks on GPUs do not share cores out")
 @pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
-def test_ranks_of_a_launcher_share_the_cores(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    run(prepare(tiny("optim.steps=1")))  # the process group of these tests exists, whatever the variables say next
+def test_ranks_of_a_launcher_share_the_cores(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    # the process group of these tests exists, whatever the variables say next
+    run(prepare(tiny("optim.steps=1")))
     for name in ("OMP_NUM_THREADS", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "2")
@@ -126,7 +200,9 @@ def test_ranks_of_a_launcher_share_the_cores(tiny: Tiny, monkeypatch: pytest.Mon
     assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
-def at_calls(monkeypatch: pytest.MonkeyPatch, calls: set[int], happens: Callable[[Losses], Losses]) -> None:
+def at_calls(
+    monkeypatch: pytest.MonkeyPatch, calls: set[int], happens: Callable[[Losses], Losses]
+) -> None:
     """Lets something happen to the losses of some forward passes."""
     healthy, done = Objective.forward, [0]
 
@@ -140,12 +216,24 @@ def at_calls(monkeypatch: pytest.MonkeyPatch, calls: set[int], happens: Callable
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     """Makes the loss of some forward passes NaN, as a broken kernel or an overflow would."""
-    at_calls(monkeypatch, bad_calls, lambda losses: losses._replace(loss=losses.loss * float("nan")))
+    at_calls(
+        monkeypatch, bad_calls, lambda losses: losses._replace(loss=losses.loss * float("nan"))
+    )
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str) -> None:
-    config = tiny(f"engine.zero_stage={stage}", f"engine.precision={precision}", "optim.accumulation=2", "optim.micro_batch=2")
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")],
+)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    config = tiny(
+        f"engine.zero_stage={stage}",
+        f"engine.precision={precision}",
+        "optim.accumulation=2",
+        "optim.micro_batch=2",
+    )
     poison(monkeypatch, {3})  # the first micro-batch of step 2
     assert run(prepare(config)) == DONE
     assert [line["skipped_steps"] for line in lines(config)] == [0, 1, 1, 1]
@@ -156,31 +244,50 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny: Tiny, monkeypatc
     assert "step 2: skipped" in (Path(config.output) / "log.txt").read_text()
 
 
-def test_accumulation_does_not_change_the_joint_loss_however_flat_some_clips_are(tiny: Tiny, tmp_path: Path,
-                                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accumulation_does_not_change_the_joint_loss_however_flat_some_clips_are(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     healthy = Objective.forward
 
-    def forward(self: Objective, predicted: torch.Tensor, clip: torch.Tensor, masked: torch.Tensor) -> Losses:
+    def forward(
+        self: Objective, predicted: torch.Tensor, clip: torch.Tensor, masked: torch.Tensor
+    ) -> Losses:
         """Blackens a part of every clip, by what it shows: none of it, half, nearly all, all."""
         clip = clip.clone()
         for video in clip:
-            video[:, :(0, 16, 24, 32)[int(video.sum()) % 4]] = 0
+            video[:, : (0, 16, 24, 32)[int(video.sum()) % 4]] = 0
         return healthy(self, predicted, clip, masked)
 
     monkeypatch.setattr(Objective, "forward", forward)
     curves = []
     for micro_batch, accumulation in ((4, 1), (2, 2), (1, 4)):
-        config = tiny(f"output={tmp_path / str(accumulation)}", f"optim.micro_batch={micro_batch}", f"optim.accumulation={accumulation}",
-                      "objective.contrastive_weight=1", "objective.learn_temperature=true", "objective.temperature=0.2")
+        config = tiny(
+            f"output={tmp_path / str(accumulation)}",
+            f"optim.micro_batch={micro_batch}",
+            f"optim.accumulation={accumulation}",
+            "objective.contrastive_weight=1",
+            "objective.learn_temperature=true",
+            "objective.temperature=0.2",
+        )
         assert run(prepare(config)) == DONE
-        curves.append([line[key] for line in lines(config) for key in ("loss", "contrastive_loss", "grad_norm")])
+        curves.append(
+            [
+                line[key]
+                for line in lines(config)
+                for key in ("loss", "contrastive_loss", "grad_norm")
+            ]
+        )
     assert len(curves[0]) == 12
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_many_bad_steps_in_a_row_stop_the_run_before_a_checkpoint_of_them(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("optim.steps=20", "journal.checkpoint_interval=4", "engine.max_skipped_in_a_row=3")
+def test_many_bad_steps_in_a_row_stop_the_run_before_a_checkpoint_of_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(
+        "optim.steps=20", "journal.checkpoint_interval=4", "engine.max_skipped_in_a_row=3"
+    )
     poison(monkeypatch, set(range(6, 100)))
     assert run(prepare(config)) == STOPPED_BY_POLICY
     assert "3 steps in a row were not finite" in (Path(config.output) / "log.txt").read_text()
@@ -188,19 +295,34 @@ def test_many_bad_steps_in_a_row_stop_the_run_before_a_checkpoint_of_them(tiny: 
     assert (Path(config.output) / "checkpoints" / "latest").read_text() == "step_00000004\n"
 
 
-def test_between_lines_and_checkpoints_bad_steps_are_known_a_step_late(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny("optim.steps=20", "journal.log_interval=15", "journal.checkpoint_interval=5", "engine.max_skipped_in_a_row=3")
+def test_between_lines_and_checkpoints_bad_steps_are_known_a_step_late(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(
+        "optim.steps=20",
+        "journal.log_interval=15",
+        "journal.checkpoint_interval=5",
+        "engine.max_skipped_in_a_row=3",
+    )
     poison(monkeypatch, {2, *range(6, 100)})
     assert run(prepare(config)) == STOPPED_BY_POLICY
-    told = [line.split("  ", 1)[1] for line in (Path(config.output) / "log.txt").read_text().splitlines() if "step" in line]
+    told = [
+        line.split("  ", 1)[1]
+        for line in (Path(config.output) / "log.txt").read_text().splitlines()
+        if "step" in line
+    ]
     skipped = [(2, 1), (6, 1), (7, 2), (8, 3)]
-    assert told[-5:-1] == [f"step {step}: skipped, a loss or gradient was not finite ({row} in a row)" for step, row in skipped]
+    assert told[-5:-1] == [
+        f"step {step}: skipped, a loss or gradient was not finite ({row} in a row)"
+        for step, row in skipped
+    ]
     assert told[-1].startswith("stopped at step 9: 3 steps in a row were not finite")
     assert (Path(config.output) / "checkpoints" / "latest").read_text() == "step_00000005\n"
 
 
-def test_the_line_of_an_interval_counts_its_skipped_steps_and_the_last_step_is_not_forgotten(tiny: Tiny,
-                                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_of_an_interval_counts_its_skipped_steps_and_the_last_step_is_not_forgotten(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny("optim.steps=6", "journal.log_interval=4")
     poison(monkeypatch, {2, 4, 6})
     assert run(prepare(config)) == DONE
@@ -208,13 +330,17 @@ def test_the_line_of_an_interval_counts_its_skipped_steps_and_the_last_step_is_n
     assert "step 6: skipped" in (Path(config.output) / "log.txt").read_text()
 
 
-def test_a_signal_stops_the_run_a_step_later_with_a_checkpoint(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_signal_stops_the_run_a_step_later_with_a_checkpoint(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def interrupt(losses: Losses) -> Losses:
         os.kill(os.getpid(), signal.SIGTERM)
         return losses
 
-    whole, config = tiny("journal.log_interval=6", "optim.steps=6", f"output={tmp_path / 'whole'}"), tiny("journal.log_interval=6",
-                                                                                                          "optim.steps=6")
+    whole, config = (
+        tiny("journal.log_interval=6", "optim.steps=6", f"output={tmp_path / 'whole'}"),
+        tiny("journal.log_interval=6", "optim.steps=6"),
+    )
     run(prepare(whole))
     with monkeypatch.context() as patch:
         at_calls(patch, {3}, interrupt)
@@ -227,7 +353,10 @@ def test_a_signal_stops_the_run_a_step_later_with_a_checkpoint(tiny: Tiny, monke
 
 
 def list_with_junk(demo_folder: Path, folder: Path, good: int, bad: int) -> Path:
-    videos = [demo_folder / line.rsplit(" ", 1)[0] for line in (demo_folder / "train.txt").read_text().splitlines()[:good]]
+    videos = [
+        demo_folder / line.rsplit(" ", 1)[0]
+        for line in (demo_folder / "train.txt").read_text().splitlines()[:good]
+    ]
     for number in range(bad):
         junk = folder / f"junk {number}.mp4"
         junk.write_bytes(b"not a video " * 50)
@@ -236,16 +365,22 @@ def list_with_junk(demo_folder: Path, folder: Path, good: int, bad: int) -> Path
     return folder / "videos.txt"
 
 
-def test_undecodable_videos_are_replaced_and_named_once(tiny: Tiny, demo_folder: Path, tmp_path: Path) -> None:
+def test_undecodable_videos_are_replaced_and_named_once(
+    tiny: Tiny, demo_folder: Path, tmp_path: Path
+) -> None:
     videos = list_with_junk(demo_folder, tmp_path, good=9, bad=3)
-    config = tiny(f"data.source={videos}", "optim.steps=12", "data.max_bad_share=0.3", "data.num_workers=2")
+    config = tiny(
+        f"data.source={videos}", "optim.steps=12", "data.max_bad_share=0.3", "data.num_workers=2"
+    )
     assert run(prepare(config)) == DONE
     named = [Path(entry["path"]).name for entry in lines(config, "quarantine.jsonl")]
     assert sorted(named) == ["junk 0.mp4", "junk 1.mp4", "junk 2.mp4"]
     assert lines(config)[-1]["bad_videos"] == 3
 
 
-def test_too_many_undecodable_videos_stop_the_run(tiny: Tiny, demo_folder: Path, tmp_path: Path) -> None:
+def test_too_many_undecodable_videos_stop_the_run(
+    tiny: Tiny, demo_folder: Path, tmp_path: Path
+) -> None:
     videos = list_with_junk(demo_folder, tmp_path, good=9, bad=3)
     config = tiny(f"data.source={videos}", "optim.steps=50")
     assert run(prepare(config)) == STOPPED_BY_POLICY
@@ -257,9 +392,12 @@ def test_too_many_undecodable_videos_stop_the_run(tiny: Tiny, demo_folder: Path,
 
 def test_a_run_folder_belongs_to_one_run(tiny: Tiny, tmp_path: Path) -> None:
     run(prepare(tiny("optim.steps=2")))
-    with pytest.raises(ValueError, match=r"run: this run was started with optim.steps = 2, now it is 3"):
+    with pytest.raises(
+        ValueError, match=r"run: this run was started with optim.steps = 2, now it is 3"
+    ):
         prepare(tiny("optim.steps=3"))
-    prepare(tiny("optim.steps=2", "journal.log_interval=7", "data.num_workers=1"))  # how it is watched may change
+    # how it is watched may change
+    prepare(tiny("optim.steps=2", "journal.log_interval=7", "data.num_workers=1"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"mine: is not empty and not a run folder"):
@@ -269,16 +407,24 @@ def test_a_run_folder_belongs_to_one_run(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_finished_run_stays_as_it_is(tiny: Tiny) -> None:
     config = tiny("optim.steps=2")
     run(prepare(config))
-    files = [Path(config.output) / name for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/latest")]
+    files = [
+        Path(config.output) / name
+        for name in ("metrics.jsonl", "model/model.safetensors", "checkpoints/latest")
+    ]
     before = [file.read_bytes() for file in files]
     assert run(prepare(config)) == DONE
     assert [file.read_bytes() for file in files] == before
 
 
-def test_another_number_of_ranks_cannot_resume_and_says_so(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_ranks_cannot_resume_and_says_so(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(prepare(tiny("engine.zero_stage=1", "optim.steps=2")))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"step_00000002: was written with world_size = 1, this start has 2; start it with as many ranks"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_00000002: was written with world_size = 1, this start has 2; start it with as many ranks",
+    ):
         prepare(tiny("engine.zero_stage=1", "optim.steps=2"))
 
 
@@ -296,13 +442,24 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> N
     assert "resumed after step 2" in (Path(config.output) / "log.txt").read_text()
 
 
-def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on_exactly(tiny: Tiny, tmp_path: Path,
-                                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on_exactly(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, int]] = []
     original = ClipDataset.__getitem__
-    monkeypatch.setattr(ClipDataset, "__getitem__", lambda self, key: seen.append(key) or original(self, key))
-    config = tiny("optim.steps=null", "optim.epochs=3", "optim.warmup_epochs=1", "optim.micro_batch=7", "optim.drop_last_batch=true",
-                  "journal.checkpoint_interval=4", "journal.picture_interval=0", "journal.picture_clips=1")
+    monkeypatch.setattr(
+        ClipDataset, "__getitem__", lambda self, key: seen.append(key) or original(self, key)
+    )
+    config = tiny(
+        "optim.steps=null",
+        "optim.epochs=3",
+        "optim.warmup_epochs=1",
+        "optim.micro_batch=7",
+        "optim.drop_last_batch=true",
+        "journal.checkpoint_interval=4",
+        "journal.picture_interval=0",
+        "journal.picture_clips=1",
+    )
     assert run(prepare(config)) == DONE
     trained = [key for key in seen if key != (0, 0)]  # which the picture shows, too
     assert [line["epoch"] for line in lines(config)] == [(step + 1) / 3 for step in range(9)]
@@ -318,16 +475,36 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
     assert "resumed after step 8" in (Path(config.output) / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("data.source=/nowhere/list.txt", "no such list file or folder: /nowhere/list.txt"),
-    ("mask.ratio=0.01", "mask.ratio: 0.01 of 16 tokens a frame hides 0"),
-    ("engine.kernels=triton", "engine.kernels: gather_tubelets: impl triton needs a CUDA device"),
-    ("engine.extra={zero_optimisation: {stage: 3}}", r"zero_optimisation: DeepSpeed has no such key \(did you mean zero_optimization"),
-    ("journal.wandb_project=mine", "journal.wandb_project: mine needs Weights & Biases, which is not installed; pip install wandb"),
-    ("engine.extra={gradient_clipping: 1.0}", "engine.extra.gradient_clipping: is set by this program"),
-    ("engine.extra={zero_optimization: {stage: 3}}", "engine.extra.zero_optimization.stage: is set by this program"),
-])
-def test_what_cannot_run_is_refused_before_it_starts(tiny: Tiny, override: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.source=/nowhere/list.txt", "no such list file or folder: /nowhere/list.txt"),
+        ("mask.ratio=0.01", "mask.ratio: 0.01 of 16 tokens a frame hides 0"),
+        (
+            "engine.kernels=triton",
+            "engine.kernels: gather_tubelets: impl triton needs a CUDA device",
+        ),
+        (
+            "engine.extra={zero_optimisation: {stage: 3}}",
+            r"zero_optimisation: DeepSpeed has no such key \(did you mean zero_optimization",
+        ),
+        (
+            "journal.wandb_project=mine",
+            "journal.wandb_project: mine needs Weights & Biases, which is not installed; pip install wandb",
+        ),
+        (
+            "engine.extra={gradient_clipping: 1.0}",
+            "engine.extra.gradient_clipping: is set by this program",
+        ),
+        (
+            "engine.extra={zero_optimization: {stage: 3}}",
+            "engine.extra.zero_optimization.stage: is set by this program",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_starts(
+    tiny: Tiny, override: str, message: str
+) -> None:
     config = tiny(override)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(config)
@@ -335,10 +512,25 @@ def test_what_cannot_run_is_refused_before_it_starts(tiny: Tiny, override: str, 
 
 
 def test_extra_reaches_deepspeed_and_defaults_are_written_out(tiny: Tiny) -> None:
-    config = tiny("engine.extra={zero_optimization: {reduce_bucket_size: 12345}, prescale_gradients: true}", "engine.zero_stage=2",
-                  "optim.accumulation=3", "data.clips_per_video=2")
-    made = deepspeed_config(config.engine, config.optim, config.journal, clips_per_video=2, world_size=4, run_folder=Path("runs/x"))
+    config = tiny(
+        "engine.extra={zero_optimization: {reduce_bucket_size: 12345}, prescale_gradients: true}",
+        "engine.zero_stage=2",
+        "optim.accumulation=3",
+        "data.clips_per_video=2",
+    )
+    made = deepspeed_config(
+        config.engine,
+        config.optim,
+        config.journal,
+        clips_per_video=2,
+        world_size=4,
+        run_folder=Path("runs/x"),
+    )
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 12345}
     assert made["prescale_gradients"] is True
-    assert (made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"], made["train_batch_size"]) == (8, 3, 96)
+    assert (
+        made["train_micro_batch_size_per_gpu"],
+        made["gradient_accumulation_steps"],
+        made["train_batch_size"],
+    ) == (8, 3, 96)
     assert made["gradient_clipping"] == 0.0  # left out, DeepSpeed would clip at 1

@@ -1,4 +1,5 @@
-"""What is timed in `video-mae bench step`: a model with AdamW and the ways to take its training step, and how they are timed in turn.
+"""What is timed in `video-mae bench step`: a model with AdamW and the ways to take its training
+step, and how they are timed in turn.
 
 Letters: B clips, T frames, H W pixels, C channels.
 """
@@ -21,13 +22,15 @@ from video_mae.training.optim import parameter_groups
 Name = TypeVar("Name")
 
 SAMPLE_MS = 100  # of steps between two looks at a GPU, which would wait for the host at each
-WARM_UP = 3  # steps before a capture: they make the optimizer's state, and what libraries make on first use
+# steps before a capture: they make the optimizer's state, and what libraries make on first use
+WARM_UP = 3
 
 
 class Trainer:
     """A model in its place and precision, and AdamW for it.
 
-    bf16: weights, activations and gradients are bfloat16, the optimizer has a float32 master copy, as under DeepSpeed.
+    bf16: weights, activations and gradients are bfloat16, the optimizer has a float32 master copy,
+    as under DeepSpeed.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -43,7 +46,9 @@ class Trainer:
             for group in groups:
                 group["params"] = [masters[id(weight)] for weight in group["params"]]
             self.model.to(dtype)
-        self._adamw = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda")
+        self._adamw = torch.optim.AdamW(
+            groups, lr=1e-5, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
+        )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Fills the gradients."""
@@ -52,7 +57,10 @@ class Trainer:
     def update(self) -> None:
         """The optimizer's part of a step; the gradients are gone afterwards."""
         if self._masters:
-            torch._foreach_copy_([_gradient(master) for master in self._masters], [_gradient(weight) for weight in self._weights])
+            torch._foreach_copy_(
+                [_gradient(master) for master in self._masters],
+                [_gradient(weight) for weight in self._weights],
+            )
         self._adamw.step()
         if self._masters:
             torch._foreach_copy_([weight.data for weight in self._weights], self._masters)
@@ -60,7 +68,12 @@ class Trainer:
 
     def kept_bytes(self) -> int:
         """What weights, master weights and optimizer state take between steps."""
-        state = [value for values in self._adamw.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+        state = [
+            value
+            for values in self._adamw.state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        ]
         masters = [tensor for master in self._masters for tensor in (master, _gradient(master))]
         kept = [*self.model.parameters(), *self.model.buffers(), *state, *masters]
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
@@ -69,9 +82,16 @@ class Trainer:
 class EngineTrainer:
     """The same as a training run has it: a copy of the model under `Engine`, ZeRO 1 in one process."""
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int) -> None:
-        config, optim = EngineConfig(zero_stage=1, precision="fp32" if dtype == torch.float32 else "bf16"), OptimConfig(micro_batch=batch)
-        dictionary = deepspeed_config(config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path())
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int
+    ) -> None:
+        config, optim = (
+            EngineConfig(zero_stage=1, precision="fp32" if dtype == torch.float32 else "bf16"),
+            OptimConfig(micro_batch=batch),
+        )
+        dictionary = deepspeed_config(
+            config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path()
+        )
         self.engine = Engine(copy.deepcopy(model), config, optim, dictionary, Path())
         self.model, self.device = self.engine.deepspeed.module, device
 
@@ -87,21 +107,43 @@ class EngineTrainer:
     def kept_bytes(self) -> int:
         """What weights, master weights and optimizer state take between steps."""
         state = self.engine.optimizer.state
-        moments = [value for values in state.values() for value in values.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in [*self.model.parameters(), *self.model.buffers(), *state, *moments])
+        moments = [
+            value
+            for values in state.values()
+            for value in values.values()
+            if isinstance(value, torch.Tensor)
+        ]
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for tensor in [*self.model.parameters(), *self.model.buffers(), *state, *moments]
+        )
 
 
 class Step:
-    """A training step as it is called: data copy, preparation of the input, forward, backward, optimizer.
+    """A training step as it is called: data copy, preparation of the input, forward, backward,
+    optimizer.
 
-    clip: of the host; loss: what the model makes of the clip on the device, or of what `prepare` makes of it. parts: the borders between
-    the parts of the forward pass, and the name of its first.
+    clip: of the host; loss: what the model makes of the clip on the device, or of what `prepare`
+    makes of it. parts: the borders between the parts of the forward pass, and the name of its
+    first.
     """
 
-    def __init__(self, trainer: Trainer | EngineTrainer, clip: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor],
-                 prepare: Callable[[torch.Tensor], torch.Tensor] | None = None, borders: Sequence[Border] = (),
-                 first_part: str = "") -> None:
-        self.trainer, self._loss, self._prepare, self._borders, self._first_part = trainer, loss, prepare, borders, first_part
+    def __init__(
+        self,
+        trainer: Trainer | EngineTrainer,
+        clip: torch.Tensor,
+        loss: Callable[[torch.Tensor], torch.Tensor],
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        borders: Sequence[Border] = (),
+        first_part: str = "",
+    ) -> None:
+        self.trainer, self._loss, self._prepare, self._borders, self._first_part = (
+            trainer,
+            loss,
+            prepare,
+            borders,
+            first_part,
+        )
         self._clip = clip.pin_memory() if trainer.device.type == "cuda" else clip
 
     @property
@@ -155,10 +197,14 @@ class Step:
         self.trainer.update()
 
 
-def time_in_turn(calls: Mapping[Name, Callable[[], object]], device: torch.device, num_rounds: int) -> dict[Name, list[float]]:
-    """Milliseconds of each call, a sample a round, the calls in turn: what a machine does besides then falls on all of them.
+def time_in_turn(
+    calls: Mapping[Name, Callable[[], object]], device: torch.device, num_rounds: int
+) -> dict[Name, list[float]]:
+    """Milliseconds of each call, a sample a round, the calls in turn: what a machine does besides
+    then falls on all of them.
 
-    Every other round goes backwards, so none always follows the same other. On a GPU a sample is the mean of many calls.
+    Every other round goes backwards, so none always follows the same other. On a GPU a sample is
+    the mean of many calls.
     """
     samples: dict[Name, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
@@ -183,7 +229,9 @@ def _gradient(weight: torch.Tensor) -> torch.Tensor:
 
 
 def time_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """Milliseconds of one call, until the device is done; the mean of `repeats`, between which it is not waited for."""
+    """Milliseconds of one call, until the device is done; the mean of `repeats`, between which it
+    is not waited for.
+    """
     _wait(device)
     start = time.perf_counter()
     for _ in range(repeats):

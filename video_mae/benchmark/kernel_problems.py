@@ -1,4 +1,5 @@
-"""What is benchmarked: an operation at a shape, its inputs, definition and least work, and all that can compute it; attention.
+"""What is benchmarked: an operation at a shape, its inputs, definition and least work, and all that
+can compute it; attention.
 
 Letters: B clips, N tokens, H heads, D head width.
 """
@@ -17,15 +18,20 @@ from video_mae.kernels import attention_long, attention_short, reference
 from video_mae.kernels.attention import HALF, packed_attention, pick
 
 MODES = ("forward", "backward", "both")
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "math": SDPBackend.MATH}
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class Provider(NamedTuple):
-    """One way to compute an operation: `run(inputs)`, with an autograd graph where something needs a gradient.
+    """One way to compute an operation: `run(inputs)`, with an autograd graph where something needs
+    a gradient.
 
-    is_ours: of this project. graphable: CUDA can record it, for it neither waits for the device (a boolean mask does) nor copies to it.
-    resolved: what a name such as auto stands for here.
+    is_ours: of this project. graphable: CUDA can record it, for it neither waits for the device (a
+    boolean mask does) nor copies to it. resolved: what a name such as auto stands for here.
     """
 
     name: str
@@ -36,7 +42,9 @@ class Provider(NamedTuple):
 
 
 class Problem:
-    """One operation at one shape. `baseline` names the provider that speed-ups are against: what people run today."""
+    """One operation at one shape. `baseline` names the provider that speed-ups are against: what
+    people run today.
+    """
 
     op: str
     baseline: str
@@ -75,12 +83,19 @@ class Problem:
         return result
 
     def work(self, mode: str) -> Work:
-        """The fewest floating-point operations and bytes; only what is needed counts, whatever a provider computes beside it."""
+        """The fewest floating-point operations and bytes; only what is needed counts, whatever a
+        provider computes beside it.
+        """
         raise NotImplementedError
 
-    def named(self, out: torch.Tensor, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def named(
+        self, out: torch.Tensor, gradients: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """What is checked: "result", and the gradients of the leaves in order."""
-        return {"result": out, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
+        return {
+            "result": out,
+            **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)},
+        }
 
     def facts(self) -> dict[str, float]:
         """Figures of the shape that plots need."""
@@ -113,7 +128,16 @@ class Attention(Problem):
 
     op, baseline = "attention", "reference"
 
-    def __init__(self, name: str, batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        tokens: int,
+        heads: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__(dtype, device)
         self.name, self.dims = name, (batch, tokens, heads, width)
 
@@ -124,8 +148,10 @@ class Attention(Problem):
     def inputs(self, seed: int) -> AttentionInputs:
         batch, tokens, heads, width = self.dims
         generator = self._random(seed)
-        return AttentionInputs(self._normal(batch, tokens, 3, heads, width, generator=generator).requires_grad_(),
-                               self._normal(batch, tokens, heads, width, generator=generator))
+        return AttentionInputs(
+            self._normal(batch, tokens, 3, heads, width, generator=generator).requires_grad_(),
+            self._normal(batch, tokens, heads, width, generator=generator),
+        )
 
     def upstream(self, x: AttentionInputs, out: torch.Tensor) -> torch.Tensor:
         return x.dout_BNHD
@@ -137,7 +163,9 @@ class Attention(Problem):
         """The first and the last clip: in float64 all the scores of a batch would not fit."""
         return torch.stack([result[0], result[-1]])
 
-    def named(self, out: torch.Tensor, gradients: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def named(
+        self, out: torch.Tensor, gradients: Sequence[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         parts = [part for gradient in gradients for part in gradient.unbind(2)]
         return dict(zip(("result", "dq", "dk", "dv"), (out, *parts), strict=False))
 
@@ -145,19 +173,29 @@ class Attention(Problem):
         return dict(zip(("batch", "tokens", "heads", "width"), self.dims, strict=True))
 
     def work(self, mode: str) -> Work:
-        """4 B H N^2 d, 2.5 times that backward (no score is kept); q, k, v, out and the log-sum-exp, backward also their gradients."""
+        """4 B H N^2 d, 2.5 times that backward (no score is kept); q, k, v, out and the
+        log-sum-exp, backward also their gradients.
+        """
         batch, tokens, heads, width = self.dims
         part, lse = batch * tokens * heads * width * self.dtype.itemsize, 4 * batch * heads * tokens
         flops = 4 * batch * heads * tokens**2 * width
         forward, backward = Work(flops, 4 * part + lse), Work(2.5 * flops, 8 * part + lse)
-        return {"forward": forward, "backward": backward, "both": Work(*map(sum, zip(forward, backward, strict=True)))}[mode]
+        return {
+            "forward": forward,
+            "backward": backward,
+            "both": Work(*map(sum, zip(forward, backward, strict=True))),
+        }[mode]
 
     def providers(self) -> list[Provider]:
         run_compiled, run_flex = compiled(reference.packed_attention), compiled(flex_attention)
         batch, tokens, heads, width = self.dims
-        qkv_BN3HD = torch.empty(batch, tokens, 3, heads, width, dtype=self.dtype, device=self.device, requires_grad=True)
+        qkv_BN3HD = torch.empty(
+            batch, tokens, 3, heads, width, dtype=self.dtype, device=self.device, requires_grad=True
+        )
         q, k, v = heads_first(qkv_BN3HD)
-        default = SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower()
+        default = (
+            SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower()
+        )
         auto = pick(qkv_BN3HD.shape, self.dtype, "auto", self.device)
 
         def flex(x: AttentionInputs) -> torch.Tensor:
@@ -171,18 +209,28 @@ class Attention(Problem):
             Provider("flex", flex),
             Provider("ours short", _program(attention_short), is_ours=True),
             Provider("ours long", _program(attention_long), is_ours=True),
-            Provider("ours auto", lambda x: packed_attention(x.qkv_BN3HD).contiguous(), is_ours=True, resolved=auto),
+            Provider(
+                "ours auto",
+                lambda x: packed_attention(x.qkv_BN3HD).contiguous(),
+                is_ours=True,
+                resolved=auto,
+            ),
         ]
 
 
 def heads_first(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [B, H, N, d] as strided views of the packed tensor; backward their gradients are stacked, which a provider is charged."""
+    """q, k, v [B, H, N, d] as strided views of the packed tensor; backward their gradients are
+    stacked, which a provider is charged.
+    """
     q, k, v = (part.transpose(1, 2) for part in qkv_BN3HD.unbind(2))
     return q, k, v
 
 
 def _sdpa(backend: SDPBackend | None) -> Callable[[AttentionInputs], torch.Tensor]:
-    """PyTorch's attention by one backend, or by what it picks; the result as the next layer takes it."""
+    """PyTorch's attention by one backend, or by what it picks; the result as the next layer takes
+    it.
+    """
+
     def run(x: AttentionInputs) -> torch.Tensor:
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
             q, k, v = heads_first(x.qkv_BN3HD)
@@ -210,7 +258,9 @@ def _program(program: Any) -> Callable[[AttentionInputs], torch.Tensor]:
     def run(x: AttentionInputs) -> torch.Tensor:
         tokens = x.qkv_BN3HD.shape[1]
         pick(x.qkv_BN3HD.shape, x.qkv_BN3HD.dtype, "triton", x.qkv_BN3HD.device)
-        if program is attention_short and not (tokens <= attention_short.MAX_TOKENS and x.qkv_BN3HD.dtype in HALF):
+        if program is attention_short and not (
+            tokens <= attention_short.MAX_TOKENS and x.qkv_BN3HD.dtype in HALF
+        ):
             raise ValueError(f"takes 16-bit values of up to {attention_short.MAX_TOKENS} tokens")
         return _Program.apply(x.qkv_BN3HD, program)  # pyright: ignore[reportReturnType]
 

@@ -11,9 +11,11 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes: allocated by PyTorch on a GPU, resident in memory on a CPU, at the worst moment of the call; None where Linux does not tell.
+    """Bytes: allocated by PyTorch on a GPU, resident in memory on a CPU, at the worst moment of the
+    call; None where Linux does not tell.
 
-    What earlier calls have left in the caches of the allocators is given back first, or it would hide some of the growth.
+    What earlier calls have left in the caches of the allocators is given back first, or it would
+    hide some of the growth.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -34,8 +36,14 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def peak_of_children() -> int:
-    """Bytes: the largest resident memory that each process started by this one and still there has had, in all."""
-    children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    """Bytes: the largest resident memory that each process started by this one and still there has
+    had, in all.
+    """
+    children = [
+        pid
+        for file in Path("/proc/self/task").glob("*/children")
+        for pid in file.read_text().split()
+    ]
     return sum(_status("VmHWM", Path("/proc", pid, "status")) for pid in children)
 
 

@@ -1,9 +1,10 @@
-"""Ways from video files to batches of clips: ours in all its forms, the official code's, pytorchvideo's, and decoding alone.
+"""Ways from video files to batches of clips: ours in all its forms, the official code's,
+pytorchvideo's, and decoding alone.
 
 Each is measured in a process of its own, on one core.
 
-Ours, the official one and decoding alone read the same frames; ours and the official one cut the same boxes out of them. Theirs are written
-from the descriptions of their projects.
+Ours, the official one and decoding alone read the same frames; ours and the official one cut the
+same boxes out of them. Theirs are written from the descriptions of their projects.
 Letters: B clips, T frames, H W pixels, C channels.
 """
 
@@ -35,7 +36,9 @@ Form = Literal["plain", "video", "frames"]
 
 @dataclass(frozen=True)
 class Job:
-    """The same videos as plain files, as packed videos and as packed frames (as data.source names them), and the clips to be made."""
+    """The same videos as plain files, as packed videos and as packed frames (as data.source names
+    them), and the clips to be made.
+    """
 
     sources: Mapping[Form, str]
     num_frames: int
@@ -65,7 +68,9 @@ class Made(NamedTuple):
 
 
 Pipeline = Callable[["Contender", Job, int, Stopwatch], Iterator[Made]]
-"""Batches of clips, of each video as many as the contender has crops, in one epoch; all the time of their making goes to the stopwatch."""
+"""Batches of clips, of each video as many as the contender has crops, in one epoch; all the time of
+their making goes to the stopwatch.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,13 @@ class Contender:
 
     def data(self, job: Job) -> DataConfig:
         """The configuration of the loader; packed frames lie `stride` apart already."""
-        return DataConfig(source=job.sources[self.form], stride=1 if self.form == "frames" else job.stride, decoder=self.decoder,
-                          clips_per_video=self.crops, crop_where=self.crop_where)
+        return DataConfig(
+            source=job.sources[self.form],
+            stride=1 if self.form == "frames" else job.stride,
+            decoder=self.decoder,
+            clips_per_video=self.crops,
+            crop_where=self.crop_where,
+        )
 
 
 class _Watched(ClipDataset):
@@ -97,7 +107,9 @@ class _Watched(ClipDataset):
 
 
 def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
-    """Our data set and collation: clip_BTHWC, uint8, or whole frames where the device cuts. It makes floats of what the model needs."""
+    """Our data set and collation: clip_BTHWC, uint8, or whole frames where the device cuts. It
+    makes floats of what the model needs.
+    """
     dataset = _Watched(contender.data(job), job, watch)
     for indices in _batches(len(dataset), max(job.batch // contender.crops, 1)):
         samples = []
@@ -106,15 +118,23 @@ def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterat
             watch.lap("crop")
         batch = collate(samples)
         watch.lap("collate")
-        yield Made(batch.uncut.bytes_N if isinstance(batch, UncutBatch) else batch.clip_BTHWC, len(batch.seeds_B))
+        yield Made(
+            batch.uncut.bytes_N if isinstance(batch, UncutBatch) else batch.clip_BTHWC,
+            len(batch.seeds_B),
+        )
 
 
 def bare(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
-    """Decoding alone, as the library's own documentation does it: the same frames, whole, frames_THWC of one video at a time."""
+    """Decoding alone, as the library's own documentation does it: the same frames, whole,
+    frames_THWC of one video at a time.
+    """
     videos = read_annotations(contender.data(job))
     for index in range(len(videos)):
         rng = sample_rng(SEED, epoch, index, FIRST_ATTEMPT)
-        frames_THWC = BARE[contender.decoder](videos[index][0], lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng))
+        frames_THWC = BARE[contender.decoder](
+            videos[index][0],
+            lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng),
+        )
         watch.lap("decode")
         yield Made(torch.from_numpy(frames_THWC), 1)
 
@@ -131,7 +151,11 @@ def _bare_pyav(path: str, choose: Choose) -> np.ndarray:
 
     with av.open(path) as container:
         stream = container.streams.video[0]
-        stamps = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
+        stamps = sorted(
+            packet.pts
+            for packet in container.demux(stream)
+            if packet.size and packet.pts is not None
+        )
         wanted = [stamps[index] for index in choose(len(stamps))]
         container.seek(wanted[0], stream=stream)  # to the key frame before it
         frames: dict[Any, np.ndarray] = {}
@@ -150,30 +174,44 @@ def _bare_torchcodec(path: str, choose: Choose) -> np.ndarray:
     return decoder.get_frames_at(choose(len(decoder)).tolist()).data.numpy()
 
 
-BARE: dict[str, Callable[[str, Choose], np.ndarray]] = {"decord": _bare_decord, "pyav": _bare_pyav, "torchcodec": _bare_torchcodec}
+BARE: dict[str, Callable[[str, Choose], np.ndarray]] = {
+    "decord": _bare_decord,
+    "pyav": _bare_pyav,
+    "torchcodec": _bare_torchcodec,
+}
 
 
 def official(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
-    """The official pretraining data set's: the clip's frames by decord, whole, one PIL image a frame, multi-scale crop and bilinear resize
-    of each, a stack along the channels, which becomes float32, is divided by 255 and normalised channel by channel: video_BCTHW.
-    Source: VideoMAE (Tong et al., 2022)."""
+    """The official pretraining data set's: the clip's frames by decord, whole, one PIL image a
+    frame, multi-scale crop and bilinear resize of each, a stack along the channels, which becomes
+    float32, is divided by 255 and normalised channel by channel: video_BCTHW. Source: VideoMAE
+    (Tong et al., 2022).
+    """
     data, videos = contender.data(job), read_annotations(contender.data(job))
     for indices in _batches(len(videos), job.batch):
         clips = []
         for index in indices:
             rng = sample_rng(SEED, epoch, index, FIRST_ATTEMPT)
-            frames_THWC = _bare_decord(videos[index][0],
-                                       lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng))
+            frames_THWC = _bare_decord(
+                videos[index][0],
+                lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng),
+            )
             watch.lap("decode")
             _, height, width, _ = frames_THWC.shape
-            top, left, rows, columns = crop_box(data, height, width, job.side, job.side, sample_rng(SEED, epoch, index, 0))
+            top, left, rows, columns = crop_box(
+                data, height, width, job.side, job.side, sample_rng(SEED, epoch, index, 0)
+            )
             images = [Image.fromarray(frame_HWC).convert("RGB") for frame_HWC in frames_THWC]
             images = [image.crop((left, top, left + columns, top + rows)) for image in images]
-            images = [image.resize((job.side, job.side), Image.Resampling.BILINEAR) for image in images]
+            images = [
+                image.resize((job.side, job.side), Image.Resampling.BILINEAR) for image in images
+            ]
             watch.lap("crop")
             stack_HWS = np.concatenate([np.asarray(image) for image in images], axis=2)
             values_SHW = torch.from_numpy(stack_HWS).permute(2, 0, 1).contiguous().float().div(255)
-            for channel, mean, std in zip(values_SHW, IMAGENET_MEAN * len(images), IMAGENET_STD * len(images), strict=True):
+            for channel, mean, std in zip(
+                values_SHW, IMAGENET_MEAN * len(images), IMAGENET_STD * len(images), strict=True
+            ):
                 channel.sub_(mean).div_(std)
             clips.append(values_SHW.view(len(images), 3, job.side, job.side).transpose(0, 1))
             watch.lap("floats")
@@ -183,16 +221,23 @@ def official(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> It
 
 
 def pytorchvideo(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
-    """LabeledVideoDataset with random clips, without audio, decord, and torchvision's transforms (its own cannot be imported any more):
-    16 frames of each clip, a random resized crop, ImageNet normalisation: video_BCTHW, float32."""
+    """LabeledVideoDataset with random clips, without audio, decord, and torchvision's transforms
+    (its own cannot be imported any more): 16 frames of each clip, a random resized crop, ImageNet
+    normalisation: video_BCTHW, float32.
+    """
     import decord
     from pytorchvideo.data import LabeledVideoDataset, RandomClipSampler
 
     videos = read_annotations(contender.data(job))
     random.seed(epoch)
     torch.manual_seed(epoch)
-    seconds = job.num_frames * job.stride / decord.VideoReader(videos[0][0], num_threads=1).get_avg_fps()
-    crop, normalize = v2.RandomResizedCrop(job.side, antialias=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+    seconds = (
+        job.num_frames * job.stride / decord.VideoReader(videos[0][0], num_threads=1).get_avg_fps()
+    )
+    crop, normalize = (
+        v2.RandomResizedCrop(job.side, antialias=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
+    )
 
     def transform(sample: dict[str, Any]) -> torch.Tensor:
         watch.lap("decode")
@@ -204,8 +249,16 @@ def pytorchvideo(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -
         watch.lap("floats")
         return video_CTHW
 
-    dataset = iter(LabeledVideoDataset(videos, RandomClipSampler(clip_duration=seconds),  # pyright: ignore[reportArgumentType]
-                                       torch.utils.data.SequentialSampler, transform, decode_audio=False, decoder="decord"))
+    dataset = iter(
+        LabeledVideoDataset(
+            videos,  # pyright: ignore[reportArgumentType]
+            RandomClipSampler(clip_duration=seconds),  # pyright: ignore[reportArgumentType]
+            torch.utils.data.SequentialSampler,
+            transform,
+            decode_audio=False,
+            decoder="decord",
+        )
+    )
     decord.bridge.set_bridge("torch")  # for the whole process, which is how it wants its frames
     try:
         for indices in _batches(len(videos), job.batch):
@@ -224,7 +277,9 @@ CONTENDERS = (
     Contender("ours, torchcodec", ours, decoder="torchcodec"),
     Contender("ours, packed video", ours, "video"),
     Contender("ours, packed video, 4 crops", ours, "video", crops=4),
-    Contender("ours, packed video, 4 crops on the device", ours, "video", crops=4, crop_where="device"),
+    Contender(
+        "ours, packed video, 4 crops on the device", ours, "video", crops=4, crop_where="device"
+    ),
     Contender("ours, packed video, decord", ours, "video", "decord"),
     Contender("ours, packed frames", ours, "frames"),
     Contender("ours, packed frames, 4 crops", ours, "frames", crops=4),
@@ -249,8 +304,10 @@ class Found:
 
 
 def serve(contender: Contender, job: Job, core: int, connection: Connection) -> None:
-    """The process of a pipeline, on one core: sends what it has `Found` in a first epoch, then for every epoch that it receives the
-    milliseconds a clip of its stages. A `Found` with a reason is its last word."""
+    """The process of a pipeline, on one core: sends what it has `Found` in a first epoch, then for
+    every epoch that it receives the milliseconds a clip of its stages. A `Found` with a reason is
+    its last word.
+    """
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     if contender.pipeline is ours:
@@ -259,23 +316,36 @@ def serve(contender: Contender, job: Job, core: int, connection: Connection) -> 
         for answer in _answers(contender, job, connection):
             connection.send(answer)
     except Exception as error:  # whatever a competitor raises is its row's problem
-        connection.send(Found(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))
+        connection.send(
+            Found(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        )
 
 
-def _answers(contender: Contender, job: Job, connection: Connection) -> Iterator[Found | dict[str, float]]:
+def _answers(
+    contender: Contender, job: Job, connection: Connection
+) -> Iterator[Found | dict[str, float]]:
     batches: list[Found] = []
 
     def first_epoch() -> None:
         for batch in contender.pipeline(contender, job, 0, Stopwatch()):
-            batches.append(Found(str(batch.pixels.dtype).removeprefix("torch."), batch.pixels.nbytes // batch.num_clips))
+            batches.append(
+                Found(
+                    str(batch.pixels.dtype).removeprefix("torch."),
+                    batch.pixels.nbytes // batch.num_clips,
+                )
+            )
 
     if contender.pipeline is not pytorchvideo:
         resolve_decoder(contender.decoder)
     peak_bytes = peak_growth(first_epoch, torch.device("cpu"))
-    yield replace(batches[0], peak_bytes=None if peak_bytes is None else peak_bytes + peak_of_children())
+    yield replace(
+        batches[0], peak_bytes=None if peak_bytes is None else peak_bytes + peak_of_children()
+    )
     while True:
         epoch, watch = connection.recv(), Stopwatch()
-        num_clips = sum(batch.num_clips for batch in contender.pipeline(contender, job, epoch, watch))
+        num_clips = sum(
+            batch.num_clips for batch in contender.pipeline(contender, job, epoch, watch)
+        )
         yield {stage: 1e3 * seconds / num_clips for stage, seconds in watch.seconds.items()}
 
 

@@ -1,4 +1,6 @@
-"""What benchmarks write and print: records as JSON lines, the header that says where they were taken, tables."""
+"""What benchmarks write and print: records as JSON lines, the header that says where they were
+taken, tables.
+"""
 
 import json
 import os
@@ -18,7 +20,9 @@ DASH = "-"  # a figure that cannot exist here
 
 
 class Times(NamedTuple):
-    """Milliseconds of one call: the median, and what a fifth and four fifths of the calls took at most."""
+    """Milliseconds of one call: the median, and what a fifth and four fifths of the calls took at
+    most.
+    """
 
     p50: float
     p20: float
@@ -27,11 +31,13 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One measured cell. The first six fields are its name: `compare` looks for them in older files.
+    """One measured cell. The first six fields are its name: `compare` looks for them in older
+    files.
 
-    reason: why there is nothing to tell (no such device, out of memory, an error of the compiler ...); empty for a measured cell.
-    times: milliseconds by the way they were taken, e.g. {"cold": Times(...), "wall": Times(...)}. measures: all other figures, with the
-    unit in the name (peak_mb, clips_per_second); what could not be measured is left out.
+    reason: why there is nothing to tell (no such device, out of memory, an error of the compiler
+    ...); empty for a measured cell. times: milliseconds by the way they were taken, e.g. {"cold":
+    Times(...), "wall": Times(...)}. measures: all other figures, with the unit in the name
+    (peak_mb, clips_per_second); what could not be measured is left out.
     """
 
     benchmark: str
@@ -57,15 +63,30 @@ class Run(NamedTuple):
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a benchmark runs: device, driver, versions, revision, date. Numbers of two runs compare only where `device` is the same."""
+    """Where a benchmark runs: device, driver, versions, revision, date. Numbers of two runs compare
+    only where `device` is the same.
+    """
     cores = len(os.sched_getaffinity(0))
     found: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "revision": _revision(),
-        "device": f"{_cpu_name()}, {torch.get_num_threads()} of {cores} cores", "cpu": _cpu_name(), "threads": torch.get_num_threads(),
-        "cores": cores, "python": platform.python_version(), "torch": torch.__version__,
-        "triton": metadata.version("triton"), "cuda": torch.version.cuda, "cudnn": None, "driver": None}
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": _revision(),
+        "device": f"{_cpu_name()}, {torch.get_num_threads()} of {cores} cores",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": metadata.version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": None,
+        "driver": None,
+    }
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version(), **_driver(device)}
+        found |= {
+            "device": torch.cuda.get_device_name(device),
+            "cudnn": torch.backends.cudnn.version(),
+            **_driver(device),
+        }
     return found
 
 
@@ -76,7 +97,9 @@ def results_file(folder: str, header: dict[str, Any], name: str) -> Path:
 
 
 def append(path: Path, run: Run) -> None:
-    """Adds a run, or a part of one, to a JSON-lines file: its header, then a line a record. What is in the file stays as it is."""
+    """Adds a run, or a part of one, to a JSON-lines file: its header, then a line a record. What is
+    in the file stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"header": run.header}, *(asdict(record) for record in run.records)]
     with path.open("a", encoding="ascii") as stream:
@@ -84,7 +107,9 @@ def append(path: Path, run: Run) -> None:
 
 
 def read(path: Path) -> list[Run]:
-    """The runs of a file, oldest first. Raises: FileNotFoundError; ValueError naming the line that is no record."""
+    """The runs of a file, oldest first. Raises: FileNotFoundError; ValueError naming the line that
+    is no record.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of benchmark records")
     runs: list[Run] = []
@@ -92,7 +117,8 @@ def read(path: Path) -> list[Run]:
         try:
             line = json.loads(text)
             if "header" in line:
-                if not runs or runs[-1].header != line["header"]:  # else another part of the same run
+                # else another part of the same run
+                if not runs or runs[-1].header != line["header"]:
                     runs.append(Run(line["header"], []))
             else:
                 line["times"] = {way: Times(*times) for way, times in line["times"].items()}
@@ -117,14 +143,35 @@ class Table:
             return "\n".join([self.title, *(f"  {note}" for note in self.notes)])
         cells = [list(self.columns), *(list(row) for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        right = [all(row[i][:1].isdigit() or row[i] == DASH for row in self.rows) for i in range(len(self.columns))]
-        lines = ["  ".join(cell.rjust(width) if at_right else cell.ljust(width)
-                           for cell, width, at_right in zip(row, widths, right, strict=True)).rstrip() for row in cells]
-        return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:], *(f"  {note}" for note in self.notes)])
+        right = [
+            all(row[i][:1].isdigit() or row[i] == DASH for row in self.rows)
+            for i in range(len(self.columns))
+        ]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if at_right else cell.ljust(width)
+                for cell, width, at_right in zip(row, widths, right, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        return "\n".join(
+            [
+                self.title,
+                lines[0],
+                "-" * len(lines[0]),
+                *lines[1:],
+                *(f"  {note}" for note in self.notes),
+            ]
+        )
 
     def markdown(self) -> str:
-        lines = [f"### {self.title}", "", f"| {' | '.join(self.columns)} |", f"|{'---|' * len(self.columns)}",
-                 *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in self.rows)]
+        lines = [
+            f"### {self.title}",
+            "",
+            f"| {' | '.join(self.columns)} |",
+            f"|{'---|' * len(self.columns)}",
+            *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in self.rows),
+        ]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
 
 
@@ -136,9 +183,15 @@ def _cpu_name() -> str:
 
 
 def _revision() -> str:
-    """The git revision that these files are of, "-dirty" where they were changed since; unknown outside a checkout."""
+    """The git revision that these files are of, "-dirty" where they were changed since; unknown
+    outside a checkout.
+    """
     root = Path(__file__).resolve().parents[1]
-    found = _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") if (root / ".git").exists() else ""
+    found = (
+        _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12")
+        if (root / ".git").exists()
+        else ""
+    )
     return found or "unknown"
 
 
@@ -146,8 +199,14 @@ def _driver(device: torch.device) -> dict[str, str]:
     """Driver, clocks and power limit as they are: benchmarks read them and never set them."""
     names = ("driver_version", "clocks.sm", "clocks.max.sm", "power.limit")
     identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    values = _output("nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(names)}", "--format=csv,noheader").split(", ")
-    return dict(zip(("driver", "clock", "max_clock", "power_limit"), values, strict=True)) if len(values) == len(names) else {}
+    values = _output(
+        "nvidia-smi", f"--id={identity}", f"--query-gpu={','.join(names)}", "--format=csv,noheader"
+    ).split(", ")
+    return (
+        dict(zip(("driver", "clock", "max_clock", "power_limit"), values, strict=True))
+        if len(values) == len(names)
+        else {}
+    )
 
 
 def _output(*command: str) -> str:

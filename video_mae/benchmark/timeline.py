@@ -1,7 +1,9 @@
-"""Where the time of a training step goes: marks on the tensors between its parts, in the forward and in the backward pass.
+"""Where the time of a training step goes: marks on the tensors between its parts, in the forward
+and in the backward pass.
 
-A mark is an identity whose forward and backward take the time, on a GPU as an event in the stream. What lies between two marks belongs to
-one part, so the parts of a step add up to all of it, and what they add is the marks themselves: a few microseconds each.
+A mark is an identity whose forward and backward take the time, on a GPU as an event in the stream.
+What lies between two marks belongs to one part, so the parts of a step add up to all of it, and
+what they add is the marks themselves: a few microseconds each.
 """
 
 import time
@@ -36,7 +38,9 @@ class Timeline:
         self._marks.append((part, self._now()))
 
     def milliseconds(self) -> dict[str, float]:
-        """Ends the last part; the time of each, which is spread over forward and backward pass, in the order in which they began."""
+        """Ends the last part; the time of each, which is spread over forward and backward pass, in
+        the order in which they began.
+        """
         self.begin("end")
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -55,12 +59,18 @@ class Timeline:
 
 @contextmanager
 def marked(borders: Sequence[Border], timeline: Timeline) -> Iterator[None]:
-    """Within it, these modules tell the timeline when a tensor, or later its gradient, crosses one of the borders."""
+    """Within it, these modules tell the timeline when a tensor, or later its gradient, crosses one
+    of the borders.
+    """
 
     def watch(border: Border) -> Any:
         if border.side == "output":
-            return border.module.register_forward_hook(lambda module, inputs, output: _Mark.apply(output, timeline, border))
-        return border.module.register_forward_pre_hook(lambda module, inputs: (_Mark.apply(inputs[0], timeline, border), *inputs[1:]))
+            return border.module.register_forward_hook(
+                lambda module, inputs, output: _Mark.apply(output, timeline, border)
+            )
+        return border.module.register_forward_pre_hook(
+            lambda module, inputs: (_Mark.apply(inputs[0], timeline, border), *inputs[1:])
+        )
 
     handles = [watch(border) for border in borders]
     yield
@@ -87,20 +97,29 @@ class _Mark(torch.autograd.Function):
 def borders_of(model: VideoMAE) -> list[Border]:
     """Between the parts of our model; a forward pass begins with `gather`.
 
-    Attention is the product of queries, keys and values alone: what the attention kernels compute. Its projections are in `rest`.
+    Attention is the product of queries, keys and values alone: what the attention kernels compute.
+    Its projections are in `rest`.
     """
+
     def attention(blocks: Blocks, name: str) -> list[Border]:
         around: list[Border] = []
         for block in blocks:
             assert isinstance(block, Block)
-            around += [Border(block.attn.qkv, "output", f"{name} rest", f"{name} attention"),
-                       Border(block.attn.proj, "input", f"{name} attention", f"{name} rest")]
+            around += [
+                Border(block.attn.qkv, "output", f"{name} rest", f"{name} attention"),
+                Border(block.attn.proj, "input", f"{name} attention", f"{name} rest"),
+            ]
         return around
 
     encoder, decoder = model.encoder, model.decoder
-    return [Border(encoder.patch_embed, "input", "gather", "embed"), Border(encoder.blocks[0], "input", "embed", "encoder rest"),
-            *attention(encoder.blocks, "encoder"), Border(decoder.encoder_to_decoder, "input", "encoder rest", "decoder rest"),
-            *attention(decoder.blocks, "decoder"), Border(decoder.head, "output", "decoder rest", "losses")]
+    return [
+        Border(encoder.patch_embed, "input", "gather", "embed"),
+        Border(encoder.blocks[0], "input", "embed", "encoder rest"),
+        *attention(encoder.blocks, "encoder"),
+        Border(decoder.encoder_to_decoder, "input", "encoder rest", "decoder rest"),
+        *attention(decoder.blocks, "decoder"),
+        Border(decoder.head, "output", "decoder rest", "losses"),
+    ]
 
 
 def _elapsed(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:

@@ -1,8 +1,16 @@
-"""Every knob: frozen keyword-only dataclasses, whose field names are the YAML keys, and `load_config`."""
+"""Every knob: frozen keyword-only dataclasses, whose field names are the YAML keys, and
+`load_config`.
+"""
 
 from video_mae.config.data import DataConfig
 from video_mae.config.finetune import AugmentConfig, FinetuneConfig
-from video_mae.config.model import IMAGENET_MEAN, IMAGENET_STD, PRESETS, ClassifierConfig, ModelConfig
+from video_mae.config.model import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PRESETS,
+    ClassifierConfig,
+    ModelConfig,
+)
 from video_mae.config.objective import MaskConfig, ObjectiveConfig
 from video_mae.config.stages import PretrainConfig, RunConfig, load_config
 from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig

@@ -1,4 +1,6 @@
-"""How a configuration is declared as dataclasses, read from YAML, checked key by key, written and explained. config/ has the keys."""
+"""How a configuration is declared as dataclasses, read from YAML, checked key by key, written and
+explained. config/ has the keys.
+"""
 
 import dataclasses
 import json
@@ -11,7 +13,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from video_mae.config.yaml_text import inside, is_text, load, refuse_interpolation, to_yaml, without_none
+from video_mae.config.yaml_text import (
+    inside,
+    is_text,
+    load,
+    refuse_interpolation,
+    to_yaml,
+    without_none,
+)
 from video_mae.files import one_line, read_text
 
 Schema = TypeVar("Schema")
@@ -36,13 +45,19 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
         raise ValueError(f"{key}: {value} {remedy}")
 
 
-def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
-          presets: Mapping[str, Mapping[str, Any]] | None = None) -> Schema:
-    """Defaults < `model.preset` (one of `presets`) < the file < dotted overrides, checked key by key.
+def parse(
+    path: Path | None,
+    overrides: Sequence[str],
+    schema: type[Schema],
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Schema:
+    """Defaults < `model.preset` (one of `presets`) < the file < dotted overrides, checked key by
+    key.
 
-    A text is what follows the = of an override, character by character; any other value is YAML. In YAML, too, what stands where a text
-    belongs is one: no, 007, 1e3.
-    Raises: ValueError with one line that names the file, the key, and the nearest valid key, the type or the range.
+    A text is what follows the = of an override, character by character; any other value is YAML. In
+    YAML, too, what stands where a text belongs is one: no, 007, 1e3.
+    Raises: ValueError with one line that names the file, the key, and the nearest valid key, the
+    type or the range.
     """
     text = read_text(path) if path else ""
     with _naming(f"{path}: " if path else ""):
@@ -50,8 +65,17 @@ def parse(path: Path | None, overrides: Sequence[str], schema: type[Schema],
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
         model = values.get("model")
-        if presets and isinstance(model, dict) and (preset := model.pop("preset", None)) is not None:
-            require(isinstance(preset, str) and preset in presets, "model.preset", preset, f"is not one of {', '.join(presets)}")
+        if (
+            presets
+            and isinstance(model, dict)
+            and (preset := model.pop("preset", None)) is not None
+        ):
+            require(
+                isinstance(preset, str) and preset in presets,
+                "model.preset",
+                preset,
+                f"is not one of {', '.join(presets)}",
+            )
             values["model"] = {**presets[preset], **model}
         return _build(values, schema, schema)
 
@@ -78,12 +102,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        flat.update(flatten(value, f"{prefix}{f.name}.") if is_dataclass(value) else {f"{prefix}{f.name}": value})
+        flat.update(
+            flatten(value, f"{prefix}{f.name}.")
+            if is_dataclass(value)
+            else {f"{prefix}{f.name}": value}
+        )
     return flat
 
 
 def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
-    """The inverse of `to_dict` for one flat section, as config.json stores it. Raises: ValueError naming `where` and the key."""
+    """The inverse of `to_dict` for one flat section, as config.json stores it. Raises: ValueError
+    naming `where` and the key.
+    """
     with _naming(f"{where}: "):
         return _build(values, schema, schema)
 
@@ -97,7 +127,11 @@ def describe(schema: type) -> str:
         else:
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             shown = default if default and isinstance(default, str) else json.dumps(default)
-            choices = f" {{{' | '.join(str(a) for a in kind.__args__)}}}" if get_origin(kind) is Literal else ""
+            choices = (
+                f" {{{' | '.join(str(a) for a in kind.__args__)}}}"
+                if get_origin(kind) is Literal
+                else ""
+            )
             lines.append(f"  {key} = {shown}{choices}\n      {f.metadata['meaning']}")
     return "\n".join(lines)
 
@@ -124,21 +158,35 @@ def _walk(schema: Any, prefix: str) -> Iterable[tuple[str, Any, dataclasses.Fiel
 
 
 def _build(values: Any, schema: Any, root: Any, where: str = "") -> Any:
-    """The dataclass that the values of the section `where` describe. Raises: ValueError for an unknown key, a wrong type, a range."""
+    """The dataclass that the values of the section `where` describe. Raises: ValueError for an
+    unknown key, a wrong type, a range.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where and f'{where}: '}{_MAPPING}")
     hints, prefix = get_type_hints(schema), f"{where}." if where else ""
     for key in values:
         if key not in hints:
             everywhere = [name for name, _, _ in _walk(root, "")]
-            near = ([name for name in everywhere if name.split(".")[-1] == key] or get_close_matches(key, hints, 1)
-                    or get_close_matches(f"{prefix}{key}", everywhere, 1))
-            raise ValueError(f"unknown key {prefix}{key}" + (f" (did you mean {near[0]}?)" if near else ""))
-    return schema(**{key: _convert(value, hints[key], root, f"{prefix}{key}") for key, value in values.items()})
+            near = (
+                [name for name in everywhere if name.split(".")[-1] == key]
+                or get_close_matches(key, hints, 1)
+                or get_close_matches(f"{prefix}{key}", everywhere, 1)
+            )
+            raise ValueError(
+                f"unknown key {prefix}{key}" + (f" (did you mean {near[0]}?)" if near else "")
+            )
+    return schema(
+        **{
+            key: _convert(value, hints[key], root, f"{prefix}{key}")
+            for key, value in values.items()
+        }
+    )
 
 
 def _convert(value: Any, hint: Any, root: Any, where: str) -> Any:
-    """The value as the type of the knob `where` has it. Raises: ValueError where it is of another type."""
+    """The value as the type of the knob `where` has it. Raises: ValueError where it is of another
+    type.
+    """
     origin, of = get_origin(hint), get_args(hint)
     if NoneType in of:
         return None if value is None else _convert(value, without_none(hint), root, where)
@@ -147,12 +195,18 @@ def _convert(value: Any, hint: Any, root: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {_MAPPING}")
-        return {name: _convert(part, of[1], root, f"{where}.{name}") for name, part in value.items()}
+        return {
+            name: _convert(part, of[1], root, f"{where}.{name}") for name, part in value.items()
+        }
     if origin is tuple and isinstance(value, list | tuple):
         kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
         if len(kinds) == len(value):
-            return tuple(_convert(item, kind, root, where) for item, kind in zip(value, kinds, strict=True))
-    is_choice = origin is Literal and any(type(value) is type(choice) and value == choice for choice in of)
+            return tuple(
+                _convert(item, kind, root, where) for item, kind in zip(value, kinds, strict=True)
+            )
+    is_choice = origin is Literal and any(
+        type(value) is type(choice) and value == choice for choice in of
+    )
     if is_choice or hint is Any or (hint is str and isinstance(value, str)):
         return value
     if hint is bool and value in (0, 1):
@@ -198,7 +252,9 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
         try:
             value = load(text, hint, "")
         except ValueError as error:
-            raise ValueError(f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes") from None
+            raise ValueError(
+                f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes"
+            ) from None
     for name in reversed(names[1:]):
         value = {name: value}
     return {names[0]: value}

@@ -1,4 +1,6 @@
-"""What the training stages read from their YAML files in common, what pretraining adds, and `load_config`."""
+"""What the training stages read from their YAML files in common, what pretraining adds, and
+`load_config`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +15,18 @@ from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value ...`."""
+    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value
+    ...`.
+    """
 
     output: str = knob("runs/run", "the run folder; starting the same one again resumes it")
-    seed: int = knob(0, "of the weights, the order of the videos, and everything that is drawn for them")
-    model: ModelConfig = section(ModelConfig, "architecture; model.preset = small | base | large | huge | giant sets the published sizes")
+    seed: int = knob(
+        0, "of the weights, the order of the videos, and everything that is drawn for them"
+    )
+    model: ModelConfig = section(
+        ModelConfig,
+        "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
+    )
     data: DataConfig = section(DataConfig, "videos")
     optim: OptimConfig = section(OptimConfig, "optimization")
     engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
@@ -38,7 +47,12 @@ class PretrainJournalConfig(JournalConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("picture_interval", 0), ("picture_clips", 1)):
-            require(getattr(self, name) >= least, f"journal.{name}", getattr(self, name), f"must be at least {least}")
+            require(
+                getattr(self, name) >= least,
+                f"journal.{name}",
+                getattr(self, name),
+                f"must be at least {least}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +62,20 @@ class PretrainConfig(RunConfig):
     output: str = knob("runs/pretrain", "the run folder; starting the same one again resumes it")
     objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
     mask: MaskConfig = section(MaskConfig, "masking")
-    journal: PretrainJournalConfig = section(PretrainJournalConfig, "logs, pictures and checkpoints")
+    journal: PretrainJournalConfig = section(
+        PretrainJournalConfig, "logs, pictures and checkpoints"
+    )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = PretrainConfig) -> Schema:
-    """Reads a YAML file and dotted overrides (`optim.micro_batch=8`) into a dataclass, checked key by key.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = PretrainConfig
+) -> Schema:
+    """Reads a YAML file and dotted overrides (`optim.micro_batch=8`) into a dataclass, checked key
+    by key.
 
     Precedence: defaults < `model.preset` < file < overrides.
-    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the nearest valid key or the range.
+    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
+    nearest valid key or the range.
     """
     path = Path(path)
     if not path.is_file():

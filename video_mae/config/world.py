@@ -1,4 +1,6 @@
-"""The processes that run together, as a launcher tells each of them in its environment: the one place that reads it."""
+"""The processes that run together, as a launcher tells each of them in its environment: the one
+place that reads it.
+"""
 
 import os
 import re
@@ -16,9 +18,11 @@ class World(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "World":
-        """What deepspeed or torchrun has set; alone without a launcher, whatever else a job script has left.
+        """What deepspeed or torchrun has set; alone without a launcher, whatever else a job script
+        has left.
 
-        Raises: ValueError with one line where a part is missing that several processes need, or one contradicts another.
+        Raises: ValueError with one line where a part is missing that several processes need, or one
+        contradicts another.
         """
         found = [name for name in NAMES if os.environ.get(name)]
         world = cls(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
@@ -28,23 +32,35 @@ class World(NamedTuple):
         missing = [name for name in needed if name not in found]
         if missing:
             there = " ".join(f"{name}={os.environ[name]}" for name in found)
-            raise ValueError(f"{', '.join(missing)}: not set in the environment, where {there} says that a launcher started this; start it "
-                             f"with deepspeed or torchrun, or as one process: unset {' '.join(found)}")
+            raise ValueError(
+                f"{', '.join(missing)}: not set in the environment, where {there} says that a launcher started this; start it "
+                f"with deepspeed or torchrun, or as one process: unset {' '.join(found)}"
+            )
         if not world.rank < world.size:
-            raise ValueError(f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the environment, or unset both for one "
-                             "process")
+            raise ValueError(
+                f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the environment, or unset both for one "
+                "process"
+            )
         if world.size > 1:
             _number("MASTER_PORT", 0, 65535)
         return world
 
 
 def ranks_here() -> int:
-    """How many of the processes are on this machine, as torchrun or deepspeed calls it. Raises: ValueError."""
+    """How many of the processes are on this machine, as torchrun or deepspeed calls it. Raises:
+    ValueError.
+    """
     return _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or 1
 
 
 def _number(name: str, default: int, most: int = 10**9) -> int:
     text = os.environ.get(name) or str(default)
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) > most or (name == "WORLD_SIZE" and int(text) == 0):
-        raise ValueError(f"{name}: {text[:40]} in the environment is not a number that a launcher gives; correct or unset it")
+    if (
+        not re.fullmatch("[0-9]{1,9}", text)
+        or int(text) > most
+        or (name == "WORLD_SIZE" and int(text) == 0)
+    ):
+        raise ValueError(
+            f"{name}: {text[:40]} in the environment is not a number that a launcher gives; correct or unset it"
+        )
     return int(text)

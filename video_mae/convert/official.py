@@ -1,4 +1,6 @@
-"""Files of VideoMAE, VideoMAE V2, MAE-pytorch (whose names VideoMAE took over, with a 2-D patch embedding), and of mmaction2."""
+"""Files of VideoMAE, VideoMAE V2, MAE-pytorch (whose names VideoMAE took over, with a 2-D patch
+embedding), and of mmaction2.
+"""
 
 import re
 from collections.abc import Mapping
@@ -9,12 +11,20 @@ from video_mae.convert.architecture import Draft, whole
 from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
-DECODER_HEADS = {preset["decoder_embed_dim"]: preset["decoder_num_heads"] for preset in PRESETS.values()}
+DECODER_HEADS = {
+    preset["decoder_embed_dim"]: preset["decoder_num_heads"] for preset in PRESETS.values()
+}
 PACKED = Words(bias=("attn.qkv.bias",))  # of a fork that uses timm's block
 
-# Wrappers fall off, and an encoder without a prefix (fine-tuned) gets the one that it has in pretraining.
-SPELLINGS = ((r"(^|\.)_orig_mod\.", r"\1"), (r"^((module|backbone|model)\.)+", ""), (r"^encoder\.(fc_norm|head)\.", r"\1."),
-             (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."), (r"^(cls_token|pos_embed)$", r"encoder.\1"))
+# Wrappers fall off, and an encoder without a prefix (fine-tuned) gets the one that it has in
+# pretraining.
+SPELLINGS = (
+    (r"(^|\.)_orig_mod\.", r"\1"),
+    (r"^((module|backbone|model)\.)+", ""),
+    (r"^encoder\.(fc_norm|head)\.", r"\1."),
+    (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
+    (r"^(cls_token|pos_embed)$", r"encoder.\1"),
+)
 
 OFFICIAL = Layout(
     project="VideoMAE",
@@ -31,7 +41,8 @@ OFFICIAL = Layout(
         *same("decoder.head", "decoder.head", "P E"),
         *same("fc_norm", "fc_norm", "D"),
         *same("head", "head", "K D"),
-    ))
+    ),
+)
 
 MMACTION = Layout(
     project="mmaction2",
@@ -39,34 +50,57 @@ MMACTION = Layout(
     positions=("encoder.pos_embed",),
     rules=(
         *same("encoder.patch_embed", "encoder.patch_embed.projection", "D C t p p"),
-        *block_rules("encoder.blocks.*", "encoder.blocks.*", "D", "H", Words(fc1="mlp.layers.0.0", fc2="mlp.layers.1")),
+        *block_rules(
+            "encoder.blocks.*",
+            "encoder.blocks.*",
+            "D",
+            "H",
+            Words(fc1="mlp.layers.0.0", fc2="mlp.layers.1"),
+        ),
         *same("encoder.norm", "encoder.norm", "D"),
         *same("fc_norm", "fc_norm", "D"),
         *same("head", "cls_head.fc_cls", "K D"),
-    ))
+    ),
+)
 
 
 def describe(draft: Draft) -> None:
-    """The configuration of such a file; `args` of the training, or the folder's config.json, tell what the tensors do not."""
+    """The configuration of such a file; `args` of the training, or the folder's config.json, tell
+    what the tensors do not.
+    """
     told = draft.source.arguments
-    if isinstance(draft.source.config.get("model_config"), dict):  # a folder of VideoMAE V2 on the Hugging Face hub
+    # a folder of VideoMAE V2 on the Hugging Face hub
+    if isinstance(draft.source.config.get("model_config"), dict):
         told = draft.source.config["model_config"]
     size = whole(told, "input_size") or whole(told, "img_size")
     draft.shapes(decoder_embed_bias=False)
     draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
-    draft.clip(whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size)
-    draft.positions("sinusoid", {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"}, ROUNDING, required=False)
+    draft.clip(
+        whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size
+    )
+    draft.positions(
+        "sinusoid",
+        {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"},
+        ROUNDING,
+        required=False,
+    )
     draft.statistics()
     if draft.is_classifier:
         draft.classifier((), *_frames(told))
     else:
         normalized = told.get("normlize_target")  # their spelling
-        draft.objective({True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None, "channel", "unit",
-                        _context(told))
+        draft.objective(
+            {True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None,
+            "channel",
+            "unit",
+            _context(told),
+        )
 
 
 def _context(told: Mapping[str, Any]) -> str | None:
-    """What the decoder sees: a training of VideoMAE V2 tells of dual masking, an export of ours says it."""
+    """What the decoder sees: a training of VideoMAE V2 tells of dual masking, an export of ours
+    says it.
+    """
     skipped, said = told.get("decoder_mask_ratio"), told.get("decoder_context")
     if said in ("scored", "all"):
         return said
@@ -74,7 +108,9 @@ def _context(told: Mapping[str, Any]) -> str | None:
 
 
 def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """(sampling, stride) of a classifier as the options of its training tell them, or the configuration that mmengine keeps as a text."""
+    """(sampling, stride) of a classifier as the options of its training tell them, or the
+    configuration that mmengine keeps as a text.
+    """
     stride, data_set, config = whole(told, "sampling_rate"), told.get("data_set"), told.get("cfg")
     if isinstance(config, str):
         return _frames_of_pipelines(config)
@@ -91,7 +127,9 @@ def _frames_of_pipelines(config: str) -> tuple[str | None, int | None]:
     for step in re.findall(r"dict\(([^()]*)\)", config):
         keys = dict(re.findall(r"(\w+)\s*=\s*['\"]?([\w.]+)", step))
         kind = keys.get("type", "").split(".")[-1]  # mmengine takes mmaction.SampleFrames too
-        if kind in ("UniformSample", "UniformSampleFrames") or (kind == "SampleFrames" and keys.get("clip_len") == "1"):
+        if kind in ("UniformSample", "UniformSampleFrames") or (
+            kind == "SampleFrames" and keys.get("clip_len") == "1"
+        ):
             found.add(("uniform", None))
         elif kind in ("SampleFrames", "DenseSampleFrames"):
             apart = keys.get("frame_interval", "1")

@@ -1,4 +1,6 @@
-"""Files of torch.save: what they hold, and their tensors one by one, without torch's own reader of pickles (pickled.py says why)."""
+"""Files of torch.save: what they hold, and their tensors one by one, without torch's own reader of
+pickles (pickled.py says why).
+"""
 
 import io
 import math
@@ -17,7 +19,8 @@ OLD_MAGIC, OLD_VERSION = 0x1950A86A20F9469CFC6C, 1001  # what files begin with t
 
 
 class TorchFile:
-    """A file of torch.save: its `content`, in which tensors are `Stored`; `tensor` reads one. Formats: archive (1.6 on), and before.
+    """A file of torch.save: its `content`, in which tensors are `Stored`; `tensor` reads one.
+    Formats: archive (1.6 on), and before.
 
     Checksums are compared, except where a file was saved without any, as torch can be told to.
     Raises: CodeError; whatever exception a damaged file leads to.
@@ -25,13 +28,16 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self._values: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # begin and length in a file of the old format
+        # begin and length in a file of the old format
+        self._places: dict[str, tuple[int, int]] = {}
         self._root, self._order = "", "little"
         self._file = path.open("rb")
         try:
             self._archive = zipfile.ZipFile(self._file) if self._file.read(2) == b"PK" else None
             self._file.seek(0)
-            self.content = self._open_old() if self._archive is None else self._open_archive(self._archive)
+            self.content = (
+                self._open_old() if self._archive is None else self._open_archive(self._archive)
+            )
         except BaseException:
             self._file.close()
             raise
@@ -41,12 +47,16 @@ class TorchFile:
         self._file.close()
 
     def tensor(self, stored: Stored) -> torch.Tensor:
-        """The values of a tensor of a known kind. Raises: ValueError where the file has fewer, or whatever damage leads to."""
+        """The values of a tensor of a known kind. Raises: ValueError where the file has fewer, or
+        whatever damage leads to.
+        """
         storage, dtype = stored.storage, stored.storage.dtype
         assert dtype is not None
         flat = self._flat(storage, dtype)
         if math.prod(stored.size) > len(flat):
-            raise ValueError(f"has shape {stored.size}, but only {len(flat) * dtype.itemsize} bytes")
+            raise ValueError(
+                f"has shape {stored.size}, but only {len(flat) * dtype.itemsize} bytes"
+            )
         return flat.as_strided(stored.size, stored.stride, storage.start + stored.offset)
 
     def _flat(self, storage: Storage, dtype: torch.dtype) -> torch.Tensor:
@@ -54,10 +64,16 @@ class TorchFile:
         if (storage.key, dtype) not in self._values:
             content = self._bytes(storage.key)
             if len(content) < storage.count * dtype.itemsize or len(content) % dtype.itemsize:
-                raise ValueError(f"is damaged: {storage.count * dtype.itemsize} bytes should be there, {len(content)} are")
+                raise ValueError(
+                    f"is damaged: {storage.count * dtype.itemsize} bytes should be there, {len(content)} are"
+                )
             if self._order != sys.byteorder:
                 content = np.frombuffer(content, f"u{dtype.itemsize}").byteswap().tobytes()
-            self._values[storage.key, dtype] = torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            self._values[storage.key, dtype] = (
+                torch.frombuffer(bytearray(content), dtype=dtype)
+                if content
+                else torch.empty(0, dtype=dtype)
+            )
         return self._values[storage.key, dtype]
 
     def _bytes(self, key: str) -> bytes:
@@ -69,11 +85,16 @@ class TorchFile:
 
     def _open_archive(self, archive: zipfile.ZipFile) -> Any:
         names = archive.namelist()
-        roots = [name.split("/")[0] for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+        roots = [
+            name.split("/")[0]
+            for name in names
+            if name.endswith("/data.pkl") and name.count("/") == 1
+        ]
         if len(roots) != 1:
             raise ValueError(f"has {len(roots)} parts named data.pkl, not one")
         self._root = roots[0]
-        if not any(entry.CRC for entry in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+        # torch.serialization.set_crc32_options(False)
+        if not any(entry.CRC for entry in archive.infolist()):
             for entry in archive.infolist():
                 entry.CRC = None  # pyright: ignore[reportAttributeAccessIssue]
         if f"{self._root}/constants.pkl" in names:

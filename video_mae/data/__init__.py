@@ -1,4 +1,6 @@
-"""The data path: sources -> annotations -> sampler -> decoding and crops in workers -> batches of uint8 clips."""
+"""The data path: sources -> annotations -> sampler -> decoding and crops in workers -> batches of
+uint8 clips.
+"""
 
 from video_mae.data.annotations import class_names, read_annotations
 from video_mae.data.dataset import Batch, ClipDataset, Failure, Sample, collate

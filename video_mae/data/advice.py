@@ -15,8 +15,9 @@ AMPLE = 1.25
 
 
 class Costs(NamedTuple):
-    """Seconds spent on clips: waiting for the disk, decoding with the opening of files, cropping and augmenting, joining
-    clips into a batch, copying the batch to the device."""
+    """Seconds spent on clips: waiting for the disk, decoding with the opening of files, cropping
+    and augmenting, joining clips into a batch, copying the batch to the device.
+    """
 
     reading: float = 0.0
     decoding: float = 0.0
@@ -32,8 +33,9 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Loading:
-    """How a run loads: its configuration, processes, ranks on all machines, the form in which a packed list is, and whether the pixels
-    of clips are augmented by workers."""
+    """How a run loads: its configuration, processes, ranks on all machines, the form in which a
+    packed list is, and whether the pixels of clips are augmented by workers.
+    """
 
     data: DataConfig
     workers: Workers
@@ -42,8 +44,11 @@ class Loading:
     augments_in_workers: bool = False
 
 
-def advise(data_wait: float, milliseconds: Costs, clips_per_second: float, loading: Loading) -> tuple[str, str] | None:
-    """The stage that limits a run, and one line of what it is and what would help; None where the wait for data is short.
+def advise(
+    data_wait: float, milliseconds: Costs, clips_per_second: float, loading: Loading
+) -> tuple[str, str] | None:
+    """The stage that limits a run, and one line of what it is and what would help; None where the
+    wait for data is short.
 
     milliseconds: of one clip; clips_per_second: of all ranks, with the wait.
     """
@@ -55,19 +60,30 @@ def advise(data_wait: float, milliseconds: Costs, clips_per_second: float, loadi
     copied = 1e3 * loading.world_size / max(milliseconds.copying, 1e-6)
     wait = f"data wait {data_wait:.0%}"
     if copied < min(supply, demand):
-        return "copying", (f"{wait}: copying a clip to the device takes {milliseconds.copying:.1f} ms, so {copied:.0f} clips/s, the model "
-                           f"would take {demand:.0f}: {_remedies('copying', loading, 0)}")
+        return "copying", (
+            f"{wait}: copying a clip to the device takes {milliseconds.copying:.1f} ms, so {copied:.0f} clips/s, the model "
+            f"would take {demand:.0f}: {_remedies('copying', loading, 0)}"
+        )
     if loading.workers.num and supply > AMPLE * demand:
-        return "handing over", (f"{wait}, though {loading.workers.num} workers a rank make {supply:.0f} clips/s and the model would take "
-                                f"{demand:.0f}: batches come unevenly, data.prefetch_batches={2 * loading.data.prefetch_batches}, or a "
-                                "smaller optim.micro_batch with more optim.accumulation")
+        return "handing over", (
+            f"{wait}, though {loading.workers.num} workers a rank make {supply:.0f} clips/s and the model would take "
+            f"{demand:.0f}: batches come unevenly, data.prefetch_batches={2 * loading.data.prefetch_batches}, or a "
+            "smaller optim.micro_batch with more optim.accumulation"
+        )
     stage = max(of_worker._fields, key=lambda name: getattr(of_worker, name))
     needed = math.ceil(demand * sum(of_worker) / 1e3 / loading.world_size)
-    cost = f"{wait}: of {sum(of_worker):.1f} ms a clip {stage} takes {getattr(of_worker, stage):.1f}"
+    cost = (
+        f"{wait}: of {sum(of_worker):.1f} ms a clip {stage} takes {getattr(of_worker, stage):.1f}"
+    )
     if not loading.workers.num:
-        return "no workers", f"{cost}, while the model waits: data.num_workers={min(needed, loading.workers.share)} would work beside it"
-    return stage, (f"{cost}; {loading.workers.num} workers a rank give {supply:.0f} clips/s, the model would take {demand:.0f}: "
-                   f"{_remedies(stage, loading, needed)}")
+        return (
+            "no workers",
+            f"{cost}, while the model waits: data.num_workers={min(needed, loading.workers.share)} would work beside it",
+        )
+    return stage, (
+        f"{cost}; {loading.workers.num} workers a rank give {supply:.0f} clips/s, the model would take {demand:.0f}: "
+        f"{_remedies(stage, loading, needed)}"
+    )
 
 
 def _remedies(stage: str, loading: Loading, needed: int) -> str:
@@ -92,7 +108,14 @@ def _remedies(stage: str, loading: Loading, needed: int) -> str:
         remedies += ["data.short_side"] * (data.crop_where == "device" and not data.short_side)
         remedies += ["more data.clips_per_video"] * (data.crop_where == "device")
     if stage == "reading":
-        remedies.append("a faster disk" if loading.packed else "a faster disk, or `video-mae pack` (few files, read in order)")
+        remedies.append(
+            "a faster disk"
+            if loading.packed
+            else "a faster disk, or `video-mae pack` (few files, read in order)"
+        )
     if stage == "decoding" and loading.packed != "frames":
         remedies.append("`video-mae pack --form frames`" if loading.packed else "`video-mae pack`")
-    return ", ".join(remedies) or "smaller clips, or fewer bytes between this machine's memory and the device"
+    return (
+        ", ".join(remedies)
+        or "smaller clips, or fewer bytes between this machine's memory and the device"
+    )

@@ -1,7 +1,8 @@
-"""Augmentation of uint8 clips: one box, one flip, the same operations for all frames of a clip; and the mixing of a batch.
+"""Augmentation of uint8 clips: one box, one flip, the same operations for all frames of a clip; and
+the mixing of a batch.
 
-Everything drawn for a clip comes from its own random numbers, so it is the same in a worker, on the device, and after a restart.
-B clips, T frames, H W pixels, C channels, K classes.
+Everything drawn for a clip comes from its own random numbers, so it is the same in a worker, on the
+device, and after a restart. B clips, T frames, H W pixels, C channels, K classes.
 """
 
 import math
@@ -21,19 +22,43 @@ Box = tuple[int, int, int, int]
 
 SNAP = 2  # pixels
 # Quarters of the free space (down, right): corners, centre, middles of the edges, quarter points.
-PLACES = ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3))
+PLACES = (
+    (0, 0),
+    (0, 4),
+    (4, 0),
+    (4, 4),
+    (2, 2),
+    (2, 0),
+    (2, 4),
+    (4, 2),
+    (0, 2),
+    (1, 1),
+    (1, 3),
+    (3, 1),
+    (3, 3),
+)
 CROP_RATIOS = (3 / 4, 4 / 3)
 ERASED_AREAS, ERASED_RATIOS = (0.02, 1 / 3), (0.3, 1 / 0.3)
 OPERATION_PROBABILITY = 0.5
 
 
-def crop_box(config: DataConfig, height: int, width: int, target_height: int, target_width: int, rng: np.random.Generator) -> Box:
-    """Draws the box (top, left, height, width) of a frame that becomes a picture of the target size.
+def crop_box(
+    config: DataConfig,
+    height: int,
+    width: int,
+    target_height: int,
+    target_width: int,
+    rng: np.random.Generator,
+) -> Box:
+    """Draws the box (top, left, height, width) of a frame that becomes a picture of the target
+    size.
 
-    multiscale: sides are scales of the largest box with the target's aspect ratio that fits, the scales of height and width at most
-    one step of data.crop_scales apart; a side within 2 pixels of the target's is the target's, as far as it fits in; at one of 13 places,
-    whole quarters of the free space (Source: VideoMAE, after TSN). random_resized: area and ratio are drawn
-    (Source: Inception, torchvision's RandomResizedCrop). center: the largest box in the middle, nothing is drawn.
+    multiscale: sides are scales of the largest box with the target's aspect ratio that fits, the
+    scales of height and width at most one step of data.crop_scales apart; a side within 2 pixels of
+    the target's is the target's, as far as it fits in; at one of 13 places, whole quarters of the
+    free space (Source: VideoMAE, after TSN). random_resized: area and ratio are drawn (Source:
+    Inception, torchvision's RandomResizedCrop). center: the largest box in the middle, nothing is
+    drawn.
     """
     if config.crop == "center":
         return _central_box(height, width, target_width / target_height)
@@ -44,8 +69,16 @@ def crop_box(config: DataConfig, height: int, width: int, target_height: int, ta
     i, j = pairs[rng.integers(len(pairs))]
     down, right = PLACES[rng.integers(len(PLACES))]
     _, _, full_height, full_width = _central_box(height, width, target_width / target_height)
-    box_height, box_width = _side(full_height * scales[i], target_height, height), _side(full_width * scales[j], target_width, width)
-    return down * ((height - box_height) // 4), right * ((width - box_width) // 4), box_height, box_width
+    box_height, box_width = (
+        _side(full_height * scales[i], target_height, height),
+        _side(full_width * scales[j], target_width, width),
+    )
+    return (
+        down * ((height - box_height) // 4),
+        right * ((width - box_width) // 4),
+        box_height,
+        box_width,
+    )
 
 
 def _side(scaled: float, target: int, available: int) -> int:
@@ -60,47 +93,90 @@ def _central_box(height: int, width: int, ratio: float) -> Box:
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
-def _random_resized_box(areas: tuple[float, ...], height: int, width: int, rng: np.random.Generator) -> Box:
+def _random_resized_box(
+    areas: tuple[float, ...], height: int, width: int, rng: np.random.Generator
+) -> Box:
     box = _random_box(areas, CROP_RATIOS, height, width, rng)
-    return box or _central_box(height, width, min(max(width / height, CROP_RATIOS[0]), CROP_RATIOS[1]))
+    return box or _central_box(
+        height, width, min(max(width / height, CROP_RATIOS[0]), CROP_RATIOS[1])
+    )
 
 
-def _random_box(areas: tuple[float, ...], ratios: tuple[float, float], height: int, width: int, rng: np.random.Generator) -> Box | None:
-    """A box whose share of the area and whose ratio = width / height are drawn; None where ten of them do not fit."""
+def _random_box(
+    areas: tuple[float, ...],
+    ratios: tuple[float, float],
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+) -> Box | None:
+    """A box whose share of the area and whose ratio = width / height are drawn; None where ten of
+    them do not fit.
+    """
     for _ in range(10):
         area = height * width * rng.uniform(areas[0], areas[1])
         ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            return int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1)), box_height, box_width
+            return (
+                int(rng.integers(height - box_height + 1)),
+                int(rng.integers(width - box_width + 1)),
+                box_height,
+                box_width,
+            )
     return None
 
 
-def crop_clip(clip_THWC: torch.Tensor, box: Box, size: tuple[int, int], flip: bool, *, antialias: bool = True) -> torch.Tensor:
-    """Cuts one box out of every frame, resizes it to size = (height, width), mirrors it if asked: clip_THWC, contiguous, of its type.
+def crop_clip(
+    clip_THWC: torch.Tensor, box: Box, size: tuple[int, int], flip: bool, *, antialias: bool = True
+) -> torch.Tensor:
+    """Cuts one box out of every frame, resizes it to size = (height, width), mirrors it if asked:
+    clip_THWC, contiguous, of its type.
 
-    Resizing is bilinear between the centres of pixels. Where it makes smaller, antialias averages all pixels that a new one covers, as
-    Pillow does; without it only the four around its centre are read, as OpenCV does.
-    A clip is uint8 or uint16; torch resizes the latter as float32.
+    Resizing is bilinear between the centres of pixels. Where it makes smaller, antialias averages
+    all pixels that a new one covers, as Pillow does; without it only the four around its centre are
+    read, as OpenCV does. A clip is uint8 or uint16; torch resizes the latter as float32.
     """
     if clip_THWC.stride(0) == 0 and len(clip_THWC) > 1:  # a picture shown T times is cut once
-        return crop_clip(clip_THWC[:1], box, size, flip, antialias=antialias).expand(len(clip_THWC), -1, -1, -1).contiguous()
+        return (
+            crop_clip(clip_THWC[:1], box, size, flip, antialias=antialias)
+            .expand(len(clip_THWC), -1, -1, -1)
+            .contiguous()
+        )
     if clip_THWC.dtype == torch.uint16:
         top, left, height, width = box
-        region_THWC = clip_THWC[:, top: top + height, left: left + width].float()
-        return crop_clip(region_THWC, (0, 0, height, width), size, flip, antialias=antialias).round().to(torch.uint16)
-    # The permuted view is what channels_last means to torch: it resizes uint8 in that order, without floats and without a copy.
+        region_THWC = clip_THWC[:, top : top + height, left : left + width].float()
+        return (
+            crop_clip(region_THWC, (0, 0, height, width), size, flip, antialias=antialias)
+            .round()
+            .to(torch.uint16)
+        )
+    # The permuted view is what channels_last means to torch: it resizes uint8 in that order,
+    # without floats and without a copy.
     video_TCHW = tv_tensors.Video(clip_THWC.permute(0, 3, 1, 2))
-    video_TCHW = F.resized_crop(video_TCHW, *box, size=list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
+    video_TCHW = F.resized_crop(
+        video_TCHW,
+        *box,
+        size=list(size),
+        interpolation=InterpolationMode.BILINEAR,
+        antialias=antialias,
+    )
     if flip:
         video_TCHW = F.horizontal_flip(video_TCHW)
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
 
 
-def strengthen_clip(clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], std: Sequence[float], seed: int) -> torch.Tensor:
-    """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own device, a function of clip and seed.
+def strengthen_clip(
+    clip_THWC: torch.Tensor,
+    config: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> torch.Tensor:
+    """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own
+    device, a function of clip and seed.
 
-    mean, std: of the model's channels, for the filling of empty corners and the noise. Raises: ValueError for what RandAugment cannot do.
+    mean, std: of the model's channels, for the filling of empty corners and the noise. Raises:
+    ValueError for what RandAugment cannot do.
     """
     rng = np.random.default_rng(seed)
     if config.randaugment_ops > 0:
@@ -112,11 +188,23 @@ Operation = Callable[[torch.Tensor, float, int, list[float]], torch.Tensor]
 """From video_TCHW, a strength in [0, 1], a sign and the filling to the changed video."""
 
 
-def _affine(video: torch.Tensor, fill: list[float], translate: tuple[float, float] = (0, 0), shear: tuple[float, float] = (0, 0),
-            ) -> torch.Tensor:
+def _affine(
+    video: torch.Tensor,
+    fill: list[float],
+    translate: tuple[float, float] = (0, 0),
+    shear: tuple[float, float] = (0, 0),
+) -> torch.Tensor:
     degrees = [math.degrees(math.atan(slope)) for slope in shear]
-    return F.affine(video, angle=0.0, translate=list(translate), scale=1.0, shear=degrees, interpolation=InterpolationMode.BILINEAR,
-                    fill=fill, center=[0.0, 0.0] if any(shear) else None)
+    return F.affine(
+        video,
+        angle=0.0,
+        translate=list(translate),
+        scale=1.0,
+        shear=degrees,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=fill,
+        center=[0.0, 0.0] if any(shear) else None,
+    )
 
 
 def _enhance(level: float, sign: int) -> float:
@@ -124,7 +212,9 @@ def _enhance(level: float, sign: int) -> float:
 
 
 def _solarize_add(video: torch.Tensor, level: float) -> torch.Tensor:
-    return torch.where(video < 128, (video.int() + int(110 * level)).clamp(max=255).to(video.dtype), video)
+    return torch.where(
+        video < 128, (video.int() + int(110 * level)).clamp(max=255).to(video.dtype), video
+    )
 
 
 def _solarize(video: torch.Tensor, level: float) -> torch.Tensor:
@@ -132,79 +222,117 @@ def _solarize(video: torch.Tensor, level: float) -> torch.Tensor:
     return F.solarize(video, threshold) if threshold < 256 else video
 
 
-# Stronger with the level, all of them ("inc1"). Source: timm's table; translations and shears are bilinear here, bicubic there.
+# Stronger with the level, all of them ("inc1"). Source: timm's table; translations and shears are
+# bilinear here, bicubic there.
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": lambda video, level, sign, fill: F.autocontrast(video),
     "equalize": lambda video, level, sign, fill: F.equalize(video),
     "invert": lambda video, level, sign, fill: F.invert(video),
-    "rotate": lambda video, level, sign, fill: F.rotate(video, sign * 30 * level, InterpolationMode.BILINEAR, fill=fill),
+    "rotate": lambda video, level, sign, fill: F.rotate(
+        video, sign * 30 * level, InterpolationMode.BILINEAR, fill=fill
+    ),
     "posterize": lambda video, level, sign, fill: F.posterize(video, 4 - int(4 * level)),
     "solarize": lambda video, level, sign, fill: _solarize(video, level),
     "solarize_add": lambda video, level, sign, fill: _solarize_add(video, level),
     "color": lambda video, level, sign, fill: F.adjust_saturation(video, _enhance(level, sign)),
     "contrast": lambda video, level, sign, fill: F.adjust_contrast(video, _enhance(level, sign)),
-    "brightness": lambda video, level, sign, fill: F.adjust_brightness(video, _enhance(level, sign)),
+    "brightness": lambda video, level, sign, fill: F.adjust_brightness(
+        video, _enhance(level, sign)
+    ),
     "sharpness": lambda video, level, sign, fill: F.adjust_sharpness(video, _enhance(level, sign)),
     "shear_x": lambda video, level, sign, fill: _affine(video, fill, shear=(sign * 0.3 * level, 0)),
     "shear_y": lambda video, level, sign, fill: _affine(video, fill, shear=(0, sign * 0.3 * level)),
-    "translate_x": lambda video, level, sign, fill: _affine(video, fill, translate=(sign * 0.45 * level * video.shape[-1], 0)),
-    "translate_y": lambda video, level, sign, fill: _affine(video, fill, translate=(0, sign * 0.45 * level * video.shape[-2])),
+    "translate_x": lambda video, level, sign, fill: _affine(
+        video, fill, translate=(sign * 0.45 * level * video.shape[-1], 0)
+    ),
+    "translate_y": lambda video, level, sign, fill: _affine(
+        video, fill, translate=(0, sign * 0.45 * level * video.shape[-2])
+    ),
 }
 
 
-def _rand_augment(clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator) -> torch.Tensor:
-    """augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength normal around the given one.
+def _rand_augment(
+    clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator
+) -> torch.Tensor:
+    """augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength
+    normal around the given one.
 
-    Source: RandAugment (Cubuk et al., 2019) as timm's rand-m7-n4-mstd0.5-inc1. torchvision's class of that name does every operation,
-    always at one strength, and lacks invert and solarize_add; its operations on videos are used here.
+    Source: RandAugment (Cubuk et al., 2019) as timm's rand-m7-n4-mstd0.5-inc1. torchvision's class
+    of that name does every operation, always at one strength, and lacks invert and solarize_add;
+    its operations on videos are used here.
     """
     channels = clip_THWC.shape[-1]
     if clip_THWC.dtype != torch.uint8 or channels not in (1, 3):
-        raise ValueError(f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 or 3 channels, these are "
-                         f"{clip_THWC.dtype} of {channels}; set it to 0")
+        raise ValueError(
+            f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 or 3 channels, these are "
+            f"{clip_THWC.dtype} of {channels}; set it to 0"
+        )
     fill = [float(round(255 * value)) for value in mean] * (channels if len(mean) == 1 else 1)
     video_TCHW, names = clip_THWC.permute(0, 3, 1, 2), list(OPERATIONS)
     for _ in range(config.randaugment_ops):
         name = names[rng.integers(len(names))]
         is_done, sign = rng.random() < OPERATION_PROBABILITY, 1 if rng.random() < 0.5 else -1
-        level = min(max(rng.normal(config.randaugment_magnitude, config.randaugment_std), 0.0), 10.0) / 10
+        level = (
+            min(max(rng.normal(config.randaugment_magnitude, config.randaugment_std), 0.0), 10.0)
+            / 10
+        )
         if is_done:
             video_TCHW = OPERATIONS[name](video_TCHW, level, sign, fill)
     return video_TCHW.permute(0, 2, 3, 1).contiguous()
 
 
-def _erase(clip_THWC: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator) -> torch.Tensor:
-    """One box of all frames becomes noise, new in each frame, as normal as the normalised pixels are meant to be (kept in [0, 255]).
+def _erase(
+    clip_THWC: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator
+) -> torch.Tensor:
+    """One box of all frames becomes noise, new in each frame, as normal as the normalised pixels
+    are meant to be (kept in [0, 255]).
 
-    Source: random erasing (Zhong et al., 2017), mode pixel, as SlowFast does it for clips. torchvision's has one noise for all frames
-    and writes it unscaled, which uint8 cannot hold.
+    Source: random erasing (Zhong et al., 2017), mode pixel, as SlowFast does it for clips.
+    torchvision's has one noise for all frames and writes it unscaled, which uint8 cannot hold.
     """
     num_frames, height, width, channels = clip_THWC.shape
     box = _random_box(ERASED_AREAS, ERASED_RATIOS, height, width, rng)
     if box is None:
         return clip_THWC
     top, left, box_height, box_width = box
-    noise = rng.standard_normal((num_frames, box_height, box_width, channels), dtype=np.float32) * np.array(std, np.float32)
+    noise = rng.standard_normal(
+        (num_frames, box_height, box_width, channels), dtype=np.float32
+    ) * np.array(std, np.float32)
     noise += np.array(mean, np.float32)
     highest = 1.0 if clip_THWC.is_floating_point() else torch.iinfo(clip_THWC.dtype).max
     clip_THWC = clip_THWC.clone()
-    clip_THWC[:, top: top + box_height, left: left + box_width] = torch.from_numpy(noise.clip(0, 1) * highest).to(clip_THWC)
+    clip_THWC[:, top : top + box_height, left : left + box_width] = torch.from_numpy(
+        noise.clip(0, 1) * highest
+    ).to(clip_THWC)
     return clip_THWC
 
 
-def mix_batch(clip_BTHWC: torch.Tensor, target_BK: torch.Tensor, config: AugmentConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup or cutmix of each clip with the one before it in the batch, and of their targets: one draw for all, from `seed` alone.
+def mix_batch(
+    clip_BTHWC: torch.Tensor, target_BK: torch.Tensor, config: AugmentConfig, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup or cutmix of each clip with the one before it in the batch, and of their targets: one
+    draw for all, from `seed` alone.
 
-    target_BK: probabilities. A uint8 clip stays one: its mixture is rounded. Source: mixup (Zhang et al., 2018), CutMix (Yun et al.,
-    2019), torchvision's implementation; which of the two and whether at all as timm draws it. The partner is the previous clip, timm's
-    is the one as far from the batch's end.
+    target_BK: probabilities. A uint8 clip stays one: its mixture is rounded. Source: mixup (Zhang
+    et al., 2018), CutMix (Yun et al., 2019), torchvision's implementation; which of the two and
+    whether at all as timm draws it. The partner is the previous clip, timm's is the one as far from
+    the batch's end.
     """
-    kinds = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha > 0]
-    weights = [1 - config.switch_probability, config.switch_probability] if len(kinds) == 2 else None
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
+    kinds = [
+        kind(alpha=alpha)
+        for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
+        if alpha > 0
+    ]
+    weights = (
+        [1 - config.switch_probability, config.switch_probability] if len(kinds) == 2 else None
+    )
+    # torchvision draws from the global generator of the CPU
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         video_BTCHW = tv_tensors.Video(clip_BTHWC.permute(0, 1, 4, 2, 3).float())
-        video_BTCHW, target_BK = v2.RandomApply([v2.RandomChoice(kinds, weights)], config.mix_probability)(video_BTCHW, target_BK)
+        video_BTCHW, target_BK = v2.RandomApply(
+            [v2.RandomChoice(kinds, weights)], config.mix_probability
+        )(video_BTCHW, target_BK)
     mixed_BTHWC = video_BTCHW.as_subclass(torch.Tensor).permute(0, 1, 3, 4, 2)
     if not clip_BTHWC.is_floating_point():
         mixed_BTHWC = mixed_BTHWC.round_()

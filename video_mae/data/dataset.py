@@ -1,4 +1,5 @@
-"""Samples and batches: decode once, crop R times, or leave that to the device; a broken video is replaced by another, always the same.
+"""Samples and batches: decode once, crop R times, or leave that to the device; a broken video is
+replaced by another, always the same.
 
 R crops of a video, B = videos x R clips of a batch, T frames, H W pixels, C channels.
 """
@@ -23,13 +24,16 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
 
 MAX_ATTEMPTS = 20
-# Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video and the frames of each attempt.
+# Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video
+# and the frames of each attempt.
 FIRST_ATTEMPT = 2**31
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A video that could not be decoded, or that another decoder had to read, as the journal records it."""
+    """A video that could not be decoded, or that another decoder had to read, as the journal
+    records it.
+    """
 
     path: str
     decoder: str
@@ -43,10 +47,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Sample:
-    """R crops of one video, `clips`; index is the video really read, failures are those tried before it.
+    """R crops of one video, `clips`; index is the video really read, failures are those tried
+    before it.
 
-    Where `crops` are given they are still to be cut, and the only clip is the whole frames. fallback: where the video was not read by the
-    run's decoder.
+    Where `crops` are given they are still to be cut, and the only clip is the whole frames.
+    fallback: where the video was not read by the run's decoder.
     """
 
     clips: tuple[torch.Tensor, ...]
@@ -67,7 +72,8 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A micro-batch: clips uint8 (uint16 with data.value_range), mask seeds, labels and indices int64; a video's R crops are neighbours.
+    """A micro-batch: clips uint8 (uint16 with data.value_range), mask seeds, labels and indices
+    int64; a video's R crops are neighbours.
 
     index_B and host_seeds_B stay on the host. costs: of all its clips together.
     """
@@ -88,7 +94,12 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for `to` not to wait."""
-        return replace(self, clip_BTHWC=self.clip_BTHWC.pin_memory(), seeds_B=self.seeds_B.pin_memory(), label_B=self.label_B.pin_memory())
+        return replace(
+            self,
+            clip_BTHWC=self.clip_BTHWC.pin_memory(),
+            seeds_B=self.seeds_B.pin_memory(),
+            label_B=self.label_B.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device, copied without waiting."""
@@ -108,7 +119,12 @@ class UncutBatch(Batch):
 
     def pin_memory(self) -> "UncutBatch":
         """The batch in page-locked memory, for `to` not to wait."""
-        return replace(self, uncut=self.uncut.pin_memory(), seeds_B=self.seeds_B.pin_memory(), label_B=self.label_B.pin_memory())
+        return replace(
+            self,
+            uncut=self.uncut.pin_memory(),
+            seeds_B=self.seeds_B.pin_memory(),
+            label_B=self.label_B.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device, its clips cut there."""
@@ -134,20 +150,34 @@ def collate(samples: Sequence[Sample]) -> Batch:
         clip_BTHWC = for_trainer((len(clips), *clips[0].shape), clips[0].dtype)
         batch = Batch(clip_BTHWC=torch.stack(clips, out=clip_BTHWC), **rest)
     else:
-        uncut = UncutClips.gather([sample.clips[0] for sample in samples], [sample.crops for sample in samples], size)
+        uncut = UncutClips.gather(
+            [sample.clips[0] for sample in samples], [sample.crops for sample in samples], size
+        )
         batch = UncutBatch(clip_BTHWC=torch.empty(0, dtype=torch.uint8), uncut=uncut, **rest)
-    costs = Costs.total([*(sample.costs for sample in samples), Costs(collating=time.perf_counter() - begin)])
+    costs = Costs.total(
+        [*(sample.costs for sample in samples), Costs(collating=time.perf_counter() - begin)]
+    )
     return replace(batch, costs=costs)
 
 
 class ClipDataset(Dataset[Sample]):
-    """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone, whatever the worker, rank and batch."""
+    """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone,
+    whatever the worker, rank and batch.
+    """
 
     antialias = True
     """Of the pixels that resizing leaves out, whether they are averaged in, or not looked at."""
 
-    def __init__(self, paths: VideoList | Sources, data: DataConfig, num_frames: int, height: int, width: int, seed: int,
-                 in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        paths: VideoList | Sources,
+        data: DataConfig,
+        num_frames: int,
+        height: int,
+        width: int,
+        seed: int,
+        in_channels: int = 3,
+    ) -> None:
         self.paths = paths if isinstance(paths, Sources) else Sources([("data", data, paths)])
         self.data = data
         self.in_channels = in_channels
@@ -180,9 +210,15 @@ class ClipDataset(Dataset[Sample]):
             waiting = min(decoded.cost.waiting, done - begin)
             reading, decoding = reading + waiting, decoding + done - begin - waiting
             sample = self.sample(decoded, epoch, index, used)
-            return replace(sample, failures=tuple(failures), costs=Costs(reading, decoding, time.perf_counter() - done))
-        raise RuntimeError(f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and the files; "
-                           f"the last was {failures[-1].path}: {failures[-1].decoder}: {failures[-1].reason}")
+            return replace(
+                sample,
+                failures=tuple(failures),
+                costs=Costs(reading, decoding, time.perf_counter() - done),
+            )
+        raise RuntimeError(
+            f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and the files; "
+            f"the last was {failures[-1].path}: {failures[-1].decoder}: {failures[-1].reason}"
+        )
 
     def read(self, index: int, choose: Choose) -> Decoded:
         """The chosen frames of a video, read as its source says. Raises: VideoDecodeError."""
@@ -194,27 +230,50 @@ class ClipDataset(Dataset[Sample]):
         frames_THWC, draws = torch.from_numpy(decoded.clip_THWC), range(self.data.clips_per_video)
         crops = tuple(self._draw(frames_THWC, epoch, index, draw) for draw in draws)
         place, label = self.paths[used]
-        fallback = Failure(str(place), decoded.decoder, decoded.fallback) if decoded.fallback else None
+        fallback = (
+            Failure(str(place), decoded.decoder, decoded.fallback) if decoded.fallback else None
+        )
         seeds_R = torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws])
         sample = Sample((frames_THWC,), seeds_R, label["label"], used, (), fallback)
         if self.data.crop_where == "device":
-            size = CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias)
+            size = CropSize(
+                self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+            )
             return replace(sample, crops=crops, crop_size=size)
-        return replace(sample, clips=tuple(self._finish(self._cut(frames_THWC, crop), epoch, index, draw)
-                                           for draw, crop in enumerate(crops)))
+        return replace(
+            sample,
+            clips=tuple(
+                self._finish(self._cut(frames_THWC, crop), epoch, index, draw)
+                for draw, crop in enumerate(crops)
+            ),
+        )
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return partial(clip_indices, num_frames=self.num_frames, stride=stride, rng=rng, reach_end=self.data.reach_end)
+        return partial(
+            clip_indices,
+            num_frames=self.num_frames,
+            stride=stride,
+            rng=rng,
+            reach_end=self.data.reach_end,
+        )
 
     def _draw(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> Crop:
         rng = sample_rng(self.seed, epoch, index, draw)
-        box = crop_box(self.data, frames_THWC.shape[1], frames_THWC.shape[2], self.height, self.width, rng)
+        box = crop_box(
+            self.data, frames_THWC.shape[1], frames_THWC.shape[2], self.height, self.width, rng
+        )
         return Crop(box, self.data.flip and bool(rng.random() < 0.5))
 
     def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
-        clip_THWC = crop_clip(frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias)
+        clip_THWC = crop_clip(
+            frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias
+        )
         # The clips of a run have one type; 257 = 65535 / 255.
-        return clip_THWC.to(torch.uint16) * 257 if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8 else clip_THWC
+        return (
+            clip_THWC.to(torch.uint16) * 257
+            if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8
+            else clip_THWC
+        )
 
     def _finish(self, clip_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
         """What a worker does to a clip that is cut."""

@@ -1,4 +1,6 @@
-"""Batches on the device before they are wanted: the next one is copied while the step before it runs."""
+"""Batches on the device before they are wanted: the next one is copied while the step before it
+runs.
+"""
 
 import queue
 import threading
@@ -17,13 +19,15 @@ AHEAD = 1  # batches on the device beside the one in use: a copy takes less time
 class DevicePrefetcher(Iterator[Batch]):
     """The batches of a loader on a device, in their order, their costs with that of copying.
 
-    On a GPU a thread takes them from the loader, pins them, and copies (and cuts) them on a stream of its own, one ahead of the step; the
-    stream that is current where a batch is taken waits for its copy, on the device. On a CPU batches are only handed through. What the
-    loader raises is raised here. `close` ends the thread; a loader that is not exhausted is given up.
+    On a GPU a thread takes them from the loader, pins them, and copies (and cuts) them on a stream
+    of its own, one ahead of the step; the stream that is current where a batch is taken waits for
+    its copy, on the device. On a CPU batches are only handed through. What the loader raises is
+    raised here. `close` ends the thread; a loader that is not exhausted is given up.
     """
 
     def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
-        self.device, self._batches = device, iter(batches)  # workers are started by this thread, whose end is theirs
+        # workers are started by this thread, whose end is theirs
+        self.device, self._batches = device, iter(batches)
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
             self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -46,10 +50,14 @@ class DevicePrefetcher(Iterator[Batch]):
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(end)
         for tensor in batch.on_device:
-            tensor.record_stream(stream)  # its memory belongs to the other stream, which must not use it again before this one is done
+            # its memory belongs to the other stream, which must not use it again before this one is
+            # done
+            tensor.record_stream(stream)
         self._room.release()
         self._copies.append((begin, end))
-        return replace(batch, costs=batch.costs._replace(copying=batch.costs.copying + self._copied()))
+        return replace(
+            batch, costs=batch.costs._replace(copying=batch.costs.copying + self._copied())
+        )
 
     def close(self) -> None:
         """Ends the thread; nothing more is copied."""
@@ -59,7 +67,9 @@ class DevicePrefetcher(Iterator[Batch]):
             self._thread.join(timeout=5)  # it may wait for a batch; it is a daemon
 
     def _copied(self) -> float:
-        """Seconds of the copies that are done since this was last asked: those of the batches before."""
+        """Seconds of the copies that are done since this was last asked: those of the batches
+        before.
+        """
         done = [copy for copy in self._copies if copy[1].query()]
         self._copies = [copy for copy in self._copies if copy not in done]
         return sum(begin.elapsed_time(end) for begin, end in done) / 1e3
@@ -80,6 +90,8 @@ class DevicePrefetcher(Iterator[Batch]):
                     begin.record()
                     moved = pinned.to(self.device)
                     end.record()
-                    self._ready.put((replace(moved, costs=batch.costs._replace(copying=pinning)), begin, end))
+                    self._ready.put(
+                        (replace(moved, costs=batch.costs._replace(copying=pinning)), begin, end)
+                    )
         except BaseException as error:  # StopIteration as well: raised where the batches are taken
             self._ready.put(error)

@@ -1,4 +1,5 @@
-"""Which videos, frames and random numbers: pure functions of (seed, epoch, index), so resuming needs no state but the step.
+"""Which videos, frames and random numbers: pure functions of (seed, epoch, index), so resuming
+needs no state but the step.
 
 T frames of a clip.
 """
@@ -14,12 +15,20 @@ Key = tuple[int, int]
 """(epoch, index of the video): names a sample of the endless training stream."""
 
 
-def clip_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator, *, reach_end: bool = True,
-                 ) -> NDArray[np.int64]:
-    """Frame indices [T] of a clip: a random start, then every stride-th frame; a short video starts at 0 and repeats its last step.
+def clip_indices(
+    num_video_frames: int,
+    num_frames: int,
+    stride: int,
+    rng: np.random.Generator,
+    *,
+    reach_end: bool = True,
+) -> NDArray[np.int64]:
+    """Frame indices [T] of a clip: a random start, then every stride-th frame; a short video starts
+    at 0 and repeats its last step.
 
-    Source: VideoMAE's pretraining sampler (start uniform in [0, num_video_frames - num_frames * stride]), which steps to no video's last
-    frame: without reach_end a step that would land there repeats the one before it.
+    Source: VideoMAE's pretraining sampler (start uniform in [0, num_video_frames - num_frames *
+    stride]), which steps to no video's last frame: without reach_end a step that would land there
+    repeats the one before it.
     """
     start = int(rng.integers(max(num_video_frames - num_frames * stride, 0) + 1))
     furthest = num_video_frames - (1 if reach_end else 2)
@@ -27,48 +36,75 @@ def clip_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.ra
     return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_step)
 
 
-def dense_indices(num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator | None = None) -> NDArray[np.int64]:
-    """Frame indices [T] of a labelled clip: a random start, or the middle without rng, then on average every stride-th frame.
+def dense_indices(
+    num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
+) -> NDArray[np.int64]:
+    """Frame indices [T] of a labelled clip: a random start, or the middle without rng, then on
+    average every stride-th frame.
 
-    T points spread evenly over num_frames * stride frames, both ends included, rounded down: 4 4 ... 4 5 apart for 16 frames of stride 4.
-    A video that is not longer gives its frames from the start on, spread likewise, and then repeats its last one.
-    Source: VideoMAE's fine-tuning sampler.
+    T points spread evenly over num_frames * stride frames, both ends included, rounded down: 4 4
+    ... 4 5 apart for 16 frames of stride 4. A video that is not longer gives its frames from the
+    start on, spread likewise, and then repeats its last one. Source: VideoMAE's fine-tuning
+    sampler.
     """
     length = num_frames * stride
     if num_video_frames > length:
         free = num_video_frames - length
         start = free // 2 if rng is None else int(rng.integers(free))
-        return np.minimum(np.linspace(start, start + length, num_frames), start + length - 1).astype(np.int64)
+        return np.minimum(
+            np.linspace(start, start + length, num_frames), start + length - 1
+        ).astype(np.int64)
     shown = np.linspace(0, num_video_frames, num_video_frames // stride)
-    return np.minimum(np.pad(shown, (0, num_frames - len(shown)), constant_values=num_video_frames), num_video_frames - 1).astype(np.int64)
+    return np.minimum(
+        np.pad(shown, (0, num_frames - len(shown)), constant_values=num_video_frames),
+        num_video_frames - 1,
+    ).astype(np.int64)
 
 
-def uniform_indices(num_video_frames: int, num_frames: int, rng: np.random.Generator | None = None) -> NDArray[np.int64]:
-    """Frame indices [T]: one of each of T equal parts of the video, drawn, or the part's middle without rng.
+def uniform_indices(
+    num_video_frames: int, num_frames: int, rng: np.random.Generator | None = None
+) -> NDArray[np.int64]:
+    """Frame indices [T]: one of each of T equal parts of the video, drawn, or the part's middle
+    without rng.
 
-    Where a part is shorter than a frame, frames repeat. Source: TSN (Wang et al., 2016), as VideoMAE reads Something-Something.
+    Where a part is shorter than a frame, frames repeat. Source: TSN (Wang et al., 2016), as
+    VideoMAE reads Something-Something.
     """
     edges = np.arange(num_frames + 1) * (num_video_frames / num_frames)
     within = 0.5 if rng is None else rng.random(num_frames)
     return np.minimum(edges[:-1] + within * np.diff(edges), num_video_frames - 1).astype(np.int64)
 
 
-def part_indices(num_video_frames: int, num_frames: int, short: Literal["first", "all"],
-                 rng: np.random.Generator | None = None) -> NDArray[np.int64]:
-    """Frame indices [T]: one of each of T parts of num_video_frames // T whole frames, drawn, or the part's middle without rng.
+def part_indices(
+    num_video_frames: int,
+    num_frames: int,
+    short: Literal["first", "all"],
+    rng: np.random.Generator | None = None,
+) -> NDArray[np.int64]:
+    """Frame indices [T]: one of each of T parts of num_video_frames // T whole frames, drawn, or
+    the part's middle without rng.
 
-    What is left over at the end of the video is not seen. Of a video shorter than T frames: its first frame T times (short = first), or
-    all of its frames, after as many copies of the first as are missing (all). Source: Something-Something as VideoMAE (first) and VideoMAE
-    V2 (all) read it to train.
+    What is left over at the end of the video is not seen. Of a video shorter than T frames: its
+    first frame T times (short = first), or all of its frames, after as many copies of the first as
+    are missing (all). Source: Something-Something as VideoMAE (first) and VideoMAE V2 (all) read it
+    to train.
     """
     places_T, length = np.arange(num_frames, dtype=np.int64), num_video_frames // num_frames
     if length == 0:
-        return np.maximum(places_T - (num_frames - num_video_frames), 0) if short == "all" else np.zeros_like(places_T)
-    return places_T * length + (length // 2 if rng is None else rng.integers(length, size=num_frames))
+        return (
+            np.maximum(places_T - (num_frames - num_video_frames), 0)
+            if short == "all"
+            else np.zeros_like(places_T)
+        )
+    return places_T * length + (
+        length // 2 if rng is None else rng.integers(length, size=num_frames)
+    )
 
 
 def sample_rng(seed: int, epoch: int, index: int, draw: int) -> np.random.Generator:
-    """The random numbers of one draw of one sample: the same in every process, whatever was drawn before."""
+    """The random numbers of one draw of one sample: the same in every process, whatever was drawn
+    before.
+    """
     return np.random.default_rng(_sequence(seed, epoch, index, draw))
 
 
@@ -77,18 +113,29 @@ def sample_seed(seed: int, epoch: int, index: int, draw: int) -> int:
     return int(_sequence(seed, epoch, index, draw).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def epoch_order(seed: int, epoch: int, num_videos: int, source: int | None = None) -> NDArray[np.int64]:
-    """The order of the videos in an epoch, a permutation [num_videos]; each of several sources has its own."""
-    return np.random.default_rng(_sequence(seed, epoch) if source is None else _sequence(seed, epoch, source)).permutation(num_videos)
+def epoch_order(
+    seed: int, epoch: int, num_videos: int, source: int | None = None
+) -> NDArray[np.int64]:
+    """The order of the videos in an epoch, a permutation [num_videos]; each of several sources has
+    its own.
+    """
+    return np.random.default_rng(
+        _sequence(seed, epoch) if source is None else _sequence(seed, epoch, source)
+    ).permutation(num_videos)
 
 
 def block_order(seed: int, block: int, quotas: Sequence[int]) -> NDArray[np.int64]:
-    """Which source gives each of the next sum(quotas) samples: source s, quotas[s] times, in a drawn order."""
-    return np.random.default_rng(_sequence(seed, block)).permutation(np.repeat(np.arange(len(quotas)), quotas))
+    """Which source gives each of the next sum(quotas) samples: source s, quotas[s] times, in a
+    drawn order.
+    """
+    return np.random.default_rng(_sequence(seed, block)).permutation(
+        np.repeat(np.arange(len(quotas)), quotas)
+    )
 
 
 def _sequence(seed: int, *key: int) -> np.random.SeedSequence:
-    # As spawn_key and not as more entropy: seeds above 2**32 then cannot run into the words of the key.
+    # As spawn_key and not as more entropy: seeds above 2**32 then cannot run into the words of the
+    # key.
     return np.random.SeedSequence(seed, spawn_key=key)
 
 
@@ -103,20 +150,32 @@ class EpochStream:
         """(epoch, index of the video) of a position in the stream."""
         epoch, place = divmod(position, self.num_videos)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self.num_videos, self.source)
+            self._epoch, self._order = (
+                epoch,
+                epoch_order(self.seed, epoch, self.num_videos, self.source),
+            )
         return epoch, int(self._order[place])
 
 
 class ShardStream:
-    """The endless stream of a packed list, shuffled within bounds, so that a stretch of it reads from few shards.
+    """The endless stream of a packed list, shuffled within bounds, so that a stretch of it reads
+    from few shards.
 
-    An epoch takes the shards in a drawn order, and of them as many at a time as hold `window` videos (the last time up to twice as many),
-    whose videos come in a drawn order. Where all are in one window, it is the order of an `EpochStream`. sizes_S: videos in each shard.
+    An epoch takes the shards in a drawn order, and of them as many at a time as hold `window`
+    videos (the last time up to twice as many), whose videos come in a drawn order. Where all are in
+    one window, it is the order of an `EpochStream`. sizes_S: videos in each shard.
     """
 
-    def __init__(self, sizes_S: NDArray[np.int64], window: int, seed: int, source: int | None = None) -> None:
+    def __init__(
+        self, sizes_S: NDArray[np.int64], window: int, seed: int, source: int | None = None
+    ) -> None:
         self.first_S, self.sizes_S = np.cumsum(sizes_S) - sizes_S, sizes_S
-        self.num_videos, self.window, self.seed, self.source = int(sizes_S.sum()), window, seed, source
+        self.num_videos, self.window, self.seed, self.source = (
+            int(sizes_S.sum()),
+            window,
+            seed,
+            source,
+        )
         self._epoch, self._window = -1, -1
         self._begins = self._order = np.empty(0, dtype=np.int64)
         self._shards: list[NDArray[np.int64]] = []
@@ -148,27 +207,51 @@ class ShardStream:
             self._order = epoch_order(self.seed, self._epoch, self.num_videos, self.source)
         else:
             firsts, sizes = self.first_S[self._shards[window]], self.sizes_S[self._shards[window]]
-            videos = np.concatenate([first + np.arange(size) for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True)])
-            self._order = np.random.default_rng(_sequence(self.seed, self._epoch, self.source or 0, window, 0)).permutation(videos)
+            videos = np.concatenate(
+                [
+                    first + np.arange(size)
+                    for first, size in zip(firsts.tolist(), sizes.tolist(), strict=True)
+                ]
+            )
+            self._order = np.random.default_rng(
+                _sequence(self.seed, self._epoch, self.source or 0, window, 0)
+            ).permutation(videos)
         self._window = window
 
 
 class StepSampler(Sampler[list[Key]]):
-    """Micro-batches of one rank, as lists of (epoch, index), for the optimizer steps first_step to last_step - 1.
+    """Micro-batches of one rank, as lists of (epoch, index), for the optimizer steps first_step to
+    last_step - 1.
 
-    The videos form one endless stream, epoch after epoch; step s consumes the next micro_batch * accumulation * world_size of it, and
-    rank r takes the r-th part of each micro-batch. So the videos of a step do not depend on the world size as long as that product
-    stays, and a run that resumes at first_step goes on exactly where it stopped. A batch may cross the border of two epochs, unless
-    epoch_videos says that an epoch ends after so many of its num_videos videos, whole steps: the others are left out of it.
-    key_at: the stream, as a function of the position in it, where it is another (several sources).
+    The videos form one endless stream, epoch after epoch; step s consumes the next micro_batch *
+    accumulation * world_size of it, and rank r takes the r-th part of each micro-batch. So the
+    videos of a step do not depend on the world size as long as that product stays, and a run that
+    resumes at first_step goes on exactly where it stopped. A batch may cross the border of two
+    epochs, unless epoch_videos says that an epoch ends after so many of its num_videos videos,
+    whole steps: the others are left out of it. key_at: the stream, as a function of the position in
+    it, where it is another (several sources).
     """
 
-    def __init__(self, num_videos: int, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int, first_step: int,
-                 last_step: int, key_at: Callable[[int], Key] | None = None, epoch_videos: int | None = None) -> None:
+    def __init__(
+        self,
+        num_videos: int,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        key_at: Callable[[int], Key] | None = None,
+        epoch_videos: int | None = None,
+    ) -> None:
         assert num_videos >= 1
         assert 0 <= rank < world_size
         assert 0 <= first_step <= last_step
-        assert epoch_videos in (None, num_videos) or epoch_videos % (micro_batch * accumulation * world_size) == 0
+        assert (
+            epoch_videos in (None, num_videos)
+            or epoch_videos % (micro_batch * accumulation * world_size) == 0
+        )
         self.num_videos = num_videos
         self.micro_batch = micro_batch
         self.accumulation = accumulation
@@ -184,7 +267,10 @@ class StepSampler(Sampler[list[Key]]):
         return (self.last_step - self.first_step) * self.accumulation
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for micro_step in range(self.first_step * self.accumulation, self.last_step * self.accumulation):
+        for micro_step in range(
+            self.first_step * self.accumulation, self.last_step * self.accumulation
+        ):
             first = (micro_step * self.world_size + self.rank) * self.micro_batch
-            first += first // self.epoch_videos * (self.num_videos - self.epoch_videos)  # over what the epochs before have left out
+            # over what the epochs before have left out
+            first += first // self.epoch_videos * (self.num_videos - self.epoch_videos)
             yield [self.key_at(position) for position in range(first, first + self.micro_batch)]

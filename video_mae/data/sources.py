@@ -22,7 +22,9 @@ PROBES = 3
 
 @dataclass(frozen=True)
 class Source:
-    """One source: `key` is what the user calls it, its videos are those from `first` on in the list of all."""
+    """One source: `key` is what the user calls it, its videos are those from `first` on in the list
+    of all.
+    """
 
     key: str
     config: SourceConfig
@@ -30,14 +32,18 @@ class Source:
     first: int
 
     def stream(self, seed: int, number: int | None = None) -> EpochStream | ShardStream:
-        """Its videos, epoch after epoch, in orders of its own; number: which of several sources it is."""
+        """Its videos, epoch after epoch, in orders of its own; number: which of several sources it
+        is.
+        """
         if isinstance(self.videos, PackedVideos):
             return ShardStream(self.videos.shard_sizes(), self.config.shuffle_window, seed, number)
         return EpochStream(len(self.videos), seed, number)
 
 
 class Sources:
-    """The videos of all sources as one list: sources[index] is (place, {"label": label}), as in pytorchvideo's."""
+    """The videos of all sources as one list: sources[index] is (place, {"label": label}), as in
+    pytorchvideo's.
+    """
 
     def __init__(self, parts: Sequence[tuple[str, SourceConfig, VideoList]]) -> None:
         self.parts: list[Source] = []
@@ -62,20 +68,26 @@ class Sources:
 
     def quotas(self) -> list[int]:
         """Samples of each source in a BLOCK. Raises: ValueError for a source that would have none."""
-        weights = np.array([getattr(source.config, "weight", None) or len(source.videos) for source in self.parts], dtype=np.float64)
+        weights = np.array(
+            [getattr(source.config, "weight", None) or len(source.videos) for source in self.parts],
+            dtype=np.float64,
+        )
         exact = weights * (BLOCK / weights.sum())
         quotas = np.floor(exact).astype(np.int64)
         quotas[np.argsort(quotas - exact, kind="stable")[: BLOCK - quotas.sum()]] += 1
         for source, quota in zip(self.parts, quotas, strict=True):
             if quota == 0:
-                raise ValueError(f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or leave the source out")
+                raise ValueError(
+                    f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or leave the source out"
+                )
         return quotas.tolist()
 
     def stream(self, seed: int) -> Callable[[int], Key]:
-        """The endless stream of samples, a function of (seed, position) alone: of one source its epochs, of several a mixture.
+        """The endless stream of samples, a function of (seed, position) alone: of one source its
+        epochs, of several a mixture.
 
-        In every BLOCK of positions a source has its share, rounded, at drawn places; which of its videos come there are its own epochs,
-        one after another.
+        In every BLOCK of positions a source has its share, rounded, at drawn places; which of its
+        videos come there are its own epochs, one after another.
         """
         if len(self.parts) == 1:
             return self.parts[0].stream(seed).key_at
@@ -85,17 +97,22 @@ class Sources:
         """One line about several sources; of one it is empty."""
         if len(self.parts) == 1:
             return ""
-        return ", ".join(f"{quota / BLOCK:.1%} of the samples from {source.key} ({len(source.videos)} files)"
-                         for source, quota in zip(self.parts, self.quotas(), strict=True))
+        return ", ".join(
+            f"{quota / BLOCK:.1%} of the samples from {source.key} ({len(source.videos)} files)"
+            for source, quota in zip(self.parts, self.quotas(), strict=True)
+        )
 
 
 def read_sources(data: DataConfig, in_channels: int) -> Sources:
     """Reads the lists and folders of data.source or of data.sources, and tries the first files.
 
-    Raises: FileNotFoundError or ValueError with one line that names the key, the file and the remedy: for a list as `read_annotations`
-    does, for files that do not fit the model, for a weight that is too small.
+    Raises: FileNotFoundError or ValueError with one line that names the key, the file and the
+    remedy: for a list as `read_annotations` does, for files that do not fit the model, for a weight
+    that is too small.
     """
-    sources = Sources([(key, config, read_annotations(config, key)) for key, config in data.by_name.items()])
+    sources = Sources(
+        [(key, config, read_annotations(config, key)) for key, config in data.by_name.items()]
+    )
     for source in sources.parts:
         _check_first(source, data, in_channels)
     sources.quotas()
@@ -103,23 +120,31 @@ def read_sources(data: DataConfig, in_channels: int) -> Sources:
 
 
 def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
-    """Finds a wrong data.axes or value range before a run has begun. Videos are not decoded here: only their channels are known."""
+    """Finds a wrong data.axes or value range before a run has begun. Videos are not decoded here:
+    only their channels are known.
+    """
     config, mistakes = source.config, list[VideoDecodeError]()
     for index in range(min(PROBES, len(source.videos))):
         path = source.videos[index][0]
         if is_video(path):
             if (len(config.channels) or 3) == in_channels:
                 return
-            raise ValueError(f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is {in_channels}; change it, or "
-                             f"choose {in_channels} with {source.key}.channels")
+            raise ValueError(
+                f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is {in_channels}; change it, or "
+                f"choose {in_channels} with {source.key}.channels"
+            )
         try:
-            decode(path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config))
+            decode(
+                path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config)
+            )
         except VideoDecodeError as error:
             mistakes.append(error)
         else:
             return
     first, reason = mistakes[0], mistakes[0].reason.replace("data.", f"{source.key}.")
-    raise ValueError(f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: {first.decoder}: {reason}")
+    raise ValueError(
+        f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: {first.decoder}: {reason}"
+    )
 
 
 class _Mixture:
@@ -127,7 +152,11 @@ class _Mixture:
         self.seed, self.quotas = seed, sources.quotas()
         self.firsts = [source.first for source in sources.parts]
         self.streams = [source.stream(seed, number) for number, source in enumerate(sources.parts)]
-        self._block, self._order, self._turn = -1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        self._block, self._order, self._turn = (
+            -1,
+            np.empty(0, dtype=np.int64),
+            np.empty(0, dtype=np.int64),
+        )
 
     def key_at(self, position: int) -> Key:
         block, place = divmod(position, BLOCK)
@@ -137,5 +166,7 @@ class _Mixture:
             for source, quota in enumerate(self.quotas):
                 self._turn[self._order == source] = np.arange(quota)
         source = int(self._order[place])
-        epoch, index = self.streams[source].key_at(block * self.quotas[source] + int(self._turn[place]))
+        epoch, index = self.streams[source].key_at(
+            block * self.quotas[source] + int(self._turn[place])
+        )
         return epoch, self.firsts[source] + index

@@ -48,16 +48,21 @@ class Paths(Places):
 
     def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]  (no slices)
         index = range(len(self._ends))[index]
-        return os.fsdecode(bytes(self._text[self._ends[index - 1] if index else 0: self._ends[index]]))
+        return os.fsdecode(
+            bytes(self._text[self._ends[index - 1] if index else 0 : self._ends[index]])
+        )
 
 
 class VideoList(Sequence[tuple[Any, dict[str, int]]]):
-    """Videos and their labels: videos[index] is (place, {"label": label}) as in pytorchvideo's LabeledVideoPaths; -1 is no label.
+    """Videos and their labels: videos[index] is (place, {"label": label}) as in pytorchvideo's
+    LabeledVideoPaths; -1 is no label.
 
     notes: what is to be told about where they come from, each a line.
     """
 
-    def __init__(self, places: Places, label_M: NDArray[np.int64], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, places: Places, label_M: NDArray[np.int64], notes: Sequence[str] = ()
+    ) -> None:
         self.places, self.label_M, self.notes = places, label_M, tuple(notes)
 
     def __len__(self) -> int:
@@ -72,4 +77,6 @@ class VideoList(Sequence[tuple[Any, dict[str, int]]]):
 
     def digest(self) -> str:
         """Of all places and labels in their order: another for another list, whatever its name."""
-        return hashlib.sha256(self.places.digest + np.ascontiguousarray(self.label_M).data).hexdigest()
+        return hashlib.sha256(
+            self.places.digest + np.ascontiguousarray(self.label_M).data
+        ).hexdigest()

@@ -1,6 +1,7 @@
 """The views of a test: which frames and which crops, and one decode of a video for all of them.
 
-S clips of a video, V views = S clips x crops, T frames of a clip, F different frames that they need, H W pixels, C channels.
+S clips of a video, V views = S clips x crops, T frames of a clip, F different frames that they
+need, H W pixels, C channels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ Corner = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """How a video is looked at: num_clips x num_crops clips of num_frames x height x width; `reading` says how its file is read."""
+    """How a video is looked at: num_clips x num_crops clips of num_frames x height x width;
+    `reading` says how its file is read.
+    """
 
     num_frames: int
     height: int
@@ -38,32 +41,48 @@ class Views:
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [S, T].
 
-        dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the middle ones where S is 1; where
-        there are fewer than T, the last repeats. All others: the video in T equal parts, and of each the frame at clip / S of its length,
-        the middle one where S is 1: S interleaved sets. Source: the official test of VideoMAE on Kinetics and on Something-Something
-        (published for S = 2), in integers, so that no rounding of floats moves a frame.
+        dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the
+        middle ones where S is 1; where there are fewer than T, the last repeats. All others: the
+        video in T equal parts, and of each the frame at clip / S of its length, the middle one
+        where S is 1: S interleaved sets. Source: the official test of VideoMAE on Kinetics and on
+        Something-Something (published for S = 2), in integers, so that no rounding of floats moves
+        a frame.
         """
         clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling != "dense":
-            parts, first_S1 = (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
+            parts, first_S1 = (
+                (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
+            )
             return (places_T * parts + first_S1) * num_video_frames // (self.num_frames * parts)
         num_strided = -(-num_video_frames // self.stride)
-        return self.stride * np.minimum(_spread(max(num_strided - self.num_frames, 0), self.num_clips)[:, None] + places_T, num_strided - 1)
+        return self.stride * np.minimum(
+            _spread(max(num_strided - self.num_frames, 0), self.num_clips)[:, None] + places_T,
+            num_strided - 1,
+        )
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The size (height, width) that a frame is brought to: the smallest that covers the model's, the aspect ratio kept."""
+        """The size (height, width) that a frame is brought to: the smallest that covers the
+        model's, the aspect ratio kept.
+        """
         if width * self.height >= height * self.width:
             return self.height, max(width * self.height // height, self.width)
         return max(height * self.width // width, self.height), self.width
 
     def corners(self, height: int, width: int) -> tuple[Corner, ...]:
-        """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer side, the middle where it is one."""
-        tops, lefts = _spread(height - self.height, self.num_crops), _spread(width - self.width, self.num_crops)
+        """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer
+        side, the middle where it is one.
+        """
+        tops, lefts = (
+            _spread(height - self.height, self.num_crops),
+            _spread(width - self.width, self.num_crops),
+        )
         return tuple((int(top), int(left)) for top, left in zip(tops, lefts, strict=True))
 
     def read(self, path: Place) -> "VideoViews":
-        """Opens a video once and keeps the frames that some view needs, resized. Raises: VideoDecodeError."""
+        """Opens a video once and keeps the frames that some view needs, resized. Raises:
+        VideoDecodeError.
+        """
         places_ST = np.empty((0, 0), dtype=np.int64)
 
         def choose(num_video_frames: int) -> NDArray[np.int64]:
@@ -76,18 +95,31 @@ class Views:
         frames_FHWC = torch.from_numpy(decode(path, choose, self.reading))
         height, width = frames_FHWC.shape[1:3]
         size = self.resized(height, width)
-        resized_FHWC = crop_clip(frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias)
-        return VideoViews(resized_FHWC, torch.from_numpy(places_ST), self.corners(*size), (self.height, self.width))
+        resized_FHWC = crop_clip(
+            frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias
+        )
+        return VideoViews(
+            resized_FHWC,
+            torch.from_numpy(places_ST),
+            self.corners(*size),
+            (self.height, self.width),
+        )
 
 
 def _spread(free: int, num: int) -> NDArray[np.int64]:
     """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
-    return np.arange(num, dtype=np.int64) * free // (num - 1) if num > 1 else np.array([free // 2], dtype=np.int64)
+    return (
+        np.arange(num, dtype=np.int64) * free // (num - 1)
+        if num > 1
+        else np.array([free // 2], dtype=np.int64)
+    )
 
 
 @dataclass(frozen=True)
 class VideoViews:
-    """The frames of a video that its views share, and where each view lies in them: less to move than the views themselves."""
+    """The frames of a video that its views share, and where each view lies in them: less to move
+    than the views themselves.
+    """
 
     frames_FHWC: torch.Tensor
     places_ST: torch.Tensor
@@ -96,12 +128,19 @@ class VideoViews:
 
     def to(self, device: torch.device) -> "VideoViews":
         """The frames on a device; the views are cut there."""
-        return replace(self, frames_FHWC=self.frames_FHWC.to(device, non_blocking=True), places_ST=self.places_ST.to(device))
+        return replace(
+            self,
+            frames_FHWC=self.frames_FHWC.to(device, non_blocking=True),
+            places_ST=self.places_ST.to(device),
+        )
 
     def clips(self) -> torch.Tensor:
         """All views, uint8 clip_VTHWC: the crops of a clip follow one another."""
         height, width = self.size
-        crops = [self.frames_FHWC[:, top: top + height, left: left + width][self.places_ST] for top, left in self.corners]
+        crops = [
+            self.frames_FHWC[:, top : top + height, left : left + width][self.places_ST]
+            for top, left in self.corners
+        ]
         return torch.stack(crops, dim=1).flatten(0, 1)
 
 
@@ -130,12 +169,18 @@ class ViewDataset(Dataset[ViewedVideo]):
             return ViewedVideo(index, None, Failure.of(error))
 
 
-def make_view_loader(dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int) -> "Loader[list[ViewedVideo]]":
-    """Lists of `ViewedVideo`, batch_size at a time and fewer at the end: the videos `order`, in that order, each once."""
+def make_view_loader(
+    dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int
+) -> "Loader[list[ViewedVideo]]":
+    """Lists of `ViewedVideo`, batch_size at a time and fewer at the end: the videos `order`, in
+    that order, each once.
+    """
     workers = min(num_workers, len(order))
 
     def make(delivered: int) -> "DataLoader[ViewedVideo]":
-        rest = order[delivered * batch_size:]
-        return DataLoader(dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers))
+        rest = order[delivered * batch_size :]
+        return DataLoader(
+            dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers)
+        )
 
     return Loader(make, -(-len(order) // batch_size))

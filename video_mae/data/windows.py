@@ -1,4 +1,5 @@
-"""Clips along a video of any length, with their times, read once from start to end in bounded memory.
+"""Clips along a video of any length, with their times, read once from start to end in bounded
+memory.
 
 C clips of a video, T frames of a clip, B clips of a piece, H W pixels, C channels (last axis).
 """
@@ -22,9 +23,11 @@ from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_a
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of them, resized to height x width.
+    """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of
+    them, resized to height x width.
 
-    With sampling = uniform there is one, of the middle frame of each of num_frames equal parts of the video.
+    With sampling = uniform there is one, of the middle frame of each of num_frames equal parts of
+    the video.
     """
 
     num_frames: int
@@ -38,11 +41,15 @@ class Windows:
 
     @property
     def span(self) -> int:
-        """Frames from the first frame of a clip to where one that follows it without a gap would start."""
+        """Frames from the first frame of a clip to where one that follows it without a gap would
+        start.
+        """
         return self.num_frames * self.stride
 
     def starts(self, num_video_frames: int) -> NDArray[np.int64]:
-        """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is left out where hop <= span."""
+        """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is
+        left out where hop <= span.
+        """
         if self.sampling == "uniform":
             return np.zeros(1, dtype=np.int64)
         num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
@@ -53,10 +60,14 @@ class Windows:
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling == "uniform":
             return ((2 * places_T + 1) * num_video_frames // (2 * self.num_frames))[None]
-        return np.minimum(self.starts(num_video_frames)[:, None] + places_T * self.stride, num_video_frames - 1)
+        return np.minimum(
+            self.starts(num_video_frames)[:, None] + places_T * self.stride, num_video_frames - 1
+        )
 
     def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
-        """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs are kept. Raises: VideoDecodeError."""
+        """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs
+        are kept. Raises: VideoDecodeError.
+        """
         indices_CT, wanted, total = np.empty((0, 0), dtype=np.int64), np.empty(0, dtype=np.int64), 0
 
         def choose(num_video_frames: int) -> NDArray[np.int64]:
@@ -79,13 +90,22 @@ class Windows:
         height, width = frame_HWC.shape[:2]
         box = (0, 0, height, width)
         if self.crop == "center":
-            box = crop_box(DataConfig(crop="center"), height, width, self.height, self.width, np.random.default_rng(0))  # draws nothing
+            # draws nothing
+            box = crop_box(
+                DataConfig(crop="center"),
+                height,
+                width,
+                self.height,
+                self.width,
+                np.random.default_rng(0),
+            )
         return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
 
 
 class Times(NamedTuple):
-    """When the clips of a video are: first frames, begin of the first and end of the last frame that each spans, in seconds from the first
-    frame of the video on; which by the file's own clock is shown at video_start_seconds.
+    """When the clips of a video are: first frames, begin of the first and end of the last frame
+    that each spans, in seconds from the first frame of the video on; which by the file's own clock
+    is shown at video_start_seconds.
     """
 
     start_frame_C: NDArray[np.int64]
@@ -95,7 +115,9 @@ class Times(NamedTuple):
 
 
 def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
-    """The times of the clips of a video as its time stamps say; NaN for files without time, such as arrays."""
+    """The times of the clips of a video as its time stamps say; NaN for files without time, such as
+    arrays.
+    """
     seconds_F2, start = times_and_start(path, windows.reading)
     starts_C = windows.starts(num_video_frames)
     ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
@@ -106,7 +128,9 @@ def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next clips of a video, by its place in the list; the first piece has the times of all its clips. Or why there are no more."""
+    """The next clips of a video, by its place in the list; the first piece has the times of all its
+    clips. Or why there are no more.
+    """
 
     video: int
     clip_BTHWC: torch.Tensor | None = None
@@ -115,14 +139,20 @@ class Piece:
 
 
 class PieceStream(IterableDataset[Piece]):
-    """Videos from start to end as pieces of at most batch_size clips; with workers each video is read by one of them."""
+    """Videos from start to end as pieces of at most batch_size clips; with workers each video is
+    read by one of them.
+    """
 
-    def __init__(self, paths: Sequence[Place], videos: Sequence[int], windows: Windows, batch_size: int) -> None:
+    def __init__(
+        self, paths: Sequence[Place], videos: Sequence[int], windows: Windows, batch_size: int
+    ) -> None:
         self.paths, self.videos, self.windows, self.batch_size = paths, videos, windows, batch_size
 
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
-        for video in self.videos if worker is None else self.videos[worker.id::worker.num_workers]:
+        for video in (
+            self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
+        ):
             try:
                 yield from self._pieces(video)
             except VideoDecodeError as error:

@@ -1,6 +1,17 @@
-"""From files to frames, in processes of their own. Nothing here imports torch, so that such a process starts fast."""
+"""From files to frames, in processes of their own. Nothing here imports torch, so that such a
+process starts fast.
+"""
 
-from video_mae.decoding.frames import Decoded, decode, decoder_version, read_clip, resolve_decoder, stream, times, times_and_start
+from video_mae.decoding.frames import (
+    Decoded,
+    decode,
+    decoder_version,
+    read_clip,
+    resolve_decoder,
+    stream,
+    times,
+    times_and_start,
+)
 from video_mae.decoding.opened import ANIMATION, READERS, VIDEO_EXTENSIONS, is_video
 from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
 

@@ -1,4 +1,6 @@
-"""What a video file is before a decoder sees it: is it a container at all, is it whole, and is it of a kind that decoders read wrongly."""
+"""What a video file is before a decoder sees it: is it a container at all, is it whole, and is it
+of a kind that decoders read wrongly.
+"""
 
 import os
 import re
@@ -9,7 +11,8 @@ from typing import BinaryIO
 
 from video_mae.decoding.reading import Member, Place
 
-# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which name other files.
+# Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which
+# name other files.
 _INDEXED = (
     b"\x1a\x45\xdf\xa3",  # Matroska, WebM
     b"FLV",
@@ -30,12 +33,15 @@ _SIGNATURES = (
     b"YUV4MPEG2 ",
     b"\xff\xd8\xff",  # MJPEG
 )
-_AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10  # after the first 16 bytes; what is written to a pipe has no index
-_BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4  # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
+# after the first 16 bytes; what is written to a pipe has no index
+_AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10
+# of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
+_BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
-# FFmpeg knows packed B-frames by this note of the encoder: several pictures in a packet, so that packets and frames do not match.
+# FFmpeg knows packed B-frames by this note of the encoder: several pictures in a packet, so that
+# packets and frames do not match.
 _PACKED = re.compile(rb"DivX\d{3}(?:b|Build)\d{1,6}p")
 _PACKED_WITHIN = 2**18
 
@@ -50,7 +56,9 @@ _KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os
 
 
 def is_regular(path: str) -> bool:
-    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the kernel, and no broken link."""
+    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the
+    kernel, and no broken link.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # ValueError: a NUL byte in the path
@@ -59,14 +67,17 @@ def is_regular(path: str) -> bool:
 
 
 def check_regular(place: Place) -> None:
-    """Raises: OSError where there is no file, ValueError where it is no regular one; members of shards have their own checks."""
+    """Raises: OSError where there is no file, ValueError where it is no regular one; members of
+    shards have their own checks.
+    """
     if not isinstance(place, Member) and not is_regular(place):
         os.stat(place)  # says it better, where there is none
         raise ValueError("not a regular file")
 
 
 def check_container(file: BinaryIO, num_bytes: int) -> str:
-    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, NO_INDEX, ASF or nothing ("").
+    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, NO_INDEX, ASF or
+    nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
@@ -76,17 +87,32 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
     head = file.read(16)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         claimed = int.from_bytes(head[4:8], "little")
-        if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:  # writers disagree about the last padding byte
-            raise ValueError(f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}")
+        # writers disagree about the last padding byte
+        if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:
+            raise ValueError(
+                f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}"
+            )
         beginning = file.read(_PACKED_WITHIN)
         if _PACKED.search(beginning):
             return PACKED_B_FRAMES
-        return "" if beginning[_AVI_FLAGS: _AVI_FLAGS + 1] and beginning[_AVI_FLAGS] & _AVI_HAS_INDEX else NO_INDEX
+        return (
+            ""
+            if beginning[_AVI_FLAGS : _AVI_FLAGS + 1] and beginning[_AVI_FLAGS] & _AVI_HAS_INDEX
+            else NO_INDEX
+        )
     if head[4:8] in _MP4_BOXES:
         _check_mp4(file, num_bytes)
-        return EDIT_LIST if any(_hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)) else ""
+        return (
+            EDIT_LIST
+            if any(
+                _hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)
+            )
+            else ""
+        )
     if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
-        raise ValueError("not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)")
+        raise ValueError(
+            "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)"
+        )
     if head.startswith(_ASF):
         return ASF
     return "" if head.startswith(_INDEXED) else NO_INDEX
@@ -94,7 +120,7 @@ def check_container(file: BinaryIO, num_bytes: int) -> str:
 
 def _is_blu_ray(file: BinaryIO) -> bool:
     file.seek(_BLU_RAY_STAMP)
-    return file.read(_BLU_RAY_PACKET + 1)[:: _BLU_RAY_PACKET] == b"\x47\x47"
+    return file.read(_BLU_RAY_PACKET + 1)[::_BLU_RAY_PACKET] == b"\x47\x47"
 
 
 def has_offsets(file: BinaryIO) -> bool:
@@ -107,7 +133,9 @@ def has_offsets(file: BinaryIO) -> bool:
 def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
     for kind, _, end in _boxes(file, 0, num_bytes):
         if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
-            raise ValueError(f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}")
+            raise ValueError(
+                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}"
+            )
 
 
 def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
@@ -146,7 +174,10 @@ def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
             for header in _inside(file, movie, b"mvhd"):
                 time_scale = _scale_and_duration(file, header)[0]
                 for track in _inside(file, movie, b"trak"):
-                    kinds = [_numbers(file, handler, 8, "4s")[0] for handler in _inside(file, track, b"mdia", b"hdlr")]
+                    kinds = [
+                        _numbers(file, handler, 8, "4s")[0]
+                        for handler in _inside(file, track, b"mdia", b"hdlr")
+                    ]
                     if b"vide" in kinds:
                         yield track, time_scale
     except struct.error:
@@ -162,19 +193,26 @@ def _scale_and_duration(file: BinaryIO, header: Box) -> tuple[int, int]:
 def _hides_frames(file: BinaryIO, track: Box, movie_scale: int) -> bool:
     """Whether the edits of a track show less than all of its frames, or show them out of order."""
     edits = [edit for box in _inside(file, track, b"edts", b"elst") for edit in _edits(file, box)]
-    shown = [(duration, start) for duration, start in edits if start >= 0]  # -1 is time in which nothing is shown
+    # -1 is time in which nothing is shown
+    shown = [(duration, start) for duration, start in edits if start >= 0]
     if len(shown) != 1:  # no edits: all is shown
         return len(shown) > 1
-    (duration, start), = shown
+    ((duration, start),) = shown
     for header in _inside(file, track, b"mdia", b"mdhd"):
         scale, length = _scale_and_duration(file, header)
         table = (b"mdia", b"minf", b"stbl")
-        frame = next((_numbers(file, box, 12, ">I")[0] for box in _inside(file, track, *table, b"stts")), 0)
-        first = next((_numbers(file, box, 12, ">i")[0] for box in _inside(file, track, *table, b"ctts")), 0)  # shown so long after decoding
+        frame = next(
+            (_numbers(file, box, 12, ">I")[0] for box in _inside(file, track, *table, b"stts")), 0
+        )
+        # shown so long after decoding
+        first = next(
+            (_numbers(file, box, 12, ">i")[0] for box in _inside(file, track, *table, b"ctts")), 0
+        )
         if not (scale and movie_scale and length and duration and frame):
             return start > 0 and start - first >= max(frame, 1)
         visible = duration * scale / movie_scale
-        tolerance = frame + 2 * scale / movie_scale  # durations are rounded to the scale of the movie
+        # durations are rounded to the scale of the movie
+        tolerance = frame + 2 * scale / movie_scale
         return start - first >= frame or length - visible >= tolerance
     return False
 

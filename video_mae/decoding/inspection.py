@@ -1,4 +1,6 @@
-"""What is known of a video without a decoder for it, for `video-mae doctor`; all of it runs in a process that decodes."""
+"""What is known of a video without a decoder for it, for `video-mae doctor`; all of it runs in a
+process that decodes.
+"""
 
 import hashlib
 import os
@@ -8,22 +10,33 @@ from statistics import median
 
 from video_mae.decoding.containers import check_container
 from video_mae.decoding.decoders import NAMES, distrust, local_file, read_member
-from video_mae.decoding.packets import UPRIGHT, Turn, is_mirrored, open_container, survey, video_stream
+from video_mae.decoding.packets import (
+    UPRIGHT,
+    Turn,
+    is_mirrored,
+    open_container,
+    survey,
+    video_stream,
+)
 from video_mae.decoding.pyav_video import sequential
 from video_mae.decoding.reading import Member, Place
 
 UNEVEN = 0.3
-"""A frame that is shown this share longer or shorter than the median one makes a frame rate variable; time stamps are rounded."""
+"""A frame that is shown this share longer or shorter than the median one makes a frame rate
+variable; time stamps are rounded.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a container and its packets say. rotation, mirrored: how the first frame is shown, as if it were mirrored after it is turned
-    by so many degrees against the clock; 0 where it cannot be decoded.
+    """What a container and its packets say. rotation, mirrored: how the first frame is shown, as if
+    it were mirrored after it is turned by so many degrees against the clock; 0 where it cannot be
+    decoded.
 
-    traits: what leads decoders astray, as `check_container` and `Survey` have them. trusted_with: the decoders that read each frame
-    rightly. header_frames: as the header says, 0 where it does not. start_seconds: when the first frame is shown by the file's own
-    clock. key_frame_distance: most frames from one key frame to the next, or to the end. bits: of a colour.
+    traits: what leads decoders astray, as `check_container` and `Survey` have them. trusted_with:
+    the decoders that read each frame rightly. header_frames: as the header says, 0 where it does
+    not. start_seconds: when the first frame is shown by the file's own clock. key_frame_distance:
+    most frames from one key frame to the next, or to the end. bits: of a colour.
     """
 
     container: str
@@ -52,7 +65,9 @@ def sha256(place: Place) -> str:
 
 
 def describe(place: Place) -> Description:
-    """Describes a video container. Raises: ValueError where it is none or has no video; av.FFmpegError and others for damaged ones."""
+    """Describes a video container. Raises: ValueError where it is none or has no video;
+    av.FFmpegError and others for damaged ones.
+    """
     path, kept = local_file(place)
     with open(path, "rb") as file:
         trait = check_container(file, os.fstat(file.fileno()).st_size)
@@ -62,7 +77,11 @@ def describe(place: Place) -> Description:
         stream = video_stream(container)
         steps = [later - earlier for earlier, later in pairwise(found.stamps)]
         usual = median(steps) if steps else 0
-        keys = [0, *(place for place, packet in enumerate(found.packets) if packet.is_key), len(found.packets)]
+        keys = [
+            0,
+            *(place for place, packet in enumerate(found.packets) if packet.is_key),
+            len(found.packets),
+        ]
         colour = stream.format.components if stream.format else ()
         description = Description(
             container=found.container,
@@ -72,7 +91,9 @@ def describe(place: Place) -> Description:
             header_frames=stream.frames,
             num_packets=len(found.packets),
             start_seconds=found.start(),
-            seconds=float((found.stamps[-1] - found.stamps[0] + usual) * stream.time_base) if found.stamps else 0.0,
+            seconds=float((found.stamps[-1] - found.stamps[0] + usual) * stream.time_base)
+            if found.stamps
+            else 0.0,
             fps=float(stream.average_rate or stream.guessed_rate or 0),
             constant_rate=all(abs(step - usual) <= UNEVEN * usual for step in steps),
             key_frame_distance=max(b - a for a, b in pairwise(keys)),
@@ -86,7 +107,9 @@ def describe(place: Place) -> Description:
 
 
 def count_frames(place: Place) -> int:
-    """How many frames come out when a video is decoded in order, from its start on. Raises: as `describe`."""
+    """How many frames come out when a video is decoded in order, from its start on. Raises: as
+    `describe`.
+    """
     path, kept = local_file(place)
     num_frames = sum(1 for _ in sequential(path))
     del kept
@@ -97,4 +120,9 @@ def _rotation(turn: Turn) -> int:
     """Degrees against the clock; of a mirrored picture before it is mirrored."""
     transposed, mirrored, upside_down = turn
     before = (transposed, mirrored != is_mirrored(turn), upside_down)
-    return {UPRIGHT: 0, (True, False, True): 90, (False, True, True): 180, (True, True, False): -90}[before]
+    return {
+        UPRIGHT: 0,
+        (True, False, True): 90,
+        (False, True, True): 180,
+        (True, True, False): -90,
+    }[before]

@@ -1,8 +1,10 @@
-"""`Isolated`: a process of one's own that decodes, so that what a file does to a decoder costs that process and nothing else.
+"""`Isolated`: a process of one's own that decodes, so that what a file does to a decoder costs that
+process and nothing else.
 
-A decoder that hangs in native code cannot be interrupted, one that crashes takes its process along, one that is told to allocates
-gigabytes. The process is started when it is first needed, lives for many calls, and is replaced when one of them ends it. Frames come
-back through memory that both processes see.
+A decoder that hangs in native code cannot be interrupted, one that crashes takes its process along,
+one that is told to allocates gigabytes. The process is started when it is first needed, lives for
+many calls, and is replaced when one of them ends it. Frames come back through memory that both
+processes see.
 """
 
 import mmap
@@ -38,15 +40,35 @@ class Isolated:
         self._connection: Connection | None = None
         self._memory, self._map = -1, None
 
-    def call(self, function: Callable[..., Any], *arguments: Any, seconds: float, memory_gb: float = 0.0, shares: bool = False) -> Any:
-        """function(*arguments) there, a function of a module's top level; with `shares` it is also given what allocates shared memory.
+    def call(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        seconds: float,
+        memory_gb: float = 0.0,
+        shares: bool = False,
+    ) -> Any:
+        """function(*arguments) there, a function of a module's top level; with `shares` it is also
+        given what allocates shared memory.
 
-        Arrays in the result are copies. seconds: how long it may take; memory_gb: what it may allocate, 0 is no limit.
+        Arrays in the result are copies. seconds: how long it may take; memory_gb: what it may
+        allocate, 0 is no limit.
         Raises: what the function raises; KilledError when the process ended or had to be.
         """
         connection = self._connect()
         try:
-            connection.send_bytes(pickle.dumps((function.__module__, function.__name__, arguments, memory_gb, shares, _folder())))
+            connection.send_bytes(
+                pickle.dumps(
+                    (
+                        function.__module__,
+                        function.__name__,
+                        arguments,
+                        memory_gb,
+                        shares,
+                        _folder(),
+                    )
+                )
+            )
             if not connection.poll(seconds):
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
@@ -54,7 +76,9 @@ class Isolated:
             answer = connection.recv_bytes()
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
-        succeeded, result = pickle.loads(answer, buffers=[self._copy(size, *place) for place in places])
+        succeeded, result = pickle.loads(
+            answer, buffers=[self._copy(size, *place) for place in places]
+        )
         if not succeeded:
             raise result
         return result
@@ -70,12 +94,15 @@ class Isolated:
         if process is None:
             return
         process.kill()
-        with suppress(subprocess.TimeoutExpired):  # one that waits for a dead network disk cannot even be killed
+        # one that waits for a dead network disk cannot even be killed
+        with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
         self._forget()
 
     def __del__(self) -> None:
-        """Where a thread ends, so does its process; in a fork of the owner only the handles are closed."""
+        """Where a thread ends, so does its process; in a fork of the owner only the handles are
+        closed.
+        """
         if self._owner == os.getpid():
             self.close()
         elif self._connection is not None:
@@ -88,14 +115,23 @@ class Isolated:
             self._forget()
         ours, theirs = socket.socketpair()
         self._memory = os.memfd_create("frames", os.MFD_CLOEXEC)
-        command = _START.format(path=[os.path.abspath(entry) for entry in sys.path], socket=theirs.fileno(), memory=self._memory,
-                                parent=os.getpid())
-        # glibc keeps a heap a thread, and decoders start threads for each file: with two heaps memory stays as it is.
+        command = _START.format(
+            path=[os.path.abspath(entry) for entry in sys.path],
+            socket=theirs.fileno(),
+            memory=self._memory,
+            parent=os.getpid(),
+        )
+        # glibc keeps a heap a thread, and decoders start threads for each file: with two heaps
+        # memory stays as it is.
         environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SPARED)
         try:
-            self._process = subprocess.Popen([sys.executable, "-c", command], pass_fds=(theirs.fileno(), self._memory), env=environment,
-                                             stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", command],
+                pass_fds=(theirs.fileno(), self._memory),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
@@ -140,7 +176,9 @@ _here = threading.local()
 
 
 def decoder_process() -> Isolated:
-    """The process of the calling thread; what a fork brought along from another process is left to that one."""
+    """The process of the calling thread; what a fork brought along from another process is left to
+    that one.
+    """
     if getattr(_here, "owner", None) != os.getpid():
         _here.owner, _here.process = os.getpid(), Isolated()
     return _here.process

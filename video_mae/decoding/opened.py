@@ -1,4 +1,5 @@
-"""Files that are open for reading, in the process that decodes: `open_file`, `next_frames`, `frame_times`, `close_file`.
+"""Files that are open for reading, in the process that decodes: `open_file`, `next_frames`,
+`frame_times`, `close_file`.
 
 T frames of a clip, F frames of a file, H W pixels, C channels.
 """
@@ -22,17 +23,62 @@ from video_mae.decoding.arrays import open_npy, open_npz
 from video_mae.decoding.containers import check_regular
 from video_mae.decoding.decoders import local_file, open_video, resolve
 from video_mae.decoding.packed_frames import open_frames
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Clip, Frames, Member, Place, Reading, VideoDecodeError
+from video_mae.decoding.reading import (
+    MAX_CLIP_BYTES,
+    Clip,
+    Frames,
+    Member,
+    Place,
+    Reading,
+    VideoDecodeError,
+)
 
 VIDEO_EXTENSIONS = (
-    ".3g2", ".3gp", ".3gpp", ".f4v", ".ismv", ".m4v", ".mov", ".mp4", ".mp4v", ".qt",
-    ".mk3d", ".mkv", ".webm",
-    ".avi", ".divx", ".xvid",
-    ".asf", ".wmv",
-    ".m2p", ".m2v", ".mp2v", ".mpe", ".mpeg", ".mpg", ".mpv", ".m1v", ".vob",
-    ".m2t", ".m2ts", ".mts", ".ts",
-    ".flv", ".ogm", ".ogv", ".mxf", ".gif",
-    ".264", ".265", ".avc", ".h264", ".h265", ".hevc", ".mjpeg", ".mjpg", ".y4m",
+    ".3g2",
+    ".3gp",
+    ".3gpp",
+    ".f4v",
+    ".ismv",
+    ".m4v",
+    ".mov",
+    ".mp4",
+    ".mp4v",
+    ".qt",
+    ".mk3d",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".divx",
+    ".xvid",
+    ".asf",
+    ".wmv",
+    ".m2p",
+    ".m2v",
+    ".mp2v",
+    ".mpe",
+    ".mpeg",
+    ".mpg",
+    ".mpv",
+    ".m1v",
+    ".vob",
+    ".m2t",
+    ".m2ts",
+    ".mts",
+    ".ts",
+    ".flv",
+    ".ogm",
+    ".ogv",
+    ".mxf",
+    ".gif",
+    ".264",
+    ".265",
+    ".avc",
+    ".h264",
+    ".h265",
+    ".hevc",
+    ".mjpeg",
+    ".mjpg",
+    ".y4m",
 )
 """Of files that a folder gives as videos, a container a line; a list may name any other."""
 ANIMATION = ".gif"
@@ -43,7 +89,9 @@ READERS: dict[str, tuple[str, Callable[[str, SourceConfig, int], Frames]]] = {
     **dict.fromkeys(tiff.EXTENSIONS, ("tifffile", tiff.open_tiff)),
     **dict.fromkeys(stills.EXTENSIONS, ("pillow", stills.open_still)),
 }
-"""What reads a file that is no video, by the ending of its name; any other ending is a video, for data.decoder."""
+"""What reads a file that is no video, by the ending of its name; any other ending is a video, for
+data.decoder.
+"""
 WHITE = 65535
 
 Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
@@ -51,7 +99,9 @@ Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 
 class Facts(NamedTuple):
-    """What is known of a file that is open: a number to call it by, its frames, what reads it, and why it is not the first decoder."""
+    """What is known of a file that is open: a number to call it by, its frames, what reads it, and
+    why it is not the first decoder.
+    """
 
     handle: int
     num_frames: int
@@ -60,7 +110,8 @@ class Facts(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds that frames took, with the opening of their file: waiting for the disk, and computing.
+    """Seconds that frames took, with the opening of their file: waiting for the disk, and
+    computing.
 
     Waiting for a core, which is neither, is left out as far as the thread that reads did it itself.
     """
@@ -71,12 +122,16 @@ class Cost(NamedTuple):
     @classmethod
     def since(cls, begin: "Moment") -> "Cost":
         """What has gone by; several threads compute more than time goes by."""
-        elapsed, computing, queued = (now - then for now, then in zip(Moment.now(), begin, strict=True))
+        elapsed, computing, queued = (
+            now - then for now, then in zip(Moment.now(), begin, strict=True)
+        )
         return cls(max(elapsed - computing - queued, 0.0), computing)
 
 
 class Moment(NamedTuple):
-    """Seconds on the clock, that all threads of the process have computed, and that this one has waited for a core."""
+    """Seconds on the clock, that all threads of the process have computed, and that this one has
+    waited for a core.
+    """
 
     clock: float
     computed: float
@@ -143,10 +198,14 @@ def open_file(place: Place, reading: Reading) -> Facts:
     return Facts(handle, frames.num_frames, name, fallback)
 
 
-def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, allocate: Allocate = np.empty) -> tuple[Clip, Cost]:
-    """The first frames of a new pass over an open file, which will give the frames `wanted`, rising indices; or its next ones where None.
+def next_frames(
+    handle: int, num_frames: int, wanted: NDArray[np.int64] | None, allocate: Allocate = np.empty
+) -> tuple[Clip, Cost]:
+    """The first frames of a new pass over an open file, which will give the frames `wanted`, rising
+    indices; or its next ones where None.
 
-    Returns: clip_FHWC and what it cost, of the first frames with the opening. Raises: VideoDecodeError.
+    Returns: clip_FHWC and what it cost, of the first frames with the opening. Raises:
+    VideoDecodeError.
     """
     begin = Moment.now()
     opened = _opened[handle]
@@ -158,7 +217,9 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
         num = 0
         for num, frame in enumerate(islice(opened.pass_over, num_frames), 1):
             if clip_FHWC is None and frame.nbytes * num_frames > MAX_CLIP_BYTES:
-                raise ValueError(f"{num_frames} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB")
+                raise ValueError(
+                    f"{num_frames} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB"
+                )
             frame_HWC = _pixels(frame, opened.reading)
             if clip_FHWC is None:
                 clip_FHWC = allocate((num_frames, *frame_HWC.shape), frame_HWC.dtype)
@@ -172,14 +233,18 @@ def next_frames(handle: int, num_frames: int, wanted: NDArray[np.int64] | None, 
 
 
 def frame_times(handle: int) -> tuple[NDArray[np.float64], float]:
-    """When each frame of an open file is shown, and by the file's own clock the first one: see `frames.times`. Raises: VideoDecodeError."""
+    """When each frame of an open file is shown, and by the file's own clock the first one: see
+    `frames.times`. Raises: VideoDecodeError.
+    """
     opened = _opened[handle]
     with as_decode_error(opened.place, opened.decoder):
         return opened.frames.times(), opened.frames.start
 
 
 def close_file(handle: int) -> int:
-    """Closes an open file. Returns how many this process has opened by then; 0 while others are open."""
+    """Closes an open file. Returns how many this process has opened by then; 0 while others are
+    open.
+    """
     _opened.pop(handle, None)
     return 0 if _opened else _last_handle - _FIRST_HANDLE
 
@@ -189,15 +254,21 @@ def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
     source, channels = reading.source, frame_HWC.shape[2]
     if source.channels:
         if max(source.channels) >= channels:
-            raise ValueError(f"has {channels} channels, data.channels asks for {max(source.channels)}, counted from 0")
+            raise ValueError(
+                f"has {channels} channels, data.channels asks for {max(source.channels)}, counted from 0"
+            )
         frame_HWC = frame_HWC[:, :, list(source.channels)]
         channels = len(source.channels)
     if channels != reading.in_channels:
-        raise ValueError(f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, model.in_channels is "
-                         f"{reading.in_channels}; change it, data.channels, or data.axes")
+        raise ValueError(
+            f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, model.in_channels is "
+            f"{reading.in_channels}; change it, data.channels, or data.axes"
+        )
     if source.value_range is None:
         if frame_HWC.dtype != np.uint8:
-            raise ValueError(f"holds {frame_HWC.dtype}; set data.value_range to the values that are black and white")
+            raise ValueError(
+                f"holds {frame_HWC.dtype}; set data.value_range to the values that are black and white"
+            )
         return np.asarray(frame_HWC)
     low, high = source.value_range
     values = frame_HWC.astype(np.result_type(frame_HWC.dtype, np.float32))
@@ -211,7 +282,8 @@ def as_decode_error(place: Place, decoder: str) -> Iterator[None]:
     """Whatever goes wrong with a file within is raised as a VideoDecodeError, its reason one line."""
     try:
         yield
-    except Exception as error:  # decoders raise RuntimeError, ValueError, IndexError, MemoryError and types of their own
+    except Exception as error:
+        # decoders raise RuntimeError, ValueError, IndexError, MemoryError and types of their own
         raise VideoDecodeError(str(place), decoder, _one_line(error, place)) from None
 
 
@@ -228,6 +300,7 @@ def _one_line(error: Exception, place: Place) -> str:
     text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text)  # torchcodec's functions and files
     text = re.sub(r"\[\d\d:\d\d:\d\d\] \S+?:\d+: ", "", text)
     text = re.sub(r"Check failed: .*? \(\S+ vs\. \S+\) (ERROR )?", "", text)
-    text = re.sub(r"\[Errno -?\d+\] |: '\w+\(\)'$", "", text)  # FFmpeg's numbers and functions, from PyAV
+    # FFmpeg's numbers and functions, from PyAV
+    text = re.sub(r"\[Errno -?\d+\] |: '\w+\(\)'$", "", text)
     text = re.split(r"\. (?=[A-Z])|\.\.\.|\n", text.strip())[0].strip(" .")
     return text[:200] or type(error).__name__

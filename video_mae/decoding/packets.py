@@ -1,7 +1,9 @@
-"""What the packets of a video say before it is decoded: which frames there are, when each is shown, and whether that can be believed.
+"""What the packets of a video say before it is decoded: which frames there are, when each is shown,
+and whether that can be believed.
 
-A seek finds a frame by its time stamp, so stamps must tell the order of showing. Some containers store the order of decoding alone (AVI,
-ASF, MXF, raw streams), and whoever copies such a stream into an mp4 copies that as well.
+A seek finds a frame by its time stamp, so stamps must tell the order of showing. Some containers
+store the order of decoding alone (AVI, ASF, MXF, raw streams), and whoever copies such a stream
+into an mp4 copies that as well.
 """
 
 import re
@@ -19,31 +21,48 @@ from video_mae.decoding.containers import EDIT_LIST, NO_INDEX, has_offsets
 from video_mae.decoding.reading import shown_times
 
 SEEKABLE = ("mp4", "matroska", "flv", "avi")
-"""Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it leads to another, or to none."""
-NO_STAMPS, DECODING_ORDER = "time stamps missing or repeated", "time stamps in the order of decoding"
+"""Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it
+leads to another, or to none.
+"""
+NO_STAMPS, DECODING_ORDER = (
+    "time stamps missing or repeated",
+    "time stamps in the order of decoding",
+)
 LATE_START, ALL_KEYS = "a first frame that is no key frame", "key frames alone, which may be none"
 IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS)
-"""What makes any seek go astray: frames can be numbered only as they come out, from the start of the file on."""
+"""What makes any seek go astray: frames can be numbered only as they come out, from the start of
+the file on.
+"""
 ADJACENT_KEYS, OPEN_GROUPS = "key frames beside each other", "key frames that are no fresh start"
 MIRRORED = "a mirrored or slanted picture"
 
-INTRA_ONLY, REORDERS = 1, 8  # FFmpeg's marks of a codec that has key frames alone, and that may store frames in another order than it shows
+# FFmpeg's marks of a codec that has key frames alone, and that may store frames in another order
+# than it shows
+INTRA_ONLY, REORDERS = 1, 8
 REFUSING = ("ffv1", "h264")
 """Codecs that may have other frames, and are decoded from a key frame on only if it is one."""
 VP8_SHOWN = 0x10
-START_CODE, UNIT_BYTES, UNIT_TYPE = b"\x00\x00\x01", 9, 0x1F  # of H.264: of a unit its type, and what comes first in a slice
+# of H.264: of a unit its type, and what comes first in a slice
+START_CODE, UNIT_BYTES, UNIT_TYPE = b"\x00\x00\x01", 9, 0x1F
 SLICES, IDR, B_SLICE = (1, 2, 5), 5, 1
 # In MPEG-1, -2 and -4 two or three bits of what follows the start code of a picture.
 B_PICTURE = {"mpeg4": re.compile(rb"\x00\x00\x01\xb6[\x80-\xbf]")}
-B_PICTURE |= dict.fromkeys(("mpeg1video", "mpeg2video"), re.compile(rb"\x00\x00\x01\x00.[\x18-\x1f\x58-\x5f\x98-\x9f\xd8-\xdf]", re.DOTALL))
+B_PICTURE |= dict.fromkeys(
+    ("mpeg1video", "mpeg2video"),
+    re.compile(rb"\x00\x00\x01\x00.[\x18-\x1f\x58-\x5f\x98-\x9f\xd8-\xdf]", re.DOTALL),
+)
 
 Turn = tuple[bool, bool, bool]
-"""How a stored picture becomes the shown one: rows and columns change places; then left and right do; top and bottom do."""
+"""How a stored picture becomes the shown one: rows and columns change places; then left and right
+do; top and bottom do.
+"""
 UPRIGHT: Turn = (False, False, False)
 
 
 class Packet(NamedTuple):
-    """A packet that holds a frame: when it is shown and decoded, in ticks of the stream's clock, and whether it is a key frame."""
+    """A packet that holds a frame: when it is shown and decoded, in ticks of the stream's clock,
+    and whether it is a key frame.
+    """
 
     pts: Any
     dts: Any
@@ -52,8 +71,8 @@ class Packet(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """The packets of a video in the order of decoding. traits: what leads decoders astray. Of the first frame, where it was looked at:
-    how it is shown, and its (height, width) then.
+    """The packets of a video in the order of decoding. traits: what leads decoders astray. Of the
+    first frame, where it was looked at: how it is shown, and its (height, width) then.
     """
 
     container: str
@@ -68,7 +87,9 @@ class Survey:
     stamps: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stamps", sorted(packet.pts for packet in self.packets if packet.pts is not None))
+        object.__setattr__(
+            self, "stamps", sorted(packet.pts for packet in self.packets if packet.pts is not None)
+        )
 
     @property
     def misleads(self) -> bool:
@@ -86,7 +107,8 @@ class Survey:
 
 def open_container(path: str) -> Any:
     """A video container, which may name no other file. Raises: av.FFmpegError."""
-    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are allowed, and check_container comes before.
+    # FFmpeg opens what a file names (playlists, references) by a protocol: none but files are
+    # allowed, and check_container comes before.
     return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
 
 
@@ -101,11 +123,14 @@ def video_stream(container: Any) -> Any:
 
 
 def orientation(frame: av.VideoFrame) -> tuple[Turn, bool]:
-    """How a frame is shown, as its display matrix says, to the nearest quarter turn; and whether that is a quarter turn and no more."""
+    """How a frame is shown, as its display matrix says, to the nearest quarter turn; and whether
+    that is a quarter turn and no more.
+    """
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return UPRIGHT, True
-    # The pixel (x, y) is shown at (a x + c y, b x + d y): FFmpeg's av_display_rotation_get, and what `ffmpeg` does with it.
+    # The pixel (x, y) is shown at (a x + c y, b x + d y): FFmpeg's av_display_rotation_get, and
+    # what `ffmpeg` does with it.
     a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
     transposed = abs(b) + abs(c) > abs(a) + abs(d)
     turn = (transposed, (c if transposed else a) < 0, (b if transposed else d) < 0)
@@ -119,7 +144,9 @@ def is_mirrored(turn: Turn) -> bool:
 
 
 def survey(path: str) -> Survey:
-    """What is known of a video before its second frame is decoded. Raises: av.FFmpegError; ValueError where there is no video."""
+    """What is known of a video before its second frame is decoded. Raises: av.FFmpegError;
+    ValueError where there is no video.
+    """
     with open_container(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"
@@ -127,7 +154,9 @@ def survey(path: str) -> Survey:
 
 
 def read_packets(path: str, container: Any, stream: Any) -> Survey:
-    """What PyAV needs to know of a video that it has open; what the index of the file says is not read from its packets."""
+    """What PyAV needs to know of a video that it has open; what the index of the file says is not
+    read from its packets.
+    """
     rest = container.demux(stream)
     head = list(islice(rest, 1))
     indexed = _indexed(path, container, stream, head[0].pts) if head else ()
@@ -144,8 +173,14 @@ def container_name(container: Any) -> str:
 
 
 def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence[Packet]:
-    """The packets as an mp4's index has them, where frames are shown when they are decoded: packed videos need not be read for it."""
-    if container_name(container) != "mp4" or stream.codec_context.name != "h264" or stream.codec_context.has_b_frames:
+    """The packets as an mp4's index has them, where frames are shown when they are decoded: packed
+    videos need not be read for it.
+    """
+    if (
+        container_name(container) != "mp4"
+        or stream.codec_context.name != "h264"
+        or stream.codec_context.has_b_frames
+    ):
         return ()
     entries = stream.index_entries
     if not len(entries) == stream.frames > 0 or entries[0].timestamp != first_pts:
@@ -153,7 +188,11 @@ def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence
     with open(path, "rb") as file:
         if has_offsets(file):
             return ()
-    return [Packet(entry.timestamp, entry.timestamp, entry.is_keyframe) for entry in entries if not entry.is_discard]
+    return [
+        Packet(entry.timestamp, entry.timestamp, entry.is_keyframe)
+        for entry in entries
+        if not entry.is_discard
+    ]
 
 
 def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
@@ -161,7 +200,9 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
     codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
     packets, frame = list[Packet](), None
     is_cut = is_late = has_open_groups = False
-    may_reorder = bool(context.has_b_frames) or (name == "avi" and bool(context.codec.properties & REORDERS))
+    may_reorder = bool(context.has_b_frames) or (
+        name == "avi" and bool(context.codec.properties & REORDERS)
+    )
     reorders = False
     for packet in rest:
         if thorough and frame is None:
@@ -171,18 +212,23 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
             is_late = not packet.is_keyframe
         if packet.is_discard:
             is_cut = True
-        elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):  # else only others refer to it
+        elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):
+            # else only others refer to it
             packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
             if may_reorder and not reorders:
                 reorders = _is_b_frame(packet, codec, context.extradata)
             if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
-                has_open_groups = all(unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata))
+                has_open_groups = all(
+                    unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata)
+                )
     traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
     if is_late and LATE_START not in traits:  # one that an edit list hides
         traits.append(LATE_START)
     if is_cut:
         traits.append(EDIT_LIST)
-    if not context.codec.properties & INTRA_ONLY and _calls_all_keys(name, codec, packets, stream.index_entries):
+    if not context.codec.properties & INTRA_ONLY and _calls_all_keys(
+        name, codec, packets, stream.index_entries
+    ):
         traits.append(ALL_KEYS)
     if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
         traits.append(NO_INDEX)
@@ -191,62 +237,98 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
     return _survey(container, stream, packets, traits, reorders, frame)
 
 
-def _calls_all_keys(name: str, codec: str, packets: Sequence[Packet], entries: Sequence[Any]) -> bool:
-    """Whether the packets, or the index of an mp4 against its packets, call each frame a key frame; decoders then begin anywhere."""
+def _calls_all_keys(
+    name: str, codec: str, packets: Sequence[Packet], entries: Sequence[Any]
+) -> bool:
+    """Whether the packets, or the index of an mp4 against its packets, call each frame a key frame;
+    decoders then begin anywhere.
+    """
     if len(packets) < 2:
         return False
     if all(packet.is_key for packet in packets):
         return codec not in REFUSING
-    return name == "mp4" and len(entries) >= len(packets) and all(entry.is_keyframe for entry in entries)
+    return (
+        name == "mp4"
+        and len(entries) >= len(packets)
+        and all(entry.is_keyframe for entry in entries)
+    )
 
 
 def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:
-    """Whether a packet holds a frame that is shown before one that is stored before it; true where nothing is known of the codec."""
+    """Whether a packet holds a frame that is shown before one that is stored before it; true where
+    nothing is known of the codec.
+    """
     if codec == "h264":
-        return any(unit[0] & UNIT_TYPE in SLICES and _slice_type(unit) == B_SLICE for unit in _units(bytes(packet), extradata))
+        return any(
+            unit[0] & UNIT_TYPE in SLICES and _slice_type(unit) == B_SLICE
+            for unit in _units(bytes(packet), extradata)
+        )
     return codec not in B_PICTURE or B_PICTURE[codec].search(packet) is not None
 
 
 def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
     """The beginnings of the units of a packet of H.264."""
     place = 0
-    if not extradata or extradata[0] != 1:  # start codes between the units, not their lengths before them
-        while (place := data.find(START_CODE, place) + len(START_CODE)) >= len(START_CODE) and place < len(data):
-            yield data[place: place + UNIT_BYTES]
+    # start codes between the units, not their lengths before them
+    if not extradata or extradata[0] != 1:
+        while (place := data.find(START_CODE, place) + len(START_CODE)) >= len(
+            START_CODE
+        ) and place < len(data):
+            yield data[place : place + UNIT_BYTES]
         return
     length_bytes = (extradata[4] & 3) + 1
     while place + length_bytes < len(data):
         begin = place + length_bytes
-        yield data[begin: begin + UNIT_BYTES]
-        place = begin + int.from_bytes(data[place: begin], "big")
+        yield data[begin : begin + UNIT_BYTES]
+        place = begin + int.from_bytes(data[place:begin], "big")
 
 
 def _slice_type(unit: bytes) -> int:
-    """The second of the numbers that a slice begins with, each as many bits after as zeros before its first one; 5 says what 0 says."""
+    """The second of the numbers that a slice begins with, each as many bits after as zeros before
+    its first one; 5 says what 0 says.
+    """
     bits, place, value = "".join(f"{byte:08b}" for byte in unit[1:]) + "1", 0, 0
     for _ in range(2):
         zeros = bits.index("1", place) - place
-        value = int(bits[place + zeros: place + 2 * zeros + 1], 2) - 1
+        value = int(bits[place + zeros : place + 2 * zeros + 1], 2) - 1
         place = min(place + 2 * zeros + 1, len(bits) - 1)
     return value % 5
 
 
-def _stamp_traits(name: str, packets: Sequence[Packet], *, reorders: bool, is_cut: bool) -> Iterator[str]:
-    """What is wrong with the stamps of a container's packets, some of which an edit list may hide (is_cut)."""
-    stamps, keys = [packet.pts for packet in packets], [packet for packet in packets if packet.is_key]
+def _stamp_traits(
+    name: str, packets: Sequence[Packet], *, reorders: bool, is_cut: bool
+) -> Iterator[str]:
+    """What is wrong with the stamps of a container's packets, some of which an edit list may hide
+    (is_cut).
+    """
+    stamps, keys = (
+        [packet.pts for packet in packets],
+        [packet for packet in packets if packet.is_key],
+    )
     if None in stamps or len(set(stamps)) < len(stamps):
         yield NO_STAMPS
         return
-    if reorders and (name == "avi" or stamps == sorted(stamps)):  # AVI has no other stamps than those of decoding
+    # AVI has no other stamps than those of decoding
+    if reorders and (name == "avi" or stamps == sorted(stamps)):
         yield DECODING_ORDER
-    if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):  # decoders leave out what they lack a key frame for
+    # decoders leave out what they lack a key frame for
+    if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):
         yield LATE_START
-    if name != "matroska" and any(two.dts is not None and two.dts <= one.pts for one, two in pairwise(keys)):
-        yield ADJACENT_KEYS  # in an index by the time of decoding the second one stands before the first one is shown
+    if name != "matroska" and any(
+        two.dts is not None and two.dts <= one.pts for one, two in pairwise(keys)
+    ):
+        # in an index by the time of decoding the second one stands before the first one is shown
+        yield ADJACENT_KEYS
 
 
-def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iterable[str], reorders: bool,
-            frame: av.VideoFrame | None = None) -> Survey:
+def _survey(
+    container: Any,
+    stream: Any,
+    packets: Sequence[Packet],
+    traits: Iterable[str],
+    reorders: bool,
+    frame: av.VideoFrame | None = None,
+) -> Survey:
     traits, turn, size = list(traits), UPRIGHT, (0, 0)
     if frame is not None:
         turn, is_straight = orientation(frame)
@@ -254,5 +336,14 @@ def _survey(container: Any, stream: Any, packets: Sequence[Packet], traits: Iter
         traits += () if is_straight else (MIRRORED,)
     context = stream.codec_context
     fps = float(stream.average_rate or stream.guessed_rate or 1)
-    return Survey(container_name(container), context.codec.canonical_name, packets, tuple(traits), reorders, float(stream.time_base), fps,
-                  turn, size)
+    return Survey(
+        container_name(container),
+        context.codec.canonical_name,
+        packets,
+        tuple(traits),
+        reorders,
+        float(stream.time_base),
+        fps,
+        turn,
+        size,
+    )

@@ -1,6 +1,8 @@
-"""The process that decodes, for another one: it calls the functions it is asked to, and dies with who asks, or of what it reads.
+"""The process that decodes, for another one: it calls the functions it is asked to, and dies with
+who asks, or of what it reads.
 
-It is started as `python -c "from video_mae.decoding.process import main; main(SOCKET, MEMORY, PARENT)"` and imports no more than it needs.
+It is started as `python -c "from video_mae.decoding.process import main; main(SOCKET, MEMORY,
+PARENT)"` and imports no more than it needs.
 """
 
 import ctypes
@@ -20,9 +22,13 @@ from numpy.typing import NDArray
 PR_SET_PDEATHSIG = 1
 PAGE = mmap.PAGESIZE
 SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals to a group of processes are meant for the trainer among them. Who starts this process blocks them until it ignores them."""
+"""Signals to a group of processes are meant for the trainer among them. Who starts this process
+blocks them until it ignores them.
+"""
 KEPT_BYTES = 2**28
-"""Shared memory that stays there for the next answer; a clip of 16 frames of 340 x 256 pixels takes 4 MB."""
+"""Shared memory that stays there for the next answer; a clip of 16 frames of 340 x 256 pixels takes
+4 MB.
+"""
 
 
 class SharedMemory:
@@ -49,7 +55,9 @@ class SharedMemory:
             os.ftruncate(self.descriptor, self.used)
             self.map, self.size = mmap.mmap(self.descriptor, self.used), self.used
         assert self.map is not None
-        return np.frombuffer(self.map, dtype, int(np.prod(shape, dtype=np.int64)), begin).reshape(shape)
+        return np.frombuffer(self.map, dtype, int(np.prod(shape, dtype=np.int64)), begin).reshape(
+            shape
+        )
 
     def place(self, view: memoryview) -> tuple[int, int]:
         """(first byte, bytes) of a buffer there; one that lies elsewhere is copied to it."""
@@ -64,7 +72,9 @@ class SharedMemory:
 
 
 def end_with(parent: int) -> None:
-    """Has Linux end this process when the thread that started it is gone; one that already is ends it here."""
+    """Has Linux end this process when the thread that started it is gone; one that already is ends
+    it here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -92,7 +102,10 @@ def main(socket: int, memory: int, parent: int) -> None:
                 os.chdir(folder)  # where relative paths start
             function = getattr(import_module(module), name)
             _limit(memory_gb)
-            answer = (True, function(*arguments, shared.allocate) if shares else function(*arguments))
+            answer = (
+                True,
+                function(*arguments, shared.allocate) if shares else function(*arguments),
+            )
         except Exception as error:
             answer = (False, error)
         _limit(0)
@@ -108,9 +121,14 @@ def _pickled(answer: tuple[bool, Any]) -> tuple[bytes, list[pickle.PickleBuffer]
     try:
         data = pickle.dumps(answer, protocol=5, buffer_callback=buffers.append)
         if not answer[0]:
-            pickle.loads(data, buffers=buffers)  # exceptions of some libraries go in, and do not come out again
+            # exceptions of some libraries go in, and do not come out again
+            pickle.loads(data, buffers=buffers)
     except Exception as error:  # pickle asks the objects themselves
-        what = f"an answer that cannot be sent: {error}" if answer[0] else f"{type(answer[1]).__name__}: {answer[1]}"
+        what = (
+            f"an answer that cannot be sent: {error}"
+            if answer[0]
+            else f"{type(answer[1]).__name__}: {answer[1]}"
+        )
         return pickle.dumps((False, RuntimeError(what)), protocol=5), []
     return data, buffers
 
@@ -124,7 +142,9 @@ def _limit(memory_gb: float) -> None:
     with open("/proc/self/statm", "rb") as file:
         there = int(file.read().split()[0]) * PAGE
     limit = there + int(memory_gb * 1e9)
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Videos by PyAV: frames are numbered by the packets' time stamps, a seek goes to the key frame before, decoding goes on from there.
+"""Videos by PyAV: frames are numbered by the packets' time stamps, a seek goes to the key frame
+before, decoding goes on from there.
 
-Where stamps cannot be believed (`packets`), the file is decoded from its start, twice: to count, and to read.
+Where stamps cannot be believed (`packets`), the file is decoded from its start, twice: to count,
+and to read.
 """
 
 from bisect import bisect_right
@@ -15,13 +17,22 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from video_mae.decoding.packets import Packet, Turn, open_container, orientation, read_packets, video_stream
+from video_mae.decoding.packets import (
+    Packet,
+    Turn,
+    open_container,
+    orientation,
+    read_packets,
+    video_stream,
+)
 from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
 
 CONVERTER = VideoReformatter()
 """Keeps its tables, which take longer to make than a small frame to convert."""
 SKIPPING = ("h264", "hevc", "mpeg4")
-"""Decoders that decide packet by packet what they leave out, and name what no other frame refers to."""
+"""Decoders that decide packet by packet what they leave out, and name what no other frame refers
+to.
+"""
 
 
 def load() -> str:
@@ -31,7 +42,8 @@ def load() -> str:
 
 
 def open_video(path: str, reading: Reading, *, in_order: bool = False) -> Frames:
-    """Opens a file that is a video container; in_order: frames are counted by decoding, for files whose packets mislead.
+    """Opens a file that is a video container; in_order: frames are counted by decoding, for files
+    whose packets mislead.
 
     Raises: av.FFmpegError, and ValueError where a frame that the packets promise does not come out.
     """
@@ -47,7 +59,9 @@ def frame_rate(path: str) -> Fraction:
 
 
 def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
-    """All frames of a video in the order they are shown, from its start on: the truth that random access is measured by."""
+    """All frames of a video in the order they are shown, from its start on: the truth that random
+    access is measured by.
+    """
     with open_container(path) as container:
         stream = video_stream(container)
         _set_threads(stream, threads)
@@ -83,7 +97,9 @@ def _at(frames: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
 
 
 class _Video:
-    """An opened file, which is closed with it: PyAV's objects refer to each other, and Python would collect them late."""
+    """An opened file, which is closed with it: PyAV's objects refer to each other, and Python would
+    collect them late.
+    """
 
     container: Any = None
 
@@ -94,12 +110,16 @@ class _Video:
         self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
         survey = None if in_order else read_packets(path, self.container, self.stream)
         if survey is None or survey.misleads:
-            self.in_order, self.stamps = True, [frame.pts for frame in sequential(path, reading.threads)]
+            self.in_order, self.stamps = (
+                True,
+                [frame.pts for frame in sequential(path, reading.threads)],
+            )
             return
         self.in_order, self.stamps = False, survey.stamps
         self.places = {packet.pts: place for place, packet in enumerate(survey.packets)}
         keys = {packet for packet in survey.packets if packet.is_key}
-        if self.stamps:  # where an edit list hides the first key frame, the first stamp that is shown leads there
+        # where an edit list hides the first key frame, the first stamp that is shown leads there
+        if self.stamps:
             keys.add(survey.packets[0]._replace(pts=self.stamps[0]))
         self.keys = sorted(keys, key=lambda key: key.pts)
         self.key_stamps = [key.pts for key in self.keys]
@@ -120,10 +140,15 @@ class _Video:
             yield pixels(frame, self.reading.short_side)
 
     def times(self) -> NDArray[np.float64]:
-        return shown_times(np.array(self.stamps, dtype=np.float64) * self.tick_seconds, self.fps)  # None is NaN
+        # None is NaN
+        return shown_times(np.array(self.stamps, dtype=np.float64) * self.tick_seconds, self.fps)
 
     def start(self) -> float:
-        return self.stamps[0] * self.tick_seconds if self.stamps and self.stamps[0] is not None else 0.0
+        return (
+            self.stamps[0] * self.tick_seconds
+            if self.stamps and self.stamps[0] is not None
+            else 0.0
+        )
 
     def _in_order(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
         rest = iter(wanted.tolist())
@@ -145,7 +170,8 @@ class _Video:
             stamp = self.stamps[index]
             key = bisect_right(self.key_stamps, stamp) - 1
             found = None
-            if position is not None and self.key_stamps[key] <= position:  # no key frame lies between
+            # no key frame lies between
+            if position is not None and self.key_stamps[key] <= position:
                 found = _at(frames, stamp)
             if found is None:
                 found, frames = self._sought(stamp, key, needed)
@@ -154,18 +180,26 @@ class _Video:
             position = stamp
             yield found
 
-    def _sought(self, stamp: int, key: int, needed: set[Any]) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
-        """The frame of a time stamp, and those after it; `key` is the last key frame that is not shown later.
+    def _sought(
+        self, stamp: int, key: int, needed: set[Any]
+    ) -> tuple[av.VideoFrame | None, Iterator[av.VideoFrame]]:
+        """The frame of a time stamp, and those after it; `key` is the last key frame that is not
+        shown later.
 
-        What is shown after a key frame that is no fresh start may need the one before it. Where that does not help either, all is decoded
-        from the start of the file: a frame that comes out there is never refused.
+        What is shown after a key frame that is no fresh start may need the one before it. Where
+        that does not help either, all is decoded from the start of the file: a frame that comes out
+        there is never refused.
         """
-        for begin in self.keys[max(key - 1, 0): key + 1][::-1]:
+        for begin in self.keys[max(key - 1, 0) : key + 1][::-1]:
             with suppress(av.FFmpegError):
                 frames = self._decoded(self._packets_from(begin), needed)
                 first = next(frames, None)
-                if first is None or (begin is self.keys[key] and first.pts is not None and first.pts > begin.pts):
-                    continue  # refreshed bit by bit: what comes out at the end may lack what the key frame did not bring
+                if first is None or (
+                    begin is self.keys[key] and first.pts is not None and first.pts > begin.pts
+                ):
+                    # refreshed bit by bit: what comes out at the end may lack what the key frame
+                    # did not bring
+                    continue
                 found = _at(chain((first,), frames), stamp)
                 if found is not None:
                     return found, frames
@@ -174,7 +208,9 @@ class _Video:
         return _at(frames, stamp), frames
 
     def _packets_from(self, key: Packet) -> Iterator[Any]:
-        """The packets from a key frame on, or from one before it; which stamp leads there depends on what the container's index has."""
+        """The packets from a key frame on, or from one before it; which stamp leads there depends
+        on what the container's index has.
+        """
         for target in (key.pts, key.dts):
             if target is None:
                 continue
@@ -190,9 +226,13 @@ class _Video:
         return self.container.demux(self.stream)
 
     def _decoded(self, packets: Iterator[Any], needed: set[Any]) -> Iterator[av.VideoFrame]:
-        """The frames of packets; those that are not needed, nor needed by others, are not decoded at all."""
+        """The frames of packets; those that are not needed, nor needed by others, are not decoded
+        at all.
+        """
         context = self.stream.codec_context
         for packet in packets:
             if context.name in SKIPPING:
-                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+                context.skip_frame = (
+                    "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
+                )
             yield from packet.decode()

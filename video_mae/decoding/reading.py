@@ -22,7 +22,9 @@ MAX_CLIP_BYTES = 2**31
 
 
 class Member(NamedTuple):
-    """A file inside a file: `size` bytes from `offset` on of an archive, which is a path or an fsspec URL."""
+    """A file inside a file: `size` bytes from `offset` on of an archive, which is a path or an
+    fsspec URL.
+    """
 
     archive: str
     name: str
@@ -41,9 +43,10 @@ Place = str | Member
 class Reading:
     """How files are read.
 
-    decoder: of videos. source: how arrays and pictures become clips of `in_channels` channels. short_side: videos whose shorter side is
-    longer are scaled down to it, in pixels; 0 keeps all as stored. threads: of the decoder. device: where torchcodec decodes.
-    seconds, memory_gb: what one clip may take, before its process is ended.
+    decoder: of videos. source: how arrays and pictures become clips of `in_channels` channels.
+    short_side: videos whose shorter side is longer are scaled down to it, in pixels; 0 keeps all as
+    stored. threads: of the decoder. device: where torchcodec decodes. seconds, memory_gb: what one
+    clip may take, before its process is ended.
     """
 
     decoder: Decoder = "auto"
@@ -56,10 +59,26 @@ class Reading:
     memory_gb: float = 4.0
 
     @classmethod
-    def of(cls, data: ReadConfig, in_channels: int = 3, source: SourceConfig | None = None, threads: int = 1) -> "Reading":
-        """As a configuration says, for files of one of its sources (its only one, where none is given)."""
-        return cls(decoder=data.decoder, source=source or data, in_channels=in_channels, short_side=data.short_side, threads=threads,
-                   device=data.decoder_device, seconds=data.decode_seconds, memory_gb=data.decode_memory_gb)
+    def of(
+        cls,
+        data: ReadConfig,
+        in_channels: int = 3,
+        source: SourceConfig | None = None,
+        threads: int = 1,
+    ) -> "Reading":
+        """As a configuration says, for files of one of its sources (its only one, where none is
+        given).
+        """
+        return cls(
+            decoder=data.decoder,
+            source=source or data,
+            in_channels=in_channels,
+            short_side=data.short_side,
+            threads=threads,
+            device=data.decoder_device,
+            seconds=data.decode_seconds,
+            memory_gb=data.decode_memory_gb,
+        )
 
 
 Read = Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
@@ -69,9 +88,10 @@ Read = Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
 class Frames:
     """An opened file: how many frames it has, and what reads some of them.
 
-    read: from increasing indices to those frames_HWC, one after another, each to be copied before the next one is asked for.
-    times: when each frame is shown, seconds from the first one on [F, (begin, end)]; NaN for files without time. kept: what must live as
-    long as it is read. start: when the first frame is shown by the file's own clock, seconds.
+    read: from increasing indices to those frames_HWC, one after another, each to be copied before
+    the next one is asked for. times: when each frame is shown, seconds from the first one on [F,
+    (begin, end)]; NaN for files without time. kept: what must live as long as it is read. start:
+    when the first frame is shown by the file's own clock, seconds.
     """
 
     num_frames: int
@@ -87,9 +107,11 @@ def untimed(num_frames: int) -> Callable[[], NDArray[np.float64]]:
 
 
 def shown_times(stamps_F: NDArray[np.float64], fps: float) -> NDArray[np.float64]:
-    """When frames are shown, seconds from the first one on [F, (begin, end)], the last one for as long as they are on average.
+    """When frames are shown, seconds from the first one on [F, (begin, end)], the last one for as
+    long as they are on average.
 
-    By their time stamps where all are there (not NaN) and rise, else, and where there is only one, by the frame rate.
+    By their time stamps where all are there (not NaN) and rise, else, and where there is only one,
+    by the frame rate.
     """
     num = len(stamps_F)
     if num < 2 or not np.isfinite(stamps_F).all() or np.any(np.diff(stamps_F) <= 0):
@@ -99,10 +121,13 @@ def shown_times(stamps_F: NDArray[np.float64], fps: float) -> NDArray[np.float64
 
 
 class VideoDecodeError(Exception):
-    """A video that cannot be read, whatever the decoder raised: its path, the decoder and one line of reason."""
+    """A video that cannot be read, whatever the decoder raised: its path, the decoder and one line
+    of reason.
+    """
 
     def __init__(self, path: str, decoder: str, reason: str) -> None:
-        super().__init__(path, decoder, reason)  # all three, so that it survives pickling on its way out of a process
+        # all three, so that it survives pickling on its way out of a process
+        super().__init__(path, decoder, reason)
         self.path = path
         self.decoder = decoder
         self.reason = reason
@@ -112,7 +137,9 @@ class VideoDecodeError(Exception):
 
 
 def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) with the shorter one brought down to short_side, the ratio kept; as it is where 0 or shorter already."""
+    """(height, width) with the shorter one brought down to short_side, the ratio kept; as it is
+    where 0 or shorter already.
+    """
     if short_side == 0 or min(height, width) <= short_side:
         return height, width
     if height <= width:

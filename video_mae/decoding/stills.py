@@ -1,4 +1,5 @@
-"""Still images as clips of one frame, through Pillow: torchvision's own decoder fails once decord is loaded.
+"""Still images as clips of one frame, through Pillow: torchvision's own decoder fails once decord
+is loaded.
 
 H W pixels, C channels.
 """
@@ -15,22 +16,31 @@ from video_mae.config.data import SourceConfig
 from video_mae.decoding.reading import Frames, untimed
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # whatever the name says, and no others: Pillow would start Ghostscript for an EPS
+# whatever the name says, and no others: Pillow would start Ghostscript for an EPS
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 
 def open_still(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """The one frame of a picture, turned upright as its EXIF tag says; of an animation the first.
 
-    8-bit pictures become grey, RGB or RGBA, as many channels as the model takes (RGB where it takes another number, or where
-    data.channels chooses); 16-bit grey stays as stored. A picture of more pixels than Pillow's limit is refused.
+    8-bit pictures become grey, RGB or RGBA, as many channels as the model takes (RGB where it takes
+    another number, or where data.channels chooses); 16-bit grey stays as stored. A picture of more
+    pixels than Pillow's limit is refused.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(path, formats=FORMATS)
     with image:
         ImageOps.exif_transpose(image, in_place=True)
-        mode = "L" if in_channels == 1 and not source.channels else "RGBA" if in_channels == 4 else "RGB"
-        if image.mode != mode and not image.mode.startswith(("I", "F")):  # integers of 16 and 32 bits, floats
+        mode = (
+            "L"
+            if in_channels == 1 and not source.channels
+            else "RGBA"
+            if in_channels == 4
+            else "RGB"
+        )
+        # integers of 16 and 32 bits, floats
+        if image.mode != mode and not image.mode.startswith(("I", "F")):
             image = image.convert(mode)
         frame_HWC = np.atleast_3d(np.asarray(image))
 

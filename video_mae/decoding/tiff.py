@@ -1,8 +1,8 @@
 """TIFF files as clips: pages are frames (slices), or channels; the bands of a page are channels.
 
-tifffile parses and decodes, behind checks of our own: it is forgiving, fills what is missing with zeros, follows a chain of pages for
-ever, and unpacks whatever a small segment unpacks to.
-T frames, H W pixels, C channels.
+tifffile parses and decodes, behind checks of our own: it is forgiving, fills what is missing with
+zeros, follows a chain of pages for ever, and unpacks whatever a small segment unpacks to. T frames,
+H W pixels, C channels.
 """
 
 import logging
@@ -26,14 +26,18 @@ EXTENSIONS = (".tif", ".tiff")
 MAX_PAGES, MAX_TAGS = 2**20, 4096
 NONE, LZW, DEFLATE = 1, 5, (8, 32946)  # LZW needs imagecodecs, and tifffile says so
 PALETTE = 3
-MAX_UNCHECKED_COUNT = 2**18  # bytes of deflate, which can unpack to 1032 times as many, before they are unpacked twice, first to be counted
+# bytes of deflate, which can unpack to 1032 times as many, before they are unpacked twice, first to
+# be counted
+MAX_UNCHECKED_COUNT = 2**18
 CHUNK = 2**20
 
 
 def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
-    """The pages of a TIFF or BigTIFF file as frames, only the wanted ones read; of an ImageJ stack with channels, groups of pages.
+    """The pages of a TIFF or BigTIFF file as frames, only the wanted ones read; of an ImageJ stack
+    with channels, groups of pages.
 
-    data.axes names the axis of the pages, then those of a page: CYX are pages of channels. Empty: frames, and a page as its tags say.
+    data.axes names the axis of the pages, then those of a page: CYX are pages of channels. Empty:
+    frames, and a page as its tags say.
     Raises: ValueError, also for a file that does not hold all that it describes.
     """
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -42,16 +46,24 @@ def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
         page = tiff.pages.first
         own_axes = page.axes.replace("S", "C").translate(ZYX_IS_THW)
         if set(own_axes) - set("HWC"):
-            raise ValueError(f"a page has the axes {page.axes}; save the volume as one page a slice, or with np.save")
+            raise ValueError(
+                f"a page has the axes {page.axes}; save the volume as one page a slice, or with np.save"
+            )
         group = _pages_per_frame(page.description, num_pages)
     axes = source.axes_thwc or ("TC" if group > 1 else "T") + own_axes
     if len(axes) == 1 + len(own_axes):
         group = 1
     elif group == 1 or len(axes) != 2 + len(own_axes) or not axes.startswith("TC"):
-        raise ValueError(f"a page has the axes {page.axes}: data.axes {source.axes} must name the pages' axis, then these")
+        raise ValueError(
+            f"a page has the axes {page.axes}: data.axes {source.axes} must name the pages' axis, then these"
+        )
     if not axes.startswith("T"):  # all pages are one frame
         group, axes = num_pages, f"T{axes}"
-    return Frames(num_pages // group, lambda wanted: _read(path, group, wanted, axes), untimed(num_pages // group))
+    return Frames(
+        num_pages // group,
+        lambda wanted: _read(path, group, wanted, axes),
+        untimed(num_pages // group),
+    )
 
 
 def _read(path: str, group: int, wanted: NDArray[np.int64], axes: str) -> Iterator[NDArray[Any]]:
@@ -63,8 +75,11 @@ def _read(path: str, group: int, wanted: NDArray[np.int64], axes: str) -> Iterat
 
 
 def _open(path: str) -> tifffile.TiffFile:
-    # Without the dialects that keep lists of pages of their own, and the one that names other files.
-    return tifffile.TiffFile(path, is_lsm=False, is_ndpi=False, is_scanimage=False, is_ome=False, _multifile=False)
+    # Without the dialects that keep lists of pages of their own, and the one that names other
+    # files.
+    return tifffile.TiffFile(
+        path, is_lsm=False, is_ndpi=False, is_scanimage=False, is_ome=False, _multifile=False
+    )
 
 
 def _count_pages(path: str) -> int:
@@ -75,7 +90,9 @@ def _count_pages(path: str) -> int:
         if not order or len(head) < 16:
             raise ValueError("not a TIFF file")
         is_big = struct.unpack(order + "H", head[2:4]) == (43,)
-        count, offset, tag_bytes = (order + "Q", order + "Q", 20) if is_big else (order + "H", order + "I", 12)
+        count, offset, tag_bytes = (
+            (order + "Q", order + "Q", 20) if is_big else (order + "H", order + "I", 12)
+        )
         (place,) = struct.unpack_from(offset, head, 8 if is_big else 4)
         seen: set[int] = set()
         while place:
@@ -100,40 +117,60 @@ def _integer(file: BinaryIO, place: int, form: str) -> int:
 
 
 def _pages_per_frame(description: str, num_pages: int) -> int:
-    """The channels of an ImageJ stack, which are pages in turn. Raises: ValueError for a stack that is not one page a plane."""
+    """The channels of an ImageJ stack, which are pages in turn. Raises: ValueError for a stack that
+    is not one page a plane.
+    """
     if '"truncated": true' in description:
         raise ValueError("a stack behind one page: write it without `truncate`")
     if description.startswith("ImageJ="):
-        images, channels = (int(match[1]) if (match := re.search(rf"^{name}=(\d{{1,9}})$", description, re.MULTILINE)) else 1
-                            for name in ("images", "channels"))
+        images, channels = (
+            int(match[1])
+            if (match := re.search(rf"^{name}=(\d{{1,9}})$", description, re.MULTILINE))
+            else 1
+            for name in ("images", "channels")
+        )
         if images > num_pages or num_pages % max(channels, 1):
-            raise ValueError(f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: save it as BigTIFF, or with "
-                             "np.save")
+            raise ValueError(
+                f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: save it as BigTIFF, or with "
+                "np.save"
+            )
         return max(channels, 1)
     if re.search(r'<Pixels\b[^>]*\bSizeC="(?!1")', description):
-        raise ValueError("an OME-TIFF with channels as pages: save it as an ImageJ stack, or with np.save and data.axes")
+        raise ValueError(
+            "an OME-TIFF with channels as pages: save it as an ImageJ stack, or with np.save and data.axes"
+        )
     return 1
 
 
 def _decode(tiff: tifffile.TiffFile, index: int, num_pages: int) -> NDArray[Any]:
-    """A page, of which all parts are in the file and unpack to no more than they should; num_pages like it are to be kept."""
+    """A page, of which all parts are in the file and unpack to no more than they should; num_pages
+    like it are to be kept.
+    """
     page = tiff.pages[index]
     assert isinstance(page, tifffile.TiffPage)
     if page.photometric == PALETTE:
         raise ValueError(f"page {index} holds places in a palette; save the colours themselves")
     if page.dtype is None or page.dtype.kind not in "uif":
-        raise ValueError(f"page {index} holds {page.dtype or 'values of an unknown type'}, not integers or floats")
+        raise ValueError(
+            f"page {index} holds {page.dtype or 'values of an unknown type'}, not integers or floats"
+        )
     if page.compression not in (NONE, LZW, *DEFLATE):
-        raise ValueError(f"page {index} has the compression {page.compression!r}; save it with deflate or none")
+        raise ValueError(
+            f"page {index} has the compression {page.compression!r}; save it with deflate or none"
+        )
     part_bytes = math.prod(page.chunks) * page.dtype.itemsize
     if max(page.nbytes * num_pages, part_bytes) > MAX_CLIP_BYTES:
-        raise ValueError(f"{num_pages} pages of {page.imagewidth} x {page.imagelength} pixels are more than 2 GB")
+        raise ValueError(
+            f"{num_pages} pages of {page.imagewidth} x {page.imagelength} pixels are more than 2 GB"
+        )
     parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     num_parts = math.prod(page.chunked)
     if page.is_contiguous and parts:
         parts, num_parts = [(parts[0][0], page.nbytes)], 1
     size = os.fstat(tiff.filehandle.fileno()).st_size
-    if len(parts) != num_parts or any(offset < 8 or count < 1 or offset + count > size for offset, count in parts):
+    if len(parts) != num_parts or any(
+        offset < 8 or count < 1 or offset + count > size for offset, count in parts
+    ):
         raise ValueError(f"the file is cut off: parts of page {index} are not in it")
     if page.compression in DEFLATE:
         for offset, count in parts:

@@ -1,4 +1,6 @@
-"""Videos by torchcodec, on a CPU or by a GPU's decoder; it needs FFmpeg's libraries from the system."""
+"""Videos by torchcodec, on a CPU or by a GPU's decoder; it needs FFmpeg's libraries from the
+system.
+"""
 
 import os
 from collections.abc import Iterator
@@ -23,18 +25,30 @@ def load() -> str:
 
 
 def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int, Read]:
-    """Opens a file whose frames are shown in this (height, width): how many there are, and what reads them.
+    """Opens a file whose frames are shown in this (height, width): how many there are, and what
+    reads them.
 
     Raises: what torchcodec does, which is of many types.
     """
     from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
     from torchcodec.transforms import Resize  # pyright: ignore[reportMissingImports]
 
-    # A rank's processes decode on its own GPU, which is the one that its number among the ranks of the machine says.
-    device = f"{NVDEC}:{os.environ.get('LOCAL_RANK', '0')}" if reading.device == NVDEC else reading.device
+    # A rank's processes decode on its own GPU, which is the one that its number among the ranks of
+    # the machine says.
+    device = (
+        f"{NVDEC}:{os.environ.get('LOCAL_RANK', '0')}"
+        if reading.device == NVDEC
+        else reading.device
+    )
     smaller = scaled_size(*size, reading.short_side)
-    decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=reading.threads, device=device, seek_mode="exact",
-                           transforms=[] if smaller == size else [Resize(smaller)])
+    decoder = VideoDecoder(
+        path,
+        dimension_order="NHWC",
+        num_ffmpeg_threads=reading.threads,
+        device=device,
+        seek_mode="exact",
+        transforms=[] if smaller == size else [Resize(smaller)],
+    )
 
     def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
         for index in wanted:

@@ -1,4 +1,5 @@
-"""From a file to what a shard holds of it, in the process that decodes: `begin`, then `go_on` until it is done.
+"""From a file to what a shard holds of it, in the process that decodes: `begin`, then `go_on` until
+it is done.
 
 F frames, H W pixels, C channels.
 """
@@ -28,17 +29,25 @@ from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequent
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Place, shown_times
 
 STEP_FRAMES, STEP_BYTES = 32, 2**26
-"""Between frames, and between bytes of a file, after which `go_on` returns: what takes longer makes no progress."""
+"""Between frames, and between bytes of a file, after which `go_on` returns: what takes longer makes
+no progress.
+"""
 CLOCK = 90_000
-"""Ticks a second of the time stamps in packed videos: whole ticks a frame at 24, 25, 30, 30000/1001, 50 or 60 frames a second."""
+"""Ticks a second of the time stamps in packed videos: whole ticks a frame at 24, 25, 30,
+30000/1001, 50 or 60 frames a second.
+"""
 JITTER = 0.1
-"""Of the time between two frames that are kept: a frame may come so much too early, as stamps in milliseconds do."""
+"""Of the time between two frames that are kept: a frame may come so much too early, as stamps in
+milliseconds do.
+"""
 NPY_HEADER_BYTES = 128
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The file for a shard, and what is known of it and of its source; fps is None where there is no time."""
+    """The file for a shard, and what is known of it and of its source; fps is None where there is
+    no time.
+    """
 
     media: NDArray[np.uint8]
     num_frames: int
@@ -58,7 +67,9 @@ def ready() -> None:
 
 
 def begin(place: Place, config: PackConfig) -> int:
-    """Begins with a file; the number that it returns is for `go_on`. One that was begun before is given up."""
+    """Begins with a file; the number that it returns is for `go_on`. One that was begun before is
+    given up.
+    """
     _jobs.clear()
     handle = next(_handles)
     _jobs[handle] = _pack(place, config)
@@ -66,7 +77,9 @@ def begin(place: Place, config: PackConfig) -> int:
 
 
 def go_on(handle: int) -> Packed | None:
-    """Goes on with a file for a while: None, or what came of it at last. Raises: VideoDecodeError where it cannot be packed."""
+    """Goes on with a file for a while: None, or what came of it at last. Raises: VideoDecodeError
+    where it cannot be packed.
+    """
     try:
         next(_jobs[handle])
     except StopIteration as end:
@@ -104,7 +117,14 @@ def _pack(place: Place, config: PackConfig) -> Generator[None, None, Packed]:
         seconds = _seconds(stamps, rate)[places] if rate else None
         media = sink.close(seconds)
         del kept
-        return Packed(np.frombuffer(media, np.uint8), len(places), _fps(seconds, rate), *sink.size, size, digest)
+        return Packed(
+            np.frombuffer(media, np.uint8),
+            len(places),
+            _fps(seconds, rate),
+            *sink.size,
+            size,
+            digest,
+        )
 
 
 def _identity(path: str) -> Generator[None, None, tuple[int, str]]:
@@ -122,11 +142,15 @@ def _images(open_still: Callable[..., Any], path: str) -> Iterator[av.VideoFrame
     opened = open_still(path, SourceConfig(), 3)
     for frame_HWC in opened.read(np.arange(opened.num_frames)):
         if frame_HWC.dtype != np.uint8 or frame_HWC.shape[2] != 3:
-            raise ValueError(f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 is packed; list it as it is")
+            raise ValueError(
+                f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 is packed; list it as it is"
+            )
         yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
 
 
-def _choice(path: str, rate: Fraction | None, config: PackConfig) -> Generator[None, None, Callable[[int], bool]]:
+def _choice(
+    path: str, rate: Fraction | None, config: PackConfig
+) -> Generator[None, None, Callable[[int], bool]]:
     """Which frames are kept, by their numbers; for fps the time stamps of all are read first."""
     if config.fps is None or rate is None:
         return lambda number: number % config.frame_step == 0
@@ -141,14 +165,18 @@ def _choice(path: str, rate: Fraction | None, config: PackConfig) -> Generator[N
 
 
 def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float64]:
-    """When each frame is shown, from the first one on; where the stamps do not rise, as the frame rate says."""
+    """When each frame is shown, from the first one on; where the stamps do not rise, as the frame
+    rate says.
+    """
     return shown_times(np.array(stamps, dtype=np.float64), float(rate))[:, 0]  # None is NaN
 
 
 def _fps(seconds: NDArray[np.float64] | None, rate: Fraction | None) -> float | None:
     if seconds is None or rate is None:
         return None
-    return round(float((len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else rate), 4)
+    return round(
+        float((len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else rate), 4
+    )
 
 
 class _Array:
@@ -167,14 +195,18 @@ class _Array:
 
     def close(self, seconds: NDArray[np.float64] | None) -> bytearray:
         header = io.BytesIO()
-        npy.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (self.num_frames, *self.size, 3)})
+        npy.write_array_header_1_0(
+            header,
+            {"descr": "|u1", "fortran_order": False, "shape": (self.num_frames, *self.size, 3)},
+        )
         assert header.tell() == NPY_HEADER_BYTES
         self.data[:NPY_HEADER_BYTES] = header.getvalue()
         return self.data
 
 
 class _Video:
-    """H.264 that costs little to decode: short groups, no B-frames, one reference, no filter in the loop; 8-bit 4:2:0, even sides.
+    """H.264 that costs little to decode: short groups, no B-frames, one reference, no filter in the
+    loop; 8-bit 4:2:0, even sides.
 
     x264 alone in one thread, and without mbtree, gives the same bytes each time.
     """
@@ -182,11 +214,18 @@ class _Video:
     def __init__(self, config: PackConfig, rate: Fraction | None) -> None:
         self.short_side, self.size = config.short_side, (0, 0)
         self.file = io.BytesIO()
-        # Without edit lists, which decoders read wrongly, and without the versions of libraries in the file.
-        self.container = av.open(self.file, "w", format="mp4", options={"fflags": "+bitexact", "use_editlist": "0"})
+        # Without edit lists, which decoders read wrongly, and without the versions of libraries in
+        # the file.
+        self.container = av.open(
+            self.file, "w", format="mp4", options={"fflags": "+bitexact", "use_editlist": "0"}
+        )
         rate = rate or Fraction(25)
-        options = {"crf": str(config.crf), "preset": config.preset, "tune": "fastdecode",
-                   "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:threads=1:lookahead-threads=1"}
+        options = {
+            "crf": str(config.crf),
+            "preset": config.preset,
+            "tune": "fastdecode",
+            "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:threads=1:lookahead-threads=1",
+        }
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         self.stream.codec_context.thread_count, self.stream.codec_context.time_base = 1, 1 / rate
         self.stream.pix_fmt, self.stream.time_base = "yuv420p", Fraction(1, CLOCK)
@@ -211,10 +250,22 @@ class _Video:
         self._take(self.stream.encode())
         assert len(self.packets) == self.num_frames
         ticks = np.round(seconds * CLOCK).astype(np.int64)
-        ticks = np.maximum.accumulate(ticks - np.arange(len(ticks))) + np.arange(len(ticks))  # two frames within a tick
-        last = int(ticks[-1] - ticks[-2]) if len(ticks) > 1 else round(CLOCK / self.stream.codec_context.framerate)
-        for packet, tick, duration in zip(self.packets, ticks.tolist(), [*np.diff(ticks).tolist(), last], strict=True):
-            packet.time_base, packet.pts, packet.dts, packet.duration = Fraction(1, CLOCK), tick, tick, duration
+        # two frames within a tick
+        ticks = np.maximum.accumulate(ticks - np.arange(len(ticks))) + np.arange(len(ticks))
+        last = (
+            int(ticks[-1] - ticks[-2])
+            if len(ticks) > 1
+            else round(CLOCK / self.stream.codec_context.framerate)
+        )
+        for packet, tick, duration in zip(
+            self.packets, ticks.tolist(), [*np.diff(ticks).tolist(), last], strict=True
+        ):
+            packet.time_base, packet.pts, packet.dts, packet.duration = (
+                Fraction(1, CLOCK),
+                tick,
+                tick,
+                duration,
+            )
             self.container.mux(packet)
         self.container.close()
         return self.file.getbuffer()
@@ -226,18 +277,25 @@ class _Video:
 
 
 def _even_size(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """(height, width) with the shorter one brought down to short_side, each the nearest even number, the smaller one of two."""
+    """(height, width) with the shorter one brought down to short_side, each the nearest even
+    number, the smaller one of two.
+    """
     factor = min(short_side / min(height, width), 1.0) if short_side else 1.0
-    return max(2 * math.ceil(height * factor / 2 - 0.5), 2), max(2 * math.ceil(width * factor / 2 - 0.5), 2)
+    return max(2 * math.ceil(height * factor / 2 - 0.5), 2), max(
+        2 * math.ceil(width * factor / 2 - 0.5), 2
+    )
 
 
 def _upright(frame: av.VideoFrame, turn: Turn) -> av.VideoFrame:
     """A frame of 4:2:0 with even sides, as it is shown."""
     if not any(turn):
         return frame
-    planes_YUV, half = frame.to_ndarray().astype(np.uint8, copy=False), (frame.height // 2, frame.width // 2)
+    planes_YUV, half = (
+        frame.to_ndarray().astype(np.uint8, copy=False),
+        (frame.height // 2, frame.width // 2),
+    )
     luma_HW = planes_YUV[: frame.height]
-    chroma = planes_YUV[frame.height:].reshape(2, *half)
+    chroma = planes_YUV[frame.height :].reshape(2, *half)
     turned = [upright(plane, turn) for plane in (luma_HW, *chroma)]
     height, width = turned[0].shape
     flat = np.concatenate([plane.ravel() for plane in turned])

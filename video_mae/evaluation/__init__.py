@@ -1,1 +1,3 @@
-"""What an encoder or a classifier knows: the stages evaluate, predict, probe and extract, and what they share."""
+"""What an encoder or a classifier knows: the stages evaluate, predict, probe and extract, and what
+they share.
+"""

@@ -1,6 +1,8 @@
-"""What reads the features of a frozen encoder: a linear head, an attentive head, nearest neighbours; and many heads trained as one.
+"""What reads the features of a frozen encoder: a linear head, an attentive head, nearest
+neighbours; and many heads trained as one.
 
-B examples, N tokens, D features, H attention heads, G heads trained side by side, K classes, M examples to compare with.
+B examples, N tokens, D features, H attention heads, G heads trained side by side, K classes, M
+examples to compare with.
 """
 
 import math
@@ -18,7 +20,9 @@ BATCH_NORM_EPS, NORM_EPS = 1e-6, 1e-6
 
 
 class LinearHead(nn.Module):
-    """A linear layer on mean-pooled features, after a batch norm without parameters (`prepare`). Source: MAE's linear probe."""
+    """A linear layer on mean-pooled features, after a batch norm without parameters (`prepare`).
+    Source: MAE's linear probe.
+    """
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -28,9 +32,11 @@ class LinearHead(nn.Module):
 
     @staticmethod
     def prepare(width: int) -> nn.Module:
-        """What comes before the head, the same for every head: in training with the batch's statistics, else with their mean so far.
+        """What comes before the head, the same for every head: in training with the batch's
+        statistics, else with their mean so far.
 
-        The mean of all and not a moving one: that would still remember its start, variance 1, after the few steps of a small list.
+        The mean of all and not a moving one: that would still remember its start, variance 1, after
+        the few steps of a small list.
         """
         return nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS, momentum=None)
 
@@ -40,14 +46,18 @@ class LinearHead(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """One learned query attends to all tokens; attention and MLP as in a transformer block, then a linear layer.
+    """One learned query attends to all tokens; attention and MLP as in a transformer block, then a
+    linear layer.
 
-    Source: the attentive probe of V-JEPA (Bardes et al., 2024). A query that is the same for all clips needs no keys or values of the
-    tokens themselves: it is brought to the tokens' side of the key matrix, and the value matrix is applied to the attended mean. That is
-    the same function for a small part of the work, and what is left of the tokens is shared by all heads of a grid.
+    Source: the attentive probe of V-JEPA (Bardes et al., 2024). A query that is the same for all
+    clips needs no keys or values of the tokens themselves: it is brought to the tokens' side of the
+    key matrix, and the value matrix is applied to the attended mean. That is the same function for
+    a small part of the work, and what is left of the tokens is shared by all heads of a grid.
     """
 
-    def __init__(self, width: int, num_classes: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(
+        self, width: int, num_classes: int, num_heads: int, mlp_ratio: float = 4.0
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query_D = nn.Parameter(torch.empty(width))
@@ -67,17 +77,21 @@ class AttentiveHead(nn.Module):
 
     @staticmethod
     def prepare(width: int) -> nn.Module:
-        """What comes before the head, the same for every head: the parameter-free part of the norm of the tokens."""
+        """What comes before the head, the same for every head: the parameter-free part of the norm
+        of the tokens.
+        """
         return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
         """Logits [B, K]."""
         H, scale, shift = self.num_heads, self.norm1.weight, self.norm1.bias
         q_Hd = rearrange(self.q(self.query_D), "(H d) -> H d", H=H)
-        key_HDd = rearrange(self.k.weight, "(H d) D -> H D d", H=H)  # `shift` would move all scores of the query alike
+        # `shift` would move all scores of the query alike
+        key_HDd = rearrange(self.k.weight, "(H d) D -> H D d", H=H)
         seeker_HD = torch.einsum("hxd,hd->hx", key_HDd, q_Hd) * scale / math.sqrt(q_Hd.shape[1])
         weight_BHN = torch.einsum("bnx,hx->bhn", x_BND, seeker_HD).softmax(dim=2)
-        mean_BHD = torch.einsum("bhn,bnx->bhx", weight_BHN, x_BND) * scale + shift  # weights sum to 1
+        # weights sum to 1
+        mean_BHD = torch.einsum("bhn,bnx->bhx", weight_BHN, x_BND) * scale + shift
         value_HdD = rearrange(self.v.weight, "(H d) D -> H d D", H=H)
         value_BD = torch.einsum("hdx,bhx->bhd", value_HdD, mean_BHD).flatten(1) + self.v.bias
         y_BD = self.query_D + self.proj(value_BD)
@@ -92,36 +106,53 @@ class Setting(NamedTuple):
 
 
 class HeadGrid(nn.Module):
-    """G heads with the same start, each trained by AdamW at its own learning rate and weight decay, all on the same features at once.
+    """G heads with the same start, each trained by AdamW at its own learning rate and weight decay,
+    all on the same features at once.
 
     Each ends as it would alone: their losses are added, and none reads another's weights.
     """
 
-    def __init__(self, make: Callable[[], LinearHead | AttentiveHead], width: int, settings: Sequence[Setting]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], LinearHead | AttentiveHead],
+        width: int,
+        settings: Sequence[Setting],
+    ) -> None:
         super().__init__()
         first = make()
         self.settings = tuple(settings)
         self.prepare = first.prepare(width)
         self.heads = nn.ModuleList(deepcopy(first) for _ in settings)
-        groups: list[dict[str, Any]] = [{"params": list(head.parameters()), "lr": setting.lr, "weight_decay": setting.weight_decay}
-                                        for head, setting in zip(self.heads, settings, strict=True)]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": list(head.parameters()),
+                "lr": setting.lr,
+                "weight_decay": setting.weight_decay,
+            }
+            for head, setting in zip(self.heads, settings, strict=True)
+        ]
         self.optimizer = torch.optim.AdamW(groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [G, B, K] of features [B, D] or tokens [B, N, D]."""
         x, one = self.prepare(x), self.heads[0]
         names = [name for name, _ in one.named_parameters()]
-        stacked = {name: torch.stack([head.get_parameter(name) for head in self.heads]) for name in names}
+        stacked = {
+            name: torch.stack([head.get_parameter(name) for head in self.heads]) for name in names
+        }
         return torch.vmap(lambda weights: functional_call(one, weights, (x,)))(stacked)
 
     def step(self, x: torch.Tensor, label_B: torch.Tensor, progress: float) -> None:
-        """One update of every head; progress: the share of the training that is done, for a cosine to 0."""
+        """One update of every head; progress: the share of the training that is done, for a cosine
+        to 0.
+        """
         self.train()
         for group, setting in zip(self.optimizer.param_groups, self.settings, strict=True):
             group["lr"] = setting.lr * 0.5 * (1 + math.cos(math.pi * progress))
         logits_GBK = self(x)
         label_GB = label_B.expand(len(self.settings), -1)
-        loss = F.cross_entropy(logits_GBK.flatten(0, 1), label_GB.flatten()) * len(self.settings)  # the sum of the heads' means
+        # the sum of the heads' means
+        loss = F.cross_entropy(logits_GBK.flatten(0, 1), label_GB.flatten()) * len(self.settings)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -133,18 +164,33 @@ class HeadGrid(nn.Module):
         return self(x)
 
 
-def neighbour_scores(query_BD: torch.Tensor, example_MD: torch.Tensor, label_M: torch.Tensor, num_classes: int, ks: Sequence[int],
-                     temperature: float, chunk: int = 1024) -> torch.Tensor:
-    """For each of the ks the scores [G, B, K] of the k nearest examples: their votes, weighted with exp(cosine / temperature), sum to 1.
+def neighbour_scores(
+    query_BD: torch.Tensor,
+    example_MD: torch.Tensor,
+    label_M: torch.Tensor,
+    num_classes: int,
+    ks: Sequence[int],
+    temperature: float,
+    chunk: int = 1024,
+) -> torch.Tensor:
+    """For each of the ks the scores [G, B, K] of the k nearest examples: their votes, weighted with
+    exp(cosine / temperature), sum to 1.
 
-    A k beyond the number of examples takes all. Source: the weighted nearest neighbours of Wu et al. (2018), as DINO uses them.
+    A k beyond the number of examples takes all. Source: the weighted nearest neighbours of Wu et
+    al. (2018), as DINO uses them.
     """
     example_DM = F.normalize(example_MD, dim=1).T
     most = min(max(ks), len(label_M))
-    nearest = [(F.normalize(part, dim=1) @ example_DM).topk(most, dim=1) for part in query_BD.split(chunk)]
+    nearest = [
+        (F.normalize(part, dim=1) @ example_DM).topk(most, dim=1) for part in query_BD.split(chunk)
+    ]
     similarity_BM, index_BM = (torch.cat(parts) for parts in zip(*nearest, strict=True))
     scores = []
     for k in ks:
         weight_BM = (similarity_BM[:, :k] / temperature).softmax(dim=1)
-        scores.append(weight_BM.new_zeros(len(query_BD), num_classes).scatter_add_(1, label_M[index_BM[:, :k]], weight_BM))
+        scores.append(
+            weight_BM.new_zeros(len(query_BD), num_classes).scatter_add_(
+                1, label_M[index_BM[:, :k]], weight_BM
+            )
+        )
     return torch.stack(scores)

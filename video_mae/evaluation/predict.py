@@ -22,44 +22,74 @@ def start(model_folder: str, video: str, config: PredictConfig) -> int:
     model = load_pretrained(find_model_folder(model_folder), VideoClassifier)
     for line in choose_frames(model, config.sampling, config.stride):
         print(line)
-    for name, probability in classify_video(model, video, num_clips=config.num_clips, num_crops=config.num_crops, top=config.top):
+    for name, probability in classify_video(
+        model, video, num_clips=config.num_clips, num_crops=config.num_crops, top=config.top
+    ):
         print(f"{probability:7.2%}  {name}")
     return 0
 
 
-def classify_video(model: Model, video: str | Path, *, num_clips: int = 5, num_crops: int = 1, top: int = 5) -> list[tuple[str, float]]:
-    """The `top` most probable classes of a video as (name, probability), wherever the model is, on a CPU or a GPU.
+def classify_video(
+    model: Model, video: str | Path, *, num_clips: int = 5, num_crops: int = 1, top: int = 5
+) -> list[tuple[str, float]]:
+    """The `top` most probable classes of a video as (name, probability), wherever the model is, on
+    a CPU or a GPU.
 
     Raises: ValueError for a model without classes, or a video that cannot be decoded.
     """
     if not isinstance(model, VideoClassifier):
-        raise ValueError(f"model: a {type(model).__name__} has no classes, give a VideoClassifier (video-mae finetune makes one)")
+        raise ValueError(
+            f"model: a {type(model).__name__} has no classes, give a VideoClassifier (video-mae finetune makes one)"
+        )
     try:
         views = views_of(model, num_clips, num_crops).read(str(video))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
     scores_K = classify_views(model, views)
     names = names_of(model.classifier_config)
-    return [(names[k], float(scores_K[k])) for k in scores_K.argsort(descending=True, stable=True)[:top].tolist()]
+    return [
+        (names[k], float(scores_K[k]))
+        for k in scores_K.argsort(descending=True, stable=True)[:top].tolist()
+    ]
 
 
-def views_of(model: VideoClassifier, num_clips: int, num_crops: int, data: ReadConfig | None = None, threads: int = 1) -> Views:
+def views_of(
+    model: VideoClassifier,
+    num_clips: int,
+    num_crops: int,
+    data: ReadConfig | None = None,
+    threads: int = 1,
+) -> Views:
     """The views of a test, of the size and with the frame sampling that the model was trained with."""
     c, head = model.config, model.classifier_config
-    return Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=head.sampling, stride=head.stride, num_clips=num_clips,
-                 num_crops=num_crops, antialias=head.antialias, reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads))
+    return Views(
+        num_frames=c.num_frames,
+        height=c.height,
+        width=c.width,
+        sampling=head.sampling,
+        stride=head.stride,
+        num_clips=num_clips,
+        num_crops=num_crops,
+        antialias=head.antialias,
+        reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads),
+    )
 
 
 def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:
     """What the classes are called; `class 7` where nobody has named them."""
-    return classifier.class_names or tuple(f"class {label}" for label in range(classifier.num_classes))
+    return classifier.class_names or tuple(
+        f"class {label}" for label in range(classifier.num_classes)
+    )
 
 
 @torch.inference_mode()
-def classify_views(model: VideoClassifier, views: VideoViews, precision: Precision = "fp32") -> torch.Tensor:
+def classify_views(
+    model: VideoClassifier, views: VideoViews, precision: Precision = "fp32"
+) -> torch.Tensor:
     """Scores scores_K of a video, float64 on the CPU.
 
-    One forward pass holds all the views of the video and nothing else, so the scores depend on no other video.
+    One forward pass holds all the views of the video and nothing else, so the scores depend on no
+    other video.
     """
     device = model.head.weight.device
     was_training = model.training
@@ -71,7 +101,8 @@ def classify_views(model: VideoClassifier, views: VideoViews, precision: Precisi
 
 
 def merge_views(logits_VK: torch.Tensor) -> torch.Tensor:
-    """The softmax of each view, then their mean: scores_K, float64 on the CPU. Any axes before V stay.
+    """The softmax of each view, then their mean: scores_K, float64 on the CPU. Any axes before V
+    stay.
 
     Source: VideoMAE's test since August 2022.
     """

@@ -1,7 +1,9 @@
-"""The probe stage: what an encoder knows without being trained any further, told by heads of three kinds on its features.
+"""The probe stage: what an encoder knows without being trained any further, told by heads of three
+kinds on its features.
 
-Every video is encoded once, all heads of the grid are trained in one pass over the features, the best is chosen on the validation list.
-B examples, N tokens, D features, G settings of a kind, M videos, V views of a video, K classes.
+Every video is encoded once, all heads of the grid are trained in one pass over the features, the
+best is chosen on the validation list. B examples, N tokens, D features, G settings of a kind, M
+videos, V views of a video, K classes.
 """
 
 import math
@@ -28,8 +30,19 @@ from video_mae.data.sampling import StepSampler, uniform_indices
 from video_mae.data.views import Views
 from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Choose, Reading
-from video_mae.evaluation.features import FeatureSet, FrozenEncoder, check_precision, collect_features
-from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting, neighbour_scores
+from video_mae.evaluation.features import (
+    FeatureSet,
+    FrozenEncoder,
+    check_precision,
+    collect_features,
+)
+from video_mae.evaluation.heads import (
+    AttentiveHead,
+    HeadGrid,
+    LinearHead,
+    Setting,
+    neighbour_scores,
+)
 from video_mae.evaluation.predict import merge_views
 from video_mae.evaluation.ranks import Ranks
 from video_mae.evaluation.scores import Scores
@@ -39,7 +52,8 @@ from video_mae.training.engine import world_from_environment
 
 DONE, NO_FIGURES = 0, 3
 CHOICE = "the settings of each probe were chosen on the validation list, so its figures flatter; those of the test list do not"
-FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads", "data.list_format")  # other values of these give the same results
+# other values of these give the same results
+FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads", "data.list_format")
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,9 @@ class Plan:
 
 
 class Probe(NamedTuple):
-    """A kind of probe, trained with each of its settings, and the scores score_GMK that these give to the videos of a list."""
+    """A kind of probe, trained with each of its settings, and the scores score_GMK that these give
+    to the videos of a list.
+    """
 
     settings: Sequence[dict[str, float]]
     score: Callable[[FeatureSet], torch.Tensor]
@@ -70,13 +86,17 @@ class Example(NamedTuple):
 
 
 def start(model: str, config: ProbeConfig) -> Callable[[], int]:
-    """The stage as the command line starts it: a mistake is raised here, the work is what is returned."""
+    """The stage as the command line starts it: a mistake is raised here, the work is what is
+    returned.
+    """
     plan = prepare(model, config)
     return lambda: run(plan)
 
 
 def prepare(model: str, config: ProbeConfig) -> Plan:
-    """Checks model, lists, classes and output before anything is decoded. Raises: ValueError or FileNotFoundError with one line."""
+    """Checks model, lists, classes and output before anything is decoded. Raises: ValueError or
+    FileNotFoundError with one line.
+    """
     if world_from_environment()[1] > 1:
         raise ValueError("probe: runs in one process; start it without the launcher")
     check_precision(config.precision)
@@ -84,29 +104,61 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     encoder = load_pretrained(model_folder)
     if config.weights == "random":
         torch.manual_seed(config.seed)
-        encoder = VideoMAE(encoder.config) if isinstance(encoder, VideoMAE) else VideoClassifier(encoder.config, encoder.classifier_config)
+        encoder = (
+            VideoMAE(encoder.config)
+            if isinstance(encoder, VideoMAE)
+            else VideoClassifier(encoder.config, encoder.classifier_config)
+        )
     c = encoder.config
     heads = config.num_heads or c.num_heads
-    require(c.embed_dim % heads == 0, "num_heads", heads, f"does not divide the encoder's width {c.embed_dim}")
-    train = read_labeled("train", config.train, config.data.root, list_format=config.data.list_format)
+    require(
+        c.embed_dim % heads == 0,
+        "num_heads",
+        heads,
+        f"does not divide the encoder's width {c.embed_dim}",
+    )
+    train = read_labeled(
+        "train", config.train, config.data.root, list_format=config.data.list_format
+    )
     lists = {"train": train}
     for name, source in (("validation", config.validation), ("test", config.test)):
         if source:
-            lists[name] = read_labeled(name, source, config.data.root, train.num_classes, train.class_names, config.data.list_format)
+            lists[name] = read_labeled(
+                name,
+                source,
+                config.data.root,
+                train.num_classes,
+                train.class_names,
+                config.data.list_format,
+            )
     workers = plan_workers(config.num_workers, config.data.decoder_threads)
-    views = Views(num_frames=c.num_frames, height=c.height, width=c.width, sampling=config.sampling, stride=config.data.stride,
-                  num_clips=config.num_clips, num_crops=config.num_crops,
-                  reading=Reading.of(config.data, c.in_channels, threads=workers.threads))
+    views = Views(
+        num_frames=c.num_frames,
+        height=c.height,
+        width=c.width,
+        sampling=config.sampling,
+        stride=config.data.stride,
+        num_clips=config.num_clips,
+        num_crops=config.num_crops,
+        reading=Reading.of(config.data, c.in_channels, threads=workers.threads),
+    )
     knobs = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
-    settings = {"model": str(model_folder.absolute()), **knobs,
-                LIST_DIGEST: {name: videos.videos.digest() for name, videos in lists.items()}}
-    folder = choose_folder(config.output, model, "probe" if config.weights == "pretrained" else "probe_random")
+    settings = {
+        "model": str(model_folder.absolute()),
+        **knobs,
+        LIST_DIGEST: {name: videos.videos.digest() for name, videos in lists.items()},
+    }
+    folder = choose_folder(
+        config.output, model, "probe" if config.weights == "pretrained" else "probe_random"
+    )
     check_folder(folder, settings)
     return Plan(config, encoder, lists, views, workers, folder, settings)
 
 
 def run(plan: Plan) -> int:
-    """Encodes, trains, chooses and writes the results. Returns 0; 3 where there are no figures, and says why."""
+    """Encodes, trains, chooses and writes the results. Returns 0; 3 where there are no figures, and
+    says why.
+    """
     config, folder = plan.config, plan.folder
     for videos in plan.lists.values():
         for note in videos.videos.notes:
@@ -114,20 +166,39 @@ def run(plan: Plan) -> int:
     print("; ".join(filter(None, (plan.workers.describe(), plan.workers.told))), flush=True)
     encoder = FrozenEncoder(plan.model, Ranks().device, config.precision)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) if config.cache == "disk" else nullcontext() as cache:
+    with (
+        tempfile.TemporaryDirectory(prefix=".features-", dir=folder)
+        if config.cache == "disk"
+        else nullcontext() as cache
+    ):
         features = {name: _features(plan, encoder, name, cache) for name in plan.lists}
         for name, of_list in features.items():
             if of_list.seen_M.sum() < 2:
-                print(f"no figures: fewer than 2 of the {len(plan.lists[name])} videos of {name} could be decoded", flush=True)
+                print(
+                    f"no figures: fewer than 2 of the {len(plan.lists[name])} videos of {name} could be decoded",
+                    flush=True,
+                )
                 return NO_FIGURES
         probes = _train(plan, encoder, features["train"])
-        chosen: dict[Kind, dict[str, Any]] = {kind: _choose(probe, features) for kind, probe in probes.items()}
+        chosen: dict[Kind, dict[str, Any]] = {
+            kind: _choose(probe, features) for kind, probe in probes.items()
+        }
     table = _table(plan, chosen)
     write_text(folder / "table.txt", table)
-    write_metrics(folder, plan.settings, {
-        "videos": {name: len(videos) for name, videos in plan.lists.items()}, "classes": plan.lists["train"].num_classes, "note": CHOICE,
-        "probes": chosen,
-        "bad": {name: [{"path": bad.path, "reason": bad.reason} for bad in of_list.failures] for name, of_list in features.items()}})
+    write_metrics(
+        folder,
+        plan.settings,
+        {
+            "videos": {name: len(videos) for name, videos in plan.lists.items()},
+            "classes": plan.lists["train"].num_classes,
+            "note": CHOICE,
+            "probes": chosen,
+            "bad": {
+                name: [{"path": bad.path, "reason": bad.reason} for bad in of_list.failures]
+                for name, of_list in features.items()
+            },
+        },
+    )
     print(f"{table}results {folder}", flush=True)
     return DONE
 
@@ -136,35 +207,69 @@ def _features(plan: Plan, encoder: FrozenEncoder, name: str, cache: str | None) 
     """The features of a list: tokens only where an attentive probe reads them there."""
     config = plan.config
     with_tokens = "attentive" in config.kinds and not (name == "train" and config.augment)
-    return collect_features(encoder, plan.lists[name], plan.views, with_tokens=with_tokens, file=Path(cache) / name if cache else None,
-                            batch_size=config.encode_batch, num_workers=plan.workers.num, what=name)
+    return collect_features(
+        encoder,
+        plan.lists[name],
+        plan.views,
+        with_tokens=with_tokens,
+        file=Path(cache) / name if cache else None,
+        batch_size=config.encode_batch,
+        num_workers=plan.workers.num,
+        what=name,
+    )
 
 
 def _train(plan: Plan, encoder: FrozenEncoder, train: FeatureSet) -> dict[Kind, Probe]:
-    """The probes that are asked for: heads of all kinds and settings are trained in one pass over the same batches."""
-    config, width, num_classes = plan.config, encoder.config.embed_dim, plan.lists["train"].num_classes
+    """The probes that are asked for: heads of all kinds and settings are trained in one pass over
+    the same batches.
+    """
+    config, width, num_classes = (
+        plan.config,
+        encoder.config.embed_dim,
+        plan.lists["train"].num_classes,
+    )
     settings = [Setting(lr, decay) for lr, decay in product(config.lrs, config.weight_decays)]
     makers: dict[Kind, Callable[[], LinearHead | AttentiveHead]] = {
         "linear": partial(LinearHead, width, num_classes),
-        "attentive": partial(AttentiveHead, width, num_classes, config.num_heads or encoder.config.num_heads)}
+        "attentive": partial(
+            AttentiveHead, width, num_classes, config.num_heads or encoder.config.num_heads
+        ),
+    }
     grids: dict[Kind, HeadGrid] = {}
     for kind, make in makers.items():
         if kind in config.kinds:
             torch.manual_seed(config.seed)
             grids[kind] = HeadGrid(make, width, settings).to(encoder.device)
     if grids:
-        num = len(plan.lists["train"]) if config.augment else int(train.seen_M.sum()) * train.pooled_MVD.shape[1]
+        num = (
+            len(plan.lists["train"])
+            if config.augment
+            else int(train.seen_M.sum()) * train.pooled_MVD.shape[1]
+        )
         batch = min(config.batch_size, num)
         steps = math.ceil(config.epochs * num / batch)
         sampler = StepSampler(num, batch, 1, 0, 1, config.seed, 0, steps)
-        for step, example in enumerate(_drawn(plan, encoder, sampler) if config.augment else _cached(train, sampler)):
+        for step, example in enumerate(
+            _drawn(plan, encoder, sampler) if config.augment else _cached(train, sampler)
+        ):
             for kind, grid in grids.items():
-                grid.step(example.features[kind].to(encoder.device), example.label_B.to(encoder.device), step / steps)
+                grid.step(
+                    example.features[kind].to(encoder.device),
+                    example.label_B.to(encoder.device),
+                    step / steps,
+                )
     probes: dict[Kind, Probe] = {
-        kind: Probe([setting._asdict() for setting in settings], partial(_head_scores, grid, kind, config.batch_size))
-        for kind, grid in grids.items()}
+        kind: Probe(
+            [setting._asdict() for setting in settings],
+            partial(_head_scores, grid, kind, config.batch_size),
+        )
+        for kind, grid in grids.items()
+    }
     if "knn" in config.kinds:
-        probes["knn"] = Probe([{"k": k} for k in config.ks], partial(_knn_scores, train, num_classes, config.ks, config.temperature))
+        probes["knn"] = Probe(
+            [{"k": k} for k in config.ks],
+            partial(_knn_scores, train, num_classes, config.ks, config.temperature),
+        )
     return probes
 
 
@@ -186,47 +291,95 @@ class _DrawnClips(ClipDataset):
     sampling: Literal["dense", "uniform"] = "dense"
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return super()._choice(rng, stride) if self.sampling == "dense" else partial(uniform_indices, num_frames=self.num_frames, rng=rng)
+        return (
+            super()._choice(rng, stride)
+            if self.sampling == "dense"
+            else partial(uniform_indices, num_frames=self.num_frames, rng=rng)
+        )
 
 
 def _drawn(plan: Plan, encoder: FrozenEncoder, sampler: StepSampler) -> Iterator[Example]:
-    """Batches of clips that are drawn and encoded anew each time; a broken video is replaced by another, as in pretraining."""
+    """Batches of clips that are drawn and encoded anew each time; a broken video is replaced by
+    another, as in pretraining.
+    """
     config, c = plan.config, encoder.config
-    data = DataConfig(**asdict(config.data), crop="random_resized", crop_scales=config.crop_areas, flip=config.flip,
-                      num_workers=config.num_workers)
-    clips = _DrawnClips(plan.lists["train"].videos, data, c.num_frames, c.height, c.width, config.seed, c.in_channels)
+    data = DataConfig(
+        **asdict(config.data),
+        crop="random_resized",
+        crop_scales=config.crop_areas,
+        flip=config.flip,
+        num_workers=config.num_workers,
+    )
+    clips = _DrawnClips(
+        plan.lists["train"].videos,
+        data,
+        c.num_frames,
+        c.height,
+        c.width,
+        config.seed,
+        c.in_channels,
+    )
     clips.sampling = config.sampling
     for batch in make_loader(clips, sampler, data):
         features = encoder(batch.clip_BTHWC)
-        yield Example({"linear": features.pooled_BD, "attentive": features.tokens_BND}, batch.label_B)
+        yield Example(
+            {"linear": features.pooled_BD, "attentive": features.tokens_BND}, batch.label_B
+        )
 
 
 def _head_scores(grid: HeadGrid, kind: Kind, batch_size: int, features: FeatureSet) -> torch.Tensor:
     """score_GMK of all heads, the softmaxes of a video's views averaged."""
-    source, device = features.pooled_MVD if kind == "linear" else features.tokens_MVND, next(grid.parameters()).device
+    source, device = (
+        features.pooled_MVD if kind == "linear" else features.tokens_MVND,
+        next(grid.parameters()).device,
+    )
     assert source is not None
-    scores = [merge_views(grid.logits(part.flatten(0, 1).float().to(device)).unflatten(1, part.shape[:2])) for part in
-              source.split(max(batch_size // source.shape[1], 1))]
+    scores = [
+        merge_views(grid.logits(part.flatten(0, 1).float().to(device)).unflatten(1, part.shape[:2]))
+        for part in source.split(max(batch_size // source.shape[1], 1))
+    ]
     return torch.cat(scores, dim=1)
 
 
-def _knn_scores(train: FeatureSet, num_classes: int, ks: Sequence[int], temperature: float, features: FeatureSet) -> torch.Tensor:
+def _knn_scores(
+    train: FeatureSet, num_classes: int, ks: Sequence[int], temperature: float, features: FeatureSet
+) -> torch.Tensor:
     """score_GMK of the neighbours, those of a video's views averaged."""
     label_MV = train.label_M[:, None].expand(train.pooled_MVD.shape[:2])
-    scores = neighbour_scores(features.pooled_MVD.flatten(0, 1), train.pooled_MVD[train.seen_M].flatten(0, 1),
-                              label_MV[train.seen_M].flatten(), num_classes, ks, temperature)
+    scores = neighbour_scores(
+        features.pooled_MVD.flatten(0, 1),
+        train.pooled_MVD[train.seen_M].flatten(0, 1),
+        label_MV[train.seen_M].flatten(),
+        num_classes,
+        ks,
+        temperature,
+    )
     return scores.unflatten(1, features.pooled_MVD.shape[:2]).mean(dim=2).double()
 
 
 def _choose(probe: Probe, features: dict[str, FeatureSet]) -> dict[str, Any]:
-    """What metrics.json says of a kind: the setting with the best top-1 on the validation list, of equal ones the most certain."""
+    """What metrics.json says of a kind: the setting with the best top-1 on the validation list, of
+    equal ones the most certain.
+    """
     validation = _all_scores(probe, features["validation"])
-    place = max(range(len(validation)), key=lambda g: (validation[g].metrics()["top1"], validation[g].log_score()))
-    chosen = {"chosen": dict(probe.settings[place]), "validation": validation[place].metrics(), "test": None}
+    place = max(
+        range(len(validation)),
+        key=lambda g: (validation[g].metrics()["top1"], validation[g].log_score()),
+    )
+    chosen = {
+        "chosen": dict(probe.settings[place]),
+        "validation": validation[place].metrics(),
+        "test": None,
+    }
     if "test" in features:
         chosen["test"] = _all_scores(probe, features["test"])[place].metrics()
-    return {**chosen, "grid": [{**setting, "validation_top1": scores.metrics()["top1"]}
-                               for setting, scores in zip(probe.settings, validation, strict=True)]}
+    return {
+        **chosen,
+        "grid": [
+            {**setting, "validation_top1": scores.metrics()["top1"]}
+            for setting, scores in zip(probe.settings, validation, strict=True)
+        ],
+    }
 
 
 def _all_scores(probe: Probe, features: FeatureSet) -> list[Scores]:
@@ -238,8 +391,10 @@ def _all_scores(probe: Probe, features: FeatureSet) -> list[Scores]:
 def _table(plan: Plan, chosen: dict[Kind, dict[str, Any]]) -> str:
     """What is printed, and kept as table.txt."""
     counts = ", ".join(f"{len(videos)} {name}" for name, videos in plan.lists.items())
-    lines = [f"{plan.config.weights} weights, {plan.lists['train'].num_classes} classes; videos: {counts}",
-             f"{'probe':10} {'validation':>10} {'test':>10}  settings chosen"]
+    lines = [
+        f"{plan.config.weights} weights, {plan.lists['train'].num_classes} classes; videos: {counts}",
+        f"{'probe':10} {'validation':>10} {'test':>10}  settings chosen",
+    ]
     for kind, found in chosen.items():
         test = f"{found['test']['top1']:.2%}" if found["test"] else "-"
         settings = ", ".join(f"{name} {value:g}" for name, value in found["chosen"].items())

@@ -1,4 +1,6 @@
-"""The processes of a stage that trains nothing: who does which videos, and how the results come together. No DeepSpeed needed."""
+"""The processes of a stage that trains nothing: who does which videos, and how the results come
+together. No DeepSpeed needed.
+"""
 
 import os
 from datetime import timedelta
@@ -14,7 +16,8 @@ TIMEOUT = timedelta(days=1)
 
 
 class Ranks:
-    """This process among those that a launcher has started (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), or alone.
+    """This process among those that a launcher has started (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT), or alone.
 
     Only picklable results travel, so gloo serves on GPUs too.
     """

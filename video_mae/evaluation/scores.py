@@ -1,4 +1,5 @@
-"""How good a classifier's scores are: accuracies with their uncertainty, the table of the classes, the picture of the confusions.
+"""How good a classifier's scores are: accuracies with their uncertainty, the table of the classes,
+the picture of the confusions.
 
 M videos, K classes.
 """
@@ -17,19 +18,24 @@ from numpy.typing import NDArray
 from video_mae.files import one_line, unicode_text
 
 CONFIDENCE = 0.95
-MAX_NAMED, MAX_NUMBERED = 60, 20  # classes whose names fit beside a picture, whose percentages fit into it
+# classes whose names fit beside a picture, whose percentages fit into it
+MAX_NAMED, MAX_NUMBERED = 60, 20
 MAX_NAME = 40  # letters of a name beside a picture
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of videos and the truth: score_MK is not finite where there are none, as for a video that cannot be decoded."""
+    """Scores of videos and the truth: score_MK is not finite where there are none, as for a video
+    that cannot be decoded.
+    """
 
     score_MK: NDArray[np.float64]
     label_M: NDArray[np.int64]
 
     def place_of_label(self) -> NDArray[np.int64]:
-        """How many classes come before a video's label, [M]: 0 is right; K where there are no scores. Of equal scores the first wins."""
+        """How many classes come before a video's label, [M]: 0 is right; K where there are no
+        scores. Of equal scores the first wins.
+        """
         num_classes = self.score_MK.shape[1]
         own_M1 = np.take_along_axis(self.score_MK, self.label_M[:, None], axis=1)
         is_earlier = np.arange(num_classes) < self.label_M[:, None]
@@ -41,12 +47,22 @@ class Scores:
         return np.all(np.isfinite(self.score_MK), axis=1)
 
     def log_score(self) -> float:
-        """The mean logarithm of the label's score, over the videos that have scores; -inf where there are none."""
-        own_M = np.take_along_axis(self.score_MK, self.label_M[:, None], axis=1)[self.has_scores(), 0]
-        return float(np.log(np.maximum(own_M, np.finfo(np.float64).tiny)).mean()) if len(own_M) else -np.inf
+        """The mean logarithm of the label's score, over the videos that have scores; -inf where
+        there are none.
+        """
+        own_M = np.take_along_axis(self.score_MK, self.label_M[:, None], axis=1)[
+            self.has_scores(), 0
+        ]
+        return (
+            float(np.log(np.maximum(own_M, np.finfo(np.float64).tiny)).mean())
+            if len(own_M)
+            else -np.inf
+        )
 
     def confusion(self) -> NDArray[np.int64]:
-        """How many videos of class i (row) were taken for class j, [K, K]; those without scores are in none."""
+        """How many videos of class i (row) were taken for class j, [K, K]; those without scores are
+        in none.
+        """
         num_classes = self.score_MK.shape[1]
         counts = np.zeros((num_classes, num_classes), dtype=np.int64)
         seen = self.has_scores()
@@ -54,22 +70,32 @@ class Scores:
         return counts
 
     def metrics(self) -> dict[str, float | int | list[float]]:
-        """top1, its interval, top5, mean_class_accuracy, and the counts behind them; a video without scores is wrong.
+        """top1, its interval, top5, mean_class_accuracy, and the counts behind them; a video
+        without scores is wrong.
 
-        mean_class_accuracy: over the classes that have a video. Where there are fewer than 5 classes, top5 is among all of them.
+        mean_class_accuracy: over the classes that have a video. Where there are fewer than 5
+        classes, top5 is among all of them.
         """
         place_M = self.place_of_label()
         right = int((place_M == 0).sum())
         of_class = np.bincount(self.label_M)
         right_of_class = np.bincount(self.label_M, place_M == 0)
-        return {"videos": len(place_M), "top1": right / len(place_M), "top1_interval": list(wilson_interval(right, len(place_M))),
-                "top5": int((place_M < min(5, self.score_MK.shape[1])).sum()) / len(place_M),
-                "mean_class_accuracy": float((right_of_class[of_class > 0] / of_class[of_class > 0]).mean()),
-                "classes_with_videos": int((of_class > 0).sum())}
+        return {
+            "videos": len(place_M),
+            "top1": right / len(place_M),
+            "top1_interval": list(wilson_interval(right, len(place_M))),
+            "top5": int((place_M < min(5, self.score_MK.shape[1])).sum()) / len(place_M),
+            "mean_class_accuracy": float(
+                (right_of_class[of_class > 0] / of_class[of_class > 0]).mean()
+            ),
+            "classes_with_videos": int((of_class > 0).sum()),
+        }
 
 
 def wilson_interval(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The interval of a share of independent draws. Source: Wilson (1927); unlike share +- z sigma it stays in [0, 1]."""
+    """The interval of a share of independent draws. Source: Wilson (1927); unlike share +- z sigma
+    it stays in [0, 1].
+    """
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = right / total, z**2 / total
     middle = (share + weight / 2) / (1 + weight)
@@ -78,39 +104,80 @@ def wilson_interval(right: int, total: int, confidence: float = CONFIDENCE) -> t
 
 
 def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
-    """Writes one line a class as CSV: label, class, videos, without_scores, top1, top5, and the class that it was most taken for."""
+    """Writes one line a class as CSV: label, class, videos, without_scores, top1, top5, and the
+    class that it was most taken for.
+    """
     place_M, confusion, seen = scores.place_of_label(), scores.confusion(), scores.has_scores()
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["label", "class", "videos", "without_scores", "top1", "top5", "most_taken_for", "times"])
+        table.writerow(
+            [
+                "label",
+                "class",
+                "videos",
+                "without_scores",
+                "top1",
+                "top5",
+                "most_taken_for",
+                "times",
+            ]
+        )
         for label, name in enumerate(names):
             mine = scores.label_M == label
             others = np.where(np.arange(len(names)) == label, 0, confusion[label])
             worst = int(others.argmax())
-            shares = [f"{(place_M[mine] < min(k, len(names))).mean():.4f}" if mine.any() else "" for k in (1, 5)]
+            shares = [
+                f"{(place_M[mine] < min(k, len(names))).mean():.4f}" if mine.any() else ""
+                for k in (1, 5)
+            ]
             taken = unicode_text(names[worst]) if others[worst] else ""
-            table.writerow([label, unicode_text(name), mine.sum(), (mine & ~seen).sum(), *shares, taken, others[worst]])
+            table.writerow(
+                [
+                    label,
+                    unicode_text(name),
+                    mine.sum(),
+                    (mine & ~seen).sum(),
+                    *shares,
+                    taken,
+                    others[worst],
+                ]
+            )
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Writes a PNG: of each class (row) the share of its videos that was taken for each class; rows without videos are white."""
+    """Writes a PNG: of each class (row) the share of its videos that was taken for each class; rows
+    without videos are white.
+    """
     num_classes = len(names)
     totals = confusion.sum(axis=1, keepdims=True)
     share = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
     side = min(max(4.0, 0.32 * num_classes + 1), 12.0)
-    shown = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name in map(one_line, names)]
-    margin = max(1.0, 0.09 * max(map(len, shown)) if num_classes <= MAX_NAMED else 0.0)  # inches for the names
+    shown = [
+        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
+        for name in map(one_line, names)
+    ]
+    # inches for the names
+    margin = max(1.0, 0.09 * max(map(len, shown)) if num_classes <= MAX_NAMED else 0.0)
     figure = Figure(figsize=(side + 1 + margin, side + margin), layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the row's videos")
     axes.set(xlabel="taken for", ylabel="is")
     if num_classes <= MAX_NAMED:
-        axes.set_xticks(range(num_classes), shown, rotation=90, parse_math=False)  # a $ is no formula
+        # a $ is no formula
+        axes.set_xticks(range(num_classes), shown, rotation=90, parse_math=False)
         axes.set_yticks(range(num_classes), shown, parse_math=False)
     if num_classes <= MAX_NUMBERED:
         for i, j in zip(*np.nonzero(confusion), strict=True):
-            axes.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color="white" if share[i, j] > 0.6 else "black")
+            axes.text(
+                j,
+                i,
+                f"{share[i, j]:.0%}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if share[i, j] > 0.6 else "black",
+            )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are boxes
         figure.savefig(path, format="png", dpi=120)

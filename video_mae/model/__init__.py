@@ -1,4 +1,6 @@
-"""The method: masking, positions, the vision transformer, the objective, and the same model for other clips."""
+"""The method: masking, positions, the vision transformer, the objective, and the same model for
+other clips.
+"""
 
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE, VideoMAEOutput
 

@@ -1,4 +1,5 @@
-"""The same model for other clips: of another size, of video where it knew images, of images where it knew video.
+"""The same model for other clips: of another size, of video where it knew images, of images where
+it knew video.
 
 Letters: N tokens of a grid in raster order, D width, P values of a tubelet, C channels.
 """
@@ -18,77 +19,138 @@ Model = TypeVar("Model", VideoMAE, VideoClassifier, Encoder)
 State = dict[str, torch.Tensor]
 
 
-def resized(model: Model, *, num_frames: int | None = None, height: int | None = None, width: int | None = None) -> Model:
-    """A copy of a model whose own size is another: same weights, positions interpolated or computed anew as its configuration says.
+def resized(
+    model: Model,
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Model:
+    """A copy of a model whose own size is another: same weights, positions interpolated or computed
+    anew as its configuration says.
 
-    What is not given stays; learned tables are kept as they are and interpolated where they are read, so that resizing back loses
-    nothing. Raises: ValueError for a size that is no multiple of the tubelet.
+    What is not given stays; learned tables are kept as they are and interpolated where they are
+    read, so that resizing back loses nothing. Raises: ValueError for a size that is no multiple of
+    the tubelet.
     """
     c = model.config
-    sides = {name: side for name, side in (("num_frames", num_frames), ("height", height), ("width", width)) if side is not None}
+    sides = {
+        name: side
+        for name, side in (("num_frames", num_frames), ("height", height), ("width", width))
+        if side is not None
+    }
     changed = replace(c, **sides, predicted_frames=None)
     if c.predicted_frames is not None:
         changed = replace(changed, predicted_frames=c.predicted_tubelet[0] * changed.grid[0])
     made_for = c.position_grid or c.grid
-    return _rebuilt(model, replace(changed, position_grid=None if made_for == changed.grid else made_for), model.state_dict())
+    return _rebuilt(
+        model,
+        replace(changed, position_grid=None if made_for == changed.grid else made_for),
+        model.state_dict(),
+    )
 
 
 def inflated(model: Model, num_frames: int, tubelet_size: int = 2) -> Model:
-    """A video model from one of images (num_frames = tubelet_size = 1) that makes of a still clip what that made of the image.
+    """A video model from one of images (num_frames = tubelet_size = 1) that makes of a still clip
+    what that made of the image.
 
-    The embedding is repeated over the frames of a tubelet and divided by their number, the decoder's head is repeated: it predicts
-    the image in every frame. Positions become learned ones of space, which are the image's, and of time, which start at 0. The
-    class token is repeated for every frame of tokens, so that it keeps its share of the attention.
-    Raises: ValueError for a model of video. Source: I3D (Carreira and Zisserman, 2017) for the weights, ViViT (Arnab et al., 2021)
-    for the positions; the repeated class token is needed for equal outputs and is ours.
+    The embedding is repeated over the frames of a tubelet and divided by their number, the
+    decoder's head is repeated: it predicts the image in every frame. Positions become learned ones
+    of space, which are the image's, and of time, which start at 0. The class token is repeated for
+    every frame of tokens, so that it keeps its share of the attention.
+    Raises: ValueError for a model of video. Source: I3D (Carreira and Zisserman, 2017) for the
+    weights, ViViT (Arnab et al., 2021) for the positions; the repeated class token is needed for
+    equal outputs and is ours.
     """
     c = model.config
     if (c.num_frames, c.tubelet_size) != (1, 1):
-        raise ValueError(f"model.num_frames: {c.num_frames} with model.tubelet_size = {c.tubelet_size} is a model of video; only one of "
-                         "images (1 and 1) can be inflated")
-    config = replace(c, num_frames=num_frames, tubelet_size=tubelet_size, positions="separate", position_grid=None, predicted_frames=None)
+        raise ValueError(
+            f"model.num_frames: {c.num_frames} with model.tubelet_size = {c.tubelet_size} is a model of video; only one of "
+            "images (1 and 1) can be inflated"
+        )
+    config = replace(
+        c,
+        num_frames=num_frames,
+        tubelet_size=tubelet_size,
+        positions="separate",
+        position_grid=None,
+        predicted_frames=None,
+    )
     config = replace(config, class_tokens=c.class_tokens * config.grid[0])
 
     def tables(positions_ND: torch.Tensor) -> State:
-        return {"space": positions_ND, "time": positions_ND.new_zeros(config.grid[0], positions_ND.shape[1])}
+        return {
+            "space": positions_ND,
+            "time": positions_ND.new_zeros(config.grid[0], positions_ND.shape[1]),
+        }
 
     state = _with_positions(model, c.grid, tables)
     for name, tensor in state.items():
         if name.endswith("patch_embed.weight"):
-            state[name] = repeat(tensor, "D (C p) -> D (C t p)", C=c.in_channels, t=tubelet_size) / tubelet_size
+            state[name] = (
+                repeat(tensor, "D (C p) -> D (C t p)", C=c.in_channels, t=tubelet_size)
+                / tubelet_size
+            )
         elif name.startswith("decoder.head."):
             state[name] = repeat(tensor, "P ... -> (t P) ...", t=tubelet_size)
     return _rebuilt(model, config, state)
 
 
 def deflated(model: Model) -> Model:
-    """An image model from one of video: the embedding is summed over time, positions and the decoder's head are averaged.
+    """An image model from one of video: the embedding is summed over time, positions and the
+    decoder's head are averaged.
 
-    It takes back what `inflated` did; what a trained video model made of a still clip it keeps only in so far as nothing depends on
-    time. Positions become a learned table of the image.
+    It takes back what `inflated` did; what a trained video model made of a still clip it keeps only
+    in so far as nothing depends on time. Positions become a learned table of the image.
     """
     c = model.config
-    config = replace(c, num_frames=1, tubelet_size=1, positions="learned", position_grid=None, predicted_frames=None,
-                     class_tokens=min(c.class_tokens, 1))
+    config = replace(
+        c,
+        num_frames=1,
+        tubelet_size=1,
+        positions="learned",
+        position_grid=None,
+        predicted_frames=None,
+        class_tokens=min(c.class_tokens, 1),
+    )
     time = c.grid[0]
-    state = _with_positions(model, c.grid, lambda positions_ND: {"table": reduce(positions_ND, "(t N) D -> N D", "mean", t=time)})
+    state = _with_positions(
+        model,
+        c.grid,
+        lambda positions_ND: {"table": reduce(positions_ND, "(t N) D -> N D", "mean", t=time)},
+    )
     for name, tensor in state.items():
         if name.endswith("patch_embed.weight"):
-            state[name] = reduce(tensor, "D (C t p) -> D (C p)", "sum", C=c.in_channels, t=c.tubelet_size)
+            state[name] = reduce(
+                tensor, "D (C t p) -> D (C p)", "sum", C=c.in_channels, t=c.tubelet_size
+            )
         elif name.startswith("decoder.head."):
             state[name] = reduce(tensor, "(t P) ... -> P ...", "mean", t=c.predicted_tubelet[0])
     return _rebuilt(model, config, state)
 
 
 @torch.no_grad()
-def _with_positions(model: VideoMAE | VideoClassifier | Encoder, grid: Grid, tables: Callable[[torch.Tensor], State]) -> State:
+def _with_positions(
+    model: VideoMAE | VideoClassifier | Encoder, grid: Grid, tables: Callable[[torch.Tensor], State]
+) -> State:
     """The model's weights, with the tables that replace those of each of its positions."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".positions." not in f".{name}"}
-    parts = {"encoder.": model.encoder, "decoder.": model.decoder} if isinstance(model, VideoMAE) else \
-        {"encoder.": model.encoder} if isinstance(model, VideoClassifier) else {"": model}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if ".positions." not in f".{name}"
+    }
+    parts = (
+        {"encoder.": model.encoder, "decoder.": model.decoder}
+        if isinstance(model, VideoMAE)
+        else {"encoder.": model.encoder}
+        if isinstance(model, VideoClassifier)
+        else {"": model}
+    )
     for prefix, part in parts.items():
         positions_ND, class_D = part.positions(grid)
-        state.update({f"{prefix}positions.{name}": table for name, table in tables(positions_ND).items()})
+        state.update(
+            {f"{prefix}positions.{name}": table for name, table in tables(positions_ND).items()}
+        )
         if model.config.class_tokens:
             state[f"{prefix}positions.class_row"] = torch.zeros_like(positions_ND[0]) + class_D
     return state
@@ -101,8 +163,15 @@ def _rebuilt(model: Model, config: ModelConfig, state: State) -> Model:
     if isinstance(model, VideoMAE):
         rebuilt = VideoMAE(config, model.objective_config, impl=impl, checkpointing=checkpointing)
     elif isinstance(model, VideoClassifier):
-        rebuilt = VideoClassifier(config, model.classifier_config, impl=impl, checkpointing=checkpointing)
+        rebuilt = VideoClassifier(
+            config, model.classifier_config, impl=impl, checkpointing=checkpointing
+        )
     else:
-        rebuilt = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=isinstance(model.norm, torch.nn.LayerNorm))
+        rebuilt = Encoder(
+            config,
+            impl=impl,
+            checkpointing=checkpointing,
+            final_norm=isinstance(model.norm, torch.nn.LayerNorm),
+        )
     rebuilt.to(encoder.patch_embed.weight).load_state_dict(state)
     return rebuilt.train(model.training)  # pyright: ignore[reportReturnType]

@@ -1,7 +1,10 @@
-"""Which tokens the encoder sees and which the decoder predicts, as sorted index tensors with static shapes.
+"""Which tokens the encoder sees and which the decoder predicts, as sorted index tensors with static
+shapes.
 
-A mask depends on its sample's own 64-bit seed alone (integer mixing, then a sort), never on batch, rank or device.
-Letters: B samples, N tokens of the grid (time, height, width) in raster order, V visible, M masked (to be predicted).
+A mask depends on its sample's own 64-bit seed alone (integer mixing, then a sort), never on batch,
+rank or device.
+Letters: B samples, N tokens of the grid (time, height, width) in raster order, V visible, M masked
+(to be predicted).
 """
 
 from typing import Literal, NamedTuple, overload
@@ -23,7 +26,9 @@ class TokenMask(NamedTuple):
 
 
 class ContextMask(NamedTuple):
-    """A `TokenMask`, and visible tokens for which the decoder of model.decoder_context = all gets a mask token besides."""
+    """A `TokenMask`, and visible tokens for which the decoder of model.decoder_context = all gets a
+    mask token besides.
+    """
 
     visible_BV: torch.Tensor
     masked_BM: torch.Tensor
@@ -36,54 +41,81 @@ AnyMask = TokenMask | ContextMask
 def tube_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
     """Hides the same int(ratio * H * W) places in every frame.
 
-    seeds_B: int64; the mask is made on its device. Raises: ValueError where nothing or everything would be hidden.
-    Source: VideoMAE (Tong et al., 2022).
+    seeds_B: int64; the mask is made on its device. Raises: ValueError where nothing or everything
+    would be hidden. Source: VideoMAE (Tong et al., 2022).
     """
     time, height, width = grid
     places = height * width
-    hidden_BP, shown_BP = _split(seeds_B, places, _checked(int(ratio * places), ratio, places, "tokens a frame"))
+    hidden_BP, shown_BP = _split(
+        seeds_B, places, _checked(int(ratio * places), ratio, places, "tokens a frame")
+    )
     start_T = torch.arange(time, device=seeds_B.device) * places
-    return TokenMask((start_T[:, None] + shown_BP[:, None]).flatten(1), (start_T[:, None] + hidden_BP[:, None]).flatten(1))
+    return TokenMask(
+        (start_T[:, None] + shown_BP[:, None]).flatten(1),
+        (start_T[:, None] + hidden_BP[:, None]).flatten(1),
+    )
 
 
 def random_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
     """Hides int(ratio * N) tokens anywhere."""
     num_tokens = grid[0] * grid[1] * grid[2]
-    hidden_BM, shown_BV = _split(seeds_B, num_tokens, _checked(int(ratio * num_tokens), ratio, num_tokens, "tokens"))
+    hidden_BM, shown_BV = _split(
+        seeds_B, num_tokens, _checked(int(ratio * num_tokens), ratio, num_tokens, "tokens")
+    )
     return TokenMask(shown_BV, hidden_BM)
 
 
 def random_kept_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
-    """Keeps int((1 - ratio) * N) tokens anywhere: one fewer than `random_mask` where neither product is whole, 156 of 1,568 at 0.9.
+    """Keeps int((1 - ratio) * N) tokens anywhere: one fewer than `random_mask` where neither
+    product is whole, 156 of 1,568 at 0.9.
 
     Source: MAE (He et al., 2021), mae_st (Feichtenhofer et al., 2022).
     """
     num_tokens = grid[0] * grid[1] * grid[2]
-    num_hidden = num_tokens - int(num_tokens * (1 - ratio))  # in floats as there: 0.9 of 10 tokens keeps int(0.9999...) = 0
-    hidden_BM, shown_BV = _split(seeds_B, num_tokens, _checked(num_hidden, ratio, num_tokens, "tokens"))
+    # in floats as there: 0.9 of 10 tokens keeps int(0.9999...) = 0
+    num_hidden = num_tokens - int(num_tokens * (1 - ratio))
+    hidden_BM, shown_BV = _split(
+        seeds_B, num_tokens, _checked(num_hidden, ratio, num_tokens, "tokens")
+    )
     return TokenMask(shown_BV, hidden_BM)
 
 
 def frame_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
-    """Hides int(ratio * T) whole frames of tokens. Source: the ablation of VideoMAE (Tong et al., 2022)."""
+    """Hides int(ratio * T) whole frames of tokens. Source: the ablation of VideoMAE (Tong et al.,
+    2022).
+    """
     time, height, width = grid
-    hidden_BT, shown_BT = _split(seeds_B, time, _checked(int(ratio * time), ratio, time, "frames of tokens"))
+    hidden_BT, shown_BT = _split(
+        seeds_B, time, _checked(int(ratio * time), ratio, time, "frames of tokens")
+    )
     place_P = torch.arange(height * width, device=seeds_B.device)
-    return TokenMask(*((frames_BT[..., None] * (height * width) + place_P).flatten(1) for frames_BT in (shown_BT, hidden_BT)))
+    return TokenMask(
+        *(
+            (frames_BT[..., None] * (height * width) + place_P).flatten(1)
+            for frames_BT in (shown_BT, hidden_BT)
+        )
+    )
 
 
-def running_cell(seeds_B: torch.Tensor, grid: Grid, ratio: float, masked_BM: torch.Tensor) -> torch.Tensor:
+def running_cell(
+    seeds_B: torch.Tensor, grid: Grid, ratio: float, masked_BM: torch.Tensor
+) -> torch.Tensor:
     """Keeps those masked tokens that the running cell lets the decoder predict.
 
-    A 2 x 2 cell tiles every frame; int(4 * ratio) of its places are skipped, and they move on by one from frame to frame, from
-    a random start. Over every 4 frames of tokens each place is predicted equally often, so under tube masking the kept
-    tokens are exactly the official ones. Elsewhere their number varies by sample: it is fixed here at M - int(ratio * M) by
-    dropping tokens at random, or adding some that the cell skips.
+    A 2 x 2 cell tiles every frame; int(4 * ratio) of its places are skipped, and they move on by
+    one from frame to frame, from a random start. Over every 4 frames of tokens each place is
+    predicted equally often, so under tube masking the kept tokens are exactly the official ones.
+    Elsewhere their number varies by sample: it is fixed here at M - int(ratio * M) by dropping
+    tokens at random, or adding some that the cell skips.
     Returns: int64 [B, M - int(ratio * M)], sorted. Source: VideoMAE V2 (Wang et al., 2023).
     """
     _, height, width = grid
     num_kept = masked_BM.shape[1] - int(ratio * masked_BM.shape[1])
-    frame_BM, row_BM, column_BM = masked_BM // (height * width), masked_BM // width % height, masked_BM % width
+    frame_BM, row_BM, column_BM = (
+        masked_BM // (height * width),
+        masked_BM // width % height,
+        masked_BM % width,
+    )
     start_B = _noise(seeds_B, 1, stream=1)[:, 0] % CELL
     place_BM = (2 * (row_BM % 2) + column_BM % 2 + frame_BM + start_B[:, None] + 1) % CELL
     skipped_BM = (place_BM < int(CELL * ratio)).long()
@@ -92,17 +124,37 @@ def running_cell(seeds_B: torch.Tensor, grid: Grid, ratio: float, masked_BM: tor
     return masked_BM.gather(1, kept_BM).sort(dim=1).values
 
 
-MASKS = {"tube": tube_mask, "random": random_mask, "random_kept": random_kept_mask, "frame": frame_mask}
+MASKS = {
+    "tube": tube_mask,
+    "random": random_mask,
+    "random_kept": random_kept_mask,
+    "frame": frame_mask,
+}
 
 
 @overload
-def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> TokenMask: ...
+def token_mask(
+    seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0
+) -> TokenMask: ...
 @overload
-def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float,
-               decoder_context: Context) -> AnyMask: ...
-def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0,
-               decoder_context: Context = "scored") -> AnyMask:
-    """The mask that a configuration asks for; `decoder_mask_ratio` > 0 leaves to predict what the running cell keeps.
+def token_mask(
+    seeds_B: torch.Tensor,
+    grid: Grid,
+    kind: Kind,
+    ratio: float,
+    decoder_mask_ratio: float,
+    decoder_context: Context,
+) -> AnyMask: ...
+def token_mask(
+    seeds_B: torch.Tensor,
+    grid: Grid,
+    kind: Kind,
+    ratio: float,
+    decoder_mask_ratio: float = 0.0,
+    decoder_context: Context = "scored",
+) -> AnyMask:
+    """The mask that a configuration asks for; `decoder_mask_ratio` > 0 leaves to predict what the
+    running cell keeps.
 
     decoder_context: the model's; with `all` such a mask is a `ContextMask`.
     """
@@ -112,29 +164,41 @@ def token_mask(seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, deco
     scored_BM = running_cell(seeds_B, grid, decoder_mask_ratio, mask.masked_BM)
     if decoder_context == "scored":
         return TokenMask(mask.visible_BV, scored_BM)
-    return ContextMask(mask.visible_BV, scored_BM, running_cell(seeds_B, grid, decoder_mask_ratio, mask.visible_BV))
+    return ContextMask(
+        mask.visible_BV, scored_BM, running_cell(seeds_B, grid, decoder_mask_ratio, mask.visible_BV)
+    )
 
 
-def mask_counts(grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0) -> tuple[int, int]:
-    """(V, M) of every mask with these settings. Raises: ValueError for a mask that hides nothing or everything."""
+def mask_counts(
+    grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0
+) -> tuple[int, int]:
+    """(V, M) of every mask with these settings. Raises: ValueError for a mask that hides nothing or
+    everything.
+    """
     mask = token_mask(torch.zeros(1, dtype=torch.int64), grid, kind, ratio, decoder_mask_ratio)
     return mask.visible_BV.shape[1], mask.masked_BM.shape[1]
 
 
 def _checked(hidden: int, ratio: float, available: int, unit: str) -> int:
     if not 0 < hidden < available:
-        raise ValueError(f"mask.ratio: {ratio} of {available} {unit} hides {hidden}; it must hide at least 1 and leave at least 1")
+        raise ValueError(
+            f"mask.ratio: {ratio} of {available} {unit} hides {hidden}; it must hide at least 1 and leave at least 1"
+        )
     return hidden
 
 
-def _split(seeds_B: torch.Tensor, available: int, num_hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(
+    seeds_B: torch.Tensor, available: int, num_hidden: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sorted (hidden, shown) among `available` places, the choice random in the seed."""
     order = _noise(seeds_B, available, stream=0).argsort(dim=1, stable=True)
     return order[:, :num_hidden].sort(dim=1).values, order[:, num_hidden:].sort(dim=1).values
 
 
 def _noise(seeds_B: torch.Tensor, count: int, stream: int) -> torch.Tensor:
-    """int64 [B, count]: the SplitMix64 generator of Steele et al. (2014), started at each seed (int64 arithmetic wraps)."""
+    """int64 [B, count]: the SplitMix64 generator of Steele et al. (2014), started at each seed
+    (int64 arithmetic wraps).
+    """
     counter = torch.arange(1, count + 1, device=seeds_B.device, dtype=torch.int64) + (stream << 32)
     x = seeds_B[:, None] + counter * _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)

@@ -27,31 +27,51 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """Both losses of the predicted tubelets; their targets come from the clip itself.
 
-    `impl` chooses the kernels. A learned temperature is tau = COLDEST ** sigmoid(parameter), so it cannot leave (COLDEST, 1) nor
-    get stuck at a clamp.
+    `impl` chooses the kernels. A learned temperature is tau = COLDEST ** sigmoid(parameter), so it
+    cannot leave (COLDEST, 1) nor get stuck at a clamp.
     """
 
-    def __init__(self, config: ObjectiveConfig, tubelet: tuple[int, int, int], impl: str = "auto") -> None:
+    def __init__(
+        self, config: ObjectiveConfig, tubelet: tuple[int, int, int], impl: str = "auto"
+    ) -> None:
         super().__init__()
         self.config, self.tubelet, self.impl = config, tubelet, impl
         if config.learn_temperature:
             share = math.log(config.temperature) / math.log(COLDEST)
-            self.temperature_logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))  # DeepSpeed wants a dimension
+            # DeepSpeed wants a dimension
+            self.temperature_logit = nn.Parameter(torch.tensor([math.log(share / (1 - share))]))
 
     def temperature(self) -> float | torch.Tensor:
         if not self.config.learn_temperature:
             return self.config.temperature
         return (math.log(COLDEST) * self.temperature_logit[0].float().sigmoid()).exp()
 
-    def forward(self, predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, masked_BM: torch.Tensor) -> Losses:
-        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM: int64. The sum alone has a gradient."""
+    def forward(
+        self, predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, masked_BM: torch.Tensor
+    ) -> Losses:
+        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM:
+        int64. The sum alone has a gradient.
+        """
         c = self.config
-        return Losses(*joint_loss(predicted_BMP, clip_BTHWC, masked_BM, self.tubelet, c.normalize, self.temperature(), c.negatives,
-                                  c.contrastive_weight, self.impl, c.contrastive_memory))
+        return Losses(
+            *joint_loss(
+                predicted_BMP,
+                clip_BTHWC,
+                masked_BM,
+                self.tubelet,
+                c.normalize,
+                self.temperature(),
+                c.negatives,
+                c.contrastive_weight,
+                self.impl,
+                c.contrastive_memory,
+            )
+        )
 
 
 def predicted_clip(clip_BTHWC: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """The frames that the decoder predicts: all, or config.predicted_frames of them, evenly spread from first to last (mae_st).
+    """The frames that the decoder predicts: all, or config.predicted_frames of them, evenly spread
+    from first to last (mae_st).
 
     Cut by config.predicted_tubelet, they have the grid of the clip, which may be of any length.
     """
@@ -63,16 +83,28 @@ def predicted_clip(clip_BTHWC: torch.Tensor, config: ModelConfig) -> torch.Tenso
     return torch.stack([clip_BTHWC[:, frame] for frame in frames], dim=1)
 
 
-def pixel_scale(config: ModelConfig, objective: ObjectiveConfig) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) of the channels where a model predicts pixels that are normalised by them; None where they are in [0, 1]."""
+def pixel_scale(
+    config: ModelConfig, objective: ObjectiveConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) of the channels where a model predicts pixels that are normalised by them; None
+    where they are in [0, 1].
+    """
     return (config.mean, config.std) if objective.pixels == "normalized" else None
 
 
-def target_clip(clip_BTHWC: torch.Tensor, config: ModelConfig, objective: ObjectiveConfig) -> torch.Tensor:
-    """What the losses compare predictions with: the predicted frames, as they are or as floats (x - mean) / std."""
+def target_clip(
+    clip_BTHWC: torch.Tensor, config: ModelConfig, objective: ObjectiveConfig
+) -> torch.Tensor:
+    """What the losses compare predictions with: the predicted frames, as they are or as floats (x -
+    mean) / std.
+    """
     clip_BTHWC, scale = predicted_clip(clip_BTHWC, config), pixel_scale(config, objective)
     if scale is None:
         return clip_BTHWC
     dtype = torch.float64 if clip_BTHWC.dtype == torch.float64 else torch.float32
-    mean_C, std_C = (torch.cat([clip_BTHWC.new_full((1,), value, dtype=dtype) for value in values]) for values in scale)  # no host sync
+    # no host sync
+    mean_C, std_C = (
+        torch.cat([clip_BTHWC.new_full((1,), value, dtype=dtype) for value in values])
+        for values in scale
+    )
     return (clip_BTHWC.to(dtype) / pixel_range(clip_BTHWC.dtype) - mean_C) / std_C

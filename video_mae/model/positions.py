@@ -1,4 +1,5 @@
-"""Where tokens are: positions of any grid, fixed or learned, computed for it or interpolated from another.
+"""Where tokens are: positions of any grid, fixed or learned, computed for it or interpolated from
+another.
 
 Letters: N tokens of a grid (time, height, width) in raster order, D width of encoder or decoder.
 """
@@ -14,10 +15,14 @@ from video_mae.config import ModelConfig
 Grid = tuple[int, int, int]
 
 
-def sinusoid_positions(num_tokens: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Fixed positions [N, D] over the flattened (time, height, width) index: sine in even columns, cosine in odd ones.
+def sinusoid_positions(
+    num_tokens: int, width: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Fixed positions [N, D] over the flattened (time, height, width) index: sine in even columns,
+    cosine in odd ones.
 
-    Source: Vaswani et al. (2017), as VideoMAE flattens it; computed in float64, returned in float32.
+    Source: Vaswani et al. (2017), as VideoMAE flattens it; computed in float64, returned in
+    float32.
     """
     frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     angle = torch.arange(num_tokens, dtype=torch.float64, device=device)[:, None] * frequency
@@ -25,32 +30,51 @@ def sinusoid_positions(num_tokens: int, width: int, device: torch.device | None 
 
 
 def sincos_positions(grid: Grid, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Fixed positions [N, D] by place: sines and cosines of the column, then of the row; times add theirs, less those of time 0.
+    """Fixed positions [N, D] by place: sines and cosines of the column, then of the row; times add
+    theirs, less those of time 0.
 
-    With one frame of tokens this is the table of MAE (He et al., 2021), column first as its code has it; the time is added as mae_st
-    (Feichtenhofer et al., 2022) adds its learned ones. Computed in float64, returned in float32; D must be a multiple of 4.
+    With one frame of tokens this is the table of MAE (He et al., 2021), column first as its code
+    has it; the time is added as mae_st (Feichtenhofer et al., 2022) adds its learned ones. Computed
+    in float64, returned in float32; D must be a multiple of 4.
     """
+
     def waves(count: int, width: int) -> torch.Tensor:
-        frequency = 1 / 10000.0 ** (torch.arange(width // 2, dtype=torch.float64, device=device) / (width // 2))
+        frequency = 1 / 10000.0 ** (
+            torch.arange(width // 2, dtype=torch.float64, device=device) / (width // 2)
+        )
         angle = torch.arange(count, dtype=torch.float64, device=device)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
     times, rows, columns = grid
-    place = torch.cat([waves(columns, width // 2).expand(rows, -1, -1), waves(rows, width // 2)[:, None].expand(-1, columns, -1)], dim=2)
+    place = torch.cat(
+        [
+            waves(columns, width // 2).expand(rows, -1, -1),
+            waves(rows, width // 2)[:, None].expand(-1, columns, -1),
+        ],
+        dim=2,
+    )
     clock = waves(times, width)
     return ((clock - clock[0])[:, None, None] + place).flatten(0, 2).float()
 
 
-def computed_positions(kind: str, grid: Grid, width: int, device: torch.device | None = None) -> torch.Tensor:
+def computed_positions(
+    kind: str, grid: Grid, width: int, device: torch.device | None = None
+) -> torch.Tensor:
     """The float32 table [N, D] of kind `sinusoid` or `sincos`."""
-    return sincos_positions(grid, width, device) if kind == "sincos" else sinusoid_positions(grid[0] * grid[1] * grid[2], width, device)
+    return (
+        sincos_positions(grid, width, device)
+        if kind == "sincos"
+        else sinusoid_positions(grid[0] * grid[1] * grid[2], width, device)
+    )
 
 
 def interpolate_positions(table_ND: torch.Tensor, grid: Grid, new_grid: Grid) -> torch.Tensor:
-    """A table made for `grid` at the tokens of `new_grid`: cubic in height and width, linear in time, each axis by itself.
+    """A table made for `grid` at the tokens of `new_grid`: cubic in height and width, linear in
+    time, each axis by itself.
 
-    As fine-tuners of MAE do it, in PyTorch's convention without aligned corners; an axis of the same length is left as it is.
-    Matrix products, so that the gradient of a learned table repeats bit for bit, in float64, which autocast leaves alone.
+    As fine-tuners of MAE do it, in PyTorch's convention without aligned corners; an axis of the
+    same length is left as it is. Matrix products, so that the gradient of a learned table repeats
+    bit for bit, in float64, which autocast leaves alone.
     """
     if grid == new_grid:
         return table_ND
@@ -70,21 +94,26 @@ def _interpolation(old: int, new: int, is_cubic: bool, device: torch.device) -> 
     return F.interpolate(basis, size=new, mode="linear")[0].T
 
 
-def _fixed_positions(kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device | None) -> torch.Tensor:
+def _fixed_positions(
+    kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device | None
+) -> torch.Tensor:
     return interpolate_positions(computed_positions(kind, made_for, width, device), made_for, grid)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _remembered_positions(kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device) -> torch.Tensor:
+def _remembered_positions(
+    kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device
+) -> torch.Tensor:
     return _fixed_positions(kind, made_for, grid, width, device)
 
 
 class Positions(nn.Module):
     """Positions of one width: `positions(grid)` is the table [N, D] of any grid.
 
-    Fixed ones are computed once a grid. Learned ones are parameters made for config.position_grid (the model's own grid where it is
-    not set), interpolated for any other: `table`, or `space` and `time`, and `class_row` of the class token.
+    Fixed ones are computed once a grid. Learned ones are parameters made for config.position_grid
+    (the model's own grid where it is not set), interpolated for any other: `table`, or `space` and
+    `time`, and `class_row` of the class token.
     """
 
     fixed_ND: torch.Tensor
@@ -103,7 +132,11 @@ class Positions(nn.Module):
             self.time = nn.Parameter(torch.empty(times, width))
         else:
             made_for = self.grid if self.anew else self.made_for
-            self.register_buffer("fixed_ND", _fixed_positions(self.kind, made_for, self.grid, width, None), persistent=False)
+            self.register_buffer(
+                "fixed_ND",
+                _fixed_positions(self.kind, made_for, self.grid, width, None),
+                persistent=False,
+            )
             return
         for table in self.parameters():
             nn.init.trunc_normal_(table, std=0.02)
@@ -111,7 +144,9 @@ class Positions(nn.Module):
             self.class_row = nn.Parameter(torch.zeros(width))
 
     def forward(self, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """(positions [N, D] of any grid (time, height, width) in tokens, position [D] of the class token: 0 where they are fixed)."""
+        """(positions [N, D] of any grid (time, height, width) in tokens, position [D] of the class
+        token: 0 where they are fixed).
+        """
         return self._of_grid(grid), 0.0 if self.class_row is None else self.class_row
 
     def _of_grid(self, grid: Grid) -> torch.Tensor:
@@ -119,10 +154,14 @@ class Positions(nn.Module):
             return interpolate_positions(self.table, self.made_for, grid)
         if self.kind == "separate":
             (times, rows, columns), (new_times, new_rows, new_columns) = self.made_for, grid
-            space = interpolate_positions(self.space, (1, rows, columns), (1, new_rows, new_columns))
+            space = interpolate_positions(
+                self.space, (1, rows, columns), (1, new_rows, new_columns)
+            )
             clock = interpolate_positions(self.time, (times, 1, 1), (new_times, 1, 1))
             return (clock[:, None] + space).flatten(0, 1)
         if grid == self.grid:
             return self.fixed_ND
         make = _fixed_positions if torch.compiler.is_compiling() else _remembered_positions
-        return make(self.kind, grid if self.anew else self.made_for, grid, self.width, self.fixed_ND.device)
+        return make(
+            self.kind, grid if self.anew else self.made_for, grid, self.width, self.fixed_ND.device
+        )

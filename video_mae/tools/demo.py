@@ -1,14 +1,18 @@
-"""The embedded default data set: eight actions that only motion tells apart, rendered to H.264 files from real photographs.
+"""The embedded default data set: eight actions that only motion tells apart, rendered to H.264
+files from real photographs.
 
-The photographs lie inside scikit-image's wheel, so nothing is downloaded. Their licences, as scikit-image's documentation states them:
-CC0: brick (cc0textures.com), camera (L. Varshney), chelsea (S. van der Walt), coffee (R. Michetti), grass (linolafett), gravel
-(cc0textures.com), retina (M. Haggstrom). Public domain: astronaut and hubble_deep_field (NASA), rocket (SpaceX). No known copyright
-restrictions: coins (Brooklyn Museum), ihc (CMMI). Pictures of the wheel without such a statement (moon, motorcycle) are not used.
+The photographs lie inside scikit-image's wheel, so nothing is downloaded. Their licences, as
+scikit-image's documentation states them: CC0: brick (cc0textures.com), camera (L. Varshney),
+chelsea (S. van der Walt), coffee (R. Michetti), grass (linolafett), gravel (cc0textures.com),
+retina (M. Haggstrom). Public domain: astronaut and hubble_deep_field (NASA), rocket (SpaceX). No
+known copyright restrictions: coins (Brooklyn Museum), ihc (CMMI). Pictures of the wheel without
+such a statement (moon, motorcycle) are not used.
 
-Why one frame says nothing: a frame is a function of a pose (place on a torus, angle), and eight videos, one an action, start from each
-pose that is drawn, so their first frames are equal. Place and angle are drawn uniformly, and every action moves them by adding something
-that does not depend on them: so frame t has the same distribution for every t and every action.
-Mirroring a video changes its action: train on it with `data.flip=false`.
+Why one frame says nothing: a frame is a function of a pose (place on a torus, angle), and eight
+videos, one an action, start from each pose that is drawn, so their first frames are equal. Place
+and angle are drawn uniformly, and every action moves them by adding something that does not depend
+on them: so frame t has the same distribution for every t and every action. Mirroring a video
+changes its action: train on it with `data.flip=false`.
 
 Letters: T frames, H W pixels of a frame, C channels, I J pixels of a photograph.
 """
@@ -34,14 +38,35 @@ from tqdm import tqdm
 
 from video_mae.config.schema import knob, require, to_dict
 
-ACTIONS = ("left", "right", "up", "down", "roll_clockwise", "roll_counterclockwise", "orbit_clockwise", "orbit_counterclockwise")
+ACTIONS = (
+    "left",
+    "right",
+    "up",
+    "down",
+    "roll_clockwise",
+    "roll_counterclockwise",
+    "orbit_clockwise",
+    "orbit_counterclockwise",
+)
 PHOTOGRAPHS = {
-    "train": ("astronaut.png", "brick.png", "camera.png", "coffee.png", "grass.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg"),
+    "train": (
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "coffee.png",
+        "grass.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "retina.jpg",
+    ),
     "val": ("chelsea.png", "coins.png", "gravel.png", "rocket.jpg"),
 }
-HALF_AXES = (0.34, 0.22)  # of the cut-out, in shorter frame sides: long enough to show its angle, short enough to fit on the torus
+# of the cut-out, in shorter frame sides: long enough to show its angle, short enough to fit on the
+# torus
+HALF_AXES = (0.34, 0.22)
 ORBIT_RADIUS = 0.25  # in frame sides
-PERIOD_FRAMES = (32.0, 64.0)  # a full turn, or one frame side of travel: 1 to 2 pixels a frame at 64 pixels
+# a full turn, or one frame side of travel: 1 to 2 pixels a frame at 64 pixels
+PERIOD_FRAMES = (32.0, 64.0)
 PHOTOGRAPH_SIDES = (1.2, 1.8)  # the photograph's shorter side over the frame's
 EASY_CUTOUT_FLOOR = 0.35  # the darkest cut-out over the brightest background
 
@@ -52,22 +77,37 @@ class DemoConfig:
 
     seed: int = knob(0, "of the poses, speeds and photographs drawn")
     train_clips: int = knob(1024, "training videos, a multiple of the 8 actions")
-    validation_clips: int = knob(256, "validation videos, of other photographs, a multiple of the 8 actions")
+    validation_clips: int = knob(
+        256, "validation videos, of other photographs, a multiple of the 8 actions"
+    )
     num_frames: int = knob(32, "frames of a video")
     height: int = knob(64, "pixels, even")
     width: int = knob(64, "pixels, even")
     fps: int = knob(16, "frames a second")
-    difficulty: Literal["easy", "medium", "hard"] = knob("easy", "what moves: a bright cut-out of a photograph over another, dimmed and "
-                                                         "still; the same, both as bright as they are; or the whole picture")
+    difficulty: Literal["easy", "medium", "hard"] = knob(
+        "easy",
+        "what moves: a bright cut-out of a photograph over another, dimmed and "
+        "still; the same, both as bright as they are; or the whole picture",
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
         for name in ("train_clips", "validation_clips"):
             clips = getattr(self, name)
-            require(clips > 0 and clips % len(ACTIONS) == 0, name, clips, f"must be a positive multiple of the {len(ACTIONS)} actions")
+            require(
+                clips > 0 and clips % len(ACTIONS) == 0,
+                name,
+                clips,
+                f"must be a positive multiple of the {len(ACTIONS)} actions",
+            )
         for name in ("height", "width"):
             side = getattr(self, name)
-            require(side >= 32 and side % 2 == 0, name, side, "must be even (4:2:0 video) and at least 32")
+            require(
+                side >= 32 and side % 2 == 0,
+                name,
+                side,
+                "must be even (4:2:0 video) and at least 32",
+            )
         require(self.num_frames >= 2, "num_frames", self.num_frames, "must be at least 2 (motion)")
         require(self.fps >= 1, "fps", self.fps, "must be at least 1")
 
@@ -80,11 +120,13 @@ def start(folder: str, config: DemoConfig) -> int:
 
 
 def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
-    """Renders the data set into `folder`, all of it or nothing; a folder that holds the same data set is left as it is.
+    """Renders the data set into `folder`, all of it or nothing; a folder that holds the same data
+    set is left as it is.
 
-    Writes train.txt and val.txt (lines `PATH LABEL`, paths relative to the folder), classes.txt (line k names label k),
-    train/ACTION/*.mp4, val/ACTION/*.mp4 and demo.json (config, photographs, versions). Lines take the actions in turn, and the
-    videos of one turn differ in nothing but the action. Equal configs give equal pixels.
+    Writes train.txt and val.txt (lines `PATH LABEL`, paths relative to the folder), classes.txt
+    (line k names label k), train/ACTION/*.mp4, val/ACTION/*.mp4 and demo.json (config, photographs,
+    versions). Lines take the actions in turn, and the videos of one turn differ in nothing but the
+    action. Equal configs give equal pixels.
     Raises: ValueError if `folder` holds anything else; nothing is overwritten.
     """
     folder = Path(folder).absolute()
@@ -92,7 +134,8 @@ def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workshop:
-        made = Path(workshop) / folder.name  # a child, because the workshop itself is private to this user
+        # a child, because the workshop itself is private to this user
+        made = Path(workshop) / folder.name
         for split, num_clips in (("train", config.train_clips), ("val", config.validation_clips)):
             _render_split(made, split, num_clips, config)
         (made / "classes.txt").write_text("".join(f"{action}\n" for action in ACTIONS))
@@ -105,15 +148,25 @@ def _is_made(folder: Path, config: DemoConfig) -> bool:
         return False
     facts = folder / "demo.json"
     if not facts.is_file():
-        raise ValueError(f"{folder}: exists and is not a demo data set (it has no demo.json): name another folder, or remove this one")
+        raise ValueError(
+            f"{folder}: exists and is not a demo data set (it has no demo.json): name another folder, or remove this one"
+        )
     try:
         there = json.loads(facts.read_text())["config"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{facts}: is not readable as a demo data set: name another folder, or remove this one") from None
+        raise ValueError(
+            f"{facts}: is not readable as a demo data set: name another folder, or remove this one"
+        ) from None
     wanted = to_dict(config)
     if there != wanted:
-        changes = ", ".join(f"{key} = {there.get(key)} there, {value} wanted" for key, value in wanted.items() if there.get(key) != value)
-        raise ValueError(f"{folder}: holds another demo data set ({changes}): name another folder, or remove this one")
+        changes = ", ".join(
+            f"{key} = {there.get(key)} there, {value} wanted"
+            for key, value in wanted.items()
+            if there.get(key) != value
+        )
+        raise ValueError(
+            f"{folder}: holds another demo data set ({changes}): name another folder, or remove this one"
+        )
     return True
 
 
@@ -121,14 +174,20 @@ def _facts(config: DemoConfig) -> dict[str, Any]:
     return {
         "config": to_dict(config),
         "photographs": {split: list(names) for split, names in PHOTOGRAPHS.items()},
-        "versions": {name: version(name) for name in ("scikit-image", "pillow", "torch", "av", "numpy")},
+        "versions": {
+            name: version(name) for name in ("scikit-image", "pillow", "torch", "av", "numpy")
+        },
     }
 
 
 def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) -> None:
-    side = round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width))  # the largest that a scene asks for
+    # the largest that a scene asks for
+    side = round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width))
     photographs = [load_photograph(name, side) for name in PHOTOGRAPHS[split]]
-    paths = [Path(split) / ACTIONS[index % len(ACTIONS)] / f"{index:05d}.mp4" for index in range(num_clips)]
+    paths = [
+        Path(split) / ACTIONS[index % len(ACTIONS)] / f"{index:05d}.mp4"
+        for index in range(num_clips)
+    ]
     for action in ACTIONS:
         (folder / split / action).mkdir(parents=True)
 
@@ -136,22 +195,41 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
         random = np.random.default_rng([config.seed, sorted(PHOTOGRAPHS).index(split), turn])
         scene = _draw_scene(random, turn, photographs, config)
         for label, action in enumerate(ACTIONS):
-            _write_video(folder / paths[turn * len(ACTIONS) + label], _render(scene, action, config), config.fps)
+            _write_video(
+                folder / paths[turn * len(ACTIONS) + label],
+                _render(scene, action, config),
+                config.fps,
+            )
 
     turns = range(num_clips // len(ACTIONS))
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # the encoder and torch release the interpreter lock
-        for _ in tqdm(threads.map(render, turns), f"{split} videos, {len(ACTIONS)} a step", len(turns), disable=None):
+    # the encoder and torch release the interpreter lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for _ in tqdm(
+            threads.map(render, turns),
+            f"{split} videos, {len(ACTIONS)} a step",
+            len(turns),
+            disable=None,
+        ):
             pass
-    (folder / f"{split}.txt").write_text("".join(f"{path} {index % len(ACTIONS)}\n" for index, path in enumerate(paths)))
+    (folder / f"{split}.txt").write_text(
+        "".join(f"{path} {index % len(ACTIONS)}\n" for index, path in enumerate(paths))
+    )
 
 
 def load_photograph(name: str, shorter_side: int) -> Tensor:
-    """photograph_CIJ in [0, 1], its shorter side in pixels. Raises: FileNotFoundError where scikit-image lacks it."""
+    """photograph_CIJ in [0, 1], its shorter side in pixels. Raises: FileNotFoundError where
+    scikit-image lacks it.
+    """
     path = Path(skimage.__file__).parent / "data" / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the installed scikit-image lacks this photograph: install scikit-image 0.26")
-    # Pillow, as torchvision's PNG decoder fails in a process that has loaded decord (whose own zlib it meets)
-    photograph_CIJ = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+        raise FileNotFoundError(
+            f"{path}: the installed scikit-image lacks this photograph: install scikit-image 0.26"
+        )
+    # Pillow, as torchvision's PNG decoder fails in a process that has loaded decord (whose own zlib
+    # it meets)
+    photograph_CIJ = (
+        torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
+    )
     return resize_photograph(photograph_CIJ, shorter_side)
 
 
@@ -164,7 +242,9 @@ def resize_photograph(photograph_CIJ: Tensor, shorter_side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scene:
-    """Everything about a video but its action. `moving` and `still` are photographs CIJ, places are (x, y)."""
+    """Everything about a video but its action. `moving` and `still` are photographs CIJ, places are
+    (x, y).
+    """
 
     moving: Tensor
     anchor: Tensor  # pixels of `moving` that lie at `place`
@@ -176,18 +256,38 @@ class _Scene:
     period_frames: float
 
 
-def _draw_scene(random: np.random.Generator, turn: int, photographs: list[Tensor], config: DemoConfig) -> _Scene:
+def _draw_scene(
+    random: np.random.Generator, turn: int, photographs: list[Tensor], config: DemoConfig
+) -> _Scene:
     moving = turn % len(photographs)
     still = (moving + random.integers(1, len(photographs))) % len(photographs)
     side = min(config.height, config.width)
-    moving_CIJ, still_CIJ = (resize_photograph(photographs[index], round(random.uniform(*PHOTOGRAPH_SIDES) * side))
-                             for index in (moving, still))
+    moving_CIJ, still_CIJ = (
+        resize_photograph(photographs[index], round(random.uniform(*PHOTOGRAPH_SIDES) * side))
+        for index in (moving, still)
+    )
     # 2 sides, as grid_sample mirrors at the edges: a photograph is a torus of twice its size
-    anchor, still_anchor = (torch.tensor([random.uniform(0, 2 * length) for length in (photograph_CIJ.shape[2], photograph_CIJ.shape[1])])
-                            for photograph_CIJ in (moving_CIJ, still_CIJ))
+    anchor, still_anchor = (
+        torch.tensor(
+            [
+                random.uniform(0, 2 * length)
+                for length in (photograph_CIJ.shape[2], photograph_CIJ.shape[1])
+            ]
+        )
+        for photograph_CIJ in (moving_CIJ, still_CIJ)
+    )
     place = torch.tensor([random.uniform(-0.5, 0.5), random.uniform(-0.5, 0.5)])
     angle, orbit_angle = random.uniform(0, 2 * math.pi, 2).tolist()
-    return _Scene(moving_CIJ, anchor, still_CIJ, still_anchor, place, angle, orbit_angle, random.uniform(*PERIOD_FRAMES))
+    return _Scene(
+        moving_CIJ,
+        anchor,
+        still_CIJ,
+        still_anchor,
+        place,
+        angle,
+        orbit_angle,
+        random.uniform(*PERIOD_FRAMES),
+    )
 
 
 def _path(scene: _Scene, action: str, num_frames: int) -> tuple[Tensor, Tensor]:
@@ -211,25 +311,37 @@ def _render(scene: _Scene, action: str, config: DemoConfig) -> np.ndarray:
     """clip_THWC uint8 of a scene."""
     sides = torch.tensor([config.width, config.height])
     place_T2, angle_T = _path(scene, action, config.num_frames)
-    y_HW, x_HW = torch.meshgrid(torch.arange(config.height) + 0.5, torch.arange(config.width) + 0.5, indexing="ij")
+    y_HW, x_HW = torch.meshgrid(
+        torch.arange(config.height) + 0.5, torch.arange(config.width) + 0.5, indexing="ij"
+    )
     screen_HW2 = torch.stack([x_HW, y_HW], -1) - sides / 2
     from_place_THW2 = screen_HW2 - (place_T2 * sides)[:, None, None]
     if config.difficulty != "hard":
-        from_place_THW2 = (from_place_THW2 + sides / 2) % sides - sides / 2  # who leaves on one side enters on the other
+        # who leaves on one side enters on the other
+        from_place_THW2 = (from_place_THW2 + sides / 2) % sides - sides / 2
     cos_T11, sin_T11 = angle_T.cos()[:, None, None], angle_T.sin()[:, None, None]
     x_THW, y_THW = from_place_THW2.unbind(-1)
-    cutout_THW2 = torch.stack([cos_T11 * x_THW + sin_T11 * y_THW, cos_T11 * y_THW - sin_T11 * x_THW], -1)
+    cutout_THW2 = torch.stack(
+        [cos_T11 * x_THW + sin_T11 * y_THW, cos_T11 * y_THW - sin_T11 * x_THW], -1
+    )
     clip_TCHW = sample_photograph(scene.moving, cutout_THW2 + scene.anchor)
     if config.difficulty != "hard":
         still_1CHW = sample_photograph(scene.still, (screen_HW2 + scene.still_anchor)[None])
         if config.difficulty == "easy":
-            clip_TCHW, still_1CHW = EASY_CUTOUT_FLOOR + (1 - EASY_CUTOUT_FLOOR) * clip_TCHW, EASY_CUTOUT_FLOOR * still_1CHW
-        clip_TCHW = torch.lerp(still_1CHW, clip_TCHW, _cover(cutout_THW2, min(config.height, config.width))[:, None])
+            clip_TCHW, still_1CHW = (
+                EASY_CUTOUT_FLOOR + (1 - EASY_CUTOUT_FLOOR) * clip_TCHW,
+                EASY_CUTOUT_FLOOR * still_1CHW,
+            )
+        clip_TCHW = torch.lerp(
+            still_1CHW, clip_TCHW, _cover(cutout_THW2, min(config.height, config.width))[:, None]
+        )
     return (clip_TCHW * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _cover(cutout_THW2: Tensor, side: int) -> Tensor:
-    """Opacity of the cut-out: a rectangle with round corners (a superellipse) and an edge about a pixel wide."""
+    """Opacity of the cut-out: a rectangle with round corners (a superellipse) and an edge about a
+    pixel wide.
+    """
     half_axes = torch.tensor(HALF_AXES) * side
     radius_THW = ((cutout_THW2 / half_axes) ** 4).sum(-1) ** 0.25
     return ((1 - radius_THW) * half_axes.min() + 0.5).clamp(0, 1)
@@ -240,13 +352,21 @@ def sample_photograph(photograph_CIJ: Tensor, place_THW2: Tensor) -> Tensor:
     sides = torch.tensor([photograph_CIJ.shape[2], photograph_CIJ.shape[1]])
     grid_THW2 = 2 * place_THW2 / sides - 1
     batch_TCIJ = photograph_CIJ.expand(len(grid_THW2), -1, -1, -1)
-    return grid_sample(batch_TCIJ, grid_THW2, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return grid_sample(
+        batch_TCIJ, grid_THW2, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
 
 
 def _write_video(path: Path, clip_THWC: np.ndarray, fps: int) -> None:
-    # mbtree (a look-ahead) or several threads make x264's output differ from run to run; a key frame only every 12 frames, as random
-    # starts have to seek in real videos too
-    options = {"crf": "18", "preset": "veryfast", "g": "12", "threads": "1", "x264-params": "mbtree=0"}
+    # mbtree (a look-ahead) or several threads make x264's output differ from run to run; a key
+    # frame only every 12 frames, as random starts have to seek in real videos too
+    options = {
+        "crf": "18",
+        "preset": "veryfast",
+        "g": "12",
+        "threads": "1",
+        "x264-params": "mbtree=0",
+    }
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = clip_THWC.shape[1:3]

@@ -1,4 +1,6 @@
-"""The reconstruction stage: a pretrained model folder, a video, a picture of what the model makes of the hidden tubelets."""
+"""The reconstruction stage: a pretrained model folder, a video, a picture of what the model makes
+of the hidden tubelets.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,14 @@ class ReconstructConfig:
 
     seed: int = knob(0, "of the clips, boxes and masks")
     num_clips: int = knob(2, "clips drawn from the video")
-    stride: int = knob(4, "video frames from one frame of the clip to the next; take that of the training")
-    statistics: Statistics = knob("visible", "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
-                                  "hidden ones, which a model does not have")
+    stride: int = knob(
+        4, "video frames from one frame of the clip to the next; take that of the training"
+    )
+    statistics: Statistics = knob(
+        "visible",
+        "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
+        "hidden ones, which a model does not have",
+    )
     mask: MaskConfig = section(MaskConfig, "masking")
 
     def __post_init__(self) -> None:
@@ -42,10 +49,13 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
     return 0
 
 
-def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig) -> None:
+def reconstruct(
+    model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig
+) -> None:
     """Draws clips of a video, their visible tubelets and the model's predictions.
 
-    Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video that cannot be decoded.
+    Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video
+    that cannot be decoded.
     """
     model = load_pretrained(model_folder, VideoMAE)
     size = (model.config.height, model.config.width)
@@ -53,20 +63,44 @@ def reconstruct(model_folder: str | Path, video: str | Path, picture: str | Path
     rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]
 
     def choose(num_video_frames: int) -> np.ndarray:  # all clips from one pass over the file
-        return np.concatenate([clip_indices(num_video_frames, model.config.num_frames, config.stride, rng) for rng in rngs])
+        return np.concatenate(
+            [
+                clip_indices(num_video_frames, model.config.num_frames, config.stride, rng)
+                for rng in rngs
+            ]
+        )
 
     try:
         frames_THWC = torch.from_numpy(decode(str(video), choose))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
-    box = crop_box(DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0])
+    box = crop_box(
+        DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0]
+    )
     clip_BTHWC = torch.stack(crop_clip(frames_THWC, box, size, flip=False).chunk(config.num_clips))
-    seeds_B = torch.tensor([sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)])
-    mask = token_mask(seeds_B, model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio,
-                      model.config.decoder_context)
+    seeds_B = torch.tensor(
+        [sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)]
+    )
+    mask = token_mask(
+        seeds_B,
+        model.grid,
+        config.mask.kind,
+        config.mask.ratio,
+        config.mask.decoder_mask_ratio,
+        model.config.decoder_context,
+    )
     with torch.no_grad():
         predicted_BMP = model.predict(clip_BTHWC, mask)
     titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]
-    draw_reconstruction(Path(picture), predicted_clip(clip_BTHWC, model.config), mask.visible_BV, mask.masked_BM, predicted_BMP,
-                        model.config.predicted_tubelet, model.objective_config.normalize, titles, config.statistics,
-                        pixel_scale(model.config, model.objective_config))
+    draw_reconstruction(
+        Path(picture),
+        predicted_clip(clip_BTHWC, model.config),
+        mask.visible_BV,
+        mask.masked_BM,
+        predicted_BMP,
+        model.config.predicted_tubelet,
+        model.objective_config.normalize,
+        titles,
+        config.statistics,
+        pixel_scale(model.config, model.objective_config),
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints that are either complete or not there: written aside, checked, renamed; `latest` follows last."""
+"""Checkpoints that are either complete or not there: written aside, checked, renamed; `latest`
+follows last.
+"""
 
 import json
 import os
@@ -39,10 +41,14 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
 
 
-def publish(building: Path, final: Path, files: dict[str, dict[str, int]], facts: dict[str, Any], keep: int) -> None:
-    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all but the `keep` newest go.
+def publish(
+    building: Path, final: Path, files: dict[str, dict[str, int]], facts: dict[str, Any], keep: int
+) -> None:
+    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all but the
+    `keep` newest go.
 
-    An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a later step.
+    An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a
+    later step.
     """
     (building / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n")
     fsync(building / MANIFEST)
@@ -66,7 +72,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose files are all there in full length, or None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        complete = all((folder / name).stat().st_size == facts["size"] for name, facts in manifest["files"].items())
+        complete = all(
+            (folder / name).stat().st_size == facts["size"]
+            for name, facts in manifest["files"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if complete else None

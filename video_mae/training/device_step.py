@@ -1,7 +1,9 @@
-"""DeepSpeed's step without what it asks of every parameter and what it waits for; `optim.guard` does in its place what these are for.
+"""DeepSpeed's step without what it asks of every parameter and what it waits for; `optim.guard`
+does in its place what these are for.
 
-Of a ViT-B's 218 parameters DeepSpeed 0.19.8 asks, in bf16, 13 operations each whether its gradient is finite, then a norm each, and waits
-for the answers: 3,333 operations and 4 waits a step in ZeRO 1 and 2, 4,153 and 224 in ZeRO 0, 495 and 3 in ZeRO 3.
+Of a ViT-B's 218 parameters DeepSpeed 0.19.8 asks, in bf16, 13 operations each whether its gradient
+is finite, then a norm each, and waits for the answers: 3,333 operations and 4 waits a step in ZeRO
+1 and 2, 4,153 and 224 in ZeRO 0, 495 and 3 in ZeRO 3.
 """
 
 import re
@@ -13,20 +15,30 @@ import torch
 
 
 def check_version() -> None:
-    """Raises: ValueError for a DeepSpeed whose step may do what is not known here; ImportError where there is none."""
+    """Raises: ValueError for a DeepSpeed whose step may do what is not known here; ImportError
+    where there is none.
+    """
     found = version("deepspeed")
     if not (0, 19, 8) <= tuple(int(number) for number in re.findall(r"\d+", found)[:3]) < (0, 20):
-        raise ValueError(f"deepspeed: {found} is installed, whose training step is not known here; pip install 'deepspeed>=0.19.8,<0.20'")
+        raise ValueError(
+            f"deepspeed: {found} is installed, whose training step is not known here; pip install 'deepspeed>=0.19.8,<0.20'"
+        )
 
 
 def is_possible(config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's dictionary leaves gradients on the device, finite unless something is wrong, and in wrappers known here."""
-    elsewhere = {"offload_optimizer", "offload_param", "zenflow"} & config["zero_optimization"].keys()
+    """Whether DeepSpeed's dictionary leaves gradients on the device, finite unless something is
+    wrong, and in wrappers known here.
+    """
+    elsewhere = {"offload_optimizer", "offload_param", "zenflow"} & config[
+        "zero_optimization"
+    ].keys()
     return not (config["fp16"]["enabled"] or elsewhere or "data_types" in config)
 
 
 def gradients(wrapper: Any, parameters: list[torch.nn.Parameter], stage: int) -> list[torch.Tensor]:
-    """What this rank updates the weights by, after the last backward pass of a step: in ZeRO 1 to 3 its share of it."""
+    """What this rank updates the weights by, after the last backward pass of a step: in ZeRO 1 to 3
+    its share of it.
+    """
     if stage == 0:
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
     return [gradient for share in wrapper.averaged_gradients.values() for gradient in share]
@@ -37,7 +49,8 @@ def relieve(wrapper: Any, stage: int, *, low_precision: bool) -> None:
     if stage == 0 and low_precision:
         wrapper.step = partial(_step_of_masters, wrapper)
     elif stage in (1, 2):
-        # Not by the dictionary, in which it would refuse the checkpoints of runs that DeepSpeed clipped; these bring their clip_grad back.
+        # Not by the dictionary, in which it would refuse the checkpoints of runs that DeepSpeed
+        # clipped; these bring their clip_grad back.
         wrapper.compute_grad_norm, wrapper.clip_grad = False, 0.0
     elif stage == 3:
         wrapper.step = partial(_step_of_partitions, wrapper)

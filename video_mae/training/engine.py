@@ -1,4 +1,6 @@
-"""DeepSpeed in one place: its configuration, start, step, checkpoints. The only file that imports it."""
+"""DeepSpeed in one place: its configuration, start, step, checkpoints. The only file that imports
+it.
+"""
 
 import contextlib
 import difflib
@@ -20,17 +22,47 @@ from video_mae.training import checkpoint, device_step
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.reports import Reports, filled
 
-# DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it documents.
-EXTRA_KEYS = frozenset({
-    "aio", "bf16", "checkpoint", "comet", "comms_logger", "communication_data_type", "compile", "csv_monitor", "data_types", "dump_state",
-    "flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients", "sparse_gradients", "tensorboard",
-    "timers", "wall_clock_breakdown", "wandb", "zero_optimization"})
+# DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it
+# documents.
+EXTRA_KEYS = frozenset(
+    {
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "csv_monitor",
+        "data_types",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_predivide_factor",
+        "memory_breakdown",
+        "prescale_gradients",
+        "sparse_gradients",
+        "tensorboard",
+        "timers",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_optimization",
+    }
+)
 
 
-def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalConfig, *, clips_per_video: int, world_size: int,
-                     run_folder: Path) -> dict[str, Any]:
-    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one that DeepSpeed does not know, and
-    for a DeepSpeed of another version."""
+def deepspeed_config(
+    engine: EngineConfig,
+    optim: OptimConfig,
+    journal: JournalConfig,
+    *,
+    clips_per_video: int,
+    world_size: int,
+    run_folder: Path,
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one
+    that DeepSpeed does not know, and for a DeepSpeed of another version.
+    """
     device_step.check_version()
     micro_batch = optim.micro_batch * clips_per_video
     zero: dict[str, Any] = {"stage": engine.zero_stage}
@@ -50,21 +82,37 @@ def deepspeed_config(engine: EngineConfig, optim: OptimConfig, journal: JournalC
         "fp16": {"enabled": engine.precision == "fp16"},
     }
     if journal.tensorboard:
-        config["tensorboard"] = {"enabled": True, "output_path": str(run_folder), "job_name": "tensorboard"}
+        config["tensorboard"] = {
+            "enabled": True,
+            "output_path": str(run_folder),
+            "job_name": "tensorboard",
+        }
     if journal.wandb_project:
         if importlib.util.find_spec("wandb") is None:
-            raise ValueError(f"journal.wandb_project: {journal.wandb_project} needs Weights & Biases, which is not installed; "
-                             "pip install wandb")
-        config["wandb"] = {"enabled": True, "project": journal.wandb_project, "group": run_folder.name}
+            raise ValueError(
+                f"journal.wandb_project: {journal.wandb_project} needs Weights & Biases, which is not installed; "
+                "pip install wandb"
+            )
+        config["wandb"] = {
+            "enabled": True,
+            "project": journal.wandb_project,
+            "group": run_folder.name,
+        }
     for key in engine.extra:
         if key not in EXTRA_KEYS and key not in config:
             near = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
-            raise ValueError(f"engine.extra.{key}: DeepSpeed has no such key" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise ValueError(
+                f"engine.extra.{key}: DeepSpeed has no such key"
+                + (f" (did you mean {near[0]}?)" if near else "")
+            )
     _merge(config, engine.extra, "engine.extra")
     if zero.get("round_robin_gradients"):
-        raise ValueError("engine.extra.zero_optimization.round_robin_gradients: DeepSpeed then mixes up the names of weights, "
-                         "and saved models would be wrong; leave it out")
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice a micro-batch
+        raise ValueError(
+            "engine.extra.zero_optimization.round_robin_gradients: DeepSpeed then mixes up the names of weights, "
+            "and saved models would be wrong; leave it out"
+        )
+    # it would wait for the device twice a micro-batch
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     if device_step.is_possible(config):
         config["gradient_clipping"] = 0.0
         config["bf16"]["check_grad_overflow"] = False
@@ -78,17 +126,23 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
         elif isinstance(ours[key], dict) and isinstance(value, dict):
             _merge(ours[key], value, f"{where}.{key}")
         else:
-            raise ValueError(f"{where}.{key}: is set by this program; use the keys of engine, optim or journal for it")
+            raise ValueError(
+                f"{where}.{key}: is set by this program; use the keys of engine, optim or journal for it"
+            )
 
 
 def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher tells it; (0, 1) without one. Raises: ValueError for half an environment."""
+    """(rank, world size) as the launcher tells it; (0, 1) without one. Raises: ValueError for half
+    an environment.
+    """
     world = World.from_environment()
     return world.rank, world.size
 
 
 class StepResult(NamedTuple):
-    """Of a step, on the device: the gradient norm before clipping, and how many steps were skipped since the start."""
+    """Of a step, on the device: the gradient norm before clipping, and how many steps were skipped
+    since the start.
+    """
 
     grad_norm: torch.Tensor | float
     skipped_steps: torch.Tensor
@@ -97,26 +151,42 @@ class StepResult(NamedTuple):
 class Engine:
     """A model under DeepSpeed, with or without its launcher.
 
-    Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then `engine.step(lr)` once a step, and
-    `engine.reports.take()` for what the host is to know of it.
+    Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then
+    `engine.step(lr)` once a step, and `engine.reports.take()` for what the host is to know of it.
     """
 
-    def __init__(self, model: nn.Module, engine: EngineConfig, optim: OptimConfig, config: dict[str, Any], run_folder: Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        config: dict[str, Any],
+        run_folder: Path,
+    ) -> None:
         prepare_environment()
         import deepspeed
 
         self.checkpoints = run_folder / "checkpoints"
-        self.facts = {"world_size": world_from_environment()[1], "zero_stage": engine.zero_stage, "precision": engine.precision,
-                      "offload": engine.offload}
+        self.facts = {
+            "world_size": world_from_environment()[1],
+            "zero_stage": engine.zero_stage,
+            "precision": engine.precision,
+            "offload": engine.offload,
+        }
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        )
         self.optimizer: Any = make_optimizer(model, optim, fused=engine.offload == "none")
-        # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the decoders, and are compiled on first use.
+        # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
+        # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
-        self.deepspeed: Any = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
+        self.deepspeed: Any = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=config
+        )[0]
         if engine.compile:
             self.deepspeed.compile()
         self.is_guarded, self.clip_grad = device_step.is_possible(config), optim.clip_grad
@@ -135,18 +205,24 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Accumulates gradients; `last` marks the last micro-batch of a step, whose update waits for `step`."""
+        """Accumulates gradients; `last` marks the last micro-batch of a step, whose update waits
+        for `step`.
+        """
         self.deepspeed.backward(loss)
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
     def step(self, lr: float) -> StepResult:
-        """Updates the weights, unless a gradient of any rank is not finite. Waits for the device only where DeepSpeed has to."""
+        """Updates the weights, unless a gradient of any rank is not finite. Waits for the device
+        only where DeepSpeed has to.
+        """
         wrapper, stage = self.deepspeed.optimizer, self.facts["zero_stage"]
         for group in wrapper.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.is_guarded:
-            gradients = device_step.gradients(wrapper, list(self.deepspeed.module.parameters()), stage)
+            gradients = device_step.gradients(
+                wrapper, list(self.deepspeed.module.parameters()), stage
+            )
             norm = guard(self.optimizer, gradients, self.clip_grad, partitioned=stage > 0)
             self.skipped_steps = self.skipped_steps + self.optimizer.found_inf
             device_step.relieve(wrapper, stage, low_precision=self.facts["precision"] != "fp32")
@@ -159,7 +235,9 @@ class Engine:
         return StepResult(float("nan") if norm is None else norm, self.skipped_steps)
 
     def evaluate(self, *inputs: Any) -> Any:
-        """The model's output without gradients; every rank must call it (ZeRO 3 gathers parameters)."""
+        """The model's output without gradients; every rank must call it (ZeRO 3 gathers
+        parameters).
+        """
         self.deepspeed.eval()
         with torch.no_grad():
             output = self.deepspeed(*inputs)
@@ -188,50 +266,72 @@ class Engine:
             self.deepspeed.monitor.write_events(events)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """Every parameter in float32 on the CPU, from the master copies, whatever the stage; every rank must call it."""
+        """Every parameter in float32 on the CPU, from the master copies, whatever the stage; every
+        rank must call it.
+        """
         from deepspeed.utils import safe_get_full_fp32_param
 
         optimizer, state = self.deepspeed.optimizer, {}
         masters: dict[int, torch.Tensor] = {}
-        if self.facts["zero_stage"] == 0 and self.facts["precision"] != "fp32":  # the one wrapper that DeepSpeed's function overlooks
+        # the one wrapper that DeepSpeed's function overlooks
+        if self.facts["zero_stage"] == 0 and self.facts["precision"] != "fp32":
             for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
         for name, parameter in self.deepspeed.module.named_parameters():
             is_partitioned = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-            value = safe_get_full_fp32_param(parameter) if is_partitioned else masters.get(id(parameter), parameter)
+            value = (
+                safe_get_full_fp32_param(parameter)
+                if is_partitioned
+                else masters.get(id(parameter), parameter)
+            )
             assert value is not None
             if self.rank == 0:
                 state[name] = value.detach().float().cpu().clone()
         return state
 
     def save(self, step: int, keep: int, memory: dict[str, Any]) -> None:
-        """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done. `resume` gives `memory` back."""
+        """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
+        `resume` gives `memory` back.
+        """
         building = self.checkpoints / f".{checkpoint.step_name(step)}"
         if self.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        self.deepspeed.save_checkpoint(str(self.checkpoints), tag=building.name, client_state={"step": step, "memory": memory},
-                                       save_latest=False, exclude_frozen_parameters=False)
+        self.deepspeed.save_checkpoint(
+            str(self.checkpoints),
+            tag=building.name,
+            client_state={"step": step, "memory": memory},
+            save_latest=False,
+            exclude_frozen_parameters=False,
+        )
         dist.barrier()
-        mine = checkpoint.files_of(building)[self.rank::self.world_size]
+        mine = checkpoint.files_of(building)[self.rank :: self.world_size]
         for path in mine:
             checkpoint.fsync(path)
         files = {str(path.relative_to(building)): checkpoint.digest(path) for path in mine}
         gathered = self.gather(files)
         if self.rank == 0:
             everything = {name: facts for part in gathered for name, facts in part.items()}
-            checkpoint.publish(building, self.checkpoints / checkpoint.step_name(step), everything, {"step": step, **self.facts}, keep)
+            checkpoint.publish(
+                building,
+                self.checkpoints / checkpoint.step_name(step),
+                everything,
+                {"step": step, **self.facts},
+                keep,
+            )
         dist.barrier()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the newest complete checkpoint; returns the number of steps it has done and its memory, (0, {}) where there is none."""
+        """Loads the newest complete checkpoint; returns the number of steps it has done and its
+        memory, (0, {}) where there is none.
+        """
         found = checkpoint.newest(self.checkpoints)
         found = self.gather(found)[0]  # all ranks follow rank 0
         while found is not None:
             folder, manifest = found
-            mine = sorted(manifest["files"])[self.rank::self.world_size]
+            mine = sorted(manifest["files"])[self.rank :: self.world_size]
             if not any(self.gather(bool(checkpoint.damaged_files(folder, manifest, mine)))):
                 _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
                 self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
@@ -244,12 +344,17 @@ class Engine:
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint of ZeRO 1 to 3, of any number of ranks; its pickles are executed."""
+    """The float32 weights of a checkpoint of ZeRO 1 to 3, of any number of ranks; its pickles are
+    executed.
+    """
     prepare_environment()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it talks
+    # it talks
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {})
+        return dict(
+            get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {}
+        )
 
 
 def leave() -> None:
@@ -259,33 +364,48 @@ def leave() -> None:
 
 
 def check_resumable(run_folder: Path, engine: EngineConfig, world_size: int) -> None:
-    """Raises: ValueError where the newest checkpoint was written by another number of ranks, stage or precision."""
+    """Raises: ValueError where the newest checkpoint was written by another number of ranks, stage
+    or precision.
+    """
     found = checkpoint.newest(run_folder / "checkpoints")
     if found is None:
         return
     folder, manifest = found
-    for key, value, remedy in (("world_size", world_size, "start it with as many ranks as before"),
-                               ("zero_stage", engine.zero_stage, "set engine.zero_stage back"),
-                               ("precision", engine.precision, "set engine.precision back"),
-                               ("offload", engine.offload, "set engine.offload back")):
+    for key, value, remedy in (
+        ("world_size", world_size, "start it with as many ranks as before"),
+        ("zero_stage", engine.zero_stage, "set engine.zero_stage back"),
+        ("precision", engine.precision, "set engine.precision back"),
+        ("offload", engine.offload, "set engine.offload back"),
+    ):
         if manifest[key] != value:
-            raise ValueError(f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; {remedy}, or choose another "
-                             "output folder")
+            raise ValueError(
+                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; {remedy}, or choose another "
+                "output folder"
+            )
 
 
 def prepare_environment() -> None:
-    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the cores. Raises: ValueError."""
+    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the
+    cores. Raises: ValueError.
+    """
     world = World.from_environment()
     if not os.environ.get("RANK"):
         os.environ.update(LOCAL_WORLD_SIZE="1")
-    if not os.environ.get("RANK") or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):  # one process, then
+    # one process, then
+    if not os.environ.get("RANK") or not (
+        os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    os.environ.update(
+        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
+    )
     if torch.cuda.is_available() and world.local_rank >= torch.cuda.device_count():
-        raise ValueError(f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} here; start as many processes")
+        raise ValueError(
+            f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} here; start as many processes"
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:

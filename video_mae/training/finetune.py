@@ -14,7 +14,13 @@ from video_mae.config import FinetuneConfig, ModelConfig
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.augment import mix_batch, strengthen_clip
 from video_mae.data.dataset import Batch
-from video_mae.data.labelled import LabelledClips, ShareSampler, ValidationClips, read_training_videos, read_validation_videos
+from video_mae.data.labelled import (
+    LabelledClips,
+    ShareSampler,
+    ValidationClips,
+    read_training_videos,
+    read_validation_videos,
+)
 from video_mae.data.loader import make_loader
 from video_mae.data.prefetch import DevicePrefetcher
 from video_mae.data.sampling import sample_seed
@@ -24,8 +30,17 @@ from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Run, Stage, check_run, is_due, run_and_leave, train
 
 # Fields of a model that fine-tuning may change, or that its encoder does not have.
-FREE_FIELDS = ("num_frames", "height", "width", "drop_path", "resize_positions", "position_grid", "head_norm_eps", "encoder_norm",
-               "predicted_frames")
+FREE_FIELDS = (
+    "num_frames",
+    "height",
+    "width",
+    "drop_path",
+    "resize_positions",
+    "position_grid",
+    "head_norm_eps",
+    "encoder_norm",
+    "predicted_frames",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,9 @@ class Plan:
 
 
 def start(config: FinetuneConfig) -> Callable[[], int]:
-    """The stage as the command line starts it: a mistake is raised here, the training is what is returned."""
+    """The stage as the command line starts it: a mistake is raised here, the training is what is
+    returned.
+    """
     return run_and_leave(partial(run, prepare(config)))
 
 
@@ -53,16 +70,21 @@ def prepare(config: FinetuneConfig) -> Plan:
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None
     config, weights, line = starting_weights(config)
-    checked = check_run(config, lambda: videos, {"validation.source": validation} if validation else {})
+    checked = check_run(
+        config, lambda: videos, {"validation.source": validation} if validation else {}
+    )
     return Plan(checked, replace(config, data=checked.config.data), validation, weights, line)
 
 
 def starting_weights(config: FinetuneConfig) -> tuple[FinetuneConfig, dict[str, torch.Tensor], str]:
-    """What the checkpoint gives to the classifier of a run, one line about it, and the configuration that knows its positions.
+    """What the checkpoint gives to the classifier of a run, one line about it, and the
+    configuration that knows its positions.
 
-    A VideoMAE gives its encoder, without its last norm where tokens are averaged: fc_norm starts anew, as published. A VideoClassifier
-    gives its fc_norm too, and its head where the classes are as many and, where both are named, the same.
-    Raises: FileNotFoundError; ValueError where the architectures differ, with the overrides that would make them agree.
+    A VideoMAE gives its encoder, without its last norm where tokens are averaged: fc_norm starts
+    anew, as published. A VideoClassifier gives its fc_norm too, and its head where the classes are
+    as many and, where both are named, the same.
+    Raises: FileNotFoundError; ValueError where the architectures differ, with the overrides that
+    would make them agree.
     """
     if not config.checkpoint:
         return config, {}, "from random weights"
@@ -81,33 +103,62 @@ def starting_weights(config: FinetuneConfig) -> tuple[FinetuneConfig, dict[str, 
     if isinstance(source, VideoClassifier):
         ours, theirs = config.classifier, source.classifier_config
         is_named = bool(ours.class_names and theirs.class_names)
-        is_same = ours.num_classes == theirs.num_classes and (not is_named or ours.class_names == theirs.class_names)
+        is_same = ours.num_classes == theirs.num_classes and (
+            not is_named or ours.class_names == theirs.class_names
+        )
         wanted += ["fc_norm.", "head."] if is_same else ["fc_norm."]
         head = "its head" if is_same else f"new head (its {theirs.num_classes} classes are others)"
-    weights = {name: tensor for name, tensor in source.state_dict().items() if name.startswith(tuple(wanted))
-               and not (is_mean and name.startswith("encoder.norm.")) and (is_mean or not name.startswith("fc_norm."))}
+    weights = {
+        name: tensor
+        for name, tensor in source.state_dict().items()
+        if name.startswith(tuple(wanted))
+        and not (is_mean and name.startswith("encoder.norm."))
+        and (is_mean or not name.startswith("fc_norm."))
+    }
     return config, weights, f"encoder from {folder}, {head}"
 
 
 def _check_architecture(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    names = [f.name for f in fields(ModelConfig) if not f.name.startswith("decoder_") and f.name not in FREE_FIELDS]
+    names = [
+        f.name
+        for f in fields(ModelConfig)
+        if not f.name.startswith("decoder_") and f.name not in FREE_FIELDS
+    ]
     differing = [name for name in names if getattr(theirs, name) != getattr(ours, name)]
     if differing:
-        wanted = " ".join(f"model.{name}={list(value) if isinstance(value, tuple) else value}"
-                          for name in differing for value in [getattr(theirs, name)])
-        raise ValueError(f"checkpoint: {folder} has another architecture than model of this run; {wanted} would be the same")
+        wanted = " ".join(
+            f"model.{name}={list(value) if isinstance(value, tuple) else value}"
+            for name in differing
+            for value in [getattr(theirs, name)]
+        )
+        raise ValueError(
+            f"checkpoint: {folder} has another architecture than model of this run; {wanted} would be the same"
+        )
 
 
 def run(plan: Plan) -> int:
-    """Trains from the newest checkpoint of the run folder to the last step; returns the exit status, as `train` says."""
+    """Trains from the newest checkpoint of the run folder to the last step; returns the exit
+    status, as `train` says.
+    """
     config = plan.config
     torch.manual_seed(config.seed)
-    model = VideoClassifier(config.model, config.classifier, impl=config.engine.kernels,
-                            checkpointing=config.engine.activation_checkpointing)
+    model = VideoClassifier(
+        config.model,
+        config.classifier,
+        impl=config.engine.kernels,
+        checkpointing=config.engine.activation_checkpointing,
+    )
     missing, unexpected = model.load_state_dict(plan.weights, strict=False)
     assert not unexpected
-    assert not plan.weights or all(name.startswith(("fc_norm.", "head.", "encoder.norm.")) for name in missing)
-    return train(plan.run, model, encoder_macs(config.model, config.model.num_tokens), partial(_Finetuning, plan))
+    assert not plan.weights or all(
+        name.startswith(("fc_norm.", "head.", "encoder.norm.")) for name in missing
+    )
+    return train(
+        plan.run,
+        model,
+        encoder_macs(config.model, config.model.num_tokens),
+        partial(_Finetuning, plan),
+    )
 
 
 class _Finetuning(Stage):
@@ -116,40 +167,64 @@ class _Finetuning(Stage):
     def __init__(self, plan: Plan, *loop: Any) -> None:
         super().__init__(*loop)
         self.plan, self.config = plan, plan.config
-        self.augments_in_workers = plan.config.augment.changes_pixels and plan.config.augment.where == "worker"
+        self.augments_in_workers = (
+            plan.config.augment.changes_pixels and plan.config.augment.where == "worker"
+        )
 
     def dataset(self) -> LabelledClips:
         return LabelledClips(self.run.videos, self.config)
 
     def introduce(self) -> str:
         classifier, validation = self.config.classifier, self.plan.validation
-        frames = f"dense clips of stride {classifier.stride}" if classifier.sampling == "dense" else "frames spread over each video"
-        return (f"{classifier.num_classes} classes, {frames}, {len(validation) if validation else 'no'} validation videos; "
-                f"{self.plan.weights_line}")
+        frames = (
+            f"dense clips of stride {classifier.stride}"
+            if classifier.sampling == "dense"
+            else "frames spread over each video"
+        )
+        return (
+            f"{classifier.num_classes} classes, {frames}, {len(validation) if validation else 'no'} validation videos; "
+            f"{self.plan.weights_line}"
+        )
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
         augment, seeds = self.config.augment, batch.host_seeds_B.tolist()
         clip_BTHWC, label_B, model = batch.clip_BTHWC, batch.label_B, self.config.model
         if augment.where == "device":
-            clip_BTHWC = torch.stack([strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
-                                      for clip_THWC, seed in zip(clip_BTHWC, seeds, strict=True)])
+            clip_BTHWC = torch.stack(
+                [
+                    strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
+                    for clip_THWC, seed in zip(clip_BTHWC, seeds, strict=True)
+                ]
+            )
         if not augment.mixes:
             logits_BK = self.engine(clip_BTHWC).float()
             loss = F.cross_entropy(logits_BK, label_B, label_smoothing=augment.label_smoothing)
             return {"loss": loss, "accuracy": (logits_BK.argmax(dim=1) == label_B).float().mean()}
         # Neighbours are mixed: the clips of one video come apart first.
-        clip_BTHWC, label_B = (rearrange(x, "(videos r) ... -> (r videos) ...", r=self.config.data.clips_per_video)
-                               for x in (clip_BTHWC, label_B))
+        clip_BTHWC, label_B = (
+            rearrange(x, "(videos r) ... -> (r videos) ...", r=self.config.data.clips_per_video)
+            for x in (clip_BTHWC, label_B)
+        )
         target_BK = F.one_hot(label_B, self.config.classifier.num_classes).float()
         seed = sample_seed(self.config.seed, step, self.engine.rank, 1 + micro)
         clip_BTHWC, target_BK = mix_batch(clip_BTHWC, target_BK, augment, seed)
-        return {"loss": F.cross_entropy(self.engine(clip_BTHWC).float(), target_BK, label_smoothing=augment.label_smoothing)}
+        return {
+            "loss": F.cross_entropy(
+                self.engine(clip_BTHWC).float(), target_BK, label_smoothing=augment.label_smoothing
+            )
+        }
 
     def after(self, done: int, *, ending: bool) -> None:
         if self.plan.validation is None:
             return
-        interval, per_step, per_epoch = self.config.validation.interval, self.videos_per_step, self.videos_per_epoch
-        is_epoch_over = interval == 0 and done * per_step // per_epoch > (done - 1) * per_step // per_epoch
+        interval, per_step, per_epoch = (
+            self.config.validation.interval,
+            self.videos_per_step,
+            self.videos_per_epoch,
+        )
+        is_epoch_over = (
+            interval == 0 and done * per_step // per_epoch > (done - 1) * per_step // per_epoch
+        )
         if done == self.run.schedule.total_steps or is_epoch_over or is_due(done, interval):
             with self.journal.aside():
                 self._keep_best(done, self._validate(self.plan.validation))
@@ -160,7 +235,9 @@ class _Finetuning(Stage):
     def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""
         validation, device = self.config.validation, self.engine.device
-        sampler = ShareSampler(len(videos), validation.batch, self.engine.rank, self.engine.world_size)
+        sampler = ShareSampler(
+            len(videos), validation.batch, self.engine.rank, self.engine.world_size
+        )
         loader = make_loader(ValidationClips(videos, self.config), sampler, self.config.data)
         sums, failures = torch.zeros(4, dtype=torch.float64, device=device), []
         for batch in DevicePrefetcher(loader, device):
@@ -169,13 +246,22 @@ class _Finetuning(Stage):
             label_B, counts_B = batch.label_B, (batch.index_B >= 0).to(device)
             hits_BR = logits_BK.topk(min(5, logits_BK.shape[1])).indices == label_B[:, None]
             loss_B = F.cross_entropy(logits_BK, label_B, reduction="none")
-            scores = torch.stack([loss_B, hits_BR[:, 0], hits_BR.any(dim=1), torch.ones_like(loss_B)]).double()
+            scores = torch.stack(
+                [loss_B, hits_BR[:, 0], hits_BR.any(dim=1), torch.ones_like(loss_B)]
+            ).double()
             sums += scores.where(counts_B, 0.0).sum(dim=1)
         loss, top1, top5, count = self.engine.sum(sums).tolist()
         for failure in [failure for part in self.engine.gather(failures) for failure in part]:
-            self.journal.say(f"validation: {failure.path} does not count: {failure.decoder}: {failure.reason}")
+            self.journal.say(
+                f"validation: {failure.path} does not count: {failure.decoder}: {failure.reason}"
+            )
         divisor = count or float("nan")  # none could be decoded
-        return {"val_loss": loss / divisor, "val_top1": top1 / divisor, "val_top5": top5 / divisor, "val_videos": int(count)}
+        return {
+            "val_loss": loss / divisor,
+            "val_top1": top1 / divisor,
+            "val_top5": top5 / divisor,
+            "val_videos": int(count),
+        }
 
     def _keep_best(self, done: int, scores: dict[str, float]) -> None:
         self.journal.record(done, self.epoch(done), scores)

@@ -1,4 +1,6 @@
-"""What is optimized and how fast: parameter groups, the learning rate of a step, the guard against gradients that are not finite."""
+"""What is optimized and how fast: parameter groups, the learning rate of a step, the guard against
+gradients that are not finite.
+"""
 
 import math
 import re
@@ -12,27 +14,44 @@ from torch import nn
 from video_mae.config import OptimConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0, *,
-                     decay_tokens: bool = False) -> list[dict[str, Any]]:
-    """Matrices decay; vectors, biases and scalars do not, nor do class and mask tokens and learned positions (VideoMAE) unless
-    `decay_tokens` (the pretraining of MAE and mae_st, where they have more than one dimension). Each group has an `lr_scale`.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, *, decay_tokens: bool = False
+) -> list[dict[str, Any]]:
+    """Matrices decay; vectors, biases and scalars do not, nor do class and mask tokens and learned
+    positions (VideoMAE) unless `decay_tokens` (the pretraining of MAE and mae_st, where they have
+    more than one dimension). Each group has an `lr_scale`.
 
-    lr_scale of layer l of an encoder of L blocks is layer_decay ** (L + 1 - l): the tubelet embedding is layer 0, block i is
-    layer i + 1, what comes after the blocks L + 1. Source: BEiT (Bao et al., 2021), as MAE and VideoMAE fine-tune.
+    lr_scale of layer l of an encoder of L blocks is layer_decay ** (L + 1 - l): the tubelet
+    embedding is layer 0, block i is layer i + 1, what comes after the blocks L + 1. Source: BEiT
+    (Bao et al., 2021), as MAE and VideoMAE fine-tune.
     """
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     top = max((_layer(name, 0) for name, _ in named), default=0) + 1
     for name, parameter in named:
         layer = top if layer_decay == 1 else _layer(name, top)
         is_token = name.endswith((".class_token", ".mask_token")) or ".positions." in name
-        members.setdefault((layer, decay_tokens if is_token else parameter.ndim >= 2), []).append(parameter)
-    return [{"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": layer_decay ** (top - layer)}
-            for (layer, decays), parameters in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))]
+        members.setdefault((layer, decay_tokens if is_token else parameter.ndim >= 2), []).append(
+            parameter
+        )
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (top - layer),
+        }
+        for (layer, decays), parameters in sorted(
+            members.items(), key=lambda item: (item[0][0], not item[0][1])
+        )
+    ]
 
 
 def _layer(name: str, top: int) -> int:
-    """The layer that a parameter belongs to; `top` for what is no part of an encoder, or comes after its blocks."""
+    """The layer that a parameter belongs to; `top` for what is no part of an encoder, or comes
+    after its blocks.
+    """
     block = re.match(r"encoder\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -41,9 +60,11 @@ def _layer(name: str, top: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then half a cosine from `peak_lr` to `final_lr`, computed for any step.
+    """Linear warm-up from 0, then half a cosine from `peak_lr` to `final_lr`, computed for any
+    step.
 
-    The warm-up reaches `peak_lr` in its last step, as the official table does; its first step is not wasted on a rate of 0.
+    The warm-up reaches `peak_lr` in its last step, as the official table does; its first step is
+    not wasted on a rate of 0.
     """
 
     peak_lr: float
@@ -56,11 +77,14 @@ class Schedule:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * (
+            1 + math.cos(math.pi * min(1.0, progress))
+        )
 
 
 def videos_of_epoch(config: OptimConfig, num_videos: int, world_size: int) -> int:
-    """How many of its videos an epoch trains on: all, or with optim.drop_last_batch as many as fill whole steps.
+    """How many of its videos an epoch trains on: all, or with optim.drop_last_batch as many as fill
+    whole steps.
 
     Raises: ValueError where they do not fill one.
     """
@@ -68,42 +92,64 @@ def videos_of_epoch(config: OptimConfig, num_videos: int, world_size: int) -> in
         return num_videos
     videos = config.micro_batch * config.accumulation * world_size
     if num_videos < videos:
-        raise ValueError(f"optim.drop_last_batch: {num_videos} videos do not fill one step of {videos}; lower optim.micro_batch or "
-                         "optim.accumulation, or set optim.drop_last_batch=false")
+        raise ValueError(
+            f"optim.drop_last_batch: {num_videos} videos do not fill one step of {videos}; lower optim.micro_batch or "
+            "optim.accumulation, or set optim.drop_last_batch=false"
+        )
     return num_videos // videos * videos
 
 
-def make_schedule(config: OptimConfig, num_videos: int, world_size: int, clips_per_video: int) -> tuple[Schedule, str]:
+def make_schedule(
+    config: OptimConfig, num_videos: int, world_size: int, clips_per_video: int
+) -> tuple[Schedule, str]:
     """The schedule, and one line that tells its factors: lr = base_lr * global batch / 256."""
     videos = config.micro_batch * config.accumulation * world_size
     counted = videos * (clips_per_video if config.lr_counts_clips else 1)
     epoch_videos = videos_of_epoch(config, num_videos, world_size)
     total = config.steps if config.steps is not None else int(config.epochs * epoch_videos / videos)
-    warmup = config.warmup_steps if config.steps is not None else int(config.warmup_epochs * epoch_videos / videos)
+    warmup = (
+        config.warmup_steps
+        if config.steps is not None
+        else int(config.warmup_epochs * epoch_videos / videos)
+    )
     if total < 1:
-        raise ValueError(f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step of {videos} videos; "
-                         "raise it, or lower optim.micro_batch or optim.accumulation")
-    schedule = Schedule(config.base_lr * counted / 256, config.min_lr * counted / 256, warmup, total)
+        raise ValueError(
+            f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step of {videos} videos; "
+            "raise it, or lower optim.micro_batch or optim.accumulation"
+        )
+    schedule = Schedule(
+        config.base_lr * counted / 256, config.min_lr * counted / 256, warmup, total
+    )
     clips = f" x {clips_per_video} clips a video" if config.lr_counts_clips else ""
     dropped = f"; an epoch is {epoch_videos // videos} steps, {num_videos - epoch_videos} of its videos are left out"
-    return schedule, (f"learning rate {schedule.peak_lr:.4g} = {config.base_lr:.4g} x global batch {counted} / 256; global batch = "
-                      f"micro-batch {config.micro_batch} x {world_size} ranks x {config.accumulation} accumulated{clips}; "
-                      f"{warmup} warm-up steps of {total}, then a cosine to {schedule.final_lr:.4g}"
-                      f"{dropped if config.drop_last_batch else ''}")
+    return schedule, (
+        f"learning rate {schedule.peak_lr:.4g} = {config.base_lr:.4g} x global batch {counted} / 256; global batch = "
+        f"micro-batch {config.micro_batch} x {world_size} ranks x {config.accumulation} accumulated{clips}; "
+        f"{warmup} warm-up steps of {total}, then a cosine to {schedule.final_lr:.4g}"
+        f"{dropped if config.drop_last_batch else ''}"
+    )
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
     """torch's AdamW (nothing to compile at run time)."""
-    groups = parameter_groups(model, config.weight_decay, config.layer_decay, decay_tokens=config.decay_tokens)
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=fused)
+    groups = parameter_groups(
+        model, config.weight_decay, config.layer_decay, decay_tokens=config.decay_tokens
+    )
+    return torch.optim.AdamW(
+        groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=fused
+    )
 
 
 @torch.no_grad()
-def guard(optimizer: Any, gradients: list[torch.Tensor], clip_grad: float, *, partitioned: bool) -> torch.Tensor:
-    """Prepares the next update of a fused AdamW: skipped where a gradient is not finite, clipped otherwise. Returns the norm of all.
+def guard(
+    optimizer: Any, gradients: list[torch.Tensor], clip_grad: float, *, partitioned: bool
+) -> torch.Tensor:
+    """Prepares the next update of a fused AdamW: skipped where a gradient is not finite, clipped
+    otherwise. Returns the norm of all.
 
-    The host waits for nothing: the kernel itself reads `found_inf` (1: leave weights and state alone) and `grad_scale` (divide gradients
-    by it), which torch's loss scaler sets too. partitioned: every rank has other gradients, and all are to decide alike.
+    The host waits for nothing: the kernel itself reads `found_inf` (1: leave weights and state
+    alone) and `grad_scale` (divide gradients by it), which torch's loss scaler sets too.
+    partitioned: every rank has other gradients, and all are to decide alike.
     """
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
     if partitioned:

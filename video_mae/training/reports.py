@@ -1,4 +1,6 @@
-"""What the host learns of a step without waiting for it: how many were skipped, and whether a signal asks the run to stop."""
+"""What the host learns of a step without waiting for it: how many were skipped, and whether a
+signal asks the run to stop.
+"""
 
 import signal
 from collections import deque
@@ -10,7 +12,9 @@ import torch.distributed as dist
 
 
 class Report(NamedTuple):
-    """Of step number `step`, the same on every rank: how many steps were skipped since the start, and a signal of any rank or 0."""
+    """Of step number `step`, the same on every rank: how many steps were skipped since the start,
+    and a signal of any rank or 0.
+    """
 
     step: int
     skipped_steps: int
@@ -23,14 +27,18 @@ def filled(value: float, device: torch.device) -> torch.Tensor:
 
 
 class Reports:
-    """Sends what all ranks agree on from the device to the host, a copy a step, which is read once the next step is under way."""
+    """Sends what all ranks agree on from the device to the host, a copy a step, which is read once
+    the next step is under way.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._received = device, 0
         self._under_way = deque[tuple[int, torch.Tensor, torch.Event | None]]()
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 are told, so that all ranks can stop together at the end of a step."""
+        """From now on SIGTERM, SIGINT and SIGUSR1 are told, so that all ranks can stop together at
+        the end of a step.
+        """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
@@ -48,7 +56,9 @@ class Reports:
         self._under_way.append((step, copy, arrival))
 
     def take(self, *, of_all: bool) -> list[Report]:
-        """Those not taken yet: of all steps, or of all but the last, which the device may be busy with. Every rank takes alike."""
+        """Those not taken yet: of all steps, or of all but the last, which the device may be busy
+        with. Every rank takes alike.
+        """
         taken: list[Report] = []
         while len(self._under_way) > (0 if of_all else 1):
             step, copy, arrival = self._under_way.popleft()

@@ -1,4 +1,5 @@
-"""These tests run in Triton's interpreter, in a process of their own: tests/test_interpreted.py starts it, or by hand
+"""These tests run in Triton's interpreter, in a process of their own: tests/test_interpreted.py
+starts it, or by hand
 
 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 python -m pytest tests/interpreted
 """

@@ -1,4 +1,6 @@
-"""The attention kernels in Triton's interpreter against the reference in float64, forward and gradient."""
+"""The attention kernels in Triton's interpreter against the reference in float64, forward and
+gradient.
+"""
 
 import runpy
 from pathlib import Path
@@ -17,11 +19,35 @@ from video_mae.kernels.preset_shapes import attention_shapes
 norms = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "norms.py")))
 OPCHECK: Any = torch.library.opcheck
 PROGRAMS = [pytest.param(attention_short, id="short"), pytest.param(attention_long, id="long")]
-# (clips, tokens, heads, width): a row before, on and after every edge of a tile, and every way to cut a head
-SHAPES = [(2, 1, 3, 64), (2, 2, 3, 16), (3, 15, 1, 80), (1, 16, 2, 24), (2, 17, 3, 88), (1, 63, 1, 32), (1, 64, 3, 72), (1, 65, 2, 40),
-          (1, 97, 1, 96), (1, 127, 1, 128), (1, 128, 1, 8), (1, 129, 1, 64), (1, 157, 1, 88), (1, 160, 2, 64), (1, 161, 1, 80),
-          (1, 196, 1, 48), (1, 256, 1, 128)]
-HALF_SHAPES = [(1, 1, 1, 16), (2, 17, 3, 88), (1, 64, 1, 72), (1, 97, 1, 128), (1, 160, 1, 80), (1, 161, 1, 64)]
+# (clips, tokens, heads, width): a row before, on and after every edge of a tile, and every way to
+# cut a head
+SHAPES = [
+    (2, 1, 3, 64),
+    (2, 2, 3, 16),
+    (3, 15, 1, 80),
+    (1, 16, 2, 24),
+    (2, 17, 3, 88),
+    (1, 63, 1, 32),
+    (1, 64, 3, 72),
+    (1, 65, 2, 40),
+    (1, 97, 1, 96),
+    (1, 127, 1, 128),
+    (1, 128, 1, 8),
+    (1, 129, 1, 64),
+    (1, 157, 1, 88),
+    (1, 160, 2, 64),
+    (1, 161, 1, 80),
+    (1, 196, 1, 48),
+    (1, 256, 1, 128),
+]
+HALF_SHAPES = [
+    (1, 1, 1, 16),
+    (2, 17, 3, 88),
+    (1, 64, 1, 72),
+    (1, 97, 1, 128),
+    (1, 160, 1, 80),
+    (1, 161, 1, 64),
+]
 LONG_SHAPES = [(1, 257, 1, 80), (1, 300, 1, 64)]
 
 
@@ -52,22 +78,54 @@ def run(program: ModuleType, qkv, dout):
 
 
 def check(program, qkv, dout, exact_products=False, **rule):
-    ours, low, exact = run(program, qkv, dout), reference_of(qkv, dout), reference_of(qkv.double(), dout.double())
-    bounds = norms.attention_bounds(qkv, dout, exact_products)  # for float32: what `low` is off by there is one processor's luck
+    ours, low, exact = (
+        run(program, qkv, dout),
+        reference_of(qkv, dout),
+        reference_of(qkv.double(), dout.double()),
+    )
+    # for float32: what `low` is off by there is one processor's luck
+    bounds = norms.attention_bounds(qkv, dout, exact_products)
     in_float32 = 1.0 if qkv.dtype == torch.float32 else 0.0
-    norms.assert_close(ours[0], low[0], exact[0], "out", slack=in_float32 * bounds[0].max().item(), rmse=rule.get("rmse"))
+    norms.assert_close(
+        ours[0],
+        low[0],
+        exact[0],
+        "out",
+        slack=in_float32 * bounds[0].max().item(),
+        rmse=rule.get("rmse"),
+    )
     for i, name in enumerate(("dq", "dk", "dv")):
         parts = [gradient[:, :, i] for gradient in (ours[1], low[1], exact[1])]
         is_zero = qkv.shape[1] == 1 and name != "dv"  # but for the rounding of sums in float32
         slack = max(in_float32, float(is_zero)) * bounds[1][:, :, i].max().item()
-        norms.assert_close(*parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule})
+        norms.assert_close(
+            *parts, name, **{"slack": slack, "rmse": float("inf") if is_zero else None, **rule}
+        )
 
 
-@pytest.mark.parametrize(("program", "shape", "dtype"), [
-    *((program, shape, torch.float32) for program in (attention_short, attention_long) for shape in SHAPES),
-    *((program, shape, torch.float16) for program in (attention_short, attention_long) for shape in HALF_SHAPES),
-    *((attention_long, shape, dtype) for shape in LONG_SHAPES for dtype in (torch.float32, torch.float16))],
-    ids=lambda value: value.__name__.split("_")[-1] if isinstance(value, ModuleType) else str(value))
+@pytest.mark.parametrize(
+    ("program", "shape", "dtype"),
+    [
+        *(
+            (program, shape, torch.float32)
+            for program in (attention_short, attention_long)
+            for shape in SHAPES
+        ),
+        *(
+            (program, shape, torch.float16)
+            for program in (attention_short, attention_long)
+            for shape in HALF_SHAPES
+        ),
+        *(
+            (attention_long, shape, dtype)
+            for shape in LONG_SHAPES
+            for dtype in (torch.float32, torch.float16)
+        ),
+    ],
+    ids=lambda value: (
+        value.__name__.split("_")[-1] if isinstance(value, ModuleType) else str(value)
+    ),
+)
 def test_attention_and_its_gradient_are_their_definition(program, shape, dtype):
     check(program, *inputs(shape, dtype))
 
@@ -91,7 +149,8 @@ def test_scores_far_from_zero_leave_the_keys_that_do_not_exist_alone(program, si
     qkv = qkv.round()
     qkv[:, :, 0] = sign * 8
     qkv[:, :, 1] += 8  # lse is near -740 or 740: 2 ** 740 would be the weight of a score of 0
-    # A score of 512 and so a weight is known to 4 * 512 * 2 ** -24 = 1.2e-4; dq has 8 times that: the deviations of keys about 8
+    # A score of 512 and so a weight is known to 4 * 512 * 2 ** -24 = 1.2e-4; dq has 8 times that:
+    # the deviations of keys about 8
     check(program, qkv, dout, exact_products=True, rmse=1e-3)
 
 
@@ -120,7 +179,10 @@ def test_nothing_beyond_the_input_is_read_or_beyond_the_output_written(program, 
     plain = run(program, qkv, dout)
     around = torch.full((3, 50, 4, 4, 40), float("nan"), dtype=dtype)
     dout_around = torch.full((3, 50, 4, 40), float("nan"), dtype=dtype)
-    qkv_inside, dout_inside = around[:2, :37, :3, :3, :24].copy_(qkv), dout_around[:2, :37, :3, :24].copy_(dout)
+    qkv_inside, dout_inside = (
+        around[:2, :37, :3, :3, :24].copy_(qkv),
+        dout_around[:2, :37, :3, :24].copy_(dout),
+    )
     guards = []
     real_empty = torch.empty
 
@@ -153,10 +215,15 @@ def test_results_repeat_bit_for_bit_and_do_not_depend_on_the_batch(program):
 def test_any_strides_are_read_and_gradients_are_packed(program):
     qkv, dout = inputs((2, 19, 3, 16))
     out, gradient = run(program, qkv, dout)
-    heads_first = qkv.permute(2, 3, 0, 1, 4).contiguous().permute(2, 3, 0, 1, 4)  # [3, heads, B, N, D] in memory
+    # [3, heads, B, N, D] in memory
+    heads_first = qkv.permute(2, 3, 0, 1, 4).contiguous().permute(2, 3, 0, 1, 4)
     width_first = qkv.transpose(1, 4).contiguous().transpose(1, 4)
     for same in (heads_first, width_first):
-        for same_dout in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2), dout.transpose(1, 3).contiguous().transpose(1, 3)):
+        for same_dout in (
+            dout,
+            dout.transpose(1, 2).contiguous().transpose(1, 2),
+            dout.transpose(1, 3).contiguous().transpose(1, 3),
+        ):
             again = run(program, same, same_dout)
             assert torch.equal(again[0], out)
             assert torch.equal(again[1], gradient)
@@ -165,10 +232,16 @@ def test_any_strides_are_read_and_gradients_are_packed(program):
 
 # ---------------------------------------------------------------- the public function
 
+
 def test_a_sum_sends_an_expanded_gradient():
     qkv, _ = inputs()
-    ours, expected = (torch.autograd.grad(packed_attention(x, impl).sum(), x)[0]
-                      for x, impl in ((qkv.clone().requires_grad_(), "triton"), (qkv.clone().requires_grad_(), "reference")))
+    ours, expected = (
+        torch.autograd.grad(packed_attention(x, impl).sum(), x)[0]
+        for x, impl in (
+            (qkv.clone().requires_grad_(), "triton"),
+            (qkv.clone().requires_grad_(), "reference"),
+        )
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -200,14 +273,18 @@ def test_compiles_into_one_graph(shape):
 
 def test_the_choice_is_a_constant_of_a_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    compiled = torch.compile(lambda x: x * dispatch.attention_limit(torch.device("cuda", 0), 64), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: x * dispatch.attention_limit(torch.device("cuda", 0), 64),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     assert compiled(torch.ones(1)).item() == 256
 
 
 def test_recomputation_gives_the_same_gradient():
     qkv, dout = inputs()
     plain, again = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
-    expected, = torch.autograd.grad(packed_attention(plain, "triton"), plain, dout)
+    (expected,) = torch.autograd.grad(packed_attention(plain, "triton"), plain, dout)
     out = checkpoint(lambda x: packed_attention(1 * x, "triton"), again, use_reentrant=False)
     assert isinstance(out, torch.Tensor)
     assert torch.equal(torch.autograd.grad(out, again, dout)[0], expected)
@@ -220,7 +297,7 @@ def test_autocast_decides_the_dtype(impl):
     with torch.autocast("cpu", torch.float16):
         out = packed_attention(qkv, impl)
         compiled = torch.compile(packed_attention, fullgraph=True, backend="aot_eager")(qkv, impl)
-    gradient, = torch.autograd.grad(out.sum(), qkv)
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)
     assert out.dtype == compiled.dtype == torch.float16
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(out.float(), reference.packed_attention(qkv), rtol=1e-2, atol=1e-2)
@@ -235,9 +312,15 @@ def test_nothing_gives_nothing(shape, impl):
     assert torch.autograd.grad(out.sum(), qkv)[0].shape == shape
 
 
-@pytest.mark.parametrize(("qkv", "named"), [
-    (torch.zeros(1, 4, 3, 2, 8, dtype=torch.float64), "torch.float64"), (torch.zeros(1, 4, 3, 2, 129), "of 129"),
-    (torch.zeros(1, 4, 3, 2, 8, dtype=torch.int32), "torch.int32"), (torch.zeros(1, 4, 2, 2, 8), "(1, 4, 2, 2, 8)")])
+@pytest.mark.parametrize(
+    ("qkv", "named"),
+    [
+        (torch.zeros(1, 4, 3, 2, 8, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(1, 4, 3, 2, 129), "of 129"),
+        (torch.zeros(1, 4, 3, 2, 8, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(1, 4, 2, 2, 8), "(1, 4, 2, 2, 8)"),
+    ],
+)
 def test_what_the_kernels_do_not_take_is_named(qkv, named):
     with pytest.raises(ValueError, match=r"^packed_attention: ") as error:
         packed_attention(qkv, "triton")
@@ -246,12 +329,26 @@ def test_what_the_kernels_do_not_take_is_named(qkv, named):
 
 # ---------------------------------------------------------------- the choice
 
-@pytest.mark.parametrize(("tokens", "width", "dtype", "capability", "expected"), [
-    (160, 64, torch.bfloat16, (9, 0), "triton"), (256, 64, torch.float16, (8, 0), "triton"), (256, 40, torch.float16, (9, 0), "triton"),
-    (257, 64, torch.bfloat16, (9, 0), "sdpa"), (160, 80, torch.bfloat16, (9, 0), "sdpa"), (160, 88, torch.bfloat16, (8, 0), "sdpa"),
-    (16, 128, torch.bfloat16, (9, 0), "sdpa"), (160, 64, torch.float32, (9, 0), "sdpa"), (160, 136, torch.bfloat16, (9, 0), "sdpa"),
-    (160, 64, torch.bfloat16, (7, 5), "sdpa"), (160, 64, torch.bfloat16, (9, 1), "sdpa")])
-def test_auto_takes_the_kernel_where_it_should_be_faster(tokens, width, dtype, capability, expected, monkeypatch):
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "dtype", "capability", "expected"),
+    [
+        (160, 64, torch.bfloat16, (9, 0), "triton"),
+        (256, 64, torch.float16, (8, 0), "triton"),
+        (256, 40, torch.float16, (9, 0), "triton"),
+        (257, 64, torch.bfloat16, (9, 0), "sdpa"),
+        (160, 80, torch.bfloat16, (9, 0), "sdpa"),
+        (160, 88, torch.bfloat16, (8, 0), "sdpa"),
+        (16, 128, torch.bfloat16, (9, 0), "sdpa"),
+        (160, 64, torch.float32, (9, 0), "sdpa"),
+        (160, 136, torch.bfloat16, (9, 0), "sdpa"),
+        (160, 64, torch.bfloat16, (7, 5), "sdpa"),
+        (160, 64, torch.bfloat16, (9, 1), "sdpa"),
+    ],
+)
+def test_auto_takes_the_kernel_where_it_should_be_faster(
+    tokens, width, dtype, capability, expected, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert attention.pick((2, tokens, 3, 4, width), dtype, "auto", torch.device("cuda")) == expected
     assert attention.pick((2, tokens, 3, 4, width), dtype, "auto", torch.device("cpu")) == "sdpa"
@@ -260,26 +357,57 @@ def test_auto_takes_the_kernel_where_it_should_be_faster(tokens, width, dtype, c
 @pytest.mark.parametrize("shape", attention_shapes(), ids=lambda shape: shape.name)
 def test_auto_takes_the_kernel_for_narrow_encoders_alone(shape, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    chosen = attention.pick((32, shape.tokens, 3, shape.heads, shape.width), torch.bfloat16, "auto", torch.device("cuda"))
-    assert chosen == ("triton" if shape.name in ("encoder small", "encoder base", "encoder large") else "sdpa")
+    chosen = attention.pick(
+        (32, shape.tokens, 3, shape.heads, shape.width),
+        torch.bfloat16,
+        "auto",
+        torch.device("cuda"),
+    )
+    assert chosen == (
+        "triton" if shape.name in ("encoder small", "encoder base", "encoder large") else "sdpa"
+    )
 
 
 def test_what_auto_will_run_is_told_for_each_width(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def told():
-        return dispatch.describe("auto", torch.device("cuda")).split("packed_attention = ")[1].split(", ")[0]
+        return (
+            dispatch.describe("auto", torch.device("cuda"))
+            .split("packed_attention = ")[1]
+            .split(", ")[0]
+        )
 
     assert told() == "triton for 16-bit heads of width up to 64 and 256 tokens else sdpa"
     monkeypatch.setitem(dispatch.AUTO_MAX_TOKENS, ((9, 0), 96), 192)
-    assert told() == ("triton for 16-bit heads of width up to 64 and 256 tokens else triton for 16-bit heads of width up to 96 and 192 "
-                      "tokens else sdpa")
+    assert told() == (
+        "triton for 16-bit heads of width up to 64 and 256 tokens else triton for 16-bit heads of width up to 96 and 192 "
+        "tokens else sdpa"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert told() == "sdpa"
 
 
-@pytest.mark.parametrize(("width", "parts"), [
-    (1, (16, 0)), (8, (16, 0)), (16, (16, 0)), (24, (32, 0)), (32, (32, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16)),
-    (88, (64, 32)), (96, (64, 32)), (104, (128, 0)), (128, (128, 0)), (160, (128, 32)), (161, (128, 64)), (196, (256, 0))])
+@pytest.mark.parametrize(
+    ("width", "parts"),
+    [
+        (1, (16, 0)),
+        (8, (16, 0)),
+        (16, (16, 0)),
+        (24, (32, 0)),
+        (32, (32, 0)),
+        (40, (32, 16)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (80, (64, 16)),
+        (88, (64, 32)),
+        (96, (64, 32)),
+        (104, (128, 0)),
+        (128, (128, 0)),
+        (160, (128, 32)),
+        (161, (128, 64)),
+        (196, (256, 0)),
+    ],
+)
 def test_widths_are_cut_into_two_powers_of_two_with_little_padding(width, parts):
     assert split(width) == parts

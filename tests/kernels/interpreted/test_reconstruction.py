@@ -1,4 +1,6 @@
-"""The reconstruction kernels in Triton's interpreter against the reference in float64, forward and gradient."""
+"""The reconstruction kernels in Triton's interpreter against the reference in float64, forward and
+gradient.
+"""
 
 import math
 from typing import Any
@@ -12,8 +14,13 @@ from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction
 
 OPCHECK: Any = torch.library.opcheck
 # (tubelet, grid, channels): odd sizes, patch 14, the default tubelet, one channel, many channels
-SHAPES = [((2, 4, 3), (2, 3, 5), 3), ((2, 14, 14), (1, 2, 2), 3), ((2, 16, 16), (1, 2, 1), 3), ((1, 5, 7), (3, 1, 2), 1),
-          ((3, 2, 5), (1, 2, 2), 5)]
+SHAPES = [
+    ((2, 4, 3), (2, 3, 5), 3),
+    ((2, 14, 14), (1, 2, 2), 3),
+    ((2, 16, 16), (1, 2, 1), 3),
+    ((1, 5, 7), (3, 1, 2), 1),
+    ((3, 2, 5), (1, 2, 2), 5),
+]
 WAYS = ["channel", "tubelet", "none"]
 # Triton's interpreter cuts bfloat16 off instead of rounding, here twice
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -21,7 +28,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 def clip_of(tubelet, grid, channels, dtype=torch.uint8, batch=2):
     shape = (batch, *(g * t for g, t in zip(grid, tubelet, strict=True)), channels)
-    clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     if dtype == torch.uint8:
         return clip
     return (clip.int() * 257).to(dtype) if dtype == torch.uint16 else (clip / 255).to(dtype)
@@ -31,7 +40,11 @@ def arguments(shape=SHAPES[0], dtype=torch.float32, clip_dtype=torch.uint8, coun
     tubelet, grid, channels = shape
     generator = torch.Generator().manual_seed(1)
     index = torch.randint(0, math.prod(grid), (2, count), generator=generator)
-    predicted = torch.randn(2, count, math.prod(tubelet) * channels, generator=generator).to(dtype).requires_grad_()
+    predicted = (
+        torch.randn(2, count, math.prod(tubelet) * channels, generator=generator)
+        .to(dtype)
+        .requires_grad_()
+    )
     return predicted, clip_of(tubelet, grid, channels, clip_dtype), index, tubelet
 
 
@@ -40,17 +53,26 @@ def weights(count=5):
 
 
 def check(predicted, clip, index, tubelet, normalize, weight=None, scale=1.0):
-    loss, targets = reconstruction_loss_and_targets(predicted, clip, index, tubelet, normalize, "triton", weight_BM=weight)
-    gradient, = torch.autograd.grad(scale * loss, predicted)
+    loss, targets = reconstruction_loss_and_targets(
+        predicted, clip, index, tubelet, normalize, "triton", weight_BM=weight
+    )
+    (gradient,) = torch.autograd.grad(scale * loss, predicted)
     exact_clip = clip.double() / reference.pixel_range(clip.dtype)
     exact = predicted.detach().double().requires_grad_()
     expected_loss, expected_targets = reference.reconstruction_loss(
-        exact, exact_clip, index, tubelet, normalize, None if weight is None else weight.double())
-    expected, = torch.autograd.grad(scale * expected_loss, exact)
-    assert (loss.dtype, targets.dtype, gradient.dtype) == (torch.float32, torch.float32, predicted.dtype)
+        exact, exact_clip, index, tubelet, normalize, None if weight is None else weight.double()
+    )
+    (expected,) = torch.autograd.grad(scale * expected_loss, exact)
+    assert (loss.dtype, targets.dtype, gradient.dtype) == (
+        torch.float32,
+        torch.float32,
+        predicted.dtype,
+    )
     assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-6)
     torch.testing.assert_close(targets.double(), expected_targets.double(), rtol=1e-5, atol=1e-5)
-    assert (gradient.double() - expected).abs().max() <= TOLERANCE[predicted.dtype] * expected.abs().max()
+    assert (gradient.double() - expected).abs().max() <= TOLERANCE[
+        predicted.dtype
+    ] * expected.abs().max()
 
 
 @pytest.mark.parametrize("normalize", WAYS)
@@ -82,22 +104,37 @@ def test_weights_count_tokens_and_may_all_be_zero():
     loss = reconstruction_loss(*given, "tubelet", "triton", weight_BM=torch.zeros(2, 5))
     assert loss == 0
     assert (torch.autograd.grad(loss, given[0])[0] == 0).all()
-    ones, none = (reconstruction_loss(*given, "tubelet", "triton", weight_BM=weight) for weight in (torch.ones(2, 5), None))
+    ones, none = (
+        reconstruction_loss(*given, "tubelet", "triton", weight_BM=weight)
+        for weight in (torch.ones(2, 5), None)
+    )
     torch.testing.assert_close(ones, none)
 
 
 def test_float16_gradients_survive_under_a_loss_scale():
-    predicted, clip, index, tubelet = arguments(SHAPES[2], torch.float16, count=64)  # the unscaled ones would be subnormal
+    # the unscaled ones would be subnormal
+    predicted, clip, index, tubelet = arguments(SHAPES[2], torch.float16, count=64)
     check(predicted, clip, index, tubelet, "channel", scale=2.0**14)
 
 
 @pytest.mark.parametrize("normalize", ["channel", "tubelet"])
-@pytest.mark.parametrize(("dtype", "value"), [(torch.uint8, 77), (torch.uint8, 255), (torch.uint16, 65535), (torch.uint16, 12345),
-                                              (torch.float32, 0.1), (torch.float16, 0.7)])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.uint8, 77),
+        (torch.uint8, 255),
+        (torch.uint16, 65535),
+        (torch.uint16, 12345),
+        (torch.float32, 0.1),
+        (torch.float16, 0.7),
+    ],
+)
 def test_flat_tubelets_give_exactly_zero(dtype, value, normalize):
     predicted, clip, index, tubelet = arguments(SHAPES[1], clip_dtype=dtype)
     clip = torch.full(clip.shape, value, dtype=torch.float64).to(dtype)
-    loss, targets = reconstruction_loss_and_targets(torch.zeros_like(predicted), clip, index, tubelet, normalize, "triton")
+    loss, targets = reconstruction_loss_and_targets(
+        torch.zeros_like(predicted), clip, index, tubelet, normalize, "triton"
+    )
     assert (targets == 0).all()
     assert loss == 0
 
@@ -105,7 +142,9 @@ def test_flat_tubelets_give_exactly_zero(dtype, value, normalize):
 def test_one_flat_channel_gives_zero_in_that_channel_alone():
     predicted, clip, index, tubelet = arguments()
     clip[..., 1] = 200
-    targets = reconstruction_loss_and_targets(predicted, clip, index, tubelet, "channel", "triton")[1].unflatten(2, (-1, 3))
+    targets = reconstruction_loss_and_targets(predicted, clip, index, tubelet, "channel", "triton")[
+        1
+    ].unflatten(2, (-1, 3))
     assert (targets[..., 1] == 0).all()
     assert (targets[..., 0] != 0).any()
     assert (targets[..., 2] != 0).any()
@@ -119,28 +158,37 @@ def test_a_faint_texture_on_white_keeps_its_digits():
 @pytest.mark.parametrize("target_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_targets_come_in_the_dtype_wanted(target_dtype):
     given = arguments()
-    ours, theirs = (reconstruction_loss_and_targets(*given, "channel", impl, target_dtype=target_dtype)[1]
-                    for impl in ("triton", "reference"))
+    ours, theirs = (
+        reconstruction_loss_and_targets(*given, "channel", impl, target_dtype=target_dtype)[1]
+        for impl in ("triton", "reference")
+    )
     assert ours.dtype == theirs.dtype == target_dtype
     assert not ours.requires_grad
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7 if target_dtype == torch.bfloat16 else 2**-10, atol=1e-5)
+    torch.testing.assert_close(
+        ours.float(),
+        theirs.float(),
+        rtol=2**-7 if target_dtype == torch.bfloat16 else 2**-10,
+        atol=1e-5,
+    )
 
 
 def test_reads_nothing_beyond_prediction_and_clip_and_writes_every_value(monkeypatch):
     predicted, clip, index, tubelet = arguments(clip_dtype=torch.float32)
 
     def both(predicted, clip):
-        loss, targets = reconstruction_loss_and_targets(predicted, clip, index, tubelet, "channel", "triton")
+        loss, targets = reconstruction_loss_and_targets(
+            predicted, clip, index, tubelet, "channel", "triton"
+        )
         return loss, targets, torch.autograd.grad(loss, predicted)[0]
 
     expected = both(predicted, clip)
     b, t, h, w, c = clip.shape
     around_clip = torch.full((b, t + 2, h + 3, w, c), math.nan)
-    around_clip[:, 1:t + 1, 2:h + 2] = clip
+    around_clip[:, 1 : t + 1, 2 : h + 2] = clip
     around = torch.full((b, 7, 100), math.nan)
     around[:, 1:6, 20:92] = predicted.detach()
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    found = both(around[:, 1:6, 20:92].requires_grad_(), around_clip[:, 1:t + 1, 2:h + 2])
+    found = both(around[:, 1:6, 20:92].requires_grad_(), around_clip[:, 1 : t + 1, 2 : h + 2])
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
@@ -154,9 +202,14 @@ def test_takes_predictions_and_incoming_gradients_of_any_strides():
 @pytest.mark.parametrize("size", [(0, 5), (2, 0)])
 def test_nothing_masked_costs_nothing(size):
     _, clip, _, tubelet = arguments()
-    predicted, index = torch.zeros(*size, 72, requires_grad=True), torch.zeros(size, dtype=torch.int64)
+    predicted, index = (
+        torch.zeros(*size, 72, requires_grad=True),
+        torch.zeros(size, dtype=torch.int64),
+    )
     for impl in ("triton", "reference"):
-        loss, targets = reconstruction_loss_and_targets(predicted, clip[:size[0]], index, tubelet, "channel", impl)
+        loss, targets = reconstruction_loss_and_targets(
+            predicted, clip[: size[0]], index, tubelet, "channel", impl
+        )
         assert loss == 0
         assert targets.shape == predicted.shape
         assert torch.autograd.grad(loss, predicted)[0].shape == predicted.shape
@@ -165,10 +218,14 @@ def test_nothing_masked_costs_nothing(size):
 def test_an_index_outside_the_grid_is_named_or_makes_the_loss_nan():
     predicted, clip, index, tubelet = arguments()
     index[0, 3] = 30
-    with pytest.raises(ValueError, match=r"reconstruction_loss: index holds 30, the clip has tokens 0 to 29"):
+    with pytest.raises(
+        ValueError, match=r"reconstruction_loss: index holds 30, the clip has tokens 0 to 29"
+    ):
         reconstruction_loss(predicted, clip, index, tubelet, impl="triton")
     for normalize in WAYS:
-        error, *tensors = reconstruction.token_errors(predicted.detach(), clip, index, tubelet, normalize, torch.float32, torch.float32)
+        error, *tensors = reconstruction.token_errors(
+            predicted.detach(), clip, index, tubelet, normalize, torch.float32, torch.float32
+        )
         nan = torch.zeros(2, 5, dtype=torch.bool)
         nan[0, 3] = True
         assert torch.equal(error.isnan(), nan)
@@ -178,7 +235,9 @@ def test_an_index_outside_the_grid_is_named_or_makes_the_loss_nan():
 def test_arguments_that_do_not_fit_are_named():
     predicted, clip, index, tubelet = arguments()
     with pytest.raises(ValueError, match=r"weight_BM has shape \(2, 4\) .* not \(2, 5\)"):
-        reconstruction_loss(predicted, clip, index, tubelet, impl="triton", weight_BM=torch.ones(2, 4))
+        reconstruction_loss(
+            predicted, clip, index, tubelet, impl="triton", weight_BM=torch.ones(2, 4)
+        )
     with pytest.raises(ValueError, match=r"predicted_BMP is torch.int64"):
         reconstruction_loss(predicted.long(), clip, index, tubelet, impl="triton")
     with pytest.raises(ValueError, match=r"takes no torch.float64 with a clip of torch.uint8"):
@@ -202,10 +261,22 @@ def test_forward_keeps_one_tensor_of_the_size_of_the_prediction_and_none_without
 
 def test_a_clip_gives_the_same_alone_and_again():
     predicted, clip, index, tubelet = arguments()
-    first = reconstruction.token_errors(predicted.detach(), clip, index, tubelet, "channel", torch.float32, torch.float32)
-    alone = reconstruction.token_errors(predicted.detach()[1:], clip[1:], index[1:], tubelet, "channel", torch.float32, torch.float32)
+    first = reconstruction.token_errors(
+        predicted.detach(), clip, index, tubelet, "channel", torch.float32, torch.float32
+    )
+    alone = reconstruction.token_errors(
+        predicted.detach()[1:],
+        clip[1:],
+        index[1:],
+        tubelet,
+        "channel",
+        torch.float32,
+        torch.float32,
+    )
     assert all(torch.equal(x[1:], y) for x, y in zip(first, alone, strict=True))
-    losses = [reconstruction_loss(predicted, clip, index, tubelet, "channel", "triton") for _ in range(3)]
+    losses = [
+        reconstruction_loss(predicted, clip, index, tubelet, "channel", "triton") for _ in range(3)
+    ]
     assert all(torch.equal(losses[0], loss) for loss in losses)
 
 
@@ -214,11 +285,16 @@ def test_compiling_and_checkpointing_change_nothing():
     weight = weights()
 
     def loss_of(predicted):
-        return reconstruction_loss_and_targets(predicted, clip, index, tubelet, "channel", "triton", weight_BM=weight)[0]
+        return reconstruction_loss_and_targets(
+            predicted, clip, index, tubelet, "channel", "triton", weight_BM=weight
+        )[0]
 
     expected = loss_of(predicted)
-    gradient, = torch.autograd.grad(expected, predicted)
-    for other in (torch.compile(loss_of, fullgraph=True, backend="aot_eager"), lambda x: checkpoint(loss_of, x, use_reentrant=False)):
+    (gradient,) = torch.autograd.grad(expected, predicted)
+    for other in (
+        torch.compile(loss_of, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(loss_of, x, use_reentrant=False),
+    ):
         loss = other(predicted)
         assert torch.equal(loss, expected)
         assert torch.equal(torch.autograd.grad(loss, predicted)[0], gradient)
@@ -234,10 +310,17 @@ def test_autocast_changes_nothing():
 def test_is_a_proper_torch_operation():
     predicted, clip, index, tubelet = arguments()
     for residual, target in ((torch.float32, torch.bfloat16), (None, None), (torch.float16, None)):
-        OPCHECK(reconstruction.token_errors, (predicted.detach(), clip, index, tubelet, "channel", residual, target))
+        OPCHECK(
+            reconstruction.token_errors,
+            (predicted.detach(), clip, index, tubelet, "channel", residual, target),
+        )
     transposed = predicted.detach().transpose(1, 2).contiguous().transpose(1, 2)
-    OPCHECK(reconstruction.token_errors, (transposed, clip, index, tubelet, "none", torch.float32, None))
-    OPCHECK(reconstruction.scale_tokens, (transposed, torch.ones(()).expand(2, 5), 0.5, torch.float16))
+    OPCHECK(
+        reconstruction.token_errors, (transposed, clip, index, tubelet, "none", torch.float32, None)
+    )
+    OPCHECK(
+        reconstruction.scale_tokens, (transposed, torch.ones(()).expand(2, 5), 0.5, torch.float16)
+    )
 
 
 @pytest.mark.parametrize("weight", [None, weights(2).double()])
@@ -245,12 +328,18 @@ def test_reference_gradient_with_weights(weight):
     predicted, clip, index, tubelet = arguments(count=2)
     predicted = predicted.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda x: reconstruction_loss(x, clip.double() / 255, index, tubelet, "channel", "reference", weight_BM=weight), predicted)
+        lambda x: reconstruction_loss(
+            x, clip.double() / 255, index, tubelet, "channel", "reference", weight_BM=weight
+        ),
+        predicted,
+    )
 
 
 def poisoned(empty):
     """torch.empty whose floating point memory is NaN."""
+
     def nan(*args, **kwargs):
         out = empty(*args, **kwargs)
         return out.fill_(math.nan) if out.is_floating_point() else out
+
     return nan

@@ -1,8 +1,11 @@
-"""Many runs in one process group, because a launch is mostly imports: what test_launcher.py has started.
+"""Many runs in one process group, because a launch is mostly imports: what test_launcher.py has
+started.
 
-Arguments: a YAML file of [{name, stage, config, overrides, crash_after, poison}, ...], and the folder of the runs. With `crash_after` a
-run is done, then everything after that step is forgotten as if the machine had failed, and the run is started again. With `poison` the
-loss of the last rank is not finite in step 2, and in step 4 one number of what that rank updates weights by; these change no weight.
+Arguments: a YAML file of [{name, stage, config, overrides, crash_after, poison}, ...], and the
+folder of the runs. With `crash_after` a run is done, then everything after that step is forgotten
+as if the machine had failed, and the run is started again. With `poison` the loss of the last rank
+is not finite in step 2, and in step 4 one number of what that rank updates weights by; these change
+no weight.
 """
 
 import shutil
@@ -23,7 +26,9 @@ STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, Finetun
 
 
 def main() -> None:
-    runs, folder = (Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    runs, folder = (
+        Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank")
+    )
     for spec in yaml.safe_load(runs.read_text()):
         output, (stage, schema) = folder / spec["name"], STAGES[spec["stage"]]
         start = load_config(spec["config"], [*spec["overrides"], f"output={output}"], schema)
@@ -42,14 +47,19 @@ def poisoned() -> Iterator[None]:
     healthy_backward, healthy_step = Engine.backward, Engine.step
 
     def backward(self: Engine, loss: torch.Tensor, *, last: bool) -> None:
-        is_bad = self.deepspeed.global_steps + 1 == 2 and self.rank == self.world_size - 1 and not last
+        is_bad = (
+            self.deepspeed.global_steps + 1 == 2 and self.rank == self.world_size - 1 and not last
+        )
         healthy_backward(self, loss * float("nan") if is_bad else loss, last=last)
 
     def step(self: Engine, lr: float) -> StepResult:
         number, stage = self.deepspeed.global_steps + 1, self.facts["zero_stage"]
         before = self.full_state()
-        if number == 4 and (stage == 0 or self.rank == self.world_size - 1):  # in stage 0 ranks have the same gradients
-            gradients = device_step.gradients(self.deepspeed.optimizer, list(self.deepspeed.module.parameters()), stage)
+        # in stage 0 ranks have the same gradients
+        if number == 4 and (stage == 0 or self.rank == self.world_size - 1):
+            gradients = device_step.gradients(
+                self.deepspeed.optimizer, list(self.deepspeed.module.parameters()), stage
+            )
             next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("inf")
         result = healthy_step(self, lr)
         is_same = all(torch.equal(before[name], value) for name, value in self.full_state().items())
