@@ -91,7 +91,7 @@ def _escape(letter: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier
     one.
 
@@ -102,9 +102,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:
         building = Path(work) / "new"
         write(building)
+        if building.is_file():
+            _to_disk(building)
         if path.is_dir():  # a file is replaced by the rename itself
             os.replace(path, Path(work) / "old")
         os.replace(building, path)
+
+
+def _to_disk(file: Path) -> None:
+    """A rename may outlive a power cut that the bytes of the file do not."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def draw_or_tell(
@@ -255,41 +264,69 @@ def choose_folder(output: str, model: str, name: str = "") -> Path:
     )
 
 
-def check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises: ValueError where the folder has results that were made with other settings (as
-    `write_metrics` keeps them).
+def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compares the settings that a folder's `file` holds with those of now, as JSON keeps them.
+
+    Raises: ValueError naming the first setting that is another, and the remedy.
     """
+    for key, value in as_read_back(settings).items():
+        if before.get(key) == value:
+            continue
+        change = f"{key} = {before.get(key)}, now {value}"
+        if key == LIST_DIGEST:
+            change = "another list of this name"
+        raise ValueError(
+            f"{file}: was made with {change}; choose another folder, or remove this one"
+        )
+
+
+def check_made_with(
+    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None
+) -> None:
+    """A folder that a stage writes is new, or `file` in it holds these very settings.
+
+    earlier: what earlier versions did, and had no setting for.
+    Raises: ValueError naming what is there, and the remedy.
+    """
+    folder = file.parent
+    if not file.is_file():
+        # What a stopped writer leaves is hidden.
+        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+            raise ValueError(
+                f"{folder}: is not empty and has no {file.name}; choose another folder"
+            )
+        return
+    try:
+        before = {**(earlier or {}), **json.loads(file.read_bytes())}
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: is not readable; choose another folder") from None
+    check_settings(file, before, settings)
+
+
+def check_results(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises: ValueError where the folder has a metrics.json that was made with other settings."""
     file = folder / METRICS_FILE
     if not file.exists():
         return
     try:
-        before = {
-            **AS_EARLIER,
-            LIST_DIGEST: settings.get(LIST_DIGEST),
-            **json.loads(file.read_bytes())["settings"],
-        }
-        changes = [
-            "another list of this name"
-            if key == LIST_DIGEST
-            else f"{key} = {before.get(key)}, now {value}"
-            for key, value in as_read_back(settings).items()
-            if before.get(key) != value
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        written = json.loads(file.read_bytes())["settings"]
+        before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **written}
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    if changes:
-        raise ValueError(f"{file}: was made with {changes[0]}; choose another output, or remove it")
+    check_settings(file, before, settings)
 
 
 def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
-    write_text(folder / METRICS_FILE, json_text({"settings": settings, **metrics}, indent=2) + "\n")
+    write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `json_text` that a person can read, whole or not at all."""
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
-
-    def write(unfinished: Path) -> None:
-        unfinished.write_text(unicode_text(text), encoding="utf-8")
-
-    write_whole(path, write)
+    data = unicode_text(text).encode()
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data))

@@ -20,9 +20,7 @@ from video_mae import (
     ObjectiveConfig,
     VideoClassifier,
     VideoMAE,
-    finetune,
     load_config,
-    pretrain,
     save_model_folder,
 )
 from video_mae.cli import main
@@ -31,6 +29,7 @@ from video_mae.data import read_annotations
 from video_mae.data.labels import class_file, read_labeled
 from video_mae.data.lists import format_line
 from video_mae.files import Register, json_text, read_text, unicode_text
+from video_mae.training import finetune, pretrain
 from video_mae.training.journal import Journal
 
 MODEL = ModelConfig(

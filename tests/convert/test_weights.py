@@ -18,8 +18,8 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
     tube_mask,
-    weights,
 )
+from video_mae.convert import model_folder as weights
 
 MODEL = ModelConfig(
     num_frames=4,

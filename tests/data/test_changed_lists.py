@@ -15,7 +15,7 @@ from video_mae.config import DataConfig, FinetuneConfig, PretrainConfig
 from video_mae.config.data import SourceConfig, WeightedSourceConfig
 from video_mae.config.schema import to_dict
 from video_mae.data import read_annotations, read_sources
-from video_mae.files import check_folder, write_metrics
+from video_mae.files import check_results, write_metrics
 from video_mae.tools.pack import PackConfig
 from video_mae.tools.pack import start as pack
 from video_mae.training.finetune import prepare as prepare_finetuning
@@ -173,18 +173,18 @@ def test_a_validation_list_is_part_of_a_run_too(
 
 def test_results_of_another_list_are_not_written_over(tmp_path: Path) -> None:
     write_metrics(tmp_path, {"list": "val.txt", "list_sha256": "a"}, {})
-    check_folder(tmp_path, {"list": "val.txt", "list_sha256": "a"})
+    check_results(tmp_path, {"list": "val.txt", "list_sha256": "a"})
     with pytest.raises(
         ValueError,
         match=r"metrics\.json: was made with another list of this name; choose another output, or remove it",
     ):
-        check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})
+        check_results(tmp_path, {"list": "val.txt", "list_sha256": "b"})
     write_metrics(tmp_path, {"list": "val.txt"}, {})  # of an earlier version
-    check_folder(tmp_path, {"list": "val.txt", "list_sha256": "b"})
+    check_results(tmp_path, {"list": "val.txt", "list_sha256": "b"})
 
 
 def test_results_of_before_a_setting_had_it_as_it_was_then(tmp_path: Path) -> None:
     write_metrics(tmp_path, {"model": "m"}, {})
-    check_folder(tmp_path, {"model": "m", "antialias": True, "list_sha256": "b"})
+    check_results(tmp_path, {"model": "m", "antialias": True, "list_sha256": "b"})
     with pytest.raises(ValueError, match="was made with antialias = True, now False"):
-        check_folder(tmp_path, {"model": "m", "antialias": False})
+        check_results(tmp_path, {"model": "m", "antialias": False})

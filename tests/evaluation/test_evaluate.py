@@ -22,11 +22,11 @@ from video_mae import (
     VideoMAE,
     classify_video,
     load_pretrained,
-    predict,
     save_model_folder,
 )
 from video_mae.config.frozen import EvaluateConfig, PredictConfig
 from video_mae.config.schema import parse
+from video_mae.evaluation import predict
 from video_mae.evaluation.evaluate import prepare, start
 from video_mae.evaluation.predict import merge_views, views_of
 

@@ -28,7 +28,7 @@ from video_mae.evaluation.ranks import Ranks
 from video_mae.evaluation.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
 from video_mae.files import (
     LIST_DIGEST,
-    check_folder,
+    check_results,
     choose_folder,
     draw_or_tell,
     json_text,
@@ -113,7 +113,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
         "bad_videos_are": "left out" if config.skip_bad else "wrong",
     }
     folder = choose_folder(config.output, model)
-    check_folder(folder, settings)
+    check_results(folder, settings)
     names = names_of(head) if head.class_names or not videos.class_names else videos.class_names
     return Plan(config, classifier, videos, views, workers, names, folder, settings, told)
 

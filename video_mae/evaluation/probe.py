@@ -46,7 +46,7 @@ from video_mae.evaluation.heads import (
 from video_mae.evaluation.predict import merge_views
 from video_mae.evaluation.ranks import Ranks
 from video_mae.evaluation.scores import Scores
-from video_mae.files import LIST_DIGEST, check_folder, choose_folder, write_metrics, write_text
+from video_mae.files import LIST_DIGEST, check_results, choose_folder, write_metrics, write_text
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.engine import world_from_environment
 
@@ -151,7 +151,7 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     folder = choose_folder(
         config.output, model, "probe" if config.weights == "pretrained" else "probe_random"
     )
-    check_folder(folder, settings)
+    check_results(folder, settings)
     return Plan(config, encoder, lists, views, workers, folder, settings)
 
 
