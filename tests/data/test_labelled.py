@@ -10,16 +10,15 @@ import torch
 from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.model import Sampling
 from video_mae.data.augment import crop_clip
-from video_mae.data.dataset import collate
-from video_mae.data.device_crop import Crop
-from video_mae.data.labelled import (
+from video_mae.data.dataset import (
     LabelledClips,
     ShareSampler,
     ValidationClips,
+    collate,
     frame_choice,
-    read_training_videos,
-    read_validation_videos,
 )
+from video_mae.data.device_crop import Crop
+from video_mae.data.videos import read_training_videos, read_validation_videos
 
 WHOLE = Crop((0, 0, 48, 48), flip=False)
 Tiny = Callable[..., FinetuneConfig]

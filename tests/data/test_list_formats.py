@@ -12,9 +12,8 @@ import pytest
 
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
-from video_mae.data import annotations, read_annotations, read_sources
-from video_mae.data.labels import read_labeled
-from video_mae.data.videos import VideoList
+from video_mae.data import paths, read_annotations, read_sources
+from video_mae.data.videos import VideoList, read_labeled
 from video_mae.evaluation.extract import _paths
 from video_mae.tools.doctor import DoctorConfig
 from video_mae.tools.doctor import start as doctor
@@ -207,7 +206,7 @@ def test_every_stage_reads_the_same_formats_and_tells_them(
     assert V2 in read_sources(DataConfig(source=v2), 3).by_key["data.source"].notes[0]
     assert read_items(frames, "", "frames_label")[0][0][:3] == (video, "a.mp4", 4)
     assert _paths(frames, "", "frames_label") == (video,)
-    assert read_labeled("LIST", frames, list_format="frames_label").labels == (4,)
+    assert read_labeled("LIST", frames, list_format="frames_label").label_M.tolist() == [4]
 
 
 def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
@@ -220,8 +219,8 @@ def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
     ]
     (tmp_path / "list").write_text("".join(names))
     asked: list[str] = []
-    ask = annotations.is_regular
-    monkeypatch.setattr(annotations, "is_regular", lambda path: asked.append(path) or ask(path))
+    ask = paths.is_regular
+    monkeypatch.setattr(paths, "is_regular", lambda path: asked.append(path) or ask(path))
     read_labeled("LIST", str(tmp_path / "list"), num_classes=400)  # what is loaded once
     begin = time.process_time()
     read_labeled("LIST", str(tmp_path / "list"), num_classes=400)
@@ -236,7 +235,7 @@ def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
     # the bytes of a path, where it ends, its label; it was 250 more
     assert held < len(videos) * (length * 1.2 + 20)
     assert most < len(videos) * (length * 1.2 + 90)
-    assert videos.videos[49_999] == (
+    assert videos[49_999] == (
         str(tmp_path / "some_long_name_of_a_video_000499.mp4"),
         {"label": 399},
     )

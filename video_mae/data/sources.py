@@ -3,15 +3,16 @@
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
-from video_mae.data.annotations import read_annotations
-from video_mae.data.sampling import EpochStream, Key, ShardStream, block_order
-from video_mae.data.shards import PackedVideos
-from video_mae.data.videos import VideoList
+from video_mae.data.sampling import Key, ShardStream, sample_rng
+from video_mae.data.shards import Members
+from video_mae.data.videos import VideoList, read_annotations
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode, is_video
 
 BLOCK = 1000
@@ -30,14 +31,6 @@ class Source:
     config: SourceConfig
     videos: VideoList
     first: int
-
-    def stream(self, seed: int, number: int | None = None) -> EpochStream | ShardStream:
-        """Its videos, epoch after epoch, in orders of its own; number: which of several sources it
-        is.
-        """
-        if isinstance(self.videos, PackedVideos):
-            return ShardStream(self.videos.shard_sizes(), self.config.shuffle_window, seed, number)
-        return EpochStream(len(self.videos), seed, number)
 
 
 class Sources:
@@ -89,9 +82,34 @@ class Sources:
         In every BLOCK of positions a source has its share, rounded, at drawn places; which of its
         videos come there are its own epochs, one after another.
         """
-        if len(self.parts) == 1:
-            return self.parts[0].stream(seed).key_at
-        return _Mixture(self, seed).key_at
+        is_mixed, streams = len(self.parts) > 1, list[ShardStream]()
+        for number, source in enumerate(self.parts):
+            paths, sizes_S = source.videos.paths, np.array([len(source.videos)])
+            if isinstance(paths, Members):
+                sizes_S = paths.shard_sizes()
+            window = source.config.shuffle_window
+            streams.append(ShardStream(sizes_S, window, seed, number if is_mixed else None))
+        if not is_mixed:
+            return streams[0].key_at
+        quotas = self.quotas()
+
+        @lru_cache(maxsize=1)
+        def drawn(block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            """Of each place in a block its source, and how many of that have come before it."""
+            rng, turn = sample_rng(seed, block), np.empty(BLOCK, dtype=np.int64)
+            order = rng.permutation(np.repeat(np.arange(len(quotas)), quotas))
+            for number, quota in enumerate(quotas):
+                turn[order == number] = np.arange(quota)
+            return order, turn
+
+        def key_at(position: int) -> Key:
+            block, place = divmod(position, BLOCK)
+            order, turn = drawn(block)
+            number = int(order[place])
+            epoch, index = streams[number].key_at(block * quotas[number] + int(turn[place]))
+            return epoch, self.parts[number].first + index
+
+        return key_at
 
     def describe(self) -> str:
         """One line about several sources; of one it is empty."""
@@ -145,28 +163,3 @@ def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
     raise ValueError(
         f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: {first.decoder}: {reason}"
     )
-
-
-class _Mixture:
-    def __init__(self, sources: Sources, seed: int) -> None:
-        self.seed, self.quotas = seed, sources.quotas()
-        self.firsts = [source.first for source in sources.parts]
-        self.streams = [source.stream(seed, number) for number, source in enumerate(sources.parts)]
-        self._block, self._order, self._turn = (
-            -1,
-            np.empty(0, dtype=np.int64),
-            np.empty(0, dtype=np.int64),
-        )
-
-    def key_at(self, position: int) -> Key:
-        block, place = divmod(position, BLOCK)
-        if block != self._block:
-            self._block, self._order = block, block_order(self.seed, block, self.quotas)
-            self._turn = np.empty(BLOCK, dtype=np.int64)
-            for source, quota in enumerate(self.quotas):
-                self._turn[self._order == source] = np.arange(quota)
-        source = int(self._order[place])
-        epoch, index = self.streams[source].key_at(
-            block * self.quotas[source] + int(self._turn[place])
-        )
-        return epoch, self.firsts[source] + index

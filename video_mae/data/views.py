@@ -166,7 +166,7 @@ class ViewDataset(Dataset[ViewedVideo]):
         try:
             return ViewedVideo(index, self.views.read(self.paths[index]), None)
         except VideoDecodeError as error:
-            return ViewedVideo(index, None, Failure.of(error))
+            return ViewedVideo(index, None, Failure(*error.args))
 
 
 def make_view_loader(
@@ -183,4 +183,4 @@ def make_view_loader(
             dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers)
         )
 
-    return Loader(make, -(-len(order) // batch_size))
+    return Loader(make)

@@ -156,7 +156,7 @@ class PieceStream(IterableDataset[Piece]):
             try:
                 yield from self._pieces(video)
             except VideoDecodeError as error:
-                yield Piece(video, failure=Failure.of(error))
+                yield Piece(video, failure=Failure(*error.args))
 
     def _pieces(self, video: int) -> Iterator[Piece]:
         path, times = self.paths[video], None

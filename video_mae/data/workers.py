@@ -1,14 +1,24 @@
-"""How many processes decode, and with how many threads: together never more than there are cores."""
+"""How many processes decode, and with how many threads: together never more than there are cores;
+what clips cost there, stage by stage, and what to do about it where the model has to wait for them.
+"""
 
 import ctypes
+import math
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from video_mae.config import DataConfig
 from video_mae.config.world import ranks_here
 
 MOST_WORKERS, MOST_THREADS = 16, 4
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 LARGEST_KEPT = 2**25  # bytes; glibc takes no more
+WAIT = 0.05
+"""Share of a step spent waiting for data, above which there is something to say."""
+AMPLE = 1.25
+"""Where workers could make so many times what is taken, it is not they that are too slow."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +83,101 @@ def keep_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+class Costs(NamedTuple):
+    """Seconds spent on clips: waiting for the disk, decoding with the opening of files, cropping
+    and augmenting, joining clips into a batch, copying the batch to the device.
+    """
+
+    reading: float = 0.0
+    decoding: float = 0.0
+    augmenting: float = 0.0
+    collating: float = 0.0
+    copying: float = 0.0
+
+    @classmethod
+    def total(cls, costs: Iterable["Costs"]) -> "Costs":
+        """The sum of several."""
+        return cls(*(sum(stage) for stage in zip(*costs, strict=True)))
+
+
+def advise(
+    data_wait: float,
+    milliseconds: Mapping[str, float],
+    clips_per_second: float,
+    *,
+    data: DataConfig,
+    workers: Workers,
+    world_size: int,
+    packed: str = "",
+    augments_in_workers: bool = False,
+) -> tuple[str, str] | None:
+    """The stage that limits a run, and one line of what it is and what would help; None where the
+    wait for data is short.
+
+    milliseconds: of one clip in each stage of Costs; clips_per_second: of all ranks, with the wait.
+    packed: the form in which a packed list is. augments_in_workers: whether they do more to the
+    pixels of clips than to crop them.
+    """
+    if data_wait <= WAIT or clips_per_second <= 0:
+        return None
+    of_worker = Costs(**{**milliseconds, "copying": 0.0})
+    copying, of_ranks = milliseconds["copying"], 1e3 * world_size
+    demand = clips_per_second / max(1 - data_wait, 1e-3)
+    supply = of_ranks * max(workers.num, 1) / max(sum(of_worker), 1e-6)
+    copied = of_ranks / max(copying, 1e-6)
+    wait = f"data wait {data_wait:.0%}"
+    if workers.num and copied >= min(supply, demand) and supply > AMPLE * demand:
+        return "handing over", (
+            f"{wait}, though {workers.num} workers a rank make {supply:.0f} clips/s and the model "
+            f"would take {demand:.0f}: batches come unevenly, "
+            f"data.prefetch_batches={2 * data.prefetch_batches}, or a smaller optim.micro_batch "
+            "with more optim.accumulation"
+        )
+    stage = max(of_worker._fields, key=lambda name: getattr(of_worker, name))
+    needed = math.ceil(demand * sum(of_worker) / of_ranks)
+    cost = (
+        f"{wait}: of {sum(of_worker):.1f} ms a clip {stage} takes {getattr(of_worker, stage):.1f}"
+    )
+    remedies: list[str] = []
+    if copied < min(supply, demand):
+        stage, cost = (
+            "copying",
+            (
+                f"{wait}: copying a clip to the device takes {copying:.1f} ms, so {copied:.0f} clips/s,"
+            ),
+        )
+    elif not workers.num:
+        return "no workers", (
+            f"{cost}, while the model waits: data.num_workers={min(needed, workers.share)} would "
+            "work beside it"
+        )
+    else:
+        cost = f"{cost}; {workers.num} workers a rank give {supply:.0f} clips/s,"
+        most = min(workers.share // workers.threads, needed)
+        if most > workers.num:
+            remedies.append(f"data.num_workers={most}")
+        elif workers.threads > 1:
+            remedies.append("data.decoder_threads=1 with more data.num_workers")
+        if needed > workers.share:
+            remedies.append(f"more cores ({needed} a rank)")
+    on_device, has_videos = data.crop_where == "device", packed != "frames"
+    disk, pack = "a faster disk", "`video-mae pack`"
+    table = (
+        ("reading decoding", True, f"data.clips_per_video={2 * data.clips_per_video}"),
+        ("decoding", has_videos and not data.short_side, "data.short_side"),
+        ("augmenting", augments_in_workers, "augment.where=device"),
+        ("augmenting", not on_device, "data.crop_where=device"),
+        ("collating copying", on_device, "data.crop_where=worker"),
+        ("collating copying", on_device and not data.short_side, "data.short_side"),
+        ("collating copying", on_device, "more data.clips_per_video"),
+        ("reading", packed, disk),
+        ("reading", not packed, f"{disk}, or {pack} (few files, read in order)"),
+        ("decoding", packed == "video", "`video-mae pack --form frames`"),
+        ("decoding", not packed, pack),
+    )
+    remedies += [remedy for stages, helps, remedy in table if stage in stages.split() and helps]
+    if not remedies:
+        remedies = ["smaller clips, or fewer bytes between this machine's memory and the device"]
+    return stage, f"{cost} the model would take {demand:.0f}: {', '.join(remedies)}"

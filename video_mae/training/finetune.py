@@ -13,18 +13,10 @@ from einops import rearrange
 from video_mae.config import FinetuneConfig, ModelConfig
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.augment import mix_batch, strengthen_clip
-from video_mae.data.dataset import Batch
-from video_mae.data.labelled import (
-    LabelledClips,
-    ShareSampler,
-    ValidationClips,
-    read_training_videos,
-    read_validation_videos,
-)
-from video_mae.data.loader import make_loader
-from video_mae.data.prefetch import DevicePrefetcher
+from video_mae.data.dataset import Batch, LabelledClips, ShareSampler, ValidationClips
+from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import sample_seed
-from video_mae.data.videos import VideoList
+from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Run, Stage, check_run, is_due, run_and_leave, train
