@@ -5,14 +5,14 @@ R crops of a video, B = videos x R clips of a batch, T frames, H W pixels, C cha
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
 from video_mae.data.augment import crop_box, crop_clip, strengthen_clip
@@ -191,23 +191,27 @@ class ClipDataset(Dataset[Sample]):
 
     def sample(self, decoded: Decoded, epoch: int, index: int, used: int) -> Sample:
         """The crops of the frames of the video `used`, for the place (epoch, index) of the stream."""
-        frames_THWC, draws = torch.from_numpy(decoded.clip_THWC), range(self.data.clips_per_video)
+        data, frames_THWC = self.data, torch.from_numpy(decoded.clip_THWC)
+        _, height, width, _ = frames_THWC.shape
+        seeds, crops = list[int](), list[Crop]()
+        for draw in range(data.clips_per_video):
+            seeds.append(sample_seed(self.seed, epoch, index, draw))
+            rng = sample_rng(self.seed, epoch, index, draw)
+            box = crop_box(data, height, width, self.height, self.width, rng)
+            crops.append(Crop(box, data.flip and bool(rng.random() < 0.5)))
         place, info = self.paths[used]
-        seeds_R = torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws])
-        sample = Sample((frames_THWC,), seeds_R, info["label"], used)
+        sample = Sample((frames_THWC,), torch.tensor(seeds), info["label"], used)
         if decoded.fallback:
             sample.fallback = Failure(str(place), decoded.decoder, decoded.fallback)
-        crops = tuple(self._draw(frames_THWC, epoch, index, draw) for draw in draws)
-        if self.data.crop_where == "device":
-            sample.crops = crops
+        if data.crop_where == "device":
+            sample.crops = tuple(crops)
             sample.crop_size = CropSize(
-                self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+                self.num_frames, self.height, self.width, data.sixteen_bit, self.antialias
             )
         else:
-            cut = [self._cut(frames_THWC, crop) for crop in crops]
             sample.clips = tuple(
-                self._finish(clip_THWC, int(seed))
-                for clip_THWC, seed in zip(cut, seeds_R, strict=True)
+                self._finish(self._cut(frames_THWC, crop), seed)
+                for crop, seed in zip(crops, seeds, strict=True)
             )
         return sample
 
@@ -219,12 +223,6 @@ class ClipDataset(Dataset[Sample]):
             rng=rng,
             reach_end=self.data.reach_end,
         )
-
-    def _draw(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> Crop:
-        rng = sample_rng(self.seed, epoch, index, draw)
-        _, height, width, _ = frames_THWC.shape
-        box = crop_box(self.data, height, width, self.height, self.width, rng)
-        return Crop(box, self.data.flip and bool(rng.random() < 0.5))
 
     def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
         clip_THWC = crop_clip(
@@ -312,24 +310,10 @@ class ValidationClips(Dataset[Sample]):
         return Sample((black_THWC,), torch.zeros(1, dtype=torch.int64), 0, -1, tuple(failures))
 
 
-@dataclass(eq=False)
-class ShareSampler(Sampler[list[int]]):
+def share_batches(num_videos: int, batch: int, rank: int, world_size: int) -> list[list[int]]:
     """Batches of one rank that visit `num_videos` once over all ranks, equally many and equally
     long on each: -1 fills them up.
     """
-
-    num_videos: int
-    batch: int
-    rank: int
-    world_size: int
-
-    def __len__(self) -> int:
-        return -(-self.num_videos // (self.batch * self.world_size))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for turn in range(len(self)):
-            first = (turn * self.world_size + self.rank) * self.batch
-            yield [
-                index if index < self.num_videos else -1
-                for index in range(first, first + self.batch)
-            ]
+    turns = -(-num_videos // (batch * world_size))
+    index = np.arange(turns * world_size * batch).reshape(turns, world_size, batch)[:, rank]
+    return np.where(index < num_videos, index, -1).tolist()

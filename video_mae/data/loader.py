@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
@@ -33,19 +33,19 @@ Item = TypeVar("Item")
 
 def make_loader(
     dataset: Dataset[Sample],
-    sampler: Sampler[Any],
+    batches: Iterable[Any],
     data: DataConfig,
     say: Callable[[str], None] = print,
 ) -> "Loader[Batch]":
-    """Batches of the sampler's micro-batches, in its order, the same for any number of workers and
-    threads.
+    """The micro-batches whose keys `batches` gives, in their order, the same for any number of
+    workers and threads.
     """
     workers = plan_workers(data.num_workers, data.decoder_threads).num
 
     def make(delivered: int) -> "DataLoader[Any]":
         return DataLoader(
             dataset,
-            batch_sampler=islice(sampler, delivered, None),
+            batch_sampler=islice(batches, delivered, None),
             collate_fn=collate,
             **worker_options(workers, data.prefetch_batches),
         )

@@ -51,15 +51,13 @@ class Views:
         clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling != "dense":
-            parts, first_S1 = (
-                (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
-            )
-            return (places_T * parts + first_S1) * num_video_frames // (self.num_frames * parts)
+            parts = self.num_clips
+            if parts == 1:
+                parts, clips_S1 = 2, clips_S1 + 1
+            return (places_T * parts + clips_S1) * num_video_frames // (self.num_frames * parts)
         num_strided = -(-num_video_frames // self.stride)
-        return self.stride * np.minimum(
-            _spread(max(num_strided - self.num_frames, 0), self.num_clips)[:, None] + places_T,
-            num_strided - 1,
-        )
+        starts_S = _spread(max(num_strided - self.num_frames, 0), self.num_clips)
+        return self.stride * np.minimum(starts_S[:, None] + places_T, num_strided - 1)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size (height, width) that a frame is brought to: the smallest that covers the
@@ -73,11 +71,9 @@ class Views:
         """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer
         side, the middle where it is one.
         """
-        tops, lefts = (
-            _spread(height - self.height, self.num_crops),
-            _spread(width - self.width, self.num_crops),
-        )
-        return tuple((int(top), int(left)) for top, left in zip(tops, lefts, strict=True))
+        tops = _spread(height - self.height, self.num_crops).tolist()
+        lefts = _spread(width - self.width, self.num_crops).tolist()
+        return tuple(zip(tops, lefts, strict=True))
 
     def read(self, path: Place) -> "VideoViews":
         """Opens a video once and keeps the frames that some view needs, resized. Raises:
@@ -108,11 +104,9 @@ class Views:
 
 def _spread(free: int, num: int) -> NDArray[np.int64]:
     """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
-    return (
-        np.arange(num, dtype=np.int64) * free // (num - 1)
-        if num > 1
-        else np.array([free // 2], dtype=np.int64)
-    )
+    if num == 1:
+        return np.array([free // 2])
+    return np.arange(num, dtype=np.int64) * free // (num - 1)
 
 
 @dataclass(frozen=True)
@@ -153,11 +147,12 @@ class ViewedVideo:
     failure: Failure | None
 
 
+@dataclass(frozen=True)
 class ViewDataset(Dataset[ViewedVideo]):
     """dataset[index]: the views of a video; one that cannot be decoded is told, not replaced."""
 
-    def __init__(self, paths: Sequence[Place], views: Views) -> None:
-        self.paths, self.views = paths, views
+    paths: Sequence[Place]
+    views: Views
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from video_mae.config import DataConfig
-from video_mae.data.augment import crop_box, crop_clip
+from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
@@ -90,15 +89,7 @@ class Windows:
         height, width = frame_HWC.shape[:2]
         box = (0, 0, height, width)
         if self.crop == "center":
-            # draws nothing
-            box = crop_box(
-                DataConfig(crop="center"),
-                height,
-                width,
-                self.height,
-                self.width,
-                np.random.default_rng(0),
-            )
+            box = central_box(height, width, self.width / self.height)
         return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
 
 
@@ -138,33 +129,33 @@ class Piece:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True)
 class PieceStream(IterableDataset[Piece]):
     """Videos from start to end as pieces of at most batch_size clips; with workers each video is
     read by one of them.
     """
 
-    def __init__(
-        self, paths: Sequence[Place], videos: Sequence[int], windows: Windows, batch_size: int
-    ) -> None:
-        self.paths, self.videos, self.windows, self.batch_size = paths, videos, windows, batch_size
+    paths: Sequence[Place]
+    videos: Sequence[int]
+    windows: Windows
+    batch_size: int
 
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
-        for video in (
-            self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
-        ):
+        mine = self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
+        for video in mine:
             try:
                 yield from self._pieces(video)
             except VideoDecodeError as error:
                 yield Piece(video, failure=Failure(*error.args))
 
     def _pieces(self, video: int) -> Iterator[Piece]:
-        path, times = self.paths[video], None
+        path, is_first = self.paths[video], True
         clips = self.windows.clips(path)
         while batch := list(islice(clips, self.batch_size)):
-            first = clip_times(path, batch[0][0], self.windows) if times is None else None
-            times = times or first
-            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), first)
+            times = clip_times(path, batch[0][0], self.windows) if is_first else None
+            is_first = False
+            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), times)
 
 
 def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":
