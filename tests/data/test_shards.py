@@ -167,7 +167,7 @@ def test_what_is_missing_cut_or_unfinished_is_told_before_anything_starts(
         folder = copied(folders["video"], tmp_path / str(len(list(tmp_path.iterdir()))))
         damage(folder)
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-            read_annotations(SourceConfig(source=str(folder)), "data.sources.packed")
+            read_annotations(SourceConfig(source=str(folder)), "data.sources.packed.source")
         assert str(error.value).startswith("data.sources.packed.source: ")
         assert "\n" not in str(error.value)
 

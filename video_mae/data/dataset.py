@@ -111,12 +111,11 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Joins samples into a batch."""
     begin = time.perf_counter()
-    counts = torch.tensor([len(sample.seeds_R) for sample in samples])
     seeds_B = torch.cat([sample.seeds_R for sample in samples])
     clips = [clip for sample in samples for clip in sample.clips]
-    if samples[0].crop_size is not None:
-        crops = [sample.crops for sample in samples]
-        clip_BTHWC: Any = UncutClips.gather(clips, crops, samples[0].crop_size)
+    size, num_crops = samples[0].crop_size, len(samples[0].seeds_R)
+    if size is not None:
+        clip_BTHWC: Any = UncutClips.gather(clips, [sample.crops for sample in samples], size)
     else:
         clip_BTHWC = for_trainer((len(clips), *clips[0].shape), clips[0].dtype)
         torch.stack(clips, out=clip_BTHWC)
@@ -125,8 +124,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         clip_BTHWC=clip_BTHWC,
         seeds_B=seeds_B,
         host_seeds_B=seeds_B,
-        label_B=torch.tensor([sample.label for sample in samples]).repeat_interleave(counts),
-        index_B=torch.tensor([sample.index for sample in samples]).repeat_interleave(counts),
+        label_B=torch.tensor([sample.label for sample in samples]).repeat_interleave(num_crops),
+        index_B=torch.tensor([sample.index for sample in samples]).repeat_interleave(num_crops),
         failures=tuple(failure for sample in samples for failure in sample.failures),
         fallbacks=tuple(sample.fallback for sample in samples if sample.fallback is not None),
         costs=Costs.total([*(sample.costs for sample in samples), collating]),
@@ -154,6 +153,9 @@ class ClipDataset(Dataset[Sample]):
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)
         self.paths = Sources([("data", self.data, videos)]) if is_list else videos
+        self.size = CropSize(
+            self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+        )
         self.threads = plan_workers(self.data.num_workers, self.data.decoder_threads).threads
 
     def __len__(self) -> int:
@@ -205,9 +207,7 @@ class ClipDataset(Dataset[Sample]):
             sample.fallback = Failure(str(place), decoded.decoder, decoded.fallback)
         if data.crop_where == "device":
             sample.crops = tuple(crops)
-            sample.crop_size = CropSize(
-                self.num_frames, self.height, self.width, data.sixteen_bit, self.antialias
-            )
+            sample.crop_size = self.size
         else:
             sample.clips = tuple(
                 self._finish(self._cut(frames_THWC, crop), seed)
@@ -304,9 +304,7 @@ class ValidationClips(Dataset[Sample]):
                 return clips.sample(clips.read(index, self.choose), 0, index, index)
             except VideoDecodeError as error:
                 failures.append(Failure(*error.args))
-        shape = clips.num_frames, clips.height, clips.width, clips.in_channels
-        dtype = torch.uint16 if clips.data.sixteen_bit else torch.uint8
-        black_THWC = torch.zeros(shape, dtype=dtype)
+        black_THWC = torch.zeros(*clips.size[:3], clips.in_channels, dtype=clips.size.dtype)
         return Sample((black_THWC,), torch.zeros(1, dtype=torch.int64), 0, -1, tuple(failures))
 
 

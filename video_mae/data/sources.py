@@ -129,7 +129,10 @@ def read_sources(data: DataConfig, in_channels: int) -> Sources:
     that is too small.
     """
     sources = Sources(
-        [(key, config, read_annotations(config, key)) for key, config in data.by_name.items()]
+        [
+            (key, config, read_annotations(config, f"{key}.source"))
+            for key, config in data.by_name.items()
+        ]
     )
     for source in sources.parts:
         _check_first(source, data, in_channels)

@@ -61,25 +61,25 @@ class VideoList(Sequence[tuple[Any, dict[str, int]]]):
         return hashlib.sha256(self.paths.digest + labels.data).hexdigest()
 
 
-def read_annotations(data: SourceConfig, key: str = "data") -> VideoList:
+def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList:
     """The videos of data.source; one without a label has -1.
 
     A list file has lines as `read_list` reads them, or as data.list_format says; relative paths
     start at data.root or at the folder of the list. A folder has a folder per class (`class_names`
     gives their order), searched to any depth, or files without labels; all are videos, or none is.
     A file that a folder would give is itself the only one. The notes of the result tell what a
-    folder holds besides. `key` is what the user calls `data`. A packed folder, or the URL of one,
-    gives Members: see `read_packed`. Every path must lead to a regular file, through links and `..`
+    folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
+    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and `..`
     as well, wherever that is: data sets are made of links. Devices, pipes, sockets, files of the
     kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may be
     named twice.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     if is_packed(data.source):
-        members, label_M, names = read_packed(data.source, f"{key}.source")
+        members, label_M, names = read_packed(data.source, what)
         return VideoList(members, label_M, class_names=names)
     paths, labels, numbers = Paths(), array("q"), array("q")
-    lines, notes = read_entries(data, key)
+    lines, notes = read_entries(data, what)
     for number, path, label, mistake in lines:
         if mistake:
             raise ValueError(f"{place(data.source, number)}: {mistake}")
@@ -100,7 +100,9 @@ def place(source: str, number: int) -> str:
     return f"{source}:{number}" if number else source
 
 
-def read_entries(data: SourceConfig, key: str = "data") -> tuple[Iterator[Line], tuple[str, ...]]:
+def read_entries(
+    data: SourceConfig, what: str = "data.source"
+) -> tuple[Iterator[Line], tuple[str, ...]]:
     """What a list or folder names, in its order, and what is to be told about it; no file is
     touched but the first of a list, and a line that is wrong is a Line with a mistake.
 
@@ -110,21 +112,22 @@ def read_entries(data: SourceConfig, key: str = "data") -> tuple[Iterator[Line],
     source = Path(data.source)
     if data.source == "":
         raise ValueError(
-            f"{key}.source: (empty), name a list file with lines `PATH LABEL` or a folder with a "
+            f"{what}: (empty), name a list file with lines `PATH LABEL` or a folder with a "
             "folder per class"
         )
     if source.is_dir():
         return _read_folder(source)
     if not source.is_file():
         raise FileNotFoundError(
-            f"{key}.source: no such list file or folder: {source}, check the path (this program "
+            f"{what}: no such list file or folder: {source}, check the path (this program "
             f"runs in {Path.cwd()})"
         )
     if _ending(data.source) in EXTENSIONS:
         return iter([Line(0, data.source)]), ()
     if data.root and not Path(data.root).is_dir():
         raise FileNotFoundError(
-            f"{key}.root: no such folder: {data.root}, relative paths of {source} start there"
+            f"{what.replace('source', 'root')}: no such folder: {data.root}, relative paths of "
+            f"{source} start there"
         )
     return read_list(source, data.list_format, os.path.join(data.root or source.parent, ""))
 
@@ -263,11 +266,7 @@ def read_labeled(
     label, a label out of range, classes that do not match.
     """
     data = SourceConfig(source=source, root=root, list_format=list_format)
-    try:
-        videos = read_annotations(data)
-    except (ValueError, FileNotFoundError) as error:
-        message = str(error).replace("data.source", what).replace("data.root", "root")
-        raise type(error)(message) from None
+    videos = read_annotations(data, what)
     found, where = videos.class_names, source
     if found and names:
         there, place_M = np.unique(videos.label_M, return_inverse=True)

@@ -26,7 +26,7 @@ class Workers:
     """Of one rank: `num` processes that decode (0: the one that decodes for the rank itself), and
     threads of each decoder.
 
-    cores: of all ranks on this machine; told: what was asked for and is not done, one line, or "".
+    cores: of all ranks on this machine. told: what was asked for and is not done, one line, or "".
     """
 
     num: int
@@ -122,62 +122,52 @@ def advise(
     """
     if data_wait <= WAIT or clips_per_second <= 0:
         return None
-    of_worker = Costs(**{**milliseconds, "copying": 0.0})
-    copying, of_ranks = milliseconds["copying"], 1e3 * world_size
+    costs, of_ranks = Costs(**milliseconds), 1e3 * world_size
+    total = sum(costs) - costs.copying
     demand = clips_per_second / max(1 - data_wait, 1e-3)
-    supply = of_ranks * max(workers.num, 1) / max(sum(of_worker), 1e-6)
-    copied = of_ranks / max(copying, 1e-6)
-    wait = f"data wait {data_wait:.0%}"
-    if workers.num and copied >= min(supply, demand) and supply > AMPLE * demand:
-        return "handing over", (
-            f"{wait}, though {workers.num} workers a rank make {supply:.0f} clips/s and the model "
-            f"would take {demand:.0f}: batches come unevenly, "
-            f"data.prefetch_batches={2 * data.prefetch_batches}, or a smaller optim.micro_batch "
-            "with more optim.accumulation"
-        )
-    stage = max(of_worker._fields, key=lambda name: getattr(of_worker, name))
-    needed = math.ceil(demand * sum(of_worker) / of_ranks)
-    cost = (
-        f"{wait}: of {sum(of_worker):.1f} ms a clip {stage} takes {getattr(of_worker, stage):.1f}"
-    )
-    remedies: list[str] = []
+    supply = of_ranks * max(workers.num, 1) / max(total, 1e-6)
+    copied = of_ranks / max(costs.copying, 1e-6)
+    stage = slowest = max(Costs._fields[:-1], key=milliseconds.__getitem__)
+    rate = f"{workers.num or 'no'} workers a rank give {supply:.0f} clips/s"
     if copied < min(supply, demand):
-        stage, cost = (
-            "copying",
-            (
-                f"{wait}: copying a clip to the device takes {copying:.1f} ms, so {copied:.0f} clips/s,"
-            ),
-        )
+        stage = slowest = "copying"
+        rate = f"that is {copied:.0f} clips/s"
     elif not workers.num:
-        return "no workers", (
-            f"{cost}, while the model waits: data.num_workers={min(needed, workers.share)} would "
-            "work beside it"
-        )
-    else:
-        cost = f"{cost}; {workers.num} workers a rank give {supply:.0f} clips/s,"
-        most = min(workers.share // workers.threads, needed)
-        if most > workers.num:
-            remedies.append(f"data.num_workers={most}")
-        elif workers.threads > 1:
-            remedies.append("data.decoder_threads=1 with more data.num_workers")
-        if needed > workers.share:
-            remedies.append(f"more cores ({needed} a rank)")
+        stage = "no workers"
+    elif supply > AMPLE * demand:
+        stage = "handing over"
+    needed, share = math.ceil(demand * total / of_ranks), workers.share
+    most = min(share // workers.threads, needed)
     on_device, has_videos = data.crop_where == "device", packed != "frames"
-    disk, pack = "a faster disk", "`video-mae pack`"
+    by_worker, copies = "reading decoding augmenting collating", "collating copying"
+    pack = "`video-mae pack --form frames`" if packed else "`video-mae pack`"
+    disk = "" if packed else ", or `video-mae pack` (few files, read in order)"
     table = (
+        ("handing over", True, "a smaller optim.micro_batch with more optim.accumulation"),
+        ("handing over", True, f"data.prefetch_batches={2 * data.prefetch_batches}"),
+        ("no workers", True, f"data.num_workers={min(needed, share)} to work beside it"),
+        (by_worker, most > workers.num, f"data.num_workers={most}"),
+        (
+            by_worker,
+            most <= workers.num and workers.threads > 1,
+            "data.decoder_threads=1 with more data.num_workers",
+        ),
+        (by_worker, needed > share, f"more cores ({needed} a rank)"),
         ("reading decoding", True, f"data.clips_per_video={2 * data.clips_per_video}"),
         ("decoding", has_videos and not data.short_side, "data.short_side"),
         ("augmenting", augments_in_workers, "augment.where=device"),
         ("augmenting", not on_device, "data.crop_where=device"),
-        ("collating copying", on_device, "data.crop_where=worker"),
-        ("collating copying", on_device and not data.short_side, "data.short_side"),
-        ("collating copying", on_device, "more data.clips_per_video"),
-        ("reading", packed, disk),
-        ("reading", not packed, f"{disk}, or {pack} (few files, read in order)"),
-        ("decoding", packed == "video", "`video-mae pack --form frames`"),
-        ("decoding", not packed, pack),
+        (copies, on_device, "data.crop_where=worker"),
+        (copies, on_device and not data.short_side, "data.short_side"),
+        (copies, on_device, "more data.clips_per_video"),
+        ("reading", True, f"a faster disk{disk}"),
+        ("decoding", has_videos, pack),
     )
-    remedies += [remedy for stages, helps, remedy in table if stage in stages.split() and helps]
+    remedies = [remedy for stages, helps, remedy in table if stage in stages and helps]
     if not remedies:
         remedies = ["smaller clips, or fewer bytes between this machine's memory and the device"]
-    return stage, f"{cost} the model would take {demand:.0f}: {', '.join(remedies)}"
+    return stage, (
+        f"data wait {data_wait:.0%}: of {total:.1f} ms a clip {slowest} takes "
+        f"{milliseconds[slowest]:.1f}; {rate}, the model would take {demand:.0f}: "
+        f"{', '.join(remedies)}"
+    )
