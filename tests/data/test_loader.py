@@ -213,7 +213,7 @@ def test_batches_carry_what_they_cost_and_the_device_adds_its_copy(videos: Path)
     assert total.decoding > total.augmenting
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parcel:
     """What a DevicePrefetcher sees of a batch."""
 

@@ -72,7 +72,7 @@ class Sample:
         return torch.stack(self.clips)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Batch:
     """A micro-batch: clips uint8 (uint16 with data.value_range), mask seeds, labels and indices
     int64; a video's R crops are neighbours.

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -185,8 +184,9 @@ class DevicePrefetcher(Iterator[Batch]):
         if self._thread is None:
             batch = next(self._batches)
             begin = time.perf_counter()
-            moved = batch.to(self.device)
-            return replace(moved, costs=batch.costs._replace(copying=time.perf_counter() - begin))
+            batch = batch.to(self.device)
+            batch.costs = batch.costs._replace(copying=time.perf_counter() - begin)
+            return batch
         found = self._ready.get()
         if isinstance(found, BaseException):
             self._ready.put(found)  # for whoever asks again
@@ -200,9 +200,12 @@ class DevicePrefetcher(Iterator[Batch]):
             tensor.record_stream(stream)
         self._room.release()
         self._copies.append((begin, end))
-        return replace(
-            batch, costs=batch.costs._replace(copying=batch.costs.copying + self._copied())
-        )
+        # of the batches before, whose copies are done; they end in their order
+        done = [copy for copy in self._copies if copy[1].query()]
+        self._copies = self._copies[len(done) :]
+        copied = sum(begin.elapsed_time(end) for begin, end in done) / 1e3
+        batch.costs = batch.costs._replace(copying=batch.costs.copying + copied)
+        return batch
 
     def close(self) -> None:
         """Ends the thread; nothing more is copied."""
@@ -210,14 +213,6 @@ class DevicePrefetcher(Iterator[Batch]):
             self._closed = True
             self._room.release()
             self._thread.join(timeout=5)  # it may wait for a batch; it is a daemon
-
-    def _copied(self) -> float:
-        """Seconds of the copies that are done since this was last asked: those of the batches
-        before.
-        """
-        done = [copy for copy in self._copies if copy[1].query()]
-        self._copies = self._copies[len(done) :]  # they end in their order
-        return sum(begin.elapsed_time(end) for begin, end in done) / 1e3
 
     def _copy_all(self) -> None:
         try:
@@ -229,14 +224,12 @@ class DevicePrefetcher(Iterator[Batch]):
                         return
                     batch = next(self._batches)
                     began = time.perf_counter()
-                    pinned = batch.pin_memory()
-                    pinning = time.perf_counter() - began
+                    batch = batch.pin_memory()
+                    batch.costs = batch.costs._replace(copying=time.perf_counter() - began)
                     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     begin.record()
-                    moved = pinned.to(self.device)
+                    batch = batch.to(self.device)
                     end.record()
-                    self._ready.put(
-                        (replace(moved, costs=batch.costs._replace(copying=pinning)), begin, end)
-                    )
+                    self._ready.put((batch, begin, end))
         except BaseException as error:  # StopIteration as well: raised where the batches are taken
             self._ready.put(error)

@@ -5,7 +5,6 @@ about one that does not.
 import hashlib
 import os
 import re
-import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -122,27 +121,21 @@ def _columns_mistake(path: str, label: int) -> str:
 
 
 def first_bad(paths: Paths) -> int | None:
-    """The first path that does not lead to a regular file, None where there is none.
-
-    Threads hide the latency of a network disk; where there is none to hide they only take the
-    interpreter from each other.
+    """The first path that does not lead to a regular file, None where there is none. Threads hide
+    the latency of a network disk.
     """
 
     def first_of(indices: Sequence[int]) -> int | None:
         return next((index for index in indices if not is_regular(paths[index])), None)
 
     left = np.flatnonzero(~_listed_as_regular(paths)).tolist()
-    threads = 1
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         for first in range(0, len(left), STAT_CHUNK):
             chunk = left[first : first + STAT_CHUNK]
-            begin, begin_cpu = time.perf_counter(), time.process_time()
-            found = pool.map(first_of, [chunk[thread::threads] for thread in range(threads)])
-            bad = [index for index in found if index is not None]
+            shares = [chunk[thread::STAT_THREADS] for thread in range(STAT_THREADS)]
+            bad = [index for index in pool.map(first_of, shares) if index is not None]
             if bad:
                 return min(bad)
-            waits = time.perf_counter() - begin > 2 * (time.process_time() - begin_cpu)
-            threads = STAT_THREADS if waits else 1
     return None
 
 

@@ -4,7 +4,8 @@ needs no state but the step.
 T frames of a clip.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,17 +139,17 @@ class ShardStream:
 
     An epoch takes the shards in a drawn order, and of them as many at a time as hold `window`
     videos (the last time up to twice as many), whose videos come in a drawn order. Where all are in
-    one window, it is the order of `epoch_order`. sizes_S: videos in each shard. source: which of
+    one window, it is the order of `epoch_order`. sizes: videos in each shard. source: which of
     several it is.
     """
 
-    sizes_S: NDArray[np.int64]
+    sizes: Sequence[int]
     window: int
     seed: int
     source: int | None = None
 
     def __post_init__(self) -> None:
-        self.num_videos = int(self.sizes_S.sum())
+        self.num_videos = sum(self.sizes)
         self._epoch = self._window = -1
 
     def key_at(self, position: int) -> Key:
@@ -156,30 +157,30 @@ class ShardStream:
         epoch, place = divmod(position, self.num_videos)
         if epoch != self._epoch:
             self._epoch, self._window = epoch, -1
-            self._open_epoch()
-        window = int(np.searchsorted(self._begins, place, side="right")) - 1
+            self._draw_windows()
+        window = bisect(self._begins, place) - 1
         if window != self._window:
             self._window, self._order = window, self._order_of(window)
         return epoch, int(self._order[place - self._begins[window]])
 
-    def _open_epoch(self) -> None:
-        """Draws which shards are in which window, and where the windows begin."""
-        drawn = epoch_order(self.seed, self._epoch, len(self.sizes_S), self.source)
-        ends, begins, first = np.cumsum(self.sizes_S[drawn]), [0], [0]
-        while self.num_videos - begins[-1] >= 2 * self.window:
-            last = int(np.searchsorted(ends, begins[-1] + self.window))
-            if self.num_videos - ends[last] < self.window:
-                break
-            begins.append(int(ends[last]))
-            first.append(last + 1)
-        self._begins, self._shards = np.array(begins), np.split(drawn, first[1:])
+    def _draw_windows(self) -> None:
+        """Which shards of an epoch are in which window, and at which place each begins."""
+        self._shards, self._begins = [list[int]()], [0]
+        held, left = 0, self.num_videos
+        for shard in epoch_order(self.seed, self._epoch, len(self.sizes), self.source).tolist():
+            self._shards[-1].append(shard)
+            held, left = held + self.sizes[shard], left - self.sizes[shard]
+            if min(held, left) >= self.window:
+                self._shards.append([])
+                self._begins.append(self.num_videos - left)
+                held = 0
 
     def _order_of(self, window: int) -> NDArray[np.int64]:
         if len(self._begins) == 1:
             return epoch_order(self.seed, self._epoch, self.num_videos, self.source)
-        end_S = np.cumsum(self.sizes_S)
+        ends = np.cumsum(self.sizes)
         shards = self._shards[window]
-        videos = [np.arange(end_S[shard] - self.sizes_S[shard], end_S[shard]) for shard in shards]
+        videos = [np.arange(ends[shard] - self.sizes[shard], ends[shard]) for shard in shards]
         rng = sample_rng(self.seed, self._epoch, self.source or 0, window, 0)
         return rng.permutation(np.concatenate(videos))
 
@@ -218,10 +219,9 @@ class StepSampler(Sampler[list[Key]]):
         assert epoch_videos == self.num_videos or epoch_videos % step_videos == 0
         key_at = self.key_at
         if key_at is None:
-            key_at = ShardStream(np.array([self.num_videos]), 1, self.seed).key_at
-        for micro_step in range(
-            self.first_step * self.accumulation, self.last_step * self.accumulation
-        ):
+            key_at = ShardStream([self.num_videos], 1, self.seed).key_at
+        for micro_step in range(len(self)):
+            micro_step += self.first_step * self.accumulation
             first = (micro_step * self.world_size + self.rank) * self.micro_batch
             # over what the epochs before have left out
             first += first // epoch_videos * (self.num_videos - epoch_videos)

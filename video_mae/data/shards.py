@@ -76,9 +76,9 @@ class Members(Sequence[Member]):
         archive = _inside(self.folder, self.shards[shard])
         return Member(archive, key_of(number) + self.ending, offset, size)
 
-    def shard_sizes(self) -> NDArray[np.int64]:
-        """Videos in each shard [S]; of none there are none."""
-        return np.bincount(self.rows_M["shard"], minlength=len(self.shards))
+    def shard_sizes(self) -> list[int]:
+        """Videos in each shard; of none there are none."""
+        return np.bincount(self.rows_M["shard"], minlength=len(self.shards)).tolist()
 
 
 def is_packed(source: str) -> bool:

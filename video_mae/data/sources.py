@@ -39,12 +39,13 @@ class Sources:
     """
 
     def __init__(self, parts: Sequence[tuple[str, SourceConfig, VideoList]]) -> None:
-        self.parts: list[Source] = []
+        self.parts, self._num_videos = list[Source](), 0
         for key, config, videos in parts:
-            self.parts.append(Source(key, config, videos, len(self)))
+            self.parts.append(Source(key, config, videos, self._num_videos))
+            self._num_videos += len(videos)
 
     def __len__(self) -> int:
-        return self.parts[-1].first + len(self.parts[-1].videos) if self.parts else 0
+        return self._num_videos
 
     def __getitem__(self, index: int) -> tuple[Place, dict[str, int]]:
         source = self.at(index)
@@ -84,11 +85,9 @@ class Sources:
         """
         is_mixed, streams = len(self.parts) > 1, list[ShardStream]()
         for number, source in enumerate(self.parts):
-            paths, sizes_S = source.videos.paths, np.array([len(source.videos)])
-            if isinstance(paths, Members):
-                sizes_S = paths.shard_sizes()
-            window = source.config.shuffle_window
-            streams.append(ShardStream(sizes_S, window, seed, number if is_mixed else None))
+            paths, window = source.videos.paths, source.config.shuffle_window
+            sizes = paths.shard_sizes() if isinstance(paths, Members) else [len(source.videos)]
+            streams.append(ShardStream(sizes, window, seed, number if is_mixed else None))
         if not is_mixed:
             return streams[0].key_at
         quotas = self.quotas()

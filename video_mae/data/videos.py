@@ -7,6 +7,7 @@ M videos.
 import difflib
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -126,7 +127,7 @@ def read_entries(
         return iter([Line(0, data.source)]), ()
     if data.root and not Path(data.root).is_dir():
         raise FileNotFoundError(
-            f"{what.replace('source', 'root')}: no such folder: {data.root}, relative paths of "
+            f"{re.sub('source$', 'root', what)}: no such folder: {data.root}, relative paths of "
             f"{source} start there"
         )
     return read_list(source, data.list_format, os.path.join(data.root or source.parent, ""))

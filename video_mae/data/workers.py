@@ -128,7 +128,8 @@ def advise(
     supply = of_ranks * max(workers.num, 1) / max(total, 1e-6)
     copied = of_ranks / max(costs.copying, 1e-6)
     stage = slowest = max(Costs._fields[:-1], key=milliseconds.__getitem__)
-    rate = f"{workers.num or 'no'} workers a rank give {supply:.0f} clips/s"
+    who = f"{workers.num} workers a rank give" if workers.num else "each rank by itself gives"
+    rate = f"{who} {supply:.0f} clips/s"
     if copied < min(supply, demand):
         stage = slowest = "copying"
         rate = f"that is {copied:.0f} clips/s"
