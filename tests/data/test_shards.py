@@ -66,6 +66,12 @@ def videos_of(source: Path | str, **keys: Any) -> VideoList:
     return videos
 
 
+def members_of(source: Path) -> Members:
+    members = videos_of(source).paths
+    assert isinstance(members, Members)
+    return members
+
+
 def rewrite(folder: Path, change: Callable[[list[dict[str, Any]], dict[str, Any]], object]) -> None:
     """Changes the rows and the manifest of a folder, checksums made right again."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
@@ -95,7 +101,7 @@ def test_a_packed_folder_is_a_source_like_its_list(
     )
     assert len(videos) == len(plain) == 24
     assert len(list(folders[form].glob("*.tar"))) >= 3
-    assert sum(videos.paths.shard_sizes()) == 24
+    assert sum(members_of(folders[form]).shard_sizes()) == 24
     for index in range(24):
         place, about = videos[index]
         assert about == plain[index][1]
@@ -425,7 +431,7 @@ def test_packed_and_plain_sources_mix(folders: dict[str, Path], demo_folder: Pat
     key_at = sources.stream(SEED)
     own = [index for _, index in (key_at(position) for position in range(1000)) if index < 24]
     assert len(own) == 250
-    wanted = ShardStream(videos_of(folders["frames"]).paths.shard_sizes(), 5, SEED, 0)
+    wanted = ShardStream(members_of(folders["frames"]).shard_sizes(), 5, SEED, 0)
     assert own == [wanted.key_at(position)[1] for position in range(250)]
     dataset = ClipDataset(sources, data, 4, 32, 32, SEED)
     assert {dataset[key_at(position)].clip_RTHWC.shape for position in range(6)} == {

@@ -103,7 +103,7 @@ def _random_box(
     them do not fit.
     """
     for _ in range(10):
-        area = height * width * rng.uniform(*areas)
+        area = height * width * rng.uniform(areas[0], areas[1])
         ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -127,9 +127,9 @@ def crop_clip(
         return cut_THWC.expand(len(clip_THWC), -1, -1, -1).contiguous()
     dtype = clip_THWC.dtype
     if dtype == torch.uint16:
-        top, left, *sides = box
-        clip_THWC = clip_THWC[:, top : top + sides[0], left : left + sides[1]].float()
-        box = (0, 0, *sides)
+        top, left, rows, columns = box
+        clip_THWC = clip_THWC[:, top : top + rows, left : left + columns].float()
+        box = (0, 0, rows, columns)
     # The permuted view is what channels_last means to torch: it resizes uint8 in that order,
     # without floats and without a copy.
     video_TCHW = tv_tensors.Video(clip_THWC.permute(0, 3, 1, 2))
@@ -237,8 +237,8 @@ def _rand_augment(
     channels = clip_THWC.shape[-1]
     if clip_THWC.dtype != torch.uint8 or channels not in (1, 3):
         raise ValueError(
-            f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 or "
-            f"3 channels, these are {clip_THWC.dtype} of {channels}; set it to 0"
+            f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 "
+            f"or 3 channels, these are {clip_THWC.dtype} of {channels}; set it to 0"
         )
     fill = [float(round(255 * value)) for value in mean] * (channels if len(mean) == 1 else 1)
     video_TCHW, operations = clip_THWC.permute(0, 3, 1, 2), list(OPERATIONS.values())

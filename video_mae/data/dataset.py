@@ -182,8 +182,8 @@ class ClipDataset(Dataset[Sample]):
             sample.costs = Costs(reading, done - begin - reading, augmenting)
             return sample
         raise RuntimeError(
-            f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and the "
-            f"files; the last was {': '.join(failures[-1])}"
+            f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and "
+            f"the files; the last was {': '.join(failures[-1])}"
         )
 
     def read(self, index: int, choose: Choose) -> Decoded:
@@ -192,7 +192,9 @@ class ClipDataset(Dataset[Sample]):
         return read_clip(self.paths[index][0], choose, reading)
 
     def sample(self, decoded: Decoded, epoch: int, index: int, used: int) -> Sample:
-        """The crops of the frames of the video `used`, for the place (epoch, index) of the stream."""
+        """The crops of the frames of the video `used`, for the place (epoch, index) in the
+        stream.
+        """
         data, frames_THWC = self.data, torch.from_numpy(decoded.clip_THWC)
         _, height, width, _ = frames_THWC.shape
         seeds, crops = list[int](), list[Crop]()

@@ -175,7 +175,7 @@ class DevicePrefetcher(Iterator[Batch]):
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
             self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-            self._room, self._closed = threading.Semaphore(AHEAD), False
+            self._room = threading.Semaphore(AHEAD)
             self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
             self._thread = threading.Thread(target=self._copy_all, name="prefetch", daemon=True)
             self._thread.start()
@@ -210,7 +210,7 @@ class DevicePrefetcher(Iterator[Batch]):
     def close(self) -> None:
         """Ends the thread; nothing more is copied."""
         if self._thread is not None:
-            self._closed = True
+            self._batches = iter(())
             self._room.release()
             self._thread.join(timeout=5)  # it may wait for a batch; it is a daemon
 
@@ -220,8 +220,6 @@ class DevicePrefetcher(Iterator[Batch]):
             with torch.cuda.stream(torch.cuda.Stream(self.device)):
                 while True:
                     self._room.acquire()
-                    if self._closed:
-                        return
                     batch = next(self._batches)
                     began = time.perf_counter()
                     batch = batch.pin_memory()

@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -88,7 +89,7 @@ def file_mistake(path: str, label: int = -1) -> tuple[type[ValueError | FileNotF
         return ValueError, mistake
     if os.path.islink(path):
         return FileNotFoundError, f"{shown} is a link that leads to no file, correct it"
-    return FileNotFoundError, f"no such file: {shown}, correct the path, or root"
+    return FileNotFoundError, f"no such file: {shown}, correct the path, or `root`"
 
 
 def _columns_mistake(path: str, label: int) -> str:
@@ -152,20 +153,11 @@ def _listed_as_regular(paths: Paths) -> NDArray[np.bool_]:
         folders[path[: path.rfind(os.sep) + 1]] += 1
     regular = array("q")
     for folder, number in folders.items():
-        if number >= LISTED:
-            names = _regular_names(folder or os.curdir, number * LISTED_MORE)
-            regular.extend(hash(folder + name) for name in names)
+        if number < LISTED:
+            continue
+        with suppress(OSError, ValueError), os.scandir(folder or os.curdir) as entries:
+            files = islice(entries, number * LISTED_MORE)
+            names = [file.name for file in files if file.is_file(follow_symlinks=False)]
+            if names and is_regular(folder + names[0]):  # and none of the kernel's
+                regular.extend(hash(folder + name) for name in names)
     return np.isin(np.array(hashes), np.array(regular))
-
-
-def _regular_names(folder: str, most: int) -> list[str]:
-    """Regular files among the first names of a folder; none of one that cannot be listed, or whose
-    files are the kernel's.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            found = islice(entries, most)
-            names = [entry.name for entry in found if entry.is_file(follow_symlinks=False)]
-    except (OSError, ValueError):
-        return []
-    return names if names and is_regular(os.path.join(folder, names[0])) else []

@@ -73,7 +73,7 @@ class Members(Sequence[Member]):
 
     def __getitem__(self, index: int) -> Member:  # pyright: ignore[reportIncompatibleMethodOverride]  (no slices)
         shard, number, offset, size = self.rows_M[index].item()
-        archive = _inside(self.folder, self.shards[shard])
+        archive = _inside(self.folder, self.shards[int(shard)])
         return Member(archive, key_of(number) + self.ending, offset, size)
 
     def shard_sizes(self) -> list[int]:

@@ -61,7 +61,9 @@ class Sources:
         return self.parts[bisect(self.parts, index, key=lambda source: source.first) - 1]
 
     def quotas(self) -> list[int]:
-        """Samples of each source in a BLOCK. Raises: ValueError for a source that would have none."""
+        """Samples of each source in a BLOCK. Raises: ValueError for a source that would have
+        none.
+        """
         weights = np.array(
             [getattr(source.config, "weight", None) or len(source.videos) for source in self.parts],
             dtype=np.float64,
@@ -72,7 +74,8 @@ class Sources:
         for source, quota in zip(self.parts, quotas, strict=True):
             if quota == 0:
                 raise ValueError(
-                    f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or leave the source out"
+                    f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or "
+                    "leave the source out"
                 )
         return quotas.tolist()
 
@@ -150,18 +153,18 @@ def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
             if (len(config.channels) or 3) == in_channels:
                 return
             raise ValueError(
-                f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is {in_channels}; change it, or "
-                f"choose {in_channels} with {source.key}.channels"
+                f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is "
+                f"{in_channels}; change it, or choose {in_channels} with {source.key}.channels"
             )
         try:
             decode(
                 path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config)
             )
+            return
         except VideoDecodeError as error:
             mistakes.append(error)
-        else:
-            return
     first, reason = mistakes[0], mistakes[0].reason.replace("data.", f"{source.key}.")
     raise ValueError(
-        f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: {first.decoder}: {reason}"
+        f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: "
+        f"{first.decoder}: {reason}"
     )

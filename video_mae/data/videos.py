@@ -70,10 +70,10 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
     gives their order), searched to any depth, or files without labels; all are videos, or none is.
     A file that a folder would give is itself the only one. The notes of the result tell what a
     folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
-    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and `..`
-    as well, wherever that is: data sets are made of links. Devices, pipes, sockets, files of the
-    kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may be
-    named twice.
+    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and
+    `..` as well, wherever that is: data sets are made of links. Devices, pipes, sockets, files of
+    the kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may
+    be named twice.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     if is_packed(data.source):

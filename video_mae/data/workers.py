@@ -43,7 +43,8 @@ class Workers:
     def describe(self) -> str:
         """One line for a log."""
         what = f"{self.num} processes a rank decode" if self.num else "each rank decodes by itself"
-        return f"{what}, {self.threads} threads each ({self.cores} cores, {self.ranks} ranks on this machine)"
+        machine = f"{self.cores} cores, {self.ranks} ranks on this machine"
+        return f"{what}, {self.threads} threads each ({machine})"
 
 
 def plan_workers(num_workers: int | None, decoder_threads: int | None) -> Workers:
