@@ -18,9 +18,6 @@ from video_mae.data.dataset import Failure
 from video_mae.data.loader import Loader, worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode
 
-Corner = tuple[int, int]
-"""(top, left) in pixels."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
@@ -67,9 +64,9 @@ class Views:
             return self.height, max(width * self.height // height, self.width)
         return max(height * self.width // width, self.height), self.width
 
-    def corners(self, height: int, width: int) -> tuple[Corner, ...]:
-        """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer
-        side, the middle where it is one.
+    def corners(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Where the crops of a resized frame start, (top, left): int(crop * free / (crops - 1))
+        along the longer side, the middle where it is one.
         """
         tops = _spread(height - self.height, self.num_crops).tolist()
         lefts = _spread(width - self.width, self.num_crops).tolist()
@@ -94,12 +91,7 @@ class Views:
         resized_FHWC = crop_clip(
             frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias
         )
-        return VideoViews(
-            resized_FHWC,
-            torch.from_numpy(places_ST),
-            self.corners(*size),
-            (self.height, self.width),
-        )
+        return VideoViews(resized_FHWC, torch.from_numpy(places_ST), self)
 
 
 def _spread(free: int, num: int) -> NDArray[np.int64]:
@@ -117,8 +109,7 @@ class VideoViews:
 
     frames_FHWC: torch.Tensor
     places_ST: torch.Tensor
-    corners: tuple[Corner, ...]
-    size: tuple[int, int]
+    views: Views
 
     def to(self, device: torch.device) -> "VideoViews":
         """The frames on a device; the views are cut there."""
@@ -130,10 +121,10 @@ class VideoViews:
 
     def clips(self) -> torch.Tensor:
         """All views, uint8 clip_VTHWC: the crops of a clip follow one another."""
-        height, width = self.size
+        height, width = self.views.height, self.views.width
         crops = [
             self.frames_FHWC[:, top : top + height, left : left + width][self.places_ST]
-            for top, left in self.corners
+            for top, left in self.views.corners(*self.frames_FHWC.shape[1:3])
         ]
         return torch.stack(crops, dim=1).flatten(0, 1)
 

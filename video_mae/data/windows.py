@@ -45,23 +45,23 @@ class Windows:
         """
         return self.num_frames * self.stride
 
-    def starts(self, num_video_frames: int) -> NDArray[np.int64]:
-        """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is
-        left out where hop <= span.
+    def ends(self, num_video_frames: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first and the last frame [C] that each clip spans: every hop-th one begins a clip,
+        until one reaches the end of the video; no frame is left out where hop <= span.
         """
         if self.sampling == "uniform":
-            return np.zeros(1, dtype=np.int64)
+            return np.array([0]), np.array([num_video_frames - 1])
         num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
-        return np.arange(num_clips, dtype=np.int64) * self.hop
+        first_C = np.arange(num_clips, dtype=np.int64) * self.hop
+        return first_C, np.minimum(first_C + self.span, num_video_frames) - 1
 
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [C, T]; beyond the end of the video its last frame repeats."""
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling == "uniform":
             return ((2 * places_T + 1) * num_video_frames // (2 * self.num_frames))[None]
-        return np.minimum(
-            self.starts(num_video_frames)[:, None] + places_T * self.stride, num_video_frames - 1
-        )
+        first_C, _ = self.ends(num_video_frames)
+        return np.minimum(first_C[:, None] + places_T * self.stride, num_video_frames - 1)
 
     def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
         """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs
@@ -110,11 +110,8 @@ def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
     arrays.
     """
     seconds_F2, start = times_and_start(path, windows.reading)
-    starts_C = windows.starts(num_video_frames)
-    ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
-    if windows.sampling == "uniform":
-        ends_C = np.array([num_video_frames - 1])
-    return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1], start)
+    first_C, last_C = windows.ends(num_video_frames)
+    return Times(first_C, seconds_F2[first_C, 0], seconds_F2[last_C, 1], start)
 
 
 @dataclass(frozen=True)
