@@ -364,7 +364,8 @@ def test_randaugment_refuses_what_it_cannot_do_with_the_key_to_turn_it_off():
     for clip_THWC in (torch.zeros(1, 4, 4, 2, dtype=torch.uint8), torch.zeros(1, 4, 4, 3)):
         with pytest.raises(
             ValueError,
-            match=r"augment\.randaugment_ops: 4 operations need uint8 clips of 1 or 3 channels.*set it to 0",
+            match=r"augment\.randaugment_ops: 4 operations need uint8 clips of 1 or 3 "
+            r"channels.*set it to 0",
         ):
             strengthen_clip(clip_THWC, AugmentConfig(), (0.5,), (0.2,), 0)
 

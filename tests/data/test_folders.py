@@ -126,7 +126,8 @@ def test_what_is_left_out_is_counted_and_an_empty_class_named(tmp_path: Path) ->
     )
     assert (
         notes(many)[1]
-        == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, and 3 more"
+        == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, "
+        "and 3 more"
     )
 
 

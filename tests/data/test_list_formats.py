@@ -129,7 +129,8 @@ def test_what_looks_like_another_format_but_names_a_file_is_that_file(folder: Pa
         ("a.mp4 0 -1", r"`0 -1` stands behind .*/a\.mp4", "label"),
         (
             "frames 1 58",
-            r"`1 58` stands behind the folder .*/frames; folders of frames are not read, make a video of each",
+            r"`1 58` stands behind the folder .*/frames; folders of frames are not read, make "
+            r"a video of each",
             "auto",
         ),
         ("frames 163 1", "frames is a folder, name a video file", "frames_label"),
@@ -140,12 +141,14 @@ def test_what_looks_like_another_format_but_names_a_file_is_that_file(folder: Pa
         ),
         (
             "a.mp4 3",
-            r"no two numbers behind its path; data\.list_format=start_frames reads lines `PATH 0 -1`",
+            r"no two numbers behind its path; data\.list_format=start_frames reads lines `PATH "
+            r"0 -1`",
             "start_frames",
         ),
         (
             "a.mp4 3",
-            r"no two numbers behind its path; data\.list_format=frames_label reads lines `PATH FRAMES LABEL`",
+            r"no two numbers behind its path; data\.list_format=frames_label reads lines `PATH "
+            r"FRAMES LABEL`",
             "frames_label",
         ),
         ("gone.mp4 163 1", r"no such file: .*gone\.mp4 163", "auto"),

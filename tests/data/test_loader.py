@@ -531,8 +531,8 @@ def test_the_figures_of_an_advice_add_up() -> None:
     assert found is not None
     # 2 ranks x 4 workers / 52 ms = 154 clips/s; 130 clips/s in 63 % of the time are 206.
     assert (
-        "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model would take 206: "
-        in found[1]
+        "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model "
+        "would take 206: " in found[1]
     )
 
 
@@ -567,19 +567,22 @@ class TestRun:
         assert prepare(tiny()).config.data.decoder == "decord"
         with pytest.raises(
             ValueError,
-            match=r"run: this run was started with data.decoder = decord, now it is pyav; set it back",
+            match=r"run: this run was started with data.decoder = decord, now it is pyav; set "
+            r"it back",
         ):
             prepare(tiny("data.decoder=pyav"))
 
         def gone(name: str) -> str:
             raise ValueError(
-                f"data.decoder: {name} cannot be loaded here (no module); install it, or take one of: pyav"
+                f"data.decoder: {name} cannot be loaded here (no module); install it, or take "
+                f"one of: pyav"
             )
 
         monkeypatch.setattr("video_mae.training.run_folder.resolve_decoder", gone)
         with pytest.raises(
             ValueError,
-            match=r"run: this run reads videos with decord: decord cannot be loaded here \(no module\); "
+            match=r"run: this run reads videos with decord: decord cannot be loaded here \(no "
+            r"module\); "
             "install it, or choose another output$",
         ):
             prepare(tiny())
@@ -607,8 +610,8 @@ class TestRun:
         run(prepare(config))
         name = resolve_decoder("auto")
         assert (
-            f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by {name} 0.1"
-            in (Path(config.output) / "log.txt").read_text()
+            f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by "
+            f"{name} 0.1" in (Path(config.output) / "log.txt").read_text()
         )
 
     def test_videos_that_another_decoder_reads_are_counted_and_named_once(

@@ -99,24 +99,22 @@ def read_packed(
     names = [shard["name"] for shard in manifest["shards"]]
     bytes_S = np.array([shard["bytes"] for shard in manifest["shards"]], dtype=np.int64)
     place_of = {name: place for place, name in enumerate(names)}
-    columns, digest = [array("q") for _ in range(5)], hashlib.sha256()
+    values, digest = array("q"), hashlib.sha256()
     for number, line in enumerate(_lines(source, ROWS, what)):
         digest.update(line)
         try:
             row = json.loads(line)
             if row["key"] != key_of(number):
                 raise ValueError
-            if "refused" in row:
-                continue
-            values = place_of[row["shard"]], number, row["offset"], row["size"], row["label"]
-            for column, value in zip(columns, values, strict=True):
-                column.append(value)  # takes nothing but integers of 64 bits
+            if "refused" not in row:
+                place = place_of[row["shard"]], number, row["offset"], row["size"]
+                values.extend((*place, row["label"]))  # takes nothing but integers of 64 bits
         except (ValueError, KeyError, TypeError, OverflowError):
             raise ValueError(
                 f"{what}: {_inside(source, ROWS)}:{number + 1}: is no row of a packed folder; pack "
                 "it anew"
             ) from None
-    *places, label_M = (np.frombuffer(column, np.int64) for column in columns)
+    *places, label_M = np.frombuffer(values, np.int64).reshape(-1, 5).T
     shard_M, _, offset_M, size_M = places
     if not len(label_M):
         raise ValueError(f"{what}: {source}: holds no videos, all were refused: {REFUSED} says why")
@@ -144,7 +142,7 @@ def read_packed(
                 )
     rows_M = np.rec.fromarrays(places, dtype=ROW)
     members = Members(source, names, ENDINGS[manifest["form"]], rows_M, digest.digest())
-    return members, label_M, tuple(manifest["class_names"])
+    return members, label_M.copy(), tuple(manifest["class_names"])
 
 
 def read_manifest(source: str, what: str = "data.source") -> dict[str, Any]:
