@@ -6,9 +6,10 @@ pixels of the frames, h w of the crops, C channels, B = V x R.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -80,20 +81,17 @@ class UncutClips:
         """
         frames = [video[:1] if video.stride(0) == 0 else video for video in frames]
 
-        def kind(place: int) -> tuple[Any, ...]:
-            # uint16 comes first, so that it lies at even bytes
-            return str(frames[place].dtype), *frames[place].shape
-
-        order = sorted(range(len(frames)), key=kind)
-        groups: list[tuple[torch.dtype, tuple[int, ...]]] = []
-        for _, members in groupby(order, kind):
-            first, *others = (frames[place] for place in members)
-            groups.append((first.dtype, (1 + len(others), *first.shape)))
+        places_of = defaultdict[Any, list[int]](list)
+        for place, video in enumerate(frames):
+            places_of[video.dtype, video.shape].append(place)
+        # uint16 comes first, so that it lies at even bytes
+        kinds = sorted(places_of, key=lambda kind: -kind[0].itemsize)
+        order = [place for kind in kinds for place in places_of[kind]]
         clips = cls(
             for_trainer((sum(video.nbytes for video in frames),), torch.uint8),
             torch.tensor([[(*crop.box, crop.flip) for crop in crops[place]] for place in order]),
             torch.tensor(order),
-            tuple(groups),
+            tuple((dtype, (len(places_of[dtype, shape]), *shape)) for dtype, shape in kinds),
             size,
         )
         there = chain.from_iterable(clips._frames(clips.bytes_N))

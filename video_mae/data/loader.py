@@ -114,13 +114,12 @@ class Loader(Generic[Item]):
             items = self._start(delivered)
 
     def _start(self, delivered: int) -> Iterator[Item]:
-        if threading.current_thread() is not threading.main_thread():
-            return iter(self.make(delivered))
-        # DataLoader would have SIGCHLD raise its error wherever the training happens to be; it also
-        # looks itself while it waits.
         handler = signal.getsignal(signal.SIGCHLD)
         items = iter(self.make(delivered))
-        signal.signal(signal.SIGCHLD, handler)
+        # DataLoader would have SIGCHLD raise its error wherever the training happens to be; it also
+        # looks itself while it waits. In another thread it sets no handler.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
         return items
 
 

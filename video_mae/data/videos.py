@@ -58,8 +58,7 @@ class VideoList(Sequence[tuple[Any, dict[str, int]]]):
 
     def digest(self) -> str:
         """Of all places and labels in their order: another for another list, whatever its name."""
-        labels = np.ascontiguousarray(self.label_M)
-        return hashlib.sha256(self.paths.digest + labels.data).hexdigest()
+        return hashlib.sha256(self.paths.digest + self.label_M.tobytes()).hexdigest()
 
 
 def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList:
