@@ -143,25 +143,6 @@ def crop_clip(
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
 
 
-def strengthen_clip(
-    clip_THWC: torch.Tensor,
-    config: AugmentConfig,
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-) -> torch.Tensor:
-    """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own
-    device, a function of clip and seed.
-
-    mean, std: of the model's channels, for the filling of empty corners and the noise. Raises:
-    ValueError for what RandAugment cannot do.
-    """
-    rng = np.random.default_rng(seed)
-    if config.randaugment_ops > 0:
-        clip_THWC = _rand_augment(clip_THWC, config, mean, rng)
-    return _erase(clip_THWC, mean, std, rng) if rng.random() < config.erasing else clip_THWC
-
-
 Operation = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
 """From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video."""
 
@@ -224,18 +205,26 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-def _rand_augment(
-    clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator
+def strengthen_clip(
+    clip_THWC: torch.Tensor,
+    config: AugmentConfig,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
 ) -> torch.Tensor:
-    """augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength
-    normal around the given one.
+    """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own
+    device, a function of clip and seed.
 
-    Source: RandAugment (Cubuk et al., 2019) as timm's rand-m7-n4-mstd0.5-inc1. torchvision's class
-    of that name does every operation, always at one strength, and lacks invert and solarize_add;
-    its operations on videos are used here.
+    augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength normal
+    around the given one. Source: RandAugment (Cubuk et al., 2019) as timm's
+    rand-m7-n4-mstd0.5-inc1. torchvision's class of that name does every operation, always at one
+    strength, and lacks invert and solarize_add; its operations on videos are used here.
+
+    mean, std: of the model's channels, for the filling of empty corners and the noise. Raises:
+    ValueError for what RandAugment cannot do.
     """
-    channels = clip_THWC.shape[-1]
-    if clip_THWC.dtype != torch.uint8 or channels not in (1, 3):
+    rng, channels = np.random.default_rng(seed), clip_THWC.shape[-1]
+    if config.randaugment_ops > 0 and (clip_THWC.dtype != torch.uint8 or channels not in (1, 3)):
         raise ValueError(
             f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 "
             f"or 3 channels, these are {clip_THWC.dtype} of {channels}; set it to 0"
@@ -248,7 +237,8 @@ def _rand_augment(
         strength = rng.normal(config.randaugment_magnitude, config.randaugment_std)
         if is_done:
             video_TCHW = operation(video_TCHW, sign * min(max(strength, 0.0), 10.0) / 10, fill)
-    return video_TCHW.permute(0, 2, 3, 1).contiguous()
+    clip_THWC = video_TCHW.permute(0, 2, 3, 1).contiguous()
+    return _erase(clip_THWC, mean, std, rng) if rng.random() < config.erasing else clip_THWC
 
 
 def _erase(

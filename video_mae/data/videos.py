@@ -278,7 +278,15 @@ def read_labeled(
     else:
         if not found:
             found, where = class_file(Path(source)), str(Path(source).parent / CLASS_FILE)
-        _check_names(found, names, num_classes, where)
+        remedy = "give it the classes that it was trained with"
+        num, expected = len(found), len(names) or num_classes or len(found)
+        if found and num != expected:
+            raise ValueError(f"{where}: names {num} classes, the model has {expected}; {remedy}")
+        for label, (ours, theirs) in enumerate(zip(found, names or found, strict=False)):
+            if ours != theirs:
+                raise ValueError(
+                    f"{where}: class {label} is {ours}, the model calls it {theirs}; {remedy}"
+                )
     names = tuple(names) or found
     limit = len(names) or num_classes or 2**63 - 1
     wrong_M = (videos.label_M < 0) | (videos.label_M >= limit)
@@ -305,23 +313,6 @@ def _number(name: str, names: Sequence[str], source: str) -> int:
         f"{source}: the folder {name} is none of the model's {len(names)} classes ({hint}), rename "
         "or remove it"
     )
-
-
-def _check_names(
-    found: Sequence[str], names: Sequence[str], num_classes: int | None, where: str
-) -> None:
-    """Refuses names of classes, where there are some, that are not those of the model."""
-    if not found:
-        return
-    remedy = "give it the classes that it was trained with"
-    expected = len(names) or num_classes or len(found)
-    if len(found) != expected:
-        raise ValueError(f"{where}: names {len(found)} classes, the model has {expected}; {remedy}")
-    for label, (ours, theirs) in enumerate(zip(found, names or found, strict=True)):
-        if ours != theirs:
-            raise ValueError(
-                f"{where}: class {label} is {ours}, the model calls it {theirs}; {remedy}"
-            )
 
 
 def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
