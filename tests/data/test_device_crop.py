@@ -256,4 +256,4 @@ def test_runs_train_and_draw_with_crops_on_the_device(
                 [line["loss"] for line in read_jsonl(folder / "metrics.jsonl") if "loss" in line]
             )
         assert losses[0] == pytest.approx(losses[1], rel=5e-3)
-    assert list((tmp_path / "video_mae.pretrain_device" / "reconstructions").glob("*.png"))
+    assert list((tmp_path / "video_mae.training.pretrain_device" / "reconstructions").glob("*.png"))

@@ -215,16 +215,27 @@ def strengthen_clip(
     """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own
     device, a function of clip and seed.
 
-    augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength normal
-    around the given one. Source: RandAugment (Cubuk et al., 2019) as timm's
-    rand-m7-n4-mstd0.5-inc1. torchvision's class of that name does every operation, always at one
-    strength, and lacks invert and solarize_add; its operations on videos are used here.
-
     mean, std: of the model's channels, for the filling of empty corners and the noise. Raises:
     ValueError for what RandAugment cannot do.
     """
-    rng, channels = np.random.default_rng(seed), clip_THWC.shape[-1]
-    if config.randaugment_ops > 0 and (clip_THWC.dtype != torch.uint8 or channels not in (1, 3)):
+    rng = np.random.default_rng(seed)
+    if config.randaugment_ops > 0:
+        clip_THWC = _rand_augment(clip_THWC, config, mean, rng)
+    return _erase(clip_THWC, mean, std, rng) if rng.random() < config.erasing else clip_THWC
+
+
+def _rand_augment(
+    clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator
+) -> torch.Tensor:
+    """augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength
+    normal around the given one.
+
+    Source: RandAugment (Cubuk et al., 2019) as timm's rand-m7-n4-mstd0.5-inc1. torchvision's class
+    of that name does every operation, always at one strength, and lacks invert and solarize_add;
+    its operations on videos are used here.
+    """
+    channels = clip_THWC.shape[-1]
+    if clip_THWC.dtype != torch.uint8 or channels not in (1, 3):
         raise ValueError(
             f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 "
             f"or 3 channels, these are {clip_THWC.dtype} of {channels}; set it to 0"
@@ -237,8 +248,7 @@ def strengthen_clip(
         strength = rng.normal(config.randaugment_magnitude, config.randaugment_std)
         if is_done:
             video_TCHW = operation(video_TCHW, sign * min(max(strength, 0.0), 10.0) / 10, fill)
-    clip_THWC = video_TCHW.permute(0, 2, 3, 1).contiguous()
-    return _erase(clip_THWC, mean, std, rng) if rng.random() < config.erasing else clip_THWC
+    return video_TCHW.permute(0, 2, 3, 1).contiguous()
 
 
 def _erase(
