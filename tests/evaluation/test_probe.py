@@ -21,7 +21,7 @@ from video_mae import (
 )
 from video_mae.config.frozen import ProbeConfig
 from video_mae.config.schema import parse
-from video_mae.data.labels import read_labeled
+from video_mae.data.videos import read_labeled
 from video_mae.data.views import Views
 from video_mae.evaluation.features import FeatureSet, FrozenEncoder, collect_features
 from video_mae.evaluation.probe import Probe, _choose, start

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from video_mae.config.frozen import EvaluateConfig
 from video_mae.config.world import World
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
-from video_mae.data.labels import LabeledVideos, read_labeled
+from video_mae.data.videos import VideoList, read_labeled
 from video_mae.data.views import ViewDataset, Views, make_view_loader
 from video_mae.data.workers import Workers, plan_workers
 from video_mae.evaluation.features import check_precision
@@ -48,7 +48,7 @@ class Plan:
 
     config: EvaluateConfig
     model: VideoClassifier
-    videos: LabeledVideos
+    videos: VideoList
     views: Views
     workers: Workers
     names: tuple[str, ...]
@@ -103,7 +103,7 @@ def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
     settings = {
         "model": str(model_folder.absolute()),
         "list": source if "://" in source else str(Path(source).absolute()),
-        LIST_DIGEST: videos.videos.digest(),
+        LIST_DIGEST: videos.digest(),
         "sampling": views.sampling,
         "stride": views.stride,
         "num_clips": num_clips,
@@ -134,7 +134,7 @@ def _outcomes(plan: Plan, ranks: Ranks) -> list[Outcome]:
     config, views = plan.config, plan.views
     model, mine = plan.model.to(ranks.device), ranks.share(len(plan.videos))
     if ranks.is_main:
-        for line in (*plan.videos.videos.notes, *plan.told):
+        for line in (*plan.videos.notes, *plan.told):
             print(line, flush=True)
         print(
             f"{len(plan.videos)} videos, {views.num_clips} x {views.num_crops} views each ({views.sampling}), {ranks.size} ranks; "
@@ -190,7 +190,7 @@ def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
         np.stack(
             [nothing_K if outcome.scores_K is None else outcome.scores_K for outcome in outcomes]
         ),
-        np.array(plan.videos.labels, dtype=np.int64),
+        plan.videos.label_M,
     )
     counted = scores.has_scores() if plan.config.skip_bad else np.ones(len(outcomes), dtype=bool)
     figures = Scores(scores.score_MK[counted], scores.label_M[counted])
@@ -218,7 +218,7 @@ def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
 
 def _row(plan: Plan, scores: Scores, outcome: Outcome) -> str:
     """A line of predictions.jsonl."""
-    label = plan.videos.labels[outcome.video]
+    label = int(plan.videos.label_M[outcome.video])
     row: dict[str, Any] = {
         "path": str(plan.videos.paths[outcome.video]),
         "label": label,

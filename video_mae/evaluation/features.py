@@ -17,7 +17,7 @@ from tqdm import tqdm
 from video_mae.config.frozen import Precision
 from video_mae.convert.model_folder import Model
 from video_mae.data.dataset import Failure
-from video_mae.data.labels import LabeledVideos
+from video_mae.data.videos import VideoList
 from video_mae.data.views import ViewDataset, Views, make_view_loader
 from video_mae.model.vit import VideoClassifier
 
@@ -114,7 +114,7 @@ class FeatureSet:
 
 def collect_features(
     encoder: FrozenEncoder,
-    videos: LabeledVideos,
+    videos: VideoList,
     views: Views,
     *,
     with_tokens: bool,
@@ -155,4 +155,6 @@ def collect_features(
                     tokens_MVND[index] = (
                         features.tokens_BND.unflatten(0, (-1, shape[1])).half().cpu()
                     )
-    return FeatureSet(pooled_MVD, tokens_MVND, torch.tensor(videos.labels), seen_M, tuple(failures))
+    return FeatureSet(
+        pooled_MVD, tokens_MVND, torch.tensor(videos.label_M), seen_M, tuple(failures)
+    )

@@ -24,9 +24,9 @@ from video_mae.config.frozen import Kind, ProbeConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset
-from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, uniform_indices
+from video_mae.data.videos import VideoList, read_labeled
 from video_mae.data.views import Views
 from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Choose, Reading
@@ -62,7 +62,7 @@ class Plan:
 
     config: ProbeConfig
     model: Model
-    lists: dict[str, LabeledVideos]
+    lists: dict[str, VideoList]
     views: Views
     workers: Workers
     folder: Path
@@ -146,7 +146,7 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     settings = {
         "model": str(model_folder.absolute()),
         **knobs,
-        LIST_DIGEST: {name: videos.videos.digest() for name, videos in lists.items()},
+        LIST_DIGEST: {name: videos.digest() for name, videos in lists.items()},
     }
     folder = choose_folder(
         config.output, model, "probe" if config.weights == "pretrained" else "probe_random"
@@ -161,7 +161,7 @@ def run(plan: Plan) -> int:
     """
     config, folder = plan.config, plan.folder
     for videos in plan.lists.values():
-        for note in videos.videos.notes:
+        for note in videos.notes:
             print(note)
     print("; ".join(filter(None, (plan.workers.describe(), plan.workers.told))), flush=True)
     encoder = FrozenEncoder(plan.model, Ranks().device, config.precision)
@@ -311,7 +311,7 @@ def _drawn(plan: Plan, encoder: FrozenEncoder, sampler: StepSampler) -> Iterator
         num_workers=config.num_workers,
     )
     clips = _DrawnClips(
-        plan.lists["train"].videos,
+        plan.lists["train"],
         data,
         c.num_frames,
         c.height,

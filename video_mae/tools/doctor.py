@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from video_mae.config.data import ReadConfig
 from video_mae.config.schema import knob, require, section
-from video_mae.data.annotations import class_names, file_mistake, read_annotations, read_entries
+from video_mae.data.paths import file_mistake
 from video_mae.data.shards import is_packed
+from video_mae.data.videos import class_names, read_annotations, read_entries
 from video_mae.decoding import (
     Place,
     Reading,
