@@ -16,6 +16,7 @@ import pickle
 import runpy
 import signal
 import sys
+import tracemalloc
 import types
 import warnings
 from collections.abc import Iterator
@@ -197,6 +198,7 @@ def test_data_of_python_itself_is_passed_over(tmp_path):
 # What other readers would execute, or break over, and what is no more than a text or a number of
 # items here.
 INERT: dict[str, tuple[bytes, str]] = {
+    **{f"grows: {name}": (payload, "") for name, payload in hostile.GROWING.items()},
     "a call of another package": (
         b"cnumpy.f2py.crackfortran\nmyeval\n" + text("open('EXECUTED', 'w')") + b"\x85R",
         "numpy.f2py.crackfortran.myeval",
@@ -251,6 +253,18 @@ def test_what_is_not_called_stays_a_text(case, tmp_path, monkeypatch):
     assert len(report.left_out["x"]) < 300
     assert REBUILD.__defaults__ == before
     assert [child.name for child in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize("case", hostile.GROWING)
+def test_what_is_given_to_many_calls_is_there_once(case, tmp_path):
+    path = hostile.beside(hostile.GROWING[case])(tmp_path)
+    read_source(path)
+    tracemalloc.start()
+    try:
+        read_source(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # copies would take more than 80 million
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
