@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from video_mae.convert import import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))
 SIZE = official.Size(depth=2, decoder_depth=1)

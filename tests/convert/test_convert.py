@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask, token_mask
 from video_mae.cli import main
 from video_mae.convert import Facts, Report, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.model.masking import ContextMask
 

@@ -28,7 +28,7 @@ from video_mae import (
 )
 from video_mae.cli import main
 from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 from video_mae.evaluation.predict import views_of
 from video_mae.kernels.tubelets import gather_tubelets
 from video_mae.training.pretrain import prepare, run

@@ -14,7 +14,7 @@ import torch
 from video_mae import VideoClassifier, load_pretrained
 from video_mae.cli import main
 from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "second_official.py")))
 FACTS: dict[str, Any] = {"num_heads": 3, "num_frames": 6, "height": 16, "width": 24}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask
 from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,7 +18,7 @@ import torch
 from video_mae import load_pretrained
 from video_mae.cli import main
 from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.tools.convert import ConvertConfig, convert
 
 hostile = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hostile_files.py")))
 HOSTILE, STATE, saved = hostile.HOSTILE, hostile.STATE, hostile.saved
