@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from video_mae.convert import import_model
+from video_mae.convert.importing import import_model
 from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("second_official.py"))))

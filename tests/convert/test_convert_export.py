@@ -27,10 +27,11 @@ from video_mae import (
     save_model_folder,
 )
 from video_mae.cli import main
-from video_mae.convert import Facts, import_model
-from video_mae.tools.convert import ConvertConfig, convert
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import import_model
 from video_mae.evaluation.predict import views_of
 from video_mae.kernels.tubelets import gather_tubelets
+from video_mae.tools.convert import ConvertConfig, convert
 from video_mae.training.pretrain import prepare, run
 
 pytestmark = pytest.mark.trains_here
@@ -459,7 +460,7 @@ def test_a_run_folder_is_converted_from_its_model(tmp_path):
                 str(tmp_path / "run"),
                 str(tmp_path / "hub"),
                 "format=hugging_face",
-                "layout=v5",
+                "layout=v4",
             ]
         )
     assert exit_.value.code == 0

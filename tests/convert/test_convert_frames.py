@@ -13,7 +13,8 @@ import torch
 
 from video_mae import VideoClassifier, load_pretrained
 from video_mae.cli import main
-from video_mae.convert import Facts, import_model
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import import_model
 from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "second_official.py")))

@@ -29,8 +29,9 @@ import numpy as np
 import pytest
 import torch
 
-from video_mae.convert import Facts, import_model
+from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import read_source
+from video_mae.convert.importing import import_model
 
 hostile = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hostile_files.py")))
 official = hostile.official

@@ -16,15 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-
+from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder
 from video_mae.convert.torch_file import CodeError, Thing, TorchFile, things_in
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
 # under which the projects keep the weights, in order of preference
 WRAPPERS = ("model", "module", "state_dict", "model_state")
-# in which a training under DeepSpeed leaves its weights, where it does not partition them
-DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
-RUN_MANIFEST = "MANIFEST.json"  # of a checkpoint of ours, which lies in a run folder
 # where the official projects and mmengine keep the options of a training
 OPTIONS = ("args", "meta")
 TOLD_NAMES, LONGEST_KEY = 12, 500  # of what is passed over; of an entry, in characters
@@ -65,13 +62,6 @@ def read_source(path: str | Path) -> Source:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
     return _read_file(path)
-
-
-def is_deepspeed_folder(path: Path) -> bool:
-    """Whether a folder is another project's checkpoint of DeepSpeed, whose weights lie in one file."""
-    return (path / DEEPSPEED_FILE).is_file() and not (
-        (path / "config.json").is_file() or (path / RUN_MANIFEST).is_file()
-    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from video_mae.convert.architecture import Draft, whole
 from video_mae.convert.foreign_files import read_json
-from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
-
-Version = Literal["v4", "v5"]
+from video_mae.convert.layout import Layout, apart
 
 # PyTorch's default, which VideoMAE's decoder.norm and fc_norm have there whatever config.json says
 HEAD_NORM_EPS = 1e-5
@@ -48,101 +46,76 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-_OUTER = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
-_V4 = {
-    **_OUTER,
-    "qkv": tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
-    "proj": "attention.output.dense",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
+VERSION_4 = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.0": "intermediate.dense",
+    "mlp.2": "output.dense",
+    **apart(*(f"attention.attention.{part}" for part in ("query", "key", "value"))),
 }
-_BIASES = tuple(f"attention.attention.{part}.bias" for part in ("query", "key", "value"))
-VIDEOMAE_WORDS = {
-    "v4": Words(**_V4, bias=("attention.attention.q_bias", "", "attention.attention.v_bias")),
-    "v5": Words(**_V4, bias=_BIASES),
+VERSION_5 = {
+    "attn.proj": "attention.o_proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    **apart(*(f"attention.{letter}_proj" for letter in "qkv")),
 }
-VITMAE_WORDS = {
-    "v4": Words(**_V4, bias=_BIASES),
-    "v5": Words(
-        **_OUTER,
-        qkv=tuple(f"attention.{part}_proj.weight" for part in "qkv"),
-        bias=tuple(f"attention.{part}_proj.bias" for part in "qkv"),
-        proj="attention.o_proj",
-        fc1="mlp.fc1",
-        fc2="mlp.fc2",
+
+# Written are the names of version 4, which version 5 reads too.
+VIDEOMAE = Layout(
+    project="Hugging Face VideoMAE",
+    spellings=((r"(^|\.)_orig_mod\.", r"\1"), (r"^videomae\.", "")),
+    outside={
+        "encoder.patch_embed": "embeddings.patch_embeddings.projection",
+        "encoder.norm": "layernorm",
+        "decoder.encoder_to_decoder": "encoder_to_decoder",
+        "decoder.mask_token": "mask_token",
+        "decoder.norm": "decoder.norm",
+        "decoder.head": "decoder.head",
+        "fc_norm": "fc_norm",
+        "head": "classifier",
+    },
+    blocks={"encoder.blocks": "encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
+    inside={name: VERSION_4[name] for name in VERSION_4 if not name.endswith("_bias")}
+    | {f"attn.qkv.{part}_bias": f"attention.attention.{part}_bias" for part in "qv"},
+    also=VERSION_4,  # with the biases of version 5
+)
+VITMAE = Layout(
+    project="Hugging Face ViTMAE",
+    spellings=(
+        (r"(^|\.)_orig_mod\.", r"\1"),
+        (r"^vit\.", ""),
+        (r"^layers\.", "encoder.layer."),
+        (r"^decoder\.decoder_encoder\.layers?\.", "decoder.decoder_layers."),
     ),
-}
-ENCODER_BLOCKS = {"v4": "encoder.layer", "v5": "layers"}  # of ViTMAE
-
-
-def videomae(version: Version) -> Layout:
-    """VideoMAE's names; those of the other version are read too."""
-    words, other = (VIDEOMAE_WORDS[version], VIDEOMAE_WORDS["v5" if version == "v4" else "v4"])
-    return Layout(
-        project="Hugging Face VideoMAE",
-        spellings=((r"(^|\.)_orig_mod\.", r"\1"), (r"^videomae\.", "")),
-        rules=(
-            *same("encoder.patch_embed", "embeddings.patch_embeddings.projection", "D C t p p"),
-            *block_rules("encoder.blocks.*", "encoder.layer.*", "D", "H", words, other),
-            *same("encoder.norm", "layernorm", "D"),
-            *same("decoder.encoder_to_decoder", "encoder_to_decoder", "E D"),
-            Rule(("decoder.mask_token",), ("mask_token",), "1 1 E"),
-            *block_rules("decoder.blocks.*", "decoder.decoder_layers.*", "E", "G", words, other),
-            *same("decoder.norm", "decoder.norm", "E"),
-            *same("decoder.head", "decoder.head", "P E"),
-            *same("fc_norm", "fc_norm", "D"),
-            *same("head", "classifier", "K D"),
-        ),
-    )
-
-
-def vit_mae(version: Version) -> Layout:
-    """ViTMAE's names; transformers 5.18 writes its decoder's blocks under decoder_encoder.layer,
-    which is read too.
-    """
-    words, other = (VITMAE_WORDS[version], VITMAE_WORDS["v5" if version == "v4" else "v4"])
-    blocks = ENCODER_BLOCKS[version]
-    return Layout(
-        project="Hugging Face ViTMAE",
-        spellings=(
-            (r"(^|\.)_orig_mod\.", r"\1"),
-            (r"^vit\.", ""),
-            (r"^(encoder\.layer|layers)\.", f"{blocks}."),
-            (
-                r"^decoder\.(decoder_encoder\.layer|decoder_encoder\.layers)\.",
-                "decoder.decoder_layers.",
-            ),
-        ),
-        positions=("embeddings.position_embeddings", "decoder.decoder_pos_embed"),
-        rules=(
-            *same("encoder.patch_embed", "embeddings.patch_embeddings.projection", "D C p p"),
-            Rule(("encoder.class_token",), ("embeddings.cls_token",), "1 1 D"),
-            *block_rules("encoder.blocks.*", f"{blocks}.*", "D", "H", words, other),
-            *same("encoder.norm", "layernorm", "D"),
-            *same("decoder.encoder_to_decoder", "decoder.decoder_embed", "E D"),
-            Rule(("decoder.mask_token",), ("decoder.mask_token",), "1 1 E"),
-            *block_rules("decoder.blocks.*", "decoder.decoder_layers.*", "E", "G", words, other),
-            *same("decoder.norm", "decoder.decoder_norm", "E"),
-            *same("decoder.head", "decoder.decoder_pred", "P E"),
-        ),
-    )
+    positions=("embeddings.position_embeddings", "decoder.decoder_pos_embed"),
+    outside={
+        "encoder.patch_embed": "embeddings.patch_embeddings.projection",
+        "encoder.class_token": "embeddings.cls_token",
+        "encoder.norm": "layernorm",
+        "decoder.encoder_to_decoder": "decoder.decoder_embed",
+        "decoder.mask_token": "decoder.mask_token",
+        "decoder.norm": "decoder.decoder_norm",
+        "decoder.head": "decoder.decoder_pred",
+    },
+    blocks={"encoder.blocks": "encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
+    inside=VERSION_4,
+    also=VERSION_5,
+)
 
 
 def describe(draft: Draft) -> None:
     """The configuration of a folder: config.json tells it, and the tensors must agree."""
-    folder, kind = (
-        draft.source.path,
-        "vit_mae" if draft.found.layout.project.endswith("ViTMAE") else "videomae",
-    )
     if not draft.source.config:
         raise draft.wrong("has no config.json beside it; give the folder that holds both")
-    config = {**DEFAULTS[kind], **draft.source.config}
-    where = f"{folder / 'config.json'}"
+    is_image = draft.layout is VITMAE
+    config = {**DEFAULTS["vit_mae" if is_image else "videomae"], **draft.source.config}
+    where = str(draft.source.path / "config.json")
     if config["hidden_act"] != "gelu":
         raise ValueError(
             f"{where}: hidden_act is {config['hidden_act']!r}; only gelu is known here"
         )
-    draft.shapes(decoder_embed_bias=kind == "vit_mae")
+    draft.shapes(decoder_embed_bias=is_image)
     _compare(draft, config, where)
     draft.heads(
         _whole(config, "num_attention_heads", where),
@@ -151,48 +124,44 @@ def describe(draft: Draft) -> None:
     )
     if draft.fields["embed_dim"] == 384 and draft.fields["num_heads"] == 16:
         draft.notes.append(
-            "num_heads = 16: from config.json, but the official model that is 384 wide has 6, and the hub's conversions of "
-            "it say 16; if this is one, give num_heads=6 decoder_num_heads=3"
+            "num_heads = 16: from config.json, but the official model that is 384 wide has 6, and "
+            "the hub's conversions of it say 16; if this is one, give num_heads=6 "
+            "decoder_num_heads=3"
         )
     draft.clip(_whole(config, "num_frames", where), *_pair(config, "image_size", where))
-    draft.fields.update(
-        norm_eps=_eps(config, where),
-        head_norm_eps=_eps(config, where) if kind == "vit_mae" else HEAD_NORM_EPS,
-    )
-    if kind == "vit_mae":
-        draft.positions(
-            "sincos",
-            {"encoder": "embeddings.position_embeddings", "decoder": "decoder.decoder_pos_embed"},
-            0.0,
-            required=True,
-        )
+    eps = config["layer_norm_eps"]
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise ValueError(f"{where}: layer_norm_eps is {eps!r}, not a number between 0 and 1")
+    draft.fields.update(norm_eps=eps, head_norm_eps=eps if is_image else HEAD_NORM_EPS)
+    if is_image:
+        encoder, decoder = VITMAE.positions
+        draft.positions("sincos", {"encoder": encoder, "decoder": decoder}, 0.0, required=True)
     else:
         draft.positions("sinusoid", {}, None, required=False)
         if not draft.is_classifier:
             draft.fields["encoder_norm"] = not _flag(config, "use_mean_pooling", where)
-        biases = [
-            tensor
-            for name, tensor in draft.found.ours.items()
-            if name.endswith(("q_bias", "v_bias"))
-        ]
+        biases = [draft.ours[name] for name in draft.ours if name.endswith(("q_bias", "v_bias"))]
         if biases and not any(bool(tensor.any()) for tensor in biases):
             draft.notes.append(
-                "all biases of queries and values are 0: early versions 5 of transformers lost them on loading a model"
+                "all biases of queries and values are 0: early versions 5 of transformers lost "
+                "them on loading a model"
             )
-    draft.statistics(*_statistics(folder))
+    draft.statistics(*_statistics(draft.source.path))
     if draft.is_classifier:
-        draft.classifier(_names(config, draft.found.sizes["K"], where))
+        draft.classifier(_names(config, draft.sizes["K"], where))
         return
-    normalized = _flag(config, "norm_pix_loss", where)
     # VideoMAE takes ImageNet's statistics back out of RGB alone
-    unit = kind == "videomae" and draft.fields["in_channels"] == 3
-    how = ("tubelet" if kind == "vit_mae" else "channel") if normalized else "none"
-    draft.objective(how, how, "unit" if unit else "normalized")
+    is_unit = not is_image and draft.fields["in_channels"] == 3
+    draft.objective(
+        _flag(config, "norm_pix_loss", where),
+        "tubelet" if is_image else "channel",
+        "unit" if is_unit else "normalized",
+    )
 
 
 def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
     """Raises: ValueError where config.json and the tensors tell different architectures."""
-    f, sizes = draft.fields, draft.found.sizes
+    f, sizes = draft.fields, draft.sizes
     found = {
         "hidden_size": sizes["D"],
         "num_hidden_layers": f["depth"],
@@ -206,13 +175,11 @@ def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
             "decoder_num_hidden_layers": f["decoder_depth"],
             "decoder_intermediate_size": sizes["G"],
         }
+    told = {key: _whole(config, key, where) for key in found}
+    found["patch_size"], told["patch_size"] = (sizes["p"],) * 2, _pair(config, "patch_size", where)
     for key, value in found.items():
-        if _whole(config, key, where) != value:
+        if told[key] != value:
             raise ValueError(f"{where}: {key} is {config[key]}, but the weights have {value}")
-    if _pair(config, "patch_size", where) != (sizes["p"], sizes["p"]):
-        raise ValueError(
-            f"{where}: patch_size is {config['patch_size']}, but the weights have {sizes['p']} x {sizes['p']}"
-        )
 
 
 def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
@@ -224,12 +191,11 @@ def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
 
 def _pair(config: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
     """(height, width), of which a single number stands for both."""
-    values = (
-        config[key]
-        if isinstance(config[key], list) and len(config[key]) == 2
-        else [config[key]] * 2
-    )
-    return _whole({key: values[0]}, key, where), _whole({key: values[1]}, key, where)
+    value = config[key]
+    if not isinstance(value, list) or len(value) != 2:
+        value = [value, value]
+    height, width = (_whole({key: number}, key, where) for number in value)
+    return height, width
 
 
 def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
@@ -238,42 +204,34 @@ def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
     return config[key]
 
 
-def _eps(config: Mapping[str, Any], where: str) -> float:
-    value = config["layer_norm_eps"]
-    if not isinstance(value, float) or not 0 < value < 1:
-        raise ValueError(f"{where}: layer_norm_eps is {value!r}, not a number between 0 and 1")
-    return value
-
-
 def _statistics(folder: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Means and deviations of the preprocessor, where one is in the folder."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-        path = folder / name
-        if path.is_file():
-            preprocessor = read_json(path)
-            values = [preprocessor.get(key) for key in ("image_mean", "image_std")]
-            if all(
-                isinstance(value, list)
-                and value
-                and all(isinstance(item, float | int) for item in value)
-                for value in values
-            ):
-                mean, std = (tuple(float(item) for item in value) for value in values if value)
-                return mean, std
+        if (folder / name).is_file():
+            told = read_json(folder / name)
+            mean, std = told.get("image_mean"), told.get("image_std")
+            if _are_numbers(mean) and _are_numbers(std):
+                return tuple(map(float, mean)), tuple(map(float, std))
     return None, None
+
+
+def _are_numbers(values: Any) -> bool:
+    if not isinstance(values, list) or not values:
+        return False
+    return all(isinstance(value, float | int) for value in values)
 
 
 def _names(config: Mapping[str, Any], num_classes: int, where: str) -> tuple[str, ...]:
     """The classes' names, where config.json has more than its placeholders."""
     names = config.get("id2label", {})
     if not isinstance(names, dict):
-        raise ValueError(
-            f"{where}: id2label is {type(names).__name__}, not a mapping of numbers and names"
-        )
-    if not names or all(name == f"LABEL_{number}" for number, name in names.items()):
+        raise ValueError(f"{where}: id2label is no mapping of numbers and names")
+    if all(name == f"LABEL_{number}" for number, name in names.items()):
         return ()
-    if sorted(names) != sorted(str(number) for number in range(num_classes)):
+    numbers = [str(number) for number in range(num_classes)]
+    if sorted(names) != sorted(numbers):
         raise ValueError(
-            f"{where}: id2label does not name the classes 0 to {num_classes - 1} that the weights have"
+            f"{where}: id2label does not name the classes 0 to {num_classes - 1} that the weights "
+            "have"
         )
-    return tuple(str(names[str(number)]) for number in range(num_classes))
+    return tuple(str(names[number]) for number in numbers)

@@ -1,292 +1,284 @@
-"""How a project names its tensors, as rules that are read in both directions: their file to our
-state dict, and back.
+"""How a project names its tensors: tables from our names to theirs, read in both directions.
 
-The letters of a rule's shape are solved for over all tensors of a file. That infers the
-architecture, and a tensor that does not agree with the others is found by name. Letters: D encoder
-width, E decoder width, H and G their MLP widths, C channels, t p p tubelet, P outputs of the
-decoder's head, K classes. `*` in a name is the number of a block.
+The letters of a shape are solved for over all tensors of a file. That infers the architecture, and
+a tensor that does not agree with the others is found by name. Letters: D encoder width, E decoder
+width, H and G their MLP widths, C channels, t p p tubelet, P outputs of the decoder's head,
+K classes. `*` in a name is the number of a block.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 
+from video_mae.convert.foreign_files import Source
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# Shapes by our names: of a layer that of its weight, whose first dimension is the bias's. "3D" is
+# three times D, "a|b" either.
+LAYERS = {
+    "encoder.patch_embed": "D C t p p|D C p p",
+    "encoder.norm": "D",
+    "decoder.encoder_to_decoder": "E D",
+    "decoder.norm": "E",
+    "decoder.head": "P E",
+    "fc_norm": "D",
+    "head": "K D",
+}
+TOKENS = {
+    "encoder.class_token": "1 1 D",
+    "decoder.mask_token": "1 1 E",
+    "decoder.class_token": "1 1 E",
+}
+BLOCK_LAYERS = {"norm1": "D", "attn.proj": "D D", "norm2": "D", "mlp.0": "H D", "mlp.2": "D H"}
+BLOCK_VECTORS = ("attn.qkv.q_bias", "attn.qkv.k_bias", "attn.qkv.v_bias", "gamma_1", "gamma_2")
+# Queries, keys and values: weights are together in our models, biases apart; files have both ways.
+PACKED = {"attn.qkv.weight": "3D D", "attn.qkv.bias": "3D"}
+APART = ("attn.qkv.q_weight", "attn.qkv.k_weight", "attn.qkv.v_weight")
+OF_A_BLOCK = re.compile(r"(.+?)\.(0|[1-9]\d*)\.(.+)")
 
-class Rule(NamedTuple):
-    """Tensors of ours and of theirs that hold the same values, one after the other along the first
-    dimension.
 
-    shape: of each of theirs, letters as above, "3D" for three times D, "a|b" for either; `reads`
-    alone is not written on export.
-    """
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    shape: str
-    reads: bool = False
+def _with_bias(layers: Mapping[str, str]) -> dict[str, str]:
+    shapes = {f"{name}.weight": shape for name, shape in layers.items()}
+    return {**shapes, **{f"{name}.bias": shape[0] for name, shape in layers.items()}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Words:
-    """A project's names inside a block. qkv and bias: one packed name, or those of query, key and
-    value ("" has none).
-    """
+def _all_shapes() -> dict[str, str]:
+    shapes = {**_with_bias(LAYERS), **TOKENS}
+    block = {**_with_bias(BLOCK_LAYERS), **PACKED}
+    block.update(dict.fromkeys(BLOCK_VECTORS, "D"))
+    block.update(dict.fromkeys(APART, "D D"))
+    for name, shape in block.items():
+        shapes[f"encoder.blocks.*.{name}"] = shape
+        shapes[f"decoder.blocks.*.{name}"] = shape.replace("D", "E").replace("H", "G")
+    return shapes
 
-    norm1: str = "norm1"
-    norm2: str = "norm2"
-    qkv: tuple[str, ...] = ("attn.qkv.weight",)
-    bias: tuple[str, ...] = ("attn.q_bias", "", "attn.v_bias")
-    proj: str = "attn.proj"
-    fc1: str = "mlp.fc1"
-    fc2: str = "mlp.fc2"
+
+SHAPES = _all_shapes()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A project's names. `spellings` brings the variants of a name to the one that the rules use,
-    one regular expression after another.
+    """A project's names, by ours: of layers and tokens outside of blocks, of the lists of blocks,
+    and of what is inside a block. `also`: other names inside, that are read.
+
+    `spellings` brings the variants of a name to the one of the tables, one regular expression after
+    another; `positions` are tables that may be there.
     """
 
     project: str
-    rules: tuple[Rule, ...]
+    outside: dict[str, str]
+    blocks: dict[str, str]
+    inside: dict[str, str]
+    also: dict[str, str] = field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
     positions: tuple[str, ...] = ()
 
     def plain(self, name: str) -> str:
-        """A name in the file as the rules have it."""
+        """A name in the file as the tables have it."""
         for pattern, replacement in self.spellings:
             name = re.sub(pattern, replacement, name)
         return name
 
+    def to_theirs(self, ours: str) -> str | None:
+        """Their name of one of our tensors, where they have one."""
+        return _translate(ours, self.outside, self.blocks, self.inside)
 
-def same(ours: str, theirs: str, shape: str, reads: bool = False) -> Iterator[Rule]:
-    """The rules of a layer's weight and bias; shape is the weight's, its first dimension the
-    bias's.
+    def to_ours(self, plain: str) -> str | None:
+        """Our name of one of their tensors; None for what no table knows."""
+        ours = _translate(plain, *self._inverted)
+        return ours if ours and shape_of(ours) else None
+
+    @cached_property
+    def _inverted(self) -> tuple[dict[str, str], ...]:
+        inside = _inverse(self.also) | _inverse(self.inside)
+        return _inverse(self.outside), _inverse(self.blocks), inside
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
+
+
+def _translate(
+    name: str, outside: Mapping[str, str], blocks: Mapping[str, str], inside: Mapping[str, str]
+) -> str | None:
+    match = OF_A_BLOCK.fullmatch(name)
+    if match is None:
+        return _look_up(outside, name)
+    inner = _look_up(inside, match[3])
+    return f"{blocks[match[1]]}.{match[2]}.{inner}" if inner and match[1] in blocks else None
+
+
+def _look_up(table: Mapping[str, str], name: str) -> str | None:
+    """A table has tensors, and layers of a weight and a bias."""
+    layer, _, part = name.rpartition(".")
+    if name in table or layer not in table:
+        return table.get(name)
+    return f"{table[layer]}.{part}"
+
+
+def apart(query: str, key: str, value: str) -> dict[str, str]:
+    """The table of layers that make queries, keys and values one by one."""
+    table = {}
+    for letter, layer in zip("qkv", (query, key, value), strict=True):
+        table[f"attn.qkv.{letter}_weight"] = f"{layer}.weight"
+        table[f"attn.qkv.{letter}_bias"] = f"{layer}.bias"
+    return table
+
+
+def shape_of(ours: str) -> str:
+    """The letters of a tensor of ours; "" for what is none."""
+    return SHAPES.get(OF_A_BLOCK.sub(r"\1.*.\3", ours), "")
+
+
+def recognise(tensors: Iterable[str], layouts: Iterable[Layout], where: str) -> Layout:
+    """The layout that explains most tensors. Raises: ValueError where none knows a block of the
+    file.
     """
-    yield Rule((f"{ours}.weight",), (f"{theirs}.weight",), shape, reads)
-    yield Rule((f"{ours}.bias",), (f"{theirs}.bias",), shape.split()[0], reads)
+    most, best = 0, None
+    for layout in layouts:
+        names = [layout.plain(name) for name in tensors]
+        known = [ours for ours in map(layout.to_ours, names) if ours]
+        count = len(known) + sum(name in layout.positions for name in names)
+        if count > most and any(".blocks." in ours for ours in known):
+            most, best = count, layout
+    if best is None:
+        first = ", ".join(sorted(tensors)[:3])
+        raise ValueError(
+            f"{where}: holds no model that is known here; its first tensors are {first}"
+        )
+    return best
 
 
-def block_rules(
-    ours: str, theirs: str, width: str, hidden: str, words: Words, *also: Words
-) -> Iterator[Rule]:
-    """The rules of all blocks under two prefixes; `also` are other spellings that are read, but not
-    written.
+def _solve(tensor: torch.Tensor, shapes: str, sizes: dict[str, int], where: str) -> None:
+    """Gives letters that are new their size, and holds the others against theirs. Raises:
+    ValueError.
     """
-    biases = tuple(f"{ours}.attn.qkv.{part}_bias" for part in "qkv")
-    for spelling in (words, *also):
-        reads = spelling is not words
-        yield from same(f"{ours}.norm1", f"{theirs}.{spelling.norm1}", width, reads)
-        rows = width if len(spelling.qkv) == 3 else f"3{width}"
-        yield Rule(
-            (f"{ours}.attn.qkv.weight",),
-            tuple(f"{theirs}.{name}" for name in spelling.qkv),
-            f"{rows} {width}",
-            reads,
+    options = [shape.split() for shape in shapes.split("|")]
+    letters = next((option for option in options if len(option) == tensor.dim()), [])
+    for letter, size in zip(letters, tensor.shape, strict=False):
+        factor = 3 if letter.startswith("3") else 1
+        if letter != "1" and size % factor == 0:
+            sizes.setdefault(letter[-1], size // factor)
+    if not letters or not tensor.numel() or tuple(tensor.shape) != _shape(letters, sizes):
+        letters = letters or options[0]
+        pairs = zip(_shape(letters, sizes), letters, strict=True)
+        expected = " x ".join(str(size or letter) for size, letter in pairs)
+        raise ValueError(
+            f"{where}: has shape {tuple(tensor.shape)}, which does not fit the other tensors: "
+            f"{expected} is expected"
         )
-        if len(spelling.bias) == 1:
-            yield Rule(biases, (f"{theirs}.{spelling.bias[0]}",), f"3{width}", reads)
-        else:
-            pairs = zip(biases, spelling.bias, strict=True)
-            yield from (
-                Rule((mine,), (f"{theirs}.{other}",), width, reads)
-                for mine, other in pairs
-                if other
-            )
-        yield from same(f"{ours}.attn.proj", f"{theirs}.{spelling.proj}", f"{width} {width}", reads)
-        yield from same(f"{ours}.norm2", f"{theirs}.{spelling.norm2}", width, reads)
-        yield from same(f"{ours}.mlp.0", f"{theirs}.{spelling.fc1}", f"{hidden} {width}", reads)
-        yield from same(f"{ours}.mlp.2", f"{theirs}.{spelling.fc2}", f"{width} {hidden}", reads)
-        yield from (
-            Rule((f"{ours}.gamma_{number}",), (f"{theirs}.gamma_{number}",), width, reads)
-            for number in "12"
-        )
+
+
+def _shape(letters: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The sizes of dimensions; 0 where a letter is not known."""
+    known = {"1": 1, **sizes}
+    return tuple(known.get(x[-1], 0) * (3 if x.startswith("3") else 1) for x in letters)
 
 
 @dataclass(kw_only=True)
-class Found:
-    """What a layout makes of a file: our tensors (shapes still theirs), sizes by letter, and what
-    no rule knows.
+class NamedTensors:
+    """The tensors of a file by our names (their shapes still those of the file), sizes by letter,
+    and what no table knows, by its plain name.
     """
 
+    source: Source
     layout: Layout
     ours: dict[str, torch.Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
-    rest: dict[str, torch.Tensor] = field(default_factory=dict)
-    spelled: dict[str, str] = field(default_factory=dict)  # plain name -> name in the file
-    used: int = 0
+    unknown: dict[str, torch.Tensor] = field(default_factory=dict)
+    # our name, or a plain name that is none -> name in the file
+    spelled: dict[str, str] = field(default_factory=dict)
 
-    def depth(self, blocks: str) -> int:
-        """How many blocks there are under a prefix of ours."""
-        return len(
-            {
-                name[len(blocks) :].split(".")[1]
-                for name in self.ours
-                if name.startswith(f"{blocks}.")
-            }
-        )
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming a tensor whose shape or values cannot be, or that is missing
+        beside its likes.
+        """
+        for name, tensor in self.source.tensors.items():
+            plain = self.layout.plain(name)
+            ours = self.layout.to_ours(plain)
+            key = ours or plain
+            if key in self.spelled:
+                raise self.wrong(f"{name} and {self.spelled[key]} are two tensors for one thing")
+            self.spelled[key] = name
+            if ours is None:
+                self.unknown[plain] = tensor
+                continue
+            _solve(tensor, shape_of(ours), self.sizes, f"{self.source.path}: {name}")
+            self.ours[ours] = self.values(tensor, name)
+        for name in [name for name in self.ours if name.endswith(("_weight", "qkv.bias"))]:
+            if name in self.ours:
+                self._regroup(name.rpartition(".")[0])
+        for side in ("encoder", "decoder"):
+            blocks = self.blocks(side)
+            for number in range(max(blocks, default=-1)):
+                if number not in blocks:
+                    raise self.wrong(
+                        f"block {number} of the {side} is missing, but there is a block {max(blocks)}"
+                    )
+
+    def _regroup(self, qkv: str) -> None:
+        """Weights of queries, keys and values together, biases apart."""
+        weights = [f"{qkv}.{letter}_weight" for letter in "qkv"]
+        biases = [f"{qkv}.{letter}_bias" for letter in "qkv"]
+        missing = [name for name in weights if name not in self.ours]
+        if len(missing) < 3:
+            if missing:
+                raise self.wrong(f"{self.called(missing[0])} is missing")
+            self.ours[f"{qkv}.weight"] = torch.cat([self.ours.pop(name) for name in weights])
+        together = self.ours.pop(f"{qkv}.bias", None)
+        if together is not None:
+            if any(name in self.ours for name in biases):
+                raise self.wrong(f"{self.spelled[f'{qkv}.bias']} comes on top of another bias")
+            self.ours.update(zip(biases, together.chunk(3), strict=True))
+
+    def values(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """In float32. Raises: ValueError where they are no weights: integers, NaN, infinite."""
+        if tensor.dtype not in FLOATS:
+            raise self.wrong(f"{name}: is of {tensor.dtype}, not of floating point numbers")
+        values = tensor.float()
+        if not bool(values.isfinite().all()):
+            raise self.wrong(f"{name}: holds values that are NaN or infinite")
+        return values
+
+    def blocks(self, side: str) -> set[int]:
+        return {int(name.split(".")[2]) for name in self.ours if name.startswith(f"{side}.blocks.")}
 
     def has(self, prefix: str) -> bool:
         """Whether the file holds anything of ours under a prefix."""
         return any(name.startswith(prefix) for name in self.ours)
 
+    def called(self, ours: str) -> str:
+        """What the file calls a tensor of ours, as far as that can be said."""
+        return self.spelled.get(ours) or self.layout.to_theirs(ours) or ours
 
-def recognise(tensors: Mapping[str, torch.Tensor], layouts: Iterable[Layout], where: str) -> Layout:
-    """The layout that explains most tensors. Raises: ValueError where none knows a block of the
-    file.
-    """
-    best: tuple[int, Layout | None] = (0, None)
-    for layout in layouts:
-        known = {name for rule in layout.rules for name in rule.theirs}
-        generic = [_generic(layout.plain(name)) for name in tensors]
-        count = sum(name in known or name in layout.positions for name, _ in generic)
-        if count > best[0] and any(number and name in known for name, number in generic):
-            best = (count, layout)
-    if best[1] is None:
-        raise ValueError(
-            f"{where}: holds no model that is known here; its first tensors are {', '.join(sorted(tensors)[:3])}"
-        )
-    return best[1]
+    @property
+    def has_decoder(self) -> bool:
+        return self.has("decoder.blocks.")
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        return ("encoder", "decoder") if self.has_decoder else ("encoder",)
 
-def find(tensors: Mapping[str, torch.Tensor], layout: Layout, where: str) -> Found:
-    """Applies the rules. Raises: ValueError naming a tensor whose shape or values cannot be, or
-    that is missing beside its likes.
-    """
-    found = Found(layout=layout)
-    numbers: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        plain = layout.plain(name)
-        if plain in found.rest:
-            raise ValueError(
-                f"{where}: {name} and {found.spelled[plain]} are two tensors for one thing"
-            )
-        found.rest[plain], found.spelled[plain] = tensor, name
-        generic, number = _generic(plain)
-        numbers.setdefault(generic, []).append(number)
-    for rule in layout.rules:
-        for number in sorted(
-            {number for name in rule.theirs for number in numbers.get(name, ())},
-            key=lambda text: int(text or 0),
-        ):
-            _apply(rule, number, found, where)
-    for side in ("encoder", "decoder"):
-        blocks = {
-            int(name.split(".")[2]) for name in found.ours if name.startswith(f"{side}.blocks.")
-        }
-        if blocks and max(blocks) >= len(blocks):
-            gap = next(i for i in range(len(blocks) + 1) if i not in blocks)
-            raise ValueError(
-                f"{where}: block {gap} of the {side} is missing, but there is a block {max(blocks)}"
-            )
-    return found
+    @property
+    def is_classifier(self) -> bool:
+        return self.has("head.") and not self.has_decoder
 
+    def table(self, name: str) -> torch.Tensor | None:
+        """A table [1, A + N, D] of the file by its plain name, as [A + N, D]. Raises: ValueError
+        for another shape.
+        """
+        if name not in self.unknown:
+            return None
+        spelled = self.spelled[name]
+        table = self.values(self.unknown[name], spelled)
+        if table.dim() != 3 or len(table) != 1 or not table.numel():
+            raise self.wrong(f"{spelled}: has shape {tuple(table.shape)}, no table of positions")
+        return table[0]
 
-def _apply(rule: Rule, number: str, found: Found, where: str) -> None:
-    ours, theirs = (
-        [name.replace("*", number) for name in names] for names in (rule.ours, rule.theirs)
-    )
-    missing = [name for name in theirs if name not in found.rest]
-    if len(missing) == len(theirs):
-        return  # another spelling of this rule has taken them
-    if missing:
-        there = next(name for name in theirs if name in found.rest)
-        raise ValueError(f"{where}: {missing[0]} is missing, but {found.spelled[there]} is there")
-    if any(name in found.ours for name in ours):
-        raise ValueError(
-            f"{where}: {found.spelled[theirs[0]]} comes on top of another tensor for the same thing"
-        )
-    values = []
-    for name in theirs:
-        here = f"{where}: {found.spelled[name]}"
-        _solve(found.rest[name], rule.shape, found.sizes, here)
-        values.append(readable(found.rest.pop(name), here))
-    together = values[0] if len(values) == 1 else torch.cat(values)
-    found.ours.update(zip(ours, together.chunk(len(ours)), strict=True))
-    found.used += len(theirs)
-
-
-def readable(tensor: torch.Tensor, where: str) -> torch.Tensor:
-    """The values in float32. Raises: ValueError where they are no weights: integers, NaN, infinite."""
-    if tensor.dtype not in FLOATS:
-        raise ValueError(
-            f"{where}: is of {tensor.dtype}, not of floating point numbers that are read here"
-        )
-    values = tensor.float()
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{where}: holds values that are NaN or infinite")
-    return values
-
-
-def write(
-    state: Mapping[str, torch.Tensor], rules: Iterable[Rule], sizes: Mapping[str, int]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """(tensors by their names, our names that no rule writes)."""
-    theirs: dict[str, torch.Tensor] = {}
-    left = dict(state)
-    numbers: dict[str, list[str]] = {}
-    for name in state:
-        generic, number = _generic(name)
-        numbers.setdefault(generic, []).append(number)
-    for rule in rules:
-        for number in () if rule.reads else numbers.get(rule.ours[0], ()):
-            ours = [name.replace("*", number) for name in rule.ours]
-            if all(name in left for name in ours):
-                values = torch.cat([left.pop(name).detach().flatten() for name in ours]).chunk(
-                    len(rule.theirs)
-                )
-                shape = [_size(token, sizes) for token in rule.shape.split("|")[0].split()]
-                theirs.update(
-                    (name.replace("*", number), part.reshape(shape))
-                    for name, part in zip(rule.theirs, values, strict=True)
-                )
-    return theirs, list(left)
-
-
-def their_name(ours: str, layout: Layout) -> str:
-    """What a project calls one of our tensors, for a message."""
-    generic, number = _generic(ours)
-    names = [rule.theirs[0] for rule in layout.rules if generic in rule.ours]
-    return names[0].replace("*", number) if names else ours
-
-
-def _generic(name: str) -> tuple[str, str]:
-    """A name with * for the number of its block, and that number: `blocks.3.norm1.bias` is
-    `blocks.*.norm1.bias`, "3".
-    """
-    match = re.search(r"\.(0|[1-9]\d*)\.", name)
-    return (f"{name[: match.start(1)]}*{name[match.end(1) :]}", match[1]) if match else (name, "")
-
-
-def _solve(tensor: torch.Tensor, shapes: str, sizes: dict[str, int], where: str) -> None:
-    """Gives letters that are new their size, and holds the others against theirs."""
-    options = [shape.split() for shape in shapes.split("|")]
-    tokens = next((option for option in options if len(option) == tensor.dim()), None)
-    agrees = tokens is not None and tensor.numel() > 0
-    for token, size in zip(tokens or (), tensor.shape, strict=False):
-        factor, letter = _parse(token)
-        if letter and size % factor == 0:
-            sizes.setdefault(letter, size // factor)
-        agrees = agrees and size == _size(token, sizes)
-    if not agrees:
-        expected = " x ".join(str(_size(token, sizes) or token) for token in tokens or options[0])
-        raise ValueError(
-            f"{where}: has shape {tuple(tensor.shape)}, which does not fit the other tensors: {expected} is expected"
-        )
-
-
-def _parse(token: str) -> tuple[int, str]:
-    """ "3D" as (3, "D"), "D" as (1, "D"), "1" as (1, "")."""
-    digits = token.rstrip("DEHGCtpPK")
-    return int(digits or 1), token[len(digits) :]
-
-
-def _size(token: str, sizes: Mapping[str, int]) -> int:
-    """The size of one dimension; 0 where its letter is not known."""
-    factor, letter = _parse(token)
-    return factor * sizes.get(letter, 0) if letter else factor
+    def wrong(self, text: str) -> ValueError:
+        """The error that names the source."""
+        return ValueError(f"{self.source.path}: {text}")

@@ -8,13 +8,12 @@ from typing import Any
 
 from video_mae.config import PRESETS
 from video_mae.convert.architecture import Draft, whole
-from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
+from video_mae.convert.layout import Layout
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
 DECODER_HEADS = {
     preset["decoder_embed_dim"]: preset["decoder_num_heads"] for preset in PRESETS.values()
 }
-PACKED = Words(bias=("attn.qkv.bias",))  # of a fork that uses timm's block
 
 # Wrappers fall off, and an encoder without a prefix (fine-tuned) gets the one that it has in
 # pretraining.
@@ -25,42 +24,51 @@ SPELLINGS = (
     (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
     (r"^(cls_token|pos_embed)$", r"encoder.\1"),
 )
+# Names inside of a block: timm's, and what the official models have of their own.
+TIMM = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.proj": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+}
+ONE_BIAS = {"attn.qkv.bias": "attn.qkv.bias"}
+TWO_BIASES = {"attn.qkv.q_bias": "attn.q_bias", "attn.qkv.v_bias": "attn.v_bias"}
 
 OFFICIAL = Layout(
     project="VideoMAE",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed", "decoder.pos_embed"),
-    rules=(
-        *same("encoder.patch_embed", "encoder.patch_embed.proj", "D C t p p|D C p p"),
-        *block_rules("encoder.blocks.*", "encoder.blocks.*", "D", "H", Words(), PACKED),
-        *same("encoder.norm", "encoder.norm", "D"),
-        *same("decoder.encoder_to_decoder", "encoder_to_decoder", "E D"),
-        Rule(("decoder.mask_token",), ("mask_token",), "1 1 E"),
-        *block_rules("decoder.blocks.*", "decoder.blocks.*", "E", "G", Words(), PACKED),
-        *same("decoder.norm", "decoder.norm", "E"),
-        *same("decoder.head", "decoder.head", "P E"),
-        *same("fc_norm", "fc_norm", "D"),
-        *same("head", "head", "K D"),
-    ),
+    outside={
+        "encoder.patch_embed": "encoder.patch_embed.proj",
+        "encoder.norm": "encoder.norm",
+        "decoder.encoder_to_decoder": "encoder_to_decoder",
+        "decoder.mask_token": "mask_token",
+        "decoder.norm": "decoder.norm",
+        "decoder.head": "decoder.head",
+        "fc_norm": "fc_norm",
+        "head": "head",
+    },
+    blocks={"encoder.blocks": "encoder.blocks", "decoder.blocks": "decoder.blocks"},
+    inside=TIMM | TWO_BIASES,
+    also=ONE_BIAS,  # of a fork
 )
 
 MMACTION = Layout(
     project="mmaction2",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed",),
-    rules=(
-        *same("encoder.patch_embed", "encoder.patch_embed.projection", "D C t p p"),
-        *block_rules(
-            "encoder.blocks.*",
-            "encoder.blocks.*",
-            "D",
-            "H",
-            Words(fc1="mlp.layers.0.0", fc2="mlp.layers.1"),
-        ),
-        *same("encoder.norm", "encoder.norm", "D"),
-        *same("fc_norm", "fc_norm", "D"),
-        *same("head", "cls_head.fc_cls", "K D"),
-    ),
+    outside={
+        "encoder.patch_embed": "encoder.patch_embed.projection",
+        "encoder.norm": "encoder.norm",
+        "fc_norm": "fc_norm",
+        "head": "cls_head.fc_cls",
+    },
+    blocks={"encoder.blocks": "encoder.blocks"},
+    inside=TIMM | TWO_BIASES | {"mlp.0": "mlp.layers.0.0", "mlp.2": "mlp.layers.1"},
 )
 
 
@@ -87,14 +95,8 @@ def describe(draft: Draft) -> None:
     draft.statistics()
     if draft.is_classifier:
         draft.classifier((), *_frames(told))
-    else:
-        normalized = told.get("normlize_target")  # their spelling
-        draft.objective(
-            {True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None,
-            "channel",
-            "unit",
-            _context(told),
-        )
+    else:  # with their spelling
+        draft.objective(told.get("normlize_target"), "channel", "unit", _context(told))
 
 
 def _context(told: Mapping[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 another's.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +10,8 @@ import torch
 
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.config.schema import knob, read_keys
-from video_mae.convert.architecture import Facts
 from video_mae.convert.export import export_hugging_face, export_official, export_program
+from video_mae.convert.facts import Facts
 from video_mae.convert.importing import import_model
 from video_mae.convert.model_folder import (
     Model,
@@ -40,9 +40,8 @@ class ConvertConfig(Facts):
         "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
         "for transformers, a program of torch.export (.pt2, classifiers)",
     )
-    layout: Literal["v4", "v5"] = knob(
-        "v4",
-        "hugging_face: the version of transformers whose names are used; version 5 reads v4 too",
+    layout: Literal["v4"] = knob(
+        "v4", "hugging_face: the version of transformers whose names are used; version 5 reads them"
     )
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
@@ -77,7 +76,7 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
     elif config.format == "official":
         lines += export_official(model, destination)
     elif config.format == "hugging_face":
-        lines += export_hugging_face(model, destination, config.layout)
+        lines += export_hugging_face(model, destination)
     else:
         lines += export_program(model, destination)
     return lines
