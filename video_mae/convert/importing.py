@@ -133,12 +133,12 @@ def _build(draft: Draft, impl: str) -> tuple[VideoMAE | VideoClassifier, ImportR
             if isinstance(head, ClassifierConfig)
             else VideoMAE(config, head, impl=impl)
         )
-    kind = type(model).__name__
+    kind, has_decoder = type(model).__name__, draft.has_decoder
     state = model.state_dict()
     new: dict[str, str] = {}
     for name, tensor in state.items():
         values = draft.ours.pop(name, None)
-        if values is None and name.startswith("decoder.") and not draft.has_decoder:
+        if values is None and name.startswith("decoder.") and not has_decoder:
             new["decoder"] = "with random weights: the source is an encoder alone"
         elif values is None:
             raise draft.wrong(f"{draft.called(name)} is missing")
