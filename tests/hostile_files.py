@@ -395,7 +395,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "matrix the wrong way": (
         replaced("encoder.blocks.1.mlp.fc1.weight", torch.ones(24, 40)),
-        r"encoder\.blocks\.1\.mlp\.fc1\.weight: has shape \(24, 40\).*40 x 24",
+        r"encoder\.blocks\.1\.mlp\.fc1\.weight: has shape \(24, 40\).*\(40, 24\)",
     ),
     "bias that is too long": (
         replaced("encoder.blocks.1.attn.q_bias", torch.ones(25)),

@@ -83,29 +83,35 @@ class Draft(NamedTensors):
         """Everything that names and shapes alone tell; given is what a project always has, so that
         a tensor that is lost is missed.
         """
-        sizes = self.sizes
-        needed = [f"{side}.blocks.0.mlp.0.weight" for side in self.sides]
-        for name in ("encoder.patch_embed.weight", *needed):
-            if name not in self.ours:
-                raise self.wrong(f"{self.called(name)} is missing")
+        embed = self.tensor("encoder.patch_embed.weight")
+        if embed.dim() not in (4, 5) or embed.shape[-1] != embed.shape[-2] or not embed.numel():
+            raise self.wrong(
+                f"{self.called('encoder.patch_embed.weight')}: has shape {tuple(embed.shape)}, "
+                "which is none of square patches"
+            )
+        self.ours["encoder.patch_embed.weight"] = embed.flatten(1)
+        is_video = embed.dim() == 5
+        width = len(embed)
         biases = {name[-6] for name in self.ours if name.endswith(("q_bias", "k_bias", "v_bias"))}
         self.fields.update(
-            in_channels=sizes["C"],
-            tubelet_size=sizes.get("t", 1),
-            patch_size=sizes["p"],
-            embed_dim=sizes["D"],
+            num_frames=USUAL_FRAMES if is_video else 1,  # unless told otherwise
+            in_channels=embed.shape[1],
+            tubelet_size=embed.shape[2] if is_video else 1,
+            patch_size=embed.shape[-1],
+            embed_dim=width,
             depth=len(self.blocks("encoder")),
-            mlp_ratio=sizes["H"] / sizes["D"],
+            mlp_ratio=self.length("encoder.blocks.0.mlp.0.weight") / width,
             class_tokens=int(self.has("encoder.class_token")),
             layer_scale=float(any(".gamma_" in name for name in self.ours)),
             qkv_bias="qkv" if "k" in biases else "qv" if biases else "none",
             encoder_norm=self.has_decoder or self.is_classifier or self.has("encoder.norm."),
         )
         if self.has_decoder:
+            width = self.length("decoder.encoder_to_decoder.weight")
             self.fields.update(
-                decoder_embed_dim=sizes["E"],
+                decoder_embed_dim=width,
                 decoder_depth=len(self.blocks("decoder")),
-                decoder_mlp_ratio=sizes["G"] / sizes["E"],
+                decoder_mlp_ratio=self.length("decoder.blocks.0.mlp.0.weight") / width,
                 decoder_embed_bias=decoder_embed_bias,
                 decoder_class_token=decoder_class_token,
             )
@@ -160,9 +166,8 @@ class Draft(NamedTensors):
                 raise self.wrong(
                     f"has positions of {places} places, which is no square; give height=... width=..."
                 )
-        usual_frames = USUAL_FRAMES if "t" in self.sizes else 1
         for key, told, usual, unit in (
-            ("num_frames", frames, usual_frames, "tubelet_size"),
+            ("num_frames", frames, f["num_frames"], "tubelet_size"),
             ("height", height, USUAL_SIDE, "patch_size"),
             ("width", width, USUAL_SIDE, "patch_size"),
         ):
@@ -301,7 +306,7 @@ class Draft(NamedTensors):
 
         Videos are resized without antialiasing, as the tests of all these projects do it.
         """
-        classes = self.sizes["K"]
+        classes = self.length("head.weight")
         guess, why = "dense", "as usual; models of Something-Something have sampling=uniform"
         if classes == SOMETHING_CLASSES:
             guess = "uniform"
@@ -329,12 +334,13 @@ class Draft(NamedTensors):
             config = ModelConfig(**self.fields)
         except ValueError as error:
             raise self.wrong(str(error)) from None
-        outputs = self.sizes.get("P", config.predicted_values)
-        if outputs != config.predicted_values:
-            raise self.wrong(
-                f"its decoder predicts {outputs} values of a tubelet, which has "
-                f"{config.predicted_values}"
-            )
+        if self.has_decoder:
+            outputs = self.length("decoder.head.weight")
+            if outputs != config.predicted_values:
+                raise self.wrong(
+                    f"its decoder predicts {outputs} values of a tubelet, which has "
+                    f"{config.predicted_values}"
+                )
         return config
 
 

@@ -148,7 +148,7 @@ def describe(draft: Draft) -> None:
             )
     draft.statistics(*_statistics(draft.source.path))
     if draft.is_classifier:
-        draft.classifier(_names(config, draft.sizes["K"], where))
+        draft.classifier(_names(config, draft.length("head.weight"), where))
         return
     # VideoMAE takes ImageNet's statistics back out of RGB alone
     is_unit = not is_image and draft.fields["in_channels"] == 3
@@ -161,22 +161,23 @@ def describe(draft: Draft) -> None:
 
 def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
     """Raises: ValueError where config.json and the tensors tell different architectures."""
-    f, sizes = draft.fields, draft.sizes
-    found = {
-        "hidden_size": sizes["D"],
+    f = draft.fields
+    found: dict[str, Any] = {
+        "hidden_size": f["embed_dim"],
         "num_hidden_layers": f["depth"],
-        "intermediate_size": sizes["H"],
-        "num_channels": sizes["C"],
+        "intermediate_size": draft.length("encoder.blocks.0.mlp.0.weight"),
+        "num_channels": f["in_channels"],
         "tubelet_size": f["tubelet_size"],
     }
     if draft.has_decoder:
         found |= {
-            "decoder_hidden_size": sizes["E"],
+            "decoder_hidden_size": f["decoder_embed_dim"],
             "decoder_num_hidden_layers": f["decoder_depth"],
-            "decoder_intermediate_size": sizes["G"],
+            "decoder_intermediate_size": draft.length("decoder.blocks.0.mlp.0.weight"),
         }
-    told = {key: _whole(config, key, where) for key in found}
-    found["patch_size"], told["patch_size"] = (sizes["p"],) * 2, _pair(config, "patch_size", where)
+    told: dict[str, Any] = {key: _whole(config, key, where) for key in found}
+    told["patch_size"] = _pair(config, "patch_size", where)
+    found["patch_size"] = f["patch_size"], f["patch_size"]
     for key, value in found.items():
         if told[key] != value:
             raise ValueError(f"{where}: {key} is {config[key]}, but the weights have {value}")

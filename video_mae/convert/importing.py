@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from video_mae.config import ClassifierConfig
+from video_mae.config import ObjectiveConfig
 from video_mae.convert import hugging_face, mae, official
 from video_mae.convert.architecture import Draft
 from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import Source, read_source
 from video_mae.convert.layout import Layout, recognise
+from video_mae.convert.model_folder import fitted
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 # What describes a file, by the layout of its names.
@@ -126,58 +127,39 @@ def _refuse_unknown(draft: Draft) -> None:
 
 def _build(draft: Draft, impl: str) -> tuple[VideoMAE | VideoClassifier, ImportReport]:
     config, head, source = draft.config(), draft.head, draft.source
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of what is new
-        model = (
-            VideoClassifier(config, head, impl=impl)
-            if isinstance(head, ClassifierConfig)
-            else VideoMAE(config, head, impl=impl)
-        )
-    kind, has_decoder = type(model).__name__, draft.has_decoder
-    state = model.state_dict()
-    new: dict[str, str] = {}
-    for name, tensor in state.items():
-        values = draft.ours.pop(name, None)
-        if values is None and name.startswith("decoder.") and not has_decoder:
-            new["decoder"] = "with random weights: the source is an encoder alone"
-        elif values is None:
-            raise draft.wrong(f"{draft.called(name)} is missing")
-        elif values.numel() != tensor.numel():
-            raise draft.wrong(
-                f"{draft.called(name)}: has {values.numel()} values, where {tensor.numel()} are "
-                "expected"
-            )
-        else:
-            state[name] = values.reshape(tensor.shape)
-    model.load_state_dict(state)
     left_out = {**source.left_out, **draft.left_out}
-    for name in draft.ours:
-        reason = SUPERFLUOUS.get((kind, name.rpartition(".")[0]))
-        if reason is None:
-            raise draft.wrong(
-                f"{draft.called(name)} has no place in the {kind} that the other tensors make"
-            )
-        left_out[draft.called(name)] = reason
+    # Layers that files have beside what a model computes with.
+    superfluous = {}
+    if isinstance(head, ObjectiveConfig):
+        superfluous["fc_norm"] = "it is the norm before a head, and there is none"
+        superfluous["head"] = "this model has a decoder instead"
+    elif head.pooling != "first":
+        superfluous["encoder.norm"] = (
+            "this classifier norms the mean of the tokens by fc_norm instead"
+        )
+    for name in list(draft.ours):
+        reason = superfluous.get(name.rpartition(".")[0])
+        if reason:
+            left_out[draft.called(name)] = reason
+            draft.ours.pop(name)
     for name in draft.unknown:
         left_out.setdefault(draft.spelled[name], "no part of the model has this name")
-    return model.eval(), ImportReport(
+    new = {}
+    if isinstance(head, ObjectiveConfig) and not draft.has_decoder:
+        new["decoder"] = "with random weights: the source is an encoder alone"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what is new
+        try:
+            model = fitted(config, head, draft.ours, impl, called=draft.called, new=tuple(new))
+        except ValueError as error:
+            raise draft.wrong(str(error)) from None
+    return model, ImportReport(
         source=source.path.name,
         files=source.files,
         project=draft.layout.project,
-        kind=kind,
+        kind=type(model).__name__,
         used=len(source.tensors.keys() - left_out.keys()),
         left_out=left_out,
         new=new,
         notes=tuple(draft.notes),
     )
-
-
-# Why a layer that is there has no part in a model.
-SUPERFLUOUS = {
-    ("VideoMAE", "fc_norm"): "it is the norm before a head, and there is none",
-    ("VideoMAE", "head"): "this model has a decoder instead",
-    (
-        "VideoClassifier",
-        "encoder.norm",
-    ): "this classifier norms the mean of the tokens by fc_norm instead",
-}

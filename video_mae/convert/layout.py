@@ -1,9 +1,5 @@
-"""How a project names its tensors: tables from our names to theirs, read in both directions.
-
-The letters of a shape are solved for over all tensors of a file. That infers the architecture, and
-a tensor that does not agree with the others is found by name. Letters: D encoder width, E decoder
-width, H and G their MLP widths, C channels, t p p tubelet, P outputs of the decoder's head,
-K classes. `*` in a name is the number of a block.
+"""How a project names its tensors: tables from our names to theirs, read in both directions; and
+the tensors of a file by our names.
 """
 
 import re
@@ -16,48 +12,7 @@ import torch
 from video_mae.convert.foreign_files import Source
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-# Shapes by our names: of a layer that of its weight, whose first dimension is the bias's. "3D" is
-# three times D, "a|b" either.
-LAYERS = {
-    "encoder.patch_embed": "D C t p p|D C p p",
-    "encoder.norm": "D",
-    "decoder.encoder_to_decoder": "E D",
-    "decoder.norm": "E",
-    "decoder.head": "P E",
-    "fc_norm": "D",
-    "head": "K D",
-}
-TOKENS = {
-    "encoder.class_token": "1 1 D",
-    "decoder.mask_token": "1 1 E",
-    "decoder.class_token": "1 1 E",
-}
-BLOCK_LAYERS = {"norm1": "D", "attn.proj": "D D", "norm2": "D", "mlp.0": "H D", "mlp.2": "D H"}
-BLOCK_VECTORS = ("attn.qkv.q_bias", "attn.qkv.k_bias", "attn.qkv.v_bias", "gamma_1", "gamma_2")
-# Queries, keys and values: weights are together in our models, biases apart; files have both ways.
-PACKED = {"attn.qkv.weight": "3D D", "attn.qkv.bias": "3D"}
-APART = ("attn.qkv.q_weight", "attn.qkv.k_weight", "attn.qkv.v_weight")
 OF_A_BLOCK = re.compile(r"(.+?)\.(0|[1-9]\d*)\.(.+)")
-
-
-def _with_bias(layers: Mapping[str, str]) -> dict[str, str]:
-    shapes = {f"{name}.weight": shape for name, shape in layers.items()}
-    return {**shapes, **{f"{name}.bias": shape[0] for name, shape in layers.items()}}
-
-
-def _all_shapes() -> dict[str, str]:
-    shapes = {**_with_bias(LAYERS), **TOKENS}
-    block = {**_with_bias(BLOCK_LAYERS), **PACKED}
-    block.update(dict.fromkeys(BLOCK_VECTORS, "D"))
-    block.update(dict.fromkeys(APART, "D D"))
-    for name, shape in block.items():
-        shapes[f"encoder.blocks.*.{name}"] = shape
-        shapes[f"decoder.blocks.*.{name}"] = shape.replace("D", "E").replace("H", "G")
-    return shapes
-
-
-SHAPES = _all_shapes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +44,7 @@ class Layout:
 
     def to_ours(self, plain: str) -> str | None:
         """Our name of one of their tensors; None for what no table knows."""
-        ours = _translate(plain, *self._inverted)
-        return ours if ours and shape_of(ours) else None
+        return _translate(plain, *self._inverted)
 
     @cached_property
     def _inverted(self) -> tuple[dict[str, str], ...]:
@@ -115,9 +69,9 @@ def _translate(
 def _look_up(table: Mapping[str, str], name: str) -> str | None:
     """A table has tensors, and layers of a weight and a bias."""
     layer, _, part = name.rpartition(".")
-    if name in table or layer not in table:
-        return table.get(name)
-    return f"{table[layer]}.{part}"
+    if layer in table and part in ("weight", "bias"):
+        return f"{table[layer]}.{part}"
+    return table.get(name)
 
 
 def apart(query: str, key: str, value: str) -> dict[str, str]:
@@ -127,11 +81,6 @@ def apart(query: str, key: str, value: str) -> dict[str, str]:
         table[f"attn.qkv.{letter}_weight"] = f"{layer}.weight"
         table[f"attn.qkv.{letter}_bias"] = f"{layer}.bias"
     return table
-
-
-def shape_of(ours: str) -> str:
-    """The letters of a tensor of ours; "" for what is none."""
-    return SHAPES.get(OF_A_BLOCK.sub(r"\1.*.\3", ours), "")
 
 
 def recognise(tensors: Iterable[str], layouts: Iterable[Layout], where: str) -> Layout:
@@ -153,49 +102,24 @@ def recognise(tensors: Iterable[str], layouts: Iterable[Layout], where: str) -> 
     return best
 
 
-def _solve(tensor: torch.Tensor, shapes: str, sizes: dict[str, int], where: str) -> None:
-    """Gives letters that are new their size, and holds the others against theirs. Raises:
-    ValueError.
-    """
-    options = [shape.split() for shape in shapes.split("|")]
-    letters = next((option for option in options if len(option) == tensor.dim()), [])
-    for letter, size in zip(letters, tensor.shape, strict=False):
-        factor = 3 if letter.startswith("3") else 1
-        if letter != "1" and size % factor == 0:
-            sizes.setdefault(letter[-1], size // factor)
-    if not letters or not tensor.numel() or tuple(tensor.shape) != _shape(letters, sizes):
-        letters = letters or options[0]
-        pairs = zip(_shape(letters, sizes), letters, strict=True)
-        expected = " x ".join(str(size or letter) for size, letter in pairs)
-        raise ValueError(
-            f"{where}: has shape {tuple(tensor.shape)}, which does not fit the other tensors: "
-            f"{expected} is expected"
-        )
-
-
-def _shape(letters: Iterable[str], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The sizes of dimensions; 0 where a letter is not known."""
-    known = {"1": 1, **sizes}
-    return tuple(known.get(x[-1], 0) * (3 if x.startswith("3") else 1) for x in letters)
-
-
 @dataclass(kw_only=True)
 class NamedTensors:
-    """The tensors of a file by our names (their shapes still those of the file), sizes by letter,
-    and what no table knows, by its plain name.
+    """The tensors of a file by our names, and what no table knows, by its plain name.
+
+    Queries, keys and values have their weights together and their biases apart, as in our models;
+    a file may have either.
     """
 
     source: Source
     layout: Layout
     ours: dict[str, torch.Tensor] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     # our name, or a plain name that is none -> name in the file
     spelled: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises: ValueError naming a tensor whose shape or values cannot be, or that is missing
-        beside its likes.
+        """Raises: ValueError naming a tensor whose values cannot be, or that is missing beside its
+        likes.
         """
         for name, tensor in self.source.tensors.items():
             plain = self.layout.plain(name)
@@ -207,11 +131,10 @@ class NamedTensors:
             if ours is None:
                 self.unknown[plain] = tensor
                 continue
-            _solve(tensor, shape_of(ours), self.sizes, f"{self.source.path}: {name}")
-            self.ours[ours] = self.values(tensor, name)
-        for name in [name for name in self.ours if name.endswith(("_weight", "qkv.bias"))]:
-            if name in self.ours:
-                self._regroup(name.rpartition(".")[0])
+            values = self.values(tensor, name)
+            self.ours[ours] = values.flatten() if ours.endswith("_token") else values
+        for qkv in {name.rpartition(".")[0] for name in self.ours if ".attn.qkv." in name}:
+            self._regroup(qkv)
         for side in ("encoder", "decoder"):
             blocks = self.blocks(side)
             for number in range(max(blocks, default=-1)):
@@ -221,19 +144,41 @@ class NamedTensors:
                     )
 
     def _regroup(self, qkv: str) -> None:
-        """Weights of queries, keys and values together, biases apart."""
         weights = [f"{qkv}.{letter}_weight" for letter in "qkv"]
-        biases = [f"{qkv}.{letter}_bias" for letter in "qkv"]
-        missing = [name for name in weights if name not in self.ours]
-        if len(missing) < 3:
-            if missing:
-                raise self.wrong(f"{self.called(missing[0])} is missing")
+        if any(name in self.ours for name in weights):
+            shapes = {self.tensor(name).shape for name in weights}
+            if len(shapes) > 1 or () in shapes:
+                raise self.wrong(f"{self.called(weights[0])}: has shape unlike its neighbours")
             self.ours[f"{qkv}.weight"] = torch.cat([self.ours.pop(name) for name in weights])
         together = self.ours.pop(f"{qkv}.bias", None)
-        if together is not None:
-            if any(name in self.ours for name in biases):
-                raise self.wrong(f"{self.spelled[f'{qkv}.bias']} comes on top of another bias")
-            self.ours.update(zip(biases, together.chunk(3), strict=True))
+        if together is None:
+            return
+        spelled = self.spelled[f"{qkv}.bias"]
+        if together.dim() != 1 or len(together) % 3:
+            raise self.wrong(
+                f"{spelled}: has shape {tuple(together.shape)}, not three times a width"
+            )
+        for letter, part in zip("qkv", together.chunk(3), strict=True):
+            name = f"{qkv}.{letter}_bias"
+            if name in self.ours:
+                raise self.wrong(
+                    f"{spelled} and {self.spelled[name]} are two tensors for one thing"
+                )
+            self.ours[name] = part
+            self.spelled[name] = spelled
+
+    def tensor(self, ours: str) -> torch.Tensor:
+        """One that must be there. Raises: ValueError naming it."""
+        if ours not in self.ours:
+            raise self.wrong(f"{self.called(ours)} is missing")
+        return self.ours[ours]
+
+    def length(self, ours: str) -> int:
+        """Of the first dimension of one that must be there."""
+        tensor = self.tensor(ours)
+        if not tensor.numel() or not tensor.dim():
+            raise self.wrong(f"{self.called(ours)}: has shape {tuple(tensor.shape)}")
+        return len(tensor)
 
     def values(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """In float32. Raises: ValueError where they are no weights: integers, NaN, infinite."""

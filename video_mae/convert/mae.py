@@ -102,7 +102,7 @@ def describe_st(draft: Draft) -> None:
         )
     if draft.has_decoder:
         a_frame = draft.fields["patch_size"] ** 2 * draft.fields["in_channels"]
-        outputs = draft.sizes.get("P", a_frame * draft.fields["tubelet_size"])
+        outputs = draft.length("decoder.head.weight")
         per_tubelet, left = divmod(outputs, a_frame)
         if left or not per_tubelet:
             raise draft.wrong(

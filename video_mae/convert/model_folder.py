@@ -4,7 +4,7 @@ ever read.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar, overload
@@ -199,25 +199,55 @@ def _load_folder(folder: Path, impl: str) -> Model:
                 f"{side}"
             )
     try:
-        with torch.device("meta"):
-            expected = _make(config, head, impl).state_dict()
+        return fitted(config, head, state, impl)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def fitted(
+    config: ModelConfig,
+    head: ObjectiveConfig | ClassifierConfig,
+    state: Mapping[str, torch.Tensor],
+    impl: str,
+    *,
+    called: Callable[[str], str] = str,
+    new: tuple[str, ...] = (),
+) -> Model:
+    """The model of a configuration with these weights, in evaluation mode.
+
+    called: our name -> the one of a message; new: beginnings of names that may be missing. Raises:
+    ValueError naming the first tensor that does not fit.
+    """
+
+    def make() -> Model:
+        if isinstance(head, ObjectiveConfig):
+            return VideoMAE(config, head, impl=impl)
+        return VideoClassifier(config, head, impl=impl)
+
+    try:
+        with torch.device("meta"):  # a few numbers can ask for any size
+            expected = make().state_dict()
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"{where}: is larger than any tensor can be ({reason})") from None
-    wrong = [f"{name} is missing" for name in expected if name not in state]
+        raise ValueError(f"the model is larger than any tensor can be ({reason})") from None
+    wrong = [
+        f"{called(name)} is missing"
+        for name in expected
+        if name not in state and not name.startswith(new)
+    ]
     for name, tensor in state.items():
         if name not in expected:
-            wrong.append(f"{name} is not part of this model")
+            wrong.append(f"{called(name)} is not part of this model")
         elif tensor.shape != expected[name].shape:
-            shape = tuple(expected[name].shape)
-            wrong.append(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            wrong.append(f"{called(name)}: has shape {shapes} as the other tensors have it")
         elif not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-            wrong.append(f"{name} holds values that are no finite floating point numbers")
+            wrong.append(f"{called(name)}: holds values that are no finite floating point numbers")
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"{file}: {wrong[0]}{more}")
-    model = _make(config, head, impl)
-    model.load_state_dict(state)
+        raise ValueError(f"{wrong[0]}{more}")
+    model = make()
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
@@ -230,9 +260,3 @@ def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | Clas
         raise ValueError(f"{file}: not the configuration of a model folder ({error!r})") from None
     config = from_dict(ModelConfig, model_config, f"{file}: model")
     return config, from_dict(schema, head_config, f"{file}: {section}")
-
-
-def _make(config: ModelConfig, head: ObjectiveConfig | ClassifierConfig, impl: str) -> Model:
-    if isinstance(head, ObjectiveConfig):
-        return VideoMAE(config, head, impl=impl)
-    return VideoClassifier(config, head, impl=impl)
