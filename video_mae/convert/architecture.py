@@ -116,17 +116,15 @@ class Draft(NamedTensors):
                 decoder_class_token=decoder_class_token,
             )
 
-    def heads(
-        self, told: int | None, told_decoder: int | None, decoder_heads: Mapping[int, int]
-    ) -> None:
+    def heads(self, told: Mapping[str, Any], decoder_heads: Mapping[int, int]) -> None:
         """Attention heads, which no shape tells; decoder_heads: those of the project's published
         decoders by width.
         """
         width = self.fields["embed_dim"]
-        self.fields["num_heads"] = self._heads("num_heads", width, told, HEADS)
+        self.fields["num_heads"] = self._heads("num_heads", told, width, HEADS)
         if self.has_decoder:
             self.fields["decoder_num_heads"] = self._heads(
-                "decoder_num_heads", self.fields["decoder_embed_dim"], told_decoder, decoder_heads
+                "decoder_num_heads", told, self.fields["decoder_embed_dim"], decoder_heads
             )
             return
         # a new decoder starts from random weights: the published one of this encoder
@@ -136,10 +134,12 @@ class Draft(NamedTensors):
                 self.fields.update(decoder)
                 return
 
-    def _heads(self, key: str, width: int, told: int | None, published: Mapping[int, int]) -> int:
+    def _heads(
+        self, key: str, told: Mapping[str, Any], width: int, published: Mapping[int, int]
+    ) -> int:
         guess = published.get(width)
         why = f"{'as the' if guess else 'no'} published one that is {width} wide"
-        heads = self.settle(key, told, guess, why)
+        heads = self.settle(key, whole(told, key), guess, why)
         if width % heads:
             raise self.wrong(f"{key} = {heads} does not divide a width of {width}; give {key}=...")
         return heads
@@ -210,25 +210,23 @@ class Draft(NamedTensors):
         """
         f = self.fields
         kept: dict[str, torch.Tensor] = {}
-        differences: dict[str, float] = {}
+        differences: dict[str, float] = {}  # by names of the file
         for side in self.sides:
             width = f["embed_dim" if side == "encoder" else "decoder_embed_dim"]
             table_ND, class_row_D = computed_positions(kind, self.grid, width), torch.zeros(width)
             given = self.table(tables[side]) if side in tables else None
             if given is not None:
-                spelled = self.spelled[tables[side]]
-                more = len(given) - len(table_ND)
-                if more not in (0, f["class_tokens"]) or given.shape[1] != width:
+                spelled, rows = self.spelled[tables[side]], len(given) - len(table_ND)
+                if rows not in (0, f["class_tokens"]) or given.shape[1] != width:
                     raise self.wrong(
                         f"{spelled}: has shape {(1, *given.shape)}, but {self._clip} has "
                         f"{len(table_ND)} positions, {width} wide; "
                         "give num_frames=... height=... width=..."
                     )
-                computed = torch.cat([class_row_D.expand(more, -1), table_ND])
+                computed = torch.cat([class_row_D.expand(rows, -1), table_ND])
                 differences[spelled] = float((given - computed).abs().max())
-                if more:
-                    class_row_D = given[0]
-                table_ND = given[more:]
+                table_ND = given[rows:]
+                class_row_D = given[0] if rows else class_row_D
                 self.unknown.pop(tables[side])
             elif required:
                 raise self.wrong(f"{tables[side]} is missing")
@@ -236,14 +234,15 @@ class Draft(NamedTensors):
             if f["class_tokens"]:
                 kept[f"{side}.positions.class_row"] = class_row_D
         worst = max(differences.values(), default=0.0)
-        if differences and (tolerance is None or worst > tolerance):
+        is_other = tolerance is not None and worst > tolerance
+        if is_other:
+            self.notes.append(
+                f"positions = learned: the tables of the source differ by up to {worst:.1e} from "
+                "what is computed here"
+            )
+        if is_other or tolerance is None:
             f["positions"] = "learned"
             self.ours.update(kept)
-            if tolerance is not None:
-                self.notes.append(
-                    f"positions = learned: the tables of the source differ by up to {worst:.1e} "
-                    "from what is computed here"
-                )
             return
         f["positions"] = kind
         for spelled, difference in differences.items():

@@ -14,11 +14,11 @@ import torch
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE
-from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE
+from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
 from video_mae.convert.layout import Layout
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
-from video_mae.files import json_text, write_whole
+from video_mae.files import write_whole
 from video_mae.model.vit import Attention, Encoder, VideoClassifier, VideoMAE
 
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
@@ -95,19 +95,12 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
     state, config, remarks = _vit_mae(model) if is_image else _videomae(model)
     config |= {
         "dtype": "float32",
-        "hidden_size": c.embed_dim,
-        "num_hidden_layers": c.depth,
+        **sizes(vars(c)),
         "num_attention_heads": c.num_heads,
-        "intermediate_size": round(c.embed_dim * c.mlp_ratio),
+        "decoder_num_attention_heads": c.decoder_num_heads,
         "hidden_act": "gelu",
         "layer_norm_eps": c.norm_eps,
         "image_size": c.height if c.height == c.width else [c.height, c.width],
-        "patch_size": c.patch_size,
-        "num_channels": c.in_channels,
-        "decoder_hidden_size": c.decoder_embed_dim,
-        "decoder_num_hidden_layers": c.decoder_depth,
-        "decoder_num_attention_heads": c.decoder_num_heads,
-        "decoder_intermediate_size": round(c.decoder_embed_dim * c.decoder_mlp_ratio),
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02,
@@ -126,8 +119,7 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
         "image_std": _a_channel(c.std, c.in_channels),
     }
     files = {"config.json": config, "preprocessor_config.json": preprocessor}
-    texts = {name: json_text(content, indent=2) + "\n" for name, content in files.items()}
-    write_weights(folder, state, texts)
+    write_weights(folder, state, files)
     return remarks
 
 

@@ -7,7 +7,6 @@ named.
 
 import json
 import re
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder
-from video_mae.convert.torch_file import CodeError, Thing, TorchFile, things_in
+from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, things_in
 
 MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
 # under which the projects keep the weights, in order of preference
@@ -117,40 +116,42 @@ def _read_shards(index: Path) -> Source:
         if wrong:
             verb = "does not hold" if wrong[0] in promised else "holds besides"
             raise ValueError(
-                f"{index.parent / shard}: {verb} {_printable(wrong[0])}, unlike {index.name} says"
+                f"{index.parent / shard}: {verb} {shown(wrong[0])}, unlike {index.name} says"
             )
         together.tensors.update(found)
     return together
 
 
 def _read_file(path: Path) -> Source:
+    source = Source(path=path, files=(path.name,))
     with path.open("rb") as opened:
         start = opened.read(9)
-    if not start:
-        raise ValueError(f"{path}: is empty")
-    if start == b"version h":
-        raise ValueError(f"{path}: is a pointer of Git LFS; `git lfs pull` fetches the file")
-    source = Source(path=path, files=(path.name,))
-    if start[8:] == b"{":
-        try:
-            source.tensors = load_file(path)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        opened.seek(0)
+        if not start:
+            raise ValueError(f"{path}: is empty")
+        if start == b"version h":
+            raise ValueError(f"{path}: is a pointer of Git LFS; `git lfs pull` fetches the file")
+        if start[8:] == b"{":
+            try:
+                source.tensors = load_file(path)
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{path}: cannot be read as safetensors ({_one_line(error)})"
+                ) from None
+        elif start.startswith((b"PK", b"\x80")):
+            try:
+                file = TorchFile(opened)
+            except CodeError as error:
+                raise _code(path, str(error)) from None
+            except Exception as error:  # a damaged pickle can make the reader raise anything
+                raise ValueError(
+                    f"{path}: is damaged, truncated or no checkpoint ({_one_line(error)})"
+                ) from None
+            _sort(file, source)
+        else:
             raise ValueError(
-                f"{path}: cannot be read as safetensors ({_one_line(error)})"
-            ) from None
-        return source
-    if not start.startswith((b"PK", b"\x80")):
-        raise ValueError(f"{path}: is no checkpoint: neither safetensors nor a file of torch.save")
-    try:
-        file = TorchFile(path)
-    except CodeError as error:
-        raise _code(path, str(error)) from None
-    except Exception as error:  # a damaged pickle can make the reader raise anything
-        raise ValueError(
-            f"{path}: is damaged, truncated or no checkpoint ({_one_line(error)})"
-        ) from None
-    with closing(file):
-        _sort(file, source)
+                f"{path}: is no checkpoint: neither safetensors nor a file of torch.save"
+            )
     return source
 
 
@@ -168,9 +169,9 @@ def _sort(file: TorchFile, source: Source) -> None:
         others = {key: value for key, value in content.items() if key != wrapper}
     seen: set[int] = set()
     for key, value in others.items():
-        source.left_out[_printable(key)] = _content(value, seen, is_options=key in OPTIONS)
+        source.left_out[shown(key, LONGEST_KEY)] = _content(value, seen, is_options=key in OPTIONS)
     for name, value in weights.items():
-        printable = _printable(name)
+        printable = shown(name, LONGEST_KEY)
         if not isinstance(value, Thing) or not value.is_tensor:
             source.left_out[printable] = _content(value, seen)
             continue
@@ -210,17 +211,14 @@ def _content(value: object, seen: set[int], *, is_options: bool = False) -> str:
     there.
     """
     count, names = things_in(value, seen)
-    kind = f"not part of the weights: {type(value).__name__}"
+    what = "dict" if isinstance(value, dict) else type(value).__name__
+    kind = f"not part of the weights: {what}"
     if is_options:
         kind = "options of the training, read only for what the tensors do not tell"
     tensors = f" with {count} tensors" if count else ""
     more = f" and {len(names) - TOLD_NAMES} more" if len(names) > TOLD_NAMES else ""
     things = f"; passed over, no tensors: {', '.join(names[:TOLD_NAMES])}{more}" if names else ""
     return f"{kind}{tensors}{things}"
-
-
-def _printable(key: object) -> str:
-    return (key if isinstance(key, str) and key.isprintable() else repr(key))[:LONGEST_KEY]
 
 
 def _one_line(error: BaseException) -> str:

@@ -117,11 +117,10 @@ def describe(draft: Draft) -> None:
         )
     draft.shapes(decoder_embed_bias=is_image)
     _compare(draft, config, where)
-    draft.heads(
-        _whole(config, "num_attention_heads", where),
-        _whole(config, "decoder_num_attention_heads", where),
-        {},
-    )
+    heads = {}
+    for side in ("", "decoder_"):
+        heads[f"{side}num_heads"] = _whole(config, f"{side}num_attention_heads", where)
+    draft.heads(heads, {})
     if draft.fields["embed_dim"] == 384 and draft.fields["num_heads"] == 16:
         draft.notes.append(
             "num_heads = 16: from config.json, but the official model that is 384 wide has 6, and "
@@ -137,7 +136,7 @@ def describe(draft: Draft) -> None:
         encoder, decoder = VITMAE.positions
         draft.positions("sincos", {"encoder": encoder, "decoder": decoder}, 0.0, required=True)
     else:
-        draft.positions("sinusoid", {}, None, required=False)
+        draft.positions("sinusoid", {}, 0.0, required=False)
         if not draft.is_classifier:
             draft.fields["encoder_norm"] = not _flag(config, "use_mean_pooling", where)
         biases = [draft.ours[name] for name in draft.ours if name.endswith(("q_bias", "v_bias"))]
@@ -159,27 +158,25 @@ def describe(draft: Draft) -> None:
     )
 
 
+def sizes(fields: Mapping[str, Any]) -> dict[str, int]:
+    """What config.json says of a model, by what a ModelConfig does; without a decoder, where it has
+    none.
+    """
+    said = {"num_channels": fields["in_channels"], "patch_size": fields["patch_size"]}
+    for side in ("", "decoder_"):
+        width = fields.get(f"{side}embed_dim")
+        if width:
+            said[f"{side}hidden_size"] = width
+            said[f"{side}num_hidden_layers"] = fields[f"{side}depth"]
+            said[f"{side}intermediate_size"] = round(width * fields[f"{side}mlp_ratio"])
+    return said
+
+
 def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
     """Raises: ValueError where config.json and the tensors tell different architectures."""
-    f = draft.fields
-    found: dict[str, Any] = {
-        "hidden_size": f["embed_dim"],
-        "num_hidden_layers": f["depth"],
-        "intermediate_size": draft.length("encoder.blocks.0.mlp.0.weight"),
-        "num_channels": f["in_channels"],
-        "tubelet_size": f["tubelet_size"],
-    }
-    if draft.has_decoder:
-        found |= {
-            "decoder_hidden_size": f["decoder_embed_dim"],
-            "decoder_num_hidden_layers": f["decoder_depth"],
-            "decoder_intermediate_size": draft.length("decoder.blocks.0.mlp.0.weight"),
-        }
-    told: dict[str, Any] = {key: _whole(config, key, where) for key in found}
-    told["patch_size"] = _pair(config, "patch_size", where)
-    found["patch_size"] = f["patch_size"], f["patch_size"]
+    found = sizes(draft.fields) | {"tubelet_size": draft.fields["tubelet_size"]}
     for key, value in found.items():
-        if told[key] != value:
+        if _pair(config, key, where) != (value, value):
             raise ValueError(f"{where}: {key} is {config[key]}, but the weights have {value}")
 
 

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -64,10 +63,6 @@ class ImportReport:
             f"{len(self.left_out)} entries left out"
         )
         return [summary, *self.remarks()]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON file."""
-        return asdict(self)
 
 
 def import_model(

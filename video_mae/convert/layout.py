@@ -134,7 +134,11 @@ class NamedTensors:
             values = self.values(tensor, name)
             self.ours[ours] = values.flatten() if ours.endswith("_token") else values
         for qkv in {name.rpartition(".")[0] for name in self.ours if ".attn.qkv." in name}:
-            self._regroup(qkv)
+            try:
+                self._regroup(qkv)
+            except RuntimeError as error:
+                where = self.called(f"{qkv}.q_weight")
+                raise self.wrong(f"{where}: does not fit its neighbours ({error})") from None
         for side in ("encoder", "decoder"):
             blocks = self.blocks(side)
             for number in range(max(blocks, default=-1)):
@@ -146,26 +150,20 @@ class NamedTensors:
     def _regroup(self, qkv: str) -> None:
         weights = [f"{qkv}.{letter}_weight" for letter in "qkv"]
         if any(name in self.ours for name in weights):
-            shapes = {self.tensor(name).shape for name in weights}
-            if len(shapes) > 1 or () in shapes:
-                raise self.wrong(f"{self.called(weights[0])}: has shape unlike its neighbours")
-            self.ours[f"{qkv}.weight"] = torch.cat([self.ours.pop(name) for name in weights])
+            self.ours[f"{qkv}.weight"] = torch.cat([self.tensor(name) for name in weights])
+        for name in weights:
+            self.ours.pop(name, None)
         together = self.ours.pop(f"{qkv}.bias", None)
         if together is None:
             return
         spelled = self.spelled[f"{qkv}.bias"]
-        if together.dim() != 1 or len(together) % 3:
-            raise self.wrong(
-                f"{spelled}: has shape {tuple(together.shape)}, not three times a width"
-            )
-        for letter, part in zip("qkv", together.chunk(3), strict=True):
+        for letter, part in zip("qkv", together.chunk(3), strict=False):
             name = f"{qkv}.{letter}_bias"
             if name in self.ours:
                 raise self.wrong(
                     f"{spelled} and {self.spelled[name]} are two tensors for one thing"
                 )
-            self.ours[name] = part
-            self.spelled[name] = spelled
+            self.ours[name], self.spelled[name] = part, spelled
 
     def tensor(self, ours: str) -> torch.Tensor:
         """One that must be there. Raises: ValueError naming it."""

@@ -61,7 +61,7 @@ def describe(draft: Draft) -> None:
     """The configuration of an image MAE."""
     told = draft.source.arguments
     draft.shapes(decoder_embed_bias=True)
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
+    draft.heads(told, DECODER_HEADS)
     table, size = draft.table("pos_embed"), whole(told, "input_size")
     draft.clip(
         None,
@@ -77,7 +77,7 @@ def describe_st(draft: Draft) -> None:
     """The configuration of a mae_st: positions are learned, together or apart for space and time."""
     told = draft.source.arguments
     draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
+    draft.heads(told, DECODER_HEADS)
     size, class_tokens = whole(told, "input_size"), draft.fields["class_tokens"]
     frames = whole(told, "num_frames")
     space, time, table = (

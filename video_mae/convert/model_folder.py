@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError
@@ -35,31 +35,31 @@ def save_model_folder(
     folder: str | Path,
     model: Model,
     state: Mapping[str, torch.Tensor] | None = None,
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder whole or not at all, replacing an earlier one.
 
     state: the weights, where they do not live in `model` (under ZeRO they are gathered first);
-    float32 is written. more: text of further files by name.
+    float32 is written. more: what further files of JSON hold, by name.
     """
     is_classifier = isinstance(model, VideoClassifier)
     head = model.classifier_config if is_classifier else model.objective_config
     kind = type(model).__name__
     description = {"kind": kind, "model": to_dict(model.config), HEADS[kind][0]: to_dict(head)}
-    texts = {**(more or {}), "config.json": json_text(description, indent=2) + "\n"}
-    write_weights(folder, state or model.state_dict(), texts)
+    write_weights(folder, state or model.state_dict(), {"config.json": description, **(more or {})})
 
 
 def write_weights(
-    folder: str | Path, state: Mapping[str, torch.Tensor], texts: Mapping[str, str]
+    folder: str | Path, state: Mapping[str, torch.Tensor], files: Mapping[str, Any]
 ) -> None:
-    """Writes a folder of model.safetensors in float32 and files of text, whole or not at all."""
+    """Writes a folder of model.safetensors in float32 and files of JSON, whole or not at all."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
 
     def write(building: Path) -> None:
         building.mkdir()
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        for name, text in texts.items():
+        for name, content in files.items():
+            text = json_text(content, indent=2) + "\n"
             (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write)

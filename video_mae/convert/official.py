@@ -82,7 +82,7 @@ def describe(draft: Draft) -> None:
         told = draft.source.config["model_config"]
     size = whole(told, "input_size") or whole(told, "img_size")
     draft.shapes(decoder_embed_bias=False)
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
+    draft.heads(told, DECODER_HEADS)
     draft.clip(
         whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size
     )

@@ -14,8 +14,7 @@ import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -51,6 +50,9 @@ class Thing:
     def append(self, item: Any) -> None:
         self.parts.append(item)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.parts += [key, value]
+
     def extend(self, items: list[Any]) -> None:
         self.parts.extend(items)
 
@@ -60,12 +62,23 @@ class Thing:
         return is_rebuilt and self.given is not None
 
 
+class PlainKeys(dict[Any, Any]):
+    """A dictionary that hashes no key of a file but plain ones: tuples of tuples of tuples take any
+    depth of the machine's stack, and no message can show a long integer.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        is_long = isinstance(key, int) and key.bit_length() > 64
+        if is_long or not isinstance(key, str | int | float | bytes | None):
+            key = f"<{type(key).__name__} {len(self)}>"
+        super().__setitem__(key, value)
+
+
 class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseClass]
     """Python's own reader, where whatever would be looked up or called is a `Thing`.
 
-    Arguments are kept as they are, never copied, and no key of a dictionary but plain ones is
-    hashed: a file cannot make more than it holds. The reader that is written in C could not be
-    changed so far, and would make room for any place in its memo.
+    Arguments are kept as they are, never copied: a file cannot make more than it holds. The reader
+    that is written in C could not be changed so far, and makes room for any place in its memo.
     """
 
     def __init__(self, file: Any) -> None:
@@ -75,7 +88,7 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
     def find_class(self, module: str, name: str) -> Thing:
         """The name as Python 3 has it."""
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        return Thing(_short(f"{module}.{name}"))
+        return Thing(shown(f"{module}.{name}"))
 
     def persistent_load(self, reference: Any) -> Thing:
         """Values in the file, named by ("storage", kind, key, device, count, view)."""
@@ -101,31 +114,14 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
         if isinstance(self.stack[-1], Thing):  # of other values it is what no weights need
             self.stack[-1].append(state)
 
-    def load_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set([key, value])
+    def load_empty_dictionary(self) -> None:
+        self.append(PlainKeys())
 
-    def load_items(self) -> None:
-        self._set(self.pop_mark())
-
-    def load_dictionary(self) -> None:
-        items = self.pop_mark()
-        self.append({})
-        self._set(items)
-
-    def _set(self, items: list[Any]) -> None:
-        """Keys and values, one after the other."""
-        target = self.stack[-1]
-        if isinstance(target, Thing):
-            target.extend(items)
-            return
-        if not isinstance(target, dict):
-            raise ValueError("sets items of something that is no dictionary")
+    def load_dict(self) -> None:
+        items, made = self.pop_mark(), PlainKeys()
         for key, value in zip(items[::2], items[1::2], strict=True):
-            is_long = isinstance(key, int) and key.bit_length() > 64  # no message could show it
-            if is_long or not isinstance(key, str | int | float | bytes | None):
-                key = f"<{type(key).__name__} {len(target)}>"
-            target[key] = value
+            made[key] = value
+        self.append(made)
 
     dispatch = {
         **pickle._Unpickler.dispatch,
@@ -133,9 +129,8 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
         pickle.NEWOBJ[0]: load_call,
         pickle.NEWOBJ_EX[0]: load_call_with_keywords,
         pickle.BUILD[0]: load_state,
-        pickle.SETITEM[0]: load_item,
-        pickle.SETITEMS[0]: load_items,
-        pickle.DICT[0]: load_dictionary,
+        pickle.EMPTY_DICT[0]: load_empty_dictionary,
+        pickle.DICT[0]: load_dict,
         # what a set holds would be hashed; a bytearray is made as large as a file says
         pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
         pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
@@ -159,42 +154,34 @@ def _call(called: Any, given: Any) -> Any:
         raise CodeError(called.name)
     match called.name, given:
         case "collections.OrderedDict", []:
-            return {}
+            return PlainKeys()
         case "builtins.getattr", [Thing() as owner, str(attribute), *_]:
-            return Thing(_short(f"{owner.name}.{attribute}"))
+            return Thing(shown(f"{owner.name}.{attribute}"))
     return Thing(called.name, given)
 
 
-def _short(text: str) -> str:
-    """As much of a text as a message can show."""
-    return (text if text.isprintable() else ascii(text))[:LONGEST_NAME]
+def shown(value: object, longest: int = LONGEST_NAME) -> str:
+    """As much of a text, or of anything's description, as a message can show."""
+    return (value if isinstance(value, str) and value.isprintable() else ascii(value))[:longest]
 
 
 class TorchFile:
-    """A file of torch.save: its `content`, in which tensors are things; `tensor` reads one.
+    """An open file of torch.save: its `content`, in which tensors are things; `tensor` reads one.
 
     Checksums are compared, except where a file was saved without any, as torch can be told to.
     Raises: CodeError; whatever exception a damaged file leads to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._values: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         # begin and length in a file of the old format
         self._places: dict[str, tuple[int, int]] = {}
         self._archive: zipfile.ZipFile | None = None
         self._root = ""
-        self._file = path.open("rb")
-        try:
-            is_archive = self._file.read(2) == b"PK"
-            self._file.seek(0)
-            self.content = self._open_archive() if is_archive else self._open_old()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def close(self) -> None:
-        """Ends reading."""
-        self._file.close()
+        is_archive = file.read(2) == b"PK"
+        file.seek(0)
+        self.content = self._open_archive() if is_archive else self._open_old()
 
     def _open_archive(self) -> Any:
         self._archive = archive = zipfile.ZipFile(self._file)

@@ -2,9 +2,9 @@
 another's.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.config.schema import knob, read_keys
 from video_mae.convert.export import export_hugging_face, export_official, export_program
 from video_mae.convert.facts import Facts
+from video_mae.convert.foreign_files import read_json
 from video_mae.convert.importing import import_model
 from video_mae.convert.model_folder import (
     Model,
@@ -21,7 +22,6 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.files import json_text
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
 from video_mae.training.engine import partitioned_weights
@@ -70,9 +70,9 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
         raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
     if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: holds the source; name another destination")
-    model, lines, report = _read(source, config)
+    model, lines, more = _read(source, config)
     if config.format == "model":
-        save_model_folder(destination, model, more={REPORT: report} if report else {})
+        save_model_folder(destination, model, more=more)
     elif config.format == "official":
         lines += export_official(model, destination)
     elif config.format == "hugging_face":
@@ -82,21 +82,21 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
     return lines
 
 
-def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], str]:
-    """(model, lines about it, text of its report or "")."""
+def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[str, Any]]:
+    """(model, lines about it, what further files of its folder hold)."""
     if not source.is_file() and not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
     facts = Facts(**{f.name: getattr(config, f.name) for f in fields(Facts)})
     if not is_model_folder(source):
         model, report = import_model(source, facts)
-        return model, report.lines(), json_text(report.to_dict(), indent=2) + "\n"
+        return model, report.lines(), {REPORT: asdict(report)}
     for f in fields(Facts):
         if f.name not in ("sampling", "stride") and getattr(facts, f.name) != f.default:
             raise ValueError(
                 f"{f.name}: is for files of other projects; {source} is of this one, and leaves "
                 "nothing open"
             )
-    report_file = Path()
+    more = {}
     checkpoint = _checkpoint_in(source)
     try:
         folder = find_model_folder(source)
@@ -106,9 +106,10 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], str]:
         model, lines = _load_checkpoint(checkpoint, config.trust), [f"weights of {checkpoint}"]
     else:
         model, lines = load_pretrained(folder), [f"model of {folder}"]
-        report_file = folder / REPORT
+        if (folder / REPORT).is_file():
+            more[REPORT] = read_json(folder / REPORT)
     lines += choose_frames(model, facts.sampling, facts.stride)
-    return model, lines, report_file.read_text("utf-8") if report_file.is_file() else ""
+    return model, lines, more
 
 
 def _checkpoint_in(path: Path) -> Path | None:
