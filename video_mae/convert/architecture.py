@@ -42,6 +42,8 @@ class Draft(NamedTensors):
     """
 
     facts: Facts
+    # what the source says beside its tensors, by keys of Facts and some more; None: nothing
+    told: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
     head: ObjectiveConfig | ClassifierConfig = field(default_factory=ObjectiveConfig)
     notes: list[str] = field(default_factory=list)
@@ -57,22 +59,23 @@ class Draft(NamedTensors):
             f["width"] // f["patch_size"],
         )
 
-    def settle(self, key: str, told: Any, guess: Any, why: str, *, firm: bool = False) -> Any:
+    def settle(self, key: str, guess: Any, why: str, *, firm: bool = False) -> Any:
         """The user's value of a key, else the source's, else a guess of which a note is made; `why`
         there is, or is no, guess.
         """
-        wanted = getattr(self.facts, key)
-        if wanted in (None, ()):
-            if told is None and guess is None:
-                raise self.wrong(f"does not say {key}, and {why}; give {key}=...")
-            if told is None:
-                self.notes.append(f"{key} = {guess}: not in the source, {why}")
-            return guess if told is None else told
-        if told is not None and told != wanted:
-            if firm:
-                raise self.wrong(f"is of {key} = {told}, not {wanted}")
-            self.notes.append(f"{key} = {wanted}: given, though the source says {told}")
-        return wanted
+        told, wanted = self.told.get(key), getattr(self.facts, key)
+        if wanted not in (None, ()):
+            if told not in (None, wanted):
+                if firm:
+                    raise self.wrong(f"is of {key} = {told}, not {wanted}")
+                self.notes.append(f"{key} = {wanted}: given, though the source says {told}")
+            return wanted
+        if told is not None:
+            return told
+        if guess is None:
+            raise self.wrong(f"does not say {key}, and {why}; give {key}=...")
+        self.notes.append(f"{key} = {guess}: not in the source, {why}")
+        return guess
 
     def shapes(
         self,
@@ -116,62 +119,49 @@ class Draft(NamedTensors):
                 decoder_class_token=decoder_class_token,
             )
 
-    def heads(self, told: Mapping[str, Any], decoder_heads: Mapping[int, int]) -> None:
+    def heads(self, decoder_heads: Mapping[int, int]) -> None:
         """Attention heads, which no shape tells; decoder_heads: those of the project's published
         decoders by width.
         """
-        width = self.fields["embed_dim"]
-        self.fields["num_heads"] = self._heads("num_heads", told, width, HEADS)
+        f = self.fields
+        self._heads("num_heads", f["embed_dim"], HEADS)
         if self.has_decoder:
-            self.fields["decoder_num_heads"] = self._heads(
-                "decoder_num_heads", told, self.fields["decoder_embed_dim"], decoder_heads
-            )
+            self._heads("decoder_num_heads", f["decoder_embed_dim"], decoder_heads)
             return
         # a new decoder starts from random weights: the published one of this encoder
         for preset in PRESETS.values():
-            if preset["embed_dim"] == width:
-                decoder = {key: preset[key] for key in preset if key.startswith("decoder_")}
-                self.fields.update(decoder)
+            if preset["embed_dim"] == f["embed_dim"]:
+                f.update({key: preset[key] for key in preset if key.startswith("decoder_")})
                 return
 
-    def _heads(
-        self, key: str, told: Mapping[str, Any], width: int, published: Mapping[int, int]
-    ) -> int:
+    def _heads(self, key: str, width: int, published: Mapping[int, int]) -> None:
         guess = published.get(width)
         why = f"{'as the' if guess else 'no'} published one that is {width} wide"
-        heads = self.settle(key, whole(told, key), guess, why)
+        self.fields[key] = heads = self.settle(key, guess, why)
         if width % heads:
             raise self.wrong(f"{key} = {heads} does not divide a width of {width}; give {key}=...")
-        return heads
 
-    def clip(
-        self,
-        frames: int | None,
-        height: int | None,
-        width: int | None,
-        *,
-        times: int | None = None,
-        places: int | None = None,
-    ) -> None:
-        """The clip's size as the source tells it; times, places: tokens of its position tables, a
-        square unless told otherwise.
+    def clip(self, *, times: int | None = None, places: int | None = None) -> None:
+        """The clip's size; times, places: tokens of the position tables, a square unless told
+        otherwise.
         """
-        f, facts = self.fields, self.facts
-        if frames is None and times is not None:
-            frames = times * f["tubelet_size"]
-        if places is not None and {height, width, facts.height, facts.width} == {None}:
+        f, facts, told = self.fields, self.facts, self.told
+        if times is not None and told.get("num_frames") is None:
+            told["num_frames"] = times * f["tubelet_size"]
+        sides = {told.get("height"), told.get("width"), facts.height, facts.width}
+        if places is not None and sides == {None}:
             side = math.isqrt(places)
-            height = width = side * f["patch_size"]
             if side**2 != places:
                 raise self.wrong(
                     f"has positions of {places} places, which is no square; give height=... width=..."
                 )
-        for key, told, usual, unit in (
-            ("num_frames", frames, f["num_frames"], "tubelet_size"),
-            ("height", height, USUAL_SIDE, "patch_size"),
-            ("width", width, USUAL_SIDE, "patch_size"),
+            told["height"] = told["width"] = side * f["patch_size"]
+        for key, usual, unit in (
+            ("num_frames", f["num_frames"], "tubelet_size"),
+            ("height", USUAL_SIDE, "patch_size"),
+            ("width", USUAL_SIDE, "patch_size"),
         ):
-            f[key] = self.settle(key, told, usual, "as usual", firm=True)
+            f[key] = self.settle(key, usual, "as usual", firm=True)
             if f[key] % f[unit]:
                 raise self.wrong(
                     f"{key} = {f[key]} is no multiple of a tubelet's {f[unit]}; give {key}=..."
@@ -250,34 +240,27 @@ class Draft(NamedTensors):
             self.left_out[spelled] = f"is computed here{equal}"
 
     def statistics(
-        self,
-        mean: tuple[float, ...] | None = None,
-        std: tuple[float, ...] | None = None,
-        *,
-        usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
+        self, usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
     ) -> None:
         """Means and deviations of the input, the usual ones of RGB where the source does not say."""
         why = "as usual"
         if self.fields["in_channels"] != 3:
             usual, why = ((0.0,), (1.0,)), "for want of others"
-        self.fields["mean"] = self.settle("mean", mean, usual[0], why)
-        self.fields["std"] = self.settle("std", std, usual[1], why)
+        self.fields["mean"] = self.settle("mean", usual[0], why)
+        self.fields["std"] = self.settle("std", usual[1], why)
 
     def objective(
-        self,
-        normalized: Any,
-        usual: Literal["channel", "tubelet"],
-        pixels: Literal["unit", "normalized"],
-        context: str | None = None,
+        self, usual: Literal["channel", "tubelet"], pixels: Literal["unit", "normalized"]
     ) -> None:
-        """What pretraining minimises. Of an encoder alone it is what it would. normalized: whether
-        targets are, as the source tells it.
+        """What pretraining minimises. Of an encoder alone it is what it would. Told is whether its
+        targets are `normalized`.
         """
         for key in ("sampling", "stride"):
             if getattr(self.facts, key) is not None:
                 raise self.wrong(
                     f"has no classes, and {key}=... is how frames of a classifier are chosen"
                 )
+        context = self.told.get("decoder_context")
         used = self.facts.decoder_context or context or "scored"
         self.fields["decoder_context"] = used
         if used == context == "all":
@@ -285,21 +268,14 @@ class Draft(NamedTensors):
                 "decoder_context = all: as in its training; masks are then those of "
                 'token_mask(..., decoder_context="all")'
             )
-        told = None
+        normalized = self.told.get("normalized")
         if isinstance(normalized, bool):
-            told = usual if normalized else "none"
+            self.told["normalize"] = usual if normalized else "none"
         self.head = ObjectiveConfig(
-            normalize=self.settle("normalize", told, usual, "as published"), pixels=pixels
+            normalize=self.settle("normalize", usual, "as published"), pixels=pixels
         )
 
-    def classifier(
-        self,
-        names: tuple[str, ...] = (),
-        sampling: str | None = None,
-        stride: int | None = None,
-        *,
-        pooling: Literal["mean", "rest"] = "mean",
-    ) -> None:
+    def classifier(self, pooling: Literal["mean", "rest"] = "mean") -> None:
         """A head on the mean of the tokens where there is fc_norm, on the first token where there
         is not.
 
@@ -313,17 +289,18 @@ class Draft(NamedTensors):
                 f"as Something-Something has {classes} classes; others that many have "
                 "sampling=dense"
             )
-        if self.fields["num_frames"] == 1:  # no frames to choose
-            sampling, stride = "dense", stride or USUAL_STRIDE
-        sampling = self.settle("sampling", sampling, guess, why)
-        if sampling == "uniform":  # the stride chooses no frame
-            stride = stride or USUAL_STRIDE
+        is_image = self.fields["num_frames"] == 1
+        if is_image:
+            self.told["sampling"] = "dense"
+        sampling = self.settle("sampling", guess, why)
+        if is_image or sampling == "uniform":  # then the stride chooses no frame
+            self.told["stride"] = self.told.get("stride") or USUAL_STRIDE
         self.head = ClassifierConfig(
             num_classes=classes,
-            class_names=names,
+            class_names=self.told.get("class_names", ()),
             pooling=pooling if self.has("fc_norm.") else "first",
             sampling=sampling,
-            stride=self.settle("stride", stride, USUAL_STRIDE, "as usual"),
+            stride=self.settle("stride", USUAL_STRIDE, "as usual"),
             antialias=self.fields["tubelet_size"] == 1,
         )
 
@@ -343,7 +320,21 @@ class Draft(NamedTensors):
         return config
 
 
-def whole(values: Mapping[str, Any], key: str) -> int | None:
-    """A positive whole number that a source may tell, or None."""
-    value = values.get(key)
-    return value if type(value) is int and 1 <= value < 1 << 31 else None
+def whole(values: Mapping[str, Any], *keys: str) -> int | None:
+    """The first positive whole number that a source tells under some keys, or None."""
+    for key in keys:
+        value = values.get(key)
+        if type(value) is int and 1 <= value < 1 << 31:
+            return value
+    return None
+
+
+def sizes_in(options: Mapping[str, Any]) -> dict[str, int | None]:
+    """Heads and the clip's size, as options of a training name them."""
+    return {
+        "num_heads": whole(options, "num_heads"),
+        "decoder_num_heads": whole(options, "decoder_num_heads"),
+        "num_frames": whole(options, "num_frames"),
+        "height": whole(options, "height", "input_size", "img_size"),
+        "width": whole(options, "width", "input_size", "img_size"),
+    }

@@ -117,17 +117,24 @@ def describe(draft: Draft) -> None:
         )
     draft.shapes(decoder_embed_bias=is_image)
     _compare(draft, config, where)
-    heads = {}
-    for side in ("", "decoder_"):
-        heads[f"{side}num_heads"] = _whole(config, f"{side}num_attention_heads", where)
-    draft.heads(heads, {})
+    height, width = _pair(config, "image_size", where)
+    draft.told = {
+        "num_heads": _whole(config, "num_attention_heads", where),
+        "decoder_num_heads": _whole(config, "decoder_num_attention_heads", where),
+        "num_frames": _whole(config, "num_frames", where),
+        "height": height,
+        "width": width,
+        "normalized": _flag(config, "norm_pix_loss", where),
+        **_statistics(draft.source.path),
+    }
+    draft.heads({})
     if draft.fields["embed_dim"] == 384 and draft.fields["num_heads"] == 16:
         draft.notes.append(
             "num_heads = 16: from config.json, but the official model that is 384 wide has 6, and "
             "the hub's conversions of it say 16; if this is one, give num_heads=6 "
             "decoder_num_heads=3"
         )
-    draft.clip(_whole(config, "num_frames", where), *_pair(config, "image_size", where))
+    draft.clip()
     eps = config["layer_norm_eps"]
     if not isinstance(eps, float) or not 0 < eps < 1:
         raise ValueError(f"{where}: layer_norm_eps is {eps!r}, not a number between 0 and 1")
@@ -145,17 +152,14 @@ def describe(draft: Draft) -> None:
                 "all biases of queries and values are 0: early versions 5 of transformers lost "
                 "them on loading a model"
             )
-    draft.statistics(*_statistics(draft.source.path))
-    if draft.is_classifier:
-        draft.classifier(_names(config, draft.length("head.weight"), where))
-        return
+    draft.statistics()
     # VideoMAE takes ImageNet's statistics back out of RGB alone
     is_unit = not is_image and draft.fields["in_channels"] == 3
-    draft.objective(
-        _flag(config, "norm_pix_loss", where),
-        "tubelet" if is_image else "channel",
-        "unit" if is_unit else "normalized",
-    )
+    if draft.is_classifier:
+        draft.told["class_names"] = _names(config, draft.length("head.weight"), where)
+        draft.classifier()
+    else:
+        draft.objective("tubelet" if is_image else "channel", "unit" if is_unit else "normalized")
 
 
 def sizes(fields: Mapping[str, Any]) -> dict[str, int]:
@@ -202,15 +206,15 @@ def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
     return config[key]
 
 
-def _statistics(folder: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+def _statistics(folder: Path) -> dict[str, tuple[float, ...]]:
     """Means and deviations of the preprocessor, where one is in the folder."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            told = read_json(folder / name)
-            mean, std = told.get("image_mean"), told.get("image_std")
+            said = read_json(folder / name)
+            mean, std = said.get("image_mean"), said.get("image_std")
             if _are_numbers(mean) and _are_numbers(std):
-                return tuple(map(float, mean)), tuple(map(float, std))
-    return None, None
+                return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    return {}
 
 
 def _are_numbers(values: Any) -> bool:

@@ -5,7 +5,7 @@ normalisation.
 from typing import Literal
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
-from video_mae.convert.architecture import Draft, whole
+from video_mae.convert.architecture import Draft, sizes_in, whole
 from video_mae.convert.facts import USUAL_FRAMES
 from video_mae.convert.layout import Layout, apart
 from video_mae.convert.official import ONE_BIAS, TIMM
@@ -59,42 +59,36 @@ MAE_ST = Layout(
 
 def describe(draft: Draft) -> None:
     """The configuration of an image MAE."""
-    told = draft.source.arguments
+    draft.told = sizes_in(draft.source.arguments) | {"num_frames": None}
     draft.shapes(decoder_embed_bias=True)
-    draft.heads(told, DECODER_HEADS)
-    table, size = draft.table("pos_embed"), whole(told, "input_size")
-    draft.clip(
-        None,
-        size,
-        size,
-        places=None if table is None else len(table) - draft.fields["class_tokens"],
-    )
+    draft.heads(DECODER_HEADS)
+    table = draft.table("pos_embed")
+    draft.clip(places=None if table is None else len(table) - draft.fields["class_tokens"])
     draft.positions("sincos", JOINT, 0.0, required=True)
-    _purpose(draft)
+    _purpose(draft, (IMAGENET_MEAN, IMAGENET_STD), "mean")
 
 
 def describe_st(draft: Draft) -> None:
     """The configuration of a mae_st: positions are learned, together or apart for space and time."""
-    told = draft.source.arguments
+    draft.told = sizes_in(draft.source.arguments)
     draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
-    draft.heads(told, DECODER_HEADS)
-    size, class_tokens = whole(told, "input_size"), draft.fields["class_tokens"]
-    frames = whole(told, "num_frames")
-    space, time, table = (
-        draft.table(name) for name in ("pos_embed_spatial", "pos_embed_temporal", "pos_embed")
-    )
+    draft.heads(DECODER_HEADS)
+    class_tokens = draft.fields["class_tokens"]
+    space, time = draft.table("pos_embed_spatial"), draft.table("pos_embed_temporal")
+    table = draft.table("pos_embed")
     if space is not None and time is not None:
-        draft.clip(frames, size, size, times=len(time), places=len(space))
+        draft.clip(times=len(time), places=len(space))
         _separate(draft)
     elif table is not None:
-        frames = draft.settle("num_frames", frames, USUAL_FRAMES, "as usual", firm=True)
+        frames = draft.settle("num_frames", USUAL_FRAMES, "as usual", firm=True)
+        draft.told["num_frames"] = frames
         tokens, times = len(table) - class_tokens, frames // draft.fields["tubelet_size"]
         if not times or tokens % times:
             raise draft.wrong(
                 f"has {tokens} positions, no multiple of the {times} times of {frames} frames; "
                 "give num_frames=..."
             )
-        draft.clip(frames, size, size, times=times, places=tokens // times)
+        draft.clip(times=times, places=tokens // times)
         draft.positions("sinusoid", JOINT, None, required=True)
     else:
         raise draft.wrong(
@@ -133,12 +127,14 @@ def _separate(draft: Draft) -> None:
 
 def _purpose(
     draft: Draft,
-    usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
-    pooling: Literal["mean", "rest"] = "mean",
+    usual: tuple[tuple[float, ...], tuple[float, ...]],
+    pooling: Literal["mean", "rest"],
 ) -> None:
-    told = draft.source.arguments
-    draft.statistics(usual=usual)
+    options = draft.source.arguments
+    draft.told["normalized"] = options.get("norm_pix_loss")
+    draft.told["stride"] = whole(options, "sampling_rate")
+    draft.statistics(usual)
     if draft.is_classifier:
-        draft.classifier(stride=whole(told, "sampling_rate"), pooling=pooling)
+        draft.classifier(pooling)
     else:
-        draft.objective(told.get("norm_pix_loss"), "tubelet", "normalized")
+        draft.objective("tubelet", "normalized")

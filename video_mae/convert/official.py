@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from video_mae.config import PRESETS
-from video_mae.convert.architecture import Draft, whole
+from video_mae.convert.architecture import Draft, sizes_in, whole
 from video_mae.convert.layout import Layout
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
@@ -76,37 +76,29 @@ def describe(draft: Draft) -> None:
     """The configuration of such a file; `args` of the training, or the folder's config.json, tell
     what the tensors do not.
     """
-    told = draft.source.arguments
+    options = draft.source.arguments
     # a folder of VideoMAE V2 on the Hugging Face hub
     if isinstance(draft.source.config.get("model_config"), dict):
-        told = draft.source.config["model_config"]
-    size = whole(told, "input_size") or whole(told, "img_size")
+        options = draft.source.config["model_config"]
+    draft.told = sizes_in(options)
+    draft.told["normalized"] = options.get("normlize_target")  # their spelling
+    draft.told["sampling"], draft.told["stride"] = _frames(options)
+    # a training of VideoMAE V2 tells of dual masking, an export of ours says it
+    skipped, context = options.get("decoder_mask_ratio"), options.get("decoder_context")
+    if context in ("scored", "all"):
+        draft.told["decoder_context"] = context
+    elif isinstance(skipped, float) and 0 < skipped < 1:
+        draft.told["decoder_context"] = "all"
     draft.shapes(decoder_embed_bias=False)
-    draft.heads(told, DECODER_HEADS)
-    draft.clip(
-        whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size
-    )
-    draft.positions(
-        "sinusoid",
-        {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"},
-        ROUNDING,
-        required=False,
-    )
+    draft.heads(DECODER_HEADS)
+    draft.clip()
+    encoder, decoder = OFFICIAL.positions
+    draft.positions("sinusoid", {"encoder": encoder, "decoder": decoder}, ROUNDING, required=False)
     draft.statistics()
     if draft.is_classifier:
-        draft.classifier((), *_frames(told))
-    else:  # with their spelling
-        draft.objective(told.get("normlize_target"), "channel", "unit", _context(told))
-
-
-def _context(told: Mapping[str, Any]) -> str | None:
-    """What the decoder sees: a training of VideoMAE V2 tells of dual masking, an export of ours
-    says it.
-    """
-    skipped, said = told.get("decoder_mask_ratio"), told.get("decoder_context")
-    if said in ("scored", "all"):
-        return said
-    return "all" if isinstance(skipped, float) and 0 < skipped < 1 else None
+        draft.classifier()
+    else:
+        draft.objective("channel", "unit")
 
 
 def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:
