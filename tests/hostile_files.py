@@ -346,6 +346,22 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         beside(b"(" + text("module") + b"NNNtQ"),
         "no storage",
     ),
+    "reference of a deep name": (
+        beside(b"(" + text("storage") + b"ctorch\nFloatStorage\n)" + b"\x85" * 300_000 + b"NNtQ"),
+        "no storage",
+    ),
+    "shape of a text": (
+        repacked(
+            lambda name, content: (
+                content.replace(
+                    b"K\x18K\x18\x86", b"\x8a\x04\x00\x00\x00\x40" + text("x") + b"\x86"
+                )
+                if name.endswith("data.pkl")
+                else content
+            )
+        ),
+        "has a shape that is none",
+    ),
     "an opcode of nobody": (beside(b"\xff"), "damaged"),
     "program of TorchScript": (torchscript, r"x\.pth: is damaged, truncated or no checkpoint"),
     # is no file of weights, or not all of one

@@ -370,8 +370,10 @@ def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(cha
     clip = a_clip(config, 3)
     torch.save(clip, tmp_path / "clip.pt")
     code = (
-        "import sys, torch; program = torch.export.load('x.pt2').module(); clip = torch.load('clip.pt');"
-        "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt'); assert 'video_mae' not in sys.modules"
+        "import sys, torch; program = torch.export.load('x.pt2').module();"
+        "clip = torch.load('clip.pt');"
+        "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt');"
+        "assert 'video_mae' not in sys.modules"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=300)
     for number, logits in enumerate(torch.load(tmp_path / "logits.pt"), start=1):

@@ -153,7 +153,7 @@ class Draft(NamedTensors):
             side = math.isqrt(places)
             if side**2 != places:
                 raise self.wrong(
-                    f"has positions of {places} places, which is no square; give height=... width=..."
+                    f"has positions of {places} places, no square; give height=... width=..."
                 )
             told["height"] = told["width"] = side * f["patch_size"]
         for key, usual, unit in (
@@ -242,7 +242,7 @@ class Draft(NamedTensors):
     def statistics(
         self, usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
     ) -> None:
-        """Means and deviations of the input, the usual ones of RGB where the source does not say."""
+        """Means and deviations of the input, usual ones of RGB where the source does not say."""
         why = "as usual"
         if self.fields["in_channels"] != 3:
             usual, why = ((0.0,), (1.0,)), "for want of others"

@@ -308,8 +308,8 @@ def _differences(
         objective = model.objective_config
         if objective.contrastive_weight:
             remarks.append(
-                f"objective.contrastive_weight = {objective.contrastive_weight}: left out, the loss "
-                f"of {name} is reconstruction"
+                f"objective.contrastive_weight = {objective.contrastive_weight}: left out, the "
+                f"loss of {name} is reconstruction"
             )
         if objective.normalize not in (normalize, "none"):
             remarks.append(

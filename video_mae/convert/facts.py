@@ -36,11 +36,13 @@ class Facts:
     )
     stride: int | None = knob(
         None,
-        f"video frames from one frame of a dense clip to the next; null: as the source says, or {USUAL_STRIDE}",
+        "video frames from one frame of a dense clip to the next; null: as the source says, or "
+        f"{USUAL_STRIDE}",
     )
     mean: tuple[float, ...] = knob(
         (),
-        "channel means of the input in [0, 1]; empty: as the source says, or as its project has them",
+        "channel means of the input in [0, 1]; empty: as the source says, or as its project has "
+        "them",
     )
     std: tuple[float, ...] = knob((), "channel standard deviations, likewise")
     normalize: Literal["channel", "tubelet", "none"] | None = knob(

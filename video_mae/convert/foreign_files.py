@@ -79,8 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{folder / 'config.json'}: no such file; a folder of weights has one, of other projects "
-            "name the file"
+            f"{folder / 'config.json'}: no such file; a folder of weights has one, of other "
+            "projects name the file"
         )
     config = read_json(folder / "config.json")
     present = [name for name in WEIGHT_FILES if (folder / name).is_file()]

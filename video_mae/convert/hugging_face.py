@@ -211,16 +211,16 @@ def _statistics(folder: Path) -> dict[str, tuple[float, ...]]:
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             said = read_json(folder / name)
-            mean, std = said.get("image_mean"), said.get("image_std")
-            if _are_numbers(mean) and _are_numbers(std):
-                return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+            mean, std = _numbers(said.get("image_mean")), _numbers(said.get("image_std"))
+            if mean and std:
+                return {"mean": mean, "std": std}
     return {}
 
 
-def _are_numbers(values: Any) -> bool:
-    if not isinstance(values, list) or not values:
-        return False
-    return all(isinstance(value, float | int) for value in values)
+def _numbers(values: Any) -> tuple[float, ...]:
+    if isinstance(values, list) and all(isinstance(value, float | int) for value in values):
+        return tuple(float(value) for value in values)
+    return ()
 
 
 def _names(config: Mapping[str, Any], num_classes: int, where: str) -> tuple[str, ...]:

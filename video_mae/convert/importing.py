@@ -95,8 +95,8 @@ def _candidates(source: Source) -> list[Layout]:
     kind = source.config["model_type"]
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(
-            f"{source.path / 'config.json'}: model_type is {kind!r}; videomae and vit_mae are known "
-            "here"
+            f"{source.path / 'config.json'}: model_type is {kind!r}; videomae and vit_mae are "
+            "known here"
         )
     return [MODEL_TYPES[kind]]
 

@@ -144,7 +144,7 @@ class NamedTensors:
             for number in range(max(blocks, default=-1)):
                 if number not in blocks:
                     raise self.wrong(
-                        f"block {number} of the {side} is missing, but there is a block {max(blocks)}"
+                        f"block {number} of the {side} is missing, but block {max(blocks)} is there"
                     )
 
     def _regroup(self, qkv: str) -> None:

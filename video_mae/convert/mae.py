@@ -69,7 +69,7 @@ def describe(draft: Draft) -> None:
 
 
 def describe_st(draft: Draft) -> None:
-    """The configuration of a mae_st: positions are learned, together or apart for space and time."""
+    """The configuration of a mae_st: positions are learned, of space and time or joint ones."""
     draft.told = sizes_in(draft.source.arguments)
     draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
     draft.heads(DECODER_HEADS)

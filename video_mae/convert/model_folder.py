@@ -133,7 +133,7 @@ def choose_frames(
 
 
 def is_deepspeed_folder(path: Path) -> bool:
-    """Whether a folder is another project's checkpoint of DeepSpeed, whose weights lie in one file."""
+    """Whether a folder is another project's checkpoint of DeepSpeed, with one file of weights."""
     is_ours = (path / "config.json").is_file() or (path / RUN_MANIFEST).is_file()
     return (path / DEEPSPEED_FILE).is_file() and not is_ours
 

@@ -32,6 +32,9 @@ COMMANDS = {
 }
 
 
+PythonUnpickler: Any = pickle._Unpickler  # pyright: ignore[reportPrivateUsage]
+
+
 class CodeError(ValueError):
     """A file would execute something; the message is what."""
 
@@ -74,7 +77,7 @@ class PlainKeys(dict[Any, Any]):
         super().__setitem__(key, value)
 
 
-class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseClass]
+class InertUnpickler(PythonUnpickler):
     """Python's own reader, where whatever would be looked up or called is a `Thing`.
 
     Arguments are kept as they are, never copied: a file cannot make more than it holds. The reader
@@ -92,11 +95,11 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
 
     def persistent_load(self, reference: Any) -> Thing:
         """Values in the file, named by ("storage", kind, key, device, count, view)."""
-        if not isinstance(reference, tuple) or reference[0] != "storage":
-            raise ValueError("refers to something that is no storage")
-        storage = Thing("storage", reference)
-        self.storages[reference[2]] = storage
-        return storage
+        match reference:
+            case ("storage", Thing(), str(key), _, _, *_):
+                self.storages[key] = Thing("storage", reference)
+                return self.storages[key]
+        raise ValueError("refers to something that is no storage")
 
     def _instantiate(self, called: Any, given: list[Any]) -> None:
         self.append(_call(called, given))
@@ -124,7 +127,7 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
         self.append(made)
 
     dispatch = {
-        **pickle._Unpickler.dispatch,
+        **PythonUnpickler.dispatch,
         pickle.REDUCE[0]: load_call,
         pickle.NEWOBJ[0]: load_call,
         pickle.NEWOBJ_EX[0]: load_call_with_keywords,
@@ -132,10 +135,10 @@ class InertUnpickler(pickle._Unpickler):  # pyright: ignore[reportUntypedBaseCla
         pickle.EMPTY_DICT[0]: load_empty_dictionary,
         pickle.DICT[0]: load_dict,
         # what a set holds would be hashed; a bytearray is made as large as a file says
-        pickle.EMPTY_SET[0]: pickle._Unpickler.load_empty_list,
-        pickle.ADDITEMS[0]: pickle._Unpickler.load_appends,
-        pickle.FROZENSET[0]: pickle._Unpickler.load_list,
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+        pickle.EMPTY_SET[0]: PythonUnpickler.load_empty_list,
+        pickle.ADDITEMS[0]: PythonUnpickler.load_appends,
+        pickle.FROZENSET[0]: PythonUnpickler.load_list,
+        pickle.BYTEARRAY8[0]: PythonUnpickler.load_binbytes8,
     }
 
 
@@ -214,6 +217,8 @@ class TorchFile:
         reader = InertUnpickler(file)
         content, keys = reader.load(), InertUnpickler(file).load()
         for key in keys:
+            if not isinstance(key, str):
+                raise ValueError("has values without a name")
             length = struct.unpack("<q", file.read(8))[0] * _dtype(reader.storages[key]).itemsize
             self._places[key] = file.tell(), length
             file.seek(length, 1)
@@ -238,6 +243,8 @@ class TorchFile:
             raise ValueError("is lazily negated or conjugated, not an ordinary one")
         _, _, key, _, count, *view = storage.given
         begin = view[0][1] if view and view[0] else 0
+        if {type(number) for number in (count, begin, offset, *size, *stride)} != {int}:
+            raise ValueError("has a shape that is none")
         dtype = _dtype(storage)
         flat = self._flat(key, dtype)
         if len(flat) < count:

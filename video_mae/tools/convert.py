@@ -132,8 +132,8 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
         raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
     if not trust:
         raise ValueError(
-            f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; take "
-            "the run's model folder, or say trust=true if the run is your own"
+            f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
+            "take the run's model folder, or say trust=true if the run is your own"
         )
     damaged = damaged_files(folder, manifest, manifest["files"])
     if damaged:
