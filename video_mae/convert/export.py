@@ -188,9 +188,6 @@ def _videomae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
             "label2id": {name: i for i, name in enumerate(names)},
         }
     state, left = _named(model, model.state_dict(), VIDEOMAE)
-    for key in list(state):
-        if key.startswith(("embeddings.", "encoder.", "layernorm.")):
-            state[f"videomae.{key}"] = state.pop(key)
     return state, config, remarks + left
 
 
@@ -227,11 +224,7 @@ def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
         if key.endswith("qkv.q_bias"):
             own.setdefault(key.replace("q_bias", "k_bias"), torch.zeros_like(own[key]))
     state, left = _named(model, own, VITMAE)
-    for key in list(state):
-        if not key.startswith("decoder."):
-            state[f"vit.{key}"] = state.pop(key)
-    tables = ("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed")
-    for key, side in zip(tables, (model.encoder, model.decoder), strict=True):
+    for key, side in zip(VITMAE.positions, (model.encoder, model.decoder), strict=True):
         table_ND, class_row_D = side.positions(c.grid)
         if not isinstance(class_row_D, torch.Tensor):
             class_row_D = torch.zeros(table_ND.shape[1])

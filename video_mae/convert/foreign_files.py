@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder
 from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, things_in
 
-MAX_JSON_BYTES = 64 << 20  # the index of the largest model is a few megabytes
 # under which the projects keep the weights, in order of preference
 WRAPPERS = ("model", "module", "state_dict", "model_state")
 # where the official projects and mmengine keep the options of a training
@@ -65,8 +64,6 @@ def read_source(path: str | Path) -> Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises: ValueError naming the file."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path}: is larger than {MAX_JSON_BYTES} bytes, too long to be read")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -64,10 +64,13 @@ VERSION_5 = {
 # Written are the names of version 4, which version 5 reads too.
 VIDEOMAE = Layout(
     project="Hugging Face VideoMAE",
-    spellings=((r"(^|\.)_orig_mod\.", r"\1"), (r"^videomae\.", "")),
+    spellings=(
+        (r"(^|\.)_orig_mod\.", r"\1"),
+        (r"^(embeddings|encoder|layernorm)\.", r"videomae.\1."),
+    ),
     outside={
-        "encoder.patch_embed": "embeddings.patch_embeddings.projection",
-        "encoder.norm": "layernorm",
+        "encoder.patch_embed": "videomae.embeddings.patch_embeddings.projection",
+        "encoder.norm": "videomae.layernorm",
         "decoder.encoder_to_decoder": "encoder_to_decoder",
         "decoder.mask_token": "mask_token",
         "decoder.norm": "decoder.norm",
@@ -75,7 +78,7 @@ VIDEOMAE = Layout(
         "fc_norm": "fc_norm",
         "head": "classifier",
     },
-    blocks={"encoder.blocks": "encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
+    blocks={"encoder.blocks": "videomae.encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
     inside={name: VERSION_4[name] for name in VERSION_4 if not name.endswith("_bias")}
     | {f"attn.qkv.{part}_bias": f"attention.attention.{part}_bias" for part in "qv"},
     also=VERSION_4,  # with the biases of version 5
@@ -84,21 +87,21 @@ VITMAE = Layout(
     project="Hugging Face ViTMAE",
     spellings=(
         (r"(^|\.)_orig_mod\.", r"\1"),
-        (r"^vit\.", ""),
-        (r"^layers\.", "encoder.layer."),
+        (r"^(vit\.)?layers\.", "vit.encoder.layer."),
+        (r"^(embeddings|encoder|layernorm)\.", r"vit.\1."),
         (r"^decoder\.decoder_encoder\.layers?\.", "decoder.decoder_layers."),
     ),
-    positions=("embeddings.position_embeddings", "decoder.decoder_pos_embed"),
+    positions=("vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"),
     outside={
-        "encoder.patch_embed": "embeddings.patch_embeddings.projection",
-        "encoder.class_token": "embeddings.cls_token",
-        "encoder.norm": "layernorm",
+        "encoder.patch_embed": "vit.embeddings.patch_embeddings.projection",
+        "encoder.class_token": "vit.embeddings.cls_token",
+        "encoder.norm": "vit.layernorm",
         "decoder.encoder_to_decoder": "decoder.decoder_embed",
         "decoder.mask_token": "decoder.mask_token",
         "decoder.norm": "decoder.decoder_norm",
         "decoder.head": "decoder.decoder_pred",
     },
-    blocks={"encoder.blocks": "encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
+    blocks={"encoder.blocks": "vit.encoder.layer", "decoder.blocks": "decoder.decoder_layers"},
     inside=VERSION_4,
     also=VERSION_5,
 )

@@ -17,14 +17,14 @@ from video_mae.convert.model_folder import fitted
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 # What describes a file, by the layout of its names.
-PROJECTS: tuple[tuple[Layout, Callable[[Draft], None]], ...] = (
-    (official.OFFICIAL, official.describe),
-    (official.MMACTION, official.describe),
-    (mae.MAE, mae.describe),
-    (mae.MAE_ST, mae.describe_st),
-    (hugging_face.VIDEOMAE, hugging_face.describe),
-    (hugging_face.VITMAE, hugging_face.describe),
-)
+PROJECTS: dict[Layout, Callable[[Draft], None]] = {
+    official.OFFICIAL: official.describe,
+    official.MMACTION: official.describe,
+    mae.MAE: mae.describe,
+    mae.MAE_ST: mae.describe_st,
+    hugging_face.VIDEOMAE: hugging_face.describe,
+    hugging_face.VITMAE: hugging_face.describe,
+}
 MODEL_TYPES = {"videomae": hugging_face.VIDEOMAE, "vit_mae": hugging_face.VITMAE}
 
 # Outside of the blocks too, these would change what the model computes.
@@ -80,16 +80,14 @@ def import_model(
     layout = recognise(source.tensors, _candidates(source), str(source.path))
     draft = Draft(source=source, layout=layout, facts=facts or Facts())
     _refuse_unknown(draft)
-    for known, describe in PROJECTS:
-        if known is layout:
-            describe(draft)
+    PROJECTS[layout](draft)
     return _build(draft, impl)
 
 
 def _candidates(source: Source) -> list[Layout]:
     """The layouts that a source may have: config.json names one, where there is one."""
     if "model_type" not in source.config:
-        return [layout for layout, _ in PROJECTS]
+        return list(PROJECTS)
     if "model_config" in source.config:  # VideoMAE V2 on the hub: the official names
         return [official.OFFICIAL]
     kind = source.config["model_type"]

@@ -15,7 +15,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OF_A_BLOCK = re.compile(r"(.+?)\.(0|[1-9]\d*)\.(.+)")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """A project's names, by ours: of layers and tokens outside of blocks, of the lists of blocks,
     and of what is inside a block. `also`: other names inside, that are read.
