@@ -28,7 +28,7 @@ from video_mae.convert.facts import (
     USUAL_STRIDE,
     Facts,
 )
-from video_mae.convert.layout import NamedTensors
+from video_mae.convert.tensor_names import NamedTensors
 from video_mae.model.positions import computed_positions
 
 # of VideoMAE; MAE and mae_st have the same

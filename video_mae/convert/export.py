@@ -15,9 +15,9 @@ import torch
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE
 from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
-from video_mae.convert.layout import Layout
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
+from video_mae.convert.tensor_names import TensorNames
 from video_mae.files import write_whole
 from video_mae.model.vit import Attention, Encoder, VideoClassifier, VideoMAE
 
@@ -237,14 +237,14 @@ def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
 
 
 def _named(
-    model: Model, own: Mapping[str, torch.Tensor], layout: Layout
+    model: Model, own: Mapping[str, torch.Tensor], names: TensorNames
 ) -> tuple[Tensors, list[str]]:
     """(tensors by a project's names, remarks on those that it has no name for). Raises: ValueError
     where these matter.
     """
     c = model.config
     patch = [c.in_channels, c.tubelet_size, c.patch_size, c.patch_size]
-    if layout is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
+    if names is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
         patch.pop(1)
     theirs: Tensors = {}
     remarks: list[str] = []
@@ -255,11 +255,11 @@ def _named(
         elif name.endswith("_token"):
             values = values.reshape(1, 1, -1)
         parts = {name: values}
-        if name.endswith("qkv.weight") and layout.to_theirs(name) is None:
-            names = [name.replace("weight", f"{letter}_weight") for letter in "qkv"]
-            parts = dict(zip(names, values.chunk(3), strict=True))
+        if name.endswith("qkv.weight") and names.to_theirs(name) is None:
+            apart = [name.replace("weight", f"{letter}_weight") for letter in "qkv"]
+            parts = dict(zip(apart, values.chunk(3), strict=True))
         for part, values in parts.items():
-            their_name = layout.to_theirs(part)
+            their_name = names.to_theirs(part)
             if their_name is not None:
                 theirs[their_name] = values.contiguous()
             elif part.endswith("k_bias") or part.startswith("objective."):

@@ -32,7 +32,7 @@ WEIGHT_FILES = (
 
 
 @dataclass(kw_only=True)
-class Source:
+class ForeignModel:
     """What was read: weights by the names they have there, what else tells of the architecture, and
     what is left out and why.
     """
@@ -45,7 +45,7 @@ class Source:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def read_source(path: str | Path) -> Source:
+def read_source(path: str | Path) -> ForeignModel:
     """Reads a checkpoint file, a Hugging Face folder (config.json and weights, whole or in shards),
     or a checkpoint folder of DeepSpeed.
 
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_folder(folder: Path) -> Source:
+def _read_folder(folder: Path) -> ForeignModel:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder / 'config.json'}: no such file; a folder of weights has one, of other "
@@ -92,13 +92,13 @@ def _read_folder(folder: Path) -> Source:
     return replace(source, path=folder, config=config)
 
 
-def _read_shards(index: Path) -> Source:
+def _read_shards(index: Path) -> ForeignModel:
     """Every tensor that an index names, each from the file that the index names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or {type(place) for place in places.values()} != {str}:
         raise ValueError(f"{index}: has no weight_map of tensor names and file names")
     shards = sorted(set(places.values()))
-    together = Source(path=index, files=(index.name, *shards))
+    together = ForeignModel(path=index, files=(index.name, *shards))
     for shard in shards:
         if Path(shard).name != shard or not shard.isprintable():
             raise ValueError(f"{index}: names the file {shard!r}, which is not one beside it")
@@ -119,8 +119,8 @@ def _read_shards(index: Path) -> Source:
     return together
 
 
-def _read_file(path: Path) -> Source:
-    source = Source(path=path, files=(path.name,))
+def _read_file(path: Path) -> ForeignModel:
+    source = ForeignModel(path=path, files=(path.name,))
     with path.open("rb") as opened:
         start = opened.read(9)
         opened.seek(0)
@@ -152,7 +152,7 @@ def _read_file(path: Path) -> Source:
     return source
 
 
-def _sort(file: TorchFile, source: Source) -> None:
+def _sort(file: TorchFile, source: ForeignModel) -> None:
     """Tells weights, options and the rest of a file apart."""
     path, content = source.path, file.content
     if isinstance(content, Thing):

@@ -6,7 +6,7 @@ from typing import Any
 
 from video_mae.convert.architecture import Draft, whole
 from video_mae.convert.foreign_files import read_json
-from video_mae.convert.layout import Layout, apart
+from video_mae.convert.tensor_names import TensorNames, apart
 
 # PyTorch's default, which VideoMAE's decoder.norm and fc_norm have there whatever config.json says
 HEAD_NORM_EPS = 1e-5
@@ -62,7 +62,7 @@ VERSION_5 = {
 }
 
 # Written are the names of version 4, which version 5 reads too.
-VIDEOMAE = Layout(
+VIDEOMAE = TensorNames(
     project="Hugging Face VideoMAE",
     spellings=(
         (r"(^|\.)_orig_mod\.", r"\1"),
@@ -83,7 +83,7 @@ VIDEOMAE = Layout(
     | {f"attn.qkv.{part}_bias": f"attention.attention.{part}_bias" for part in "qv"},
     also=VERSION_4,  # with the biases of version 5
 )
-VITMAE = Layout(
+VITMAE = TensorNames(
     project="Hugging Face ViTMAE",
     spellings=(
         (r"(^|\.)_orig_mod\.", r"\1"),
@@ -111,7 +111,7 @@ def describe(draft: Draft) -> None:
     """The configuration of a folder: config.json tells it, and the tensors must agree."""
     if not draft.source.config:
         raise draft.wrong("has no config.json beside it; give the folder that holds both")
-    is_image = draft.layout is VITMAE
+    is_image = draft.names is VITMAE
     config = {**DEFAULTS["vit_mae" if is_image else "videomae"], **draft.source.config}
     where = str(draft.source.path / "config.json")
     if config["hidden_act"] != "gelu":

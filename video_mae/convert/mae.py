@@ -7,8 +7,8 @@ from typing import Literal
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.convert.architecture import Draft, sizes_in, whole
 from video_mae.convert.facts import USUAL_FRAMES
-from video_mae.convert.layout import Layout, apart
 from video_mae.convert.official import ONE_BIAS, TIMM
+from video_mae.convert.tensor_names import TensorNames, apart
 
 DECODER_HEADS = {512: 16}
 MAE_ST_MEAN, MAE_ST_STD = (0.45,) * 3, (0.225,) * 3
@@ -38,7 +38,7 @@ SEPARATE = {
     for ours, theirs in (("space", "spatial"), ("time", "temporal"), ("class_row", "class"))
 }
 
-MAE = Layout(
+MAE = TensorNames(
     project="MAE",
     spellings=SPELLINGS,
     positions=tuple(JOINT.values()),
@@ -46,7 +46,7 @@ MAE = Layout(
     blocks=BLOCKS,
     inside=TIMM | ONE_BIAS,
 )
-MAE_ST = Layout(
+MAE_ST = TensorNames(
     project="mae_st",
     spellings=SPELLINGS,
     positions=(*JOINT.values(), *SEPARATE.values()),

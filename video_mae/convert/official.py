@@ -8,7 +8,7 @@ from typing import Any
 
 from video_mae.config import PRESETS
 from video_mae.convert.architecture import Draft, sizes_in, whole
-from video_mae.convert.layout import Layout
+from video_mae.convert.tensor_names import TensorNames
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
 DECODER_HEADS = {
@@ -38,7 +38,7 @@ TIMM = {
 ONE_BIAS = {"attn.qkv.bias": "attn.qkv.bias"}
 TWO_BIASES = {"attn.qkv.q_bias": "attn.q_bias", "attn.qkv.v_bias": "attn.v_bias"}
 
-OFFICIAL = Layout(
+OFFICIAL = TensorNames(
     project="VideoMAE",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed", "decoder.pos_embed"),
@@ -57,7 +57,7 @@ OFFICIAL = Layout(
     also=ONE_BIAS,  # of a fork
 )
 
-MMACTION = Layout(
+MMACTION = TensorNames(
     project="mmaction2",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed",),

@@ -9,14 +9,14 @@ from functools import cached_property
 
 import torch
 
-from video_mae.convert.foreign_files import Source
+from video_mae.convert.foreign_files import ForeignModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OF_A_BLOCK = re.compile(r"(.+?)\.(0|[1-9]\d*)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Layout:
+class TensorNames:
     """A project's names, by ours: of layers and tokens outside of blocks, of the lists of blocks,
     and of what is inside a block. `also`: other names inside, that are read.
 
@@ -83,17 +83,15 @@ def apart(query: str, key: str, value: str) -> dict[str, str]:
     return table
 
 
-def recognise(tensors: Iterable[str], layouts: Iterable[Layout], where: str) -> Layout:
-    """The layout that explains most tensors. Raises: ValueError where none knows a block of the
-    file.
-    """
+def recognise(tensors: Iterable[str], projects: Iterable[TensorNames], where: str) -> TensorNames:
+    """The project whose names explain most tensors. Raises: ValueError where none knows a block."""
     most, best = 0, None
-    for layout in layouts:
-        names = [layout.plain(name) for name in tensors]
-        known = [ours for ours in map(layout.to_ours, names) if ours]
-        count = len(known) + sum(name in layout.positions for name in names)
+    for project in projects:
+        names = [project.plain(name) for name in tensors]
+        known = [ours for ours in map(project.to_ours, names) if ours]
+        count = len(known) + sum(name in project.positions for name in names)
         if count > most and any(".blocks." in ours for ours in known):
-            most, best = count, layout
+            most, best = count, project
     if best is None:
         first = ", ".join(sorted(tensors)[:3])
         raise ValueError(
@@ -110,8 +108,8 @@ class NamedTensors:
     a file may have either.
     """
 
-    source: Source
-    layout: Layout
+    source: ForeignModel
+    names: TensorNames
     ours: dict[str, torch.Tensor] = field(default_factory=dict)
     unknown: dict[str, torch.Tensor] = field(default_factory=dict)
     # our name, or a plain name that is none -> name in the file
@@ -122,8 +120,8 @@ class NamedTensors:
         likes.
         """
         for name, tensor in self.source.tensors.items():
-            plain = self.layout.plain(name)
-            ours = self.layout.to_ours(plain)
+            plain = self.names.plain(name)
+            ours = self.names.to_ours(plain)
             key = ours or plain
             if key in self.spelled:
                 raise self.wrong(f"{name} and {self.spelled[key]} are two tensors for one thing")
@@ -196,7 +194,7 @@ class NamedTensors:
 
     def called(self, ours: str) -> str:
         """What the file calls a tensor of ours, as far as that can be said."""
-        return self.spelled.get(ours) or self.layout.to_theirs(ours) or ours
+        return self.spelled.get(ours) or self.names.to_theirs(ours) or ours
 
     @property
     def has_decoder(self) -> bool:
