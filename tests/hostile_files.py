@@ -350,6 +350,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         beside(b"(" + text("storage") + b"ctorch\nFloatStorage\n)" + b"\x85" * 300_000 + b"NNtQ"),
         "no storage",
     ),
+    "an array that is not there": (beside(b"\x96" + struct.pack("<Q", 1 << 40)), "damaged"),
     "shape of a text": (
         repacked(
             lambda name, content: (

@@ -229,6 +229,9 @@ INERT: dict[str, tuple[bytes, str]] = {
     "a large array": (b"c__builtin__\nbytearray\nL" + str(2**60).encode() + b"L\n\x85R", ""),
     "an integer of many digits": (b"\x8b" + (10**6).to_bytes(4, "little") + b"\x01" * 10**6, ""),
     "a deep key": (b"})" + b"\x85" * 300_000 + b"Ns", ""),
+    "a deep item of a set": (b"\x8f()" + b"\x85" * 300_000 + b"\x90", ""),
+    "a deep item of a frozen set": (b"()" + b"\x85" * 300_000 + b"\x91", ""),
+    "a deep key of protocol 0": (b"()" + b"\x85" * 300_000 + b"Nd", ""),
     "a deep list": (b"]" + b"]" * 100_000 + b"a" * 100_000, ""),
     "a name of many lines": (
         text("a_package") + text("a\nb\x1b[31m") + b"\x93)R",

@@ -20,8 +20,8 @@ from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, thi
 
 # under which the projects keep the weights, in order of preference
 WRAPPERS = ("model", "module", "state_dict", "model_state")
-# where the official projects and mmengine keep the options of a training
-OPTIONS = ("args", "meta")
+# where mmengine and the official projects keep the options of a training
+OPTIONS = ("meta", "args")
 TOLD_NAMES, LONGEST_KEY = 12, 500  # of what is passed over; of an entry, in characters
 WEIGHT_FILES = (
     "model.safetensors",
@@ -209,6 +209,8 @@ def _content(value: object, seen: set[int], *, is_options: bool = False) -> str:
     """
     count, names = things_in(value, seen)
     what = "dict" if isinstance(value, dict) else type(value).__name__
+    if isinstance(value, Thing):
+        what = value.name
     kind = f"not part of the weights: {what}"
     if is_options:
         kind = "options of the training, read only for what the tensors do not tell"

@@ -31,7 +31,7 @@ COMMANDS = {
     *("compile", "open", "__import__"),
 }
 
-
+# the reader that is written in Python
 PythonUnpickler: Any = pickle._Unpickler  # pyright: ignore[reportPrivateUsage]
 
 
@@ -53,11 +53,11 @@ class Thing:
     def append(self, item: Any) -> None:
         self.parts.append(item)
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.parts += [key, value]
-
     def extend(self, items: list[Any]) -> None:
         self.parts.extend(items)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.parts.extend([key, value])
 
     @property
     def is_tensor(self) -> bool:
