@@ -13,7 +13,8 @@ if TYPE_CHECKING:
         load_config,
     )
     from video_mae.config.schema import save_config
-    from video_mae.convert import Facts, import_model
+    from video_mae.convert.facts import Facts
+    from video_mae.convert.importing import import_model
     from video_mae.convert.model_folder import load_pretrained, save_model_folder
     from video_mae.evaluation.predict import classify_video
     from video_mae.model.inflation import deflated, inflated, resized
@@ -49,7 +50,8 @@ __all__ = [
 
 _HOMES = {
     "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config",
-    "video_mae.convert": "Facts, import_model",
+    "video_mae.convert.facts": "Facts",
+    "video_mae.convert.importing": "import_model",
     "video_mae.model.inflation": "deflated, inflated, resized",
     "video_mae.model.masking": "TokenMask, frame_mask, random_mask, token_mask, tube_mask",
     "video_mae.model.vit": "Encoder, VideoClassifier, VideoMAE, VideoMAEOutput",

@@ -94,7 +94,7 @@ STAGES = {
     ),
     "convert": Stage(
         "a model of another project as one of ours, or ours as theirs",
-        "convert.stage",
+        "tools.convert",
         "ConvertConfig",
         ("SOURCE", "DESTINATION"),
     ),

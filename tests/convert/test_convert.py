@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from video_mae import VideoClassifier, VideoMAE, load_pretrained, random_mask, token_mask
 from video_mae.cli import main
-from video_mae.convert import Facts, Report, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import ImportReport, import_model
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.model.masking import ContextMask
+from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "second_official.py")))
 second = official.second
@@ -90,7 +91,7 @@ def write(path: Path, state: State, wrapper: str = "model", prefix: str = "", **
     return path
 
 
-def imported(path: Path, **facts: Any) -> tuple[VideoMAE | VideoClassifier, Report]:
+def imported(path: Path, **facts: Any) -> tuple[VideoMAE | VideoClassifier, ImportReport]:
     return import_model(path, Facts(**facts))
 
 

@@ -27,10 +27,11 @@ from video_mae import (
     save_model_folder,
 )
 from video_mae.cli import main
-from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import import_model
 from video_mae.evaluation.predict import views_of
 from video_mae.kernels.tubelets import gather_tubelets
+from video_mae.tools.convert import ConvertConfig, convert
 from video_mae.training.pretrain import prepare, run
 
 pytestmark = pytest.mark.trains_here
@@ -369,8 +370,10 @@ def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(cha
     clip = a_clip(config, 3)
     torch.save(clip, tmp_path / "clip.pt")
     code = (
-        "import sys, torch; program = torch.export.load('x.pt2').module(); clip = torch.load('clip.pt');"
-        "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt'); assert 'video_mae' not in sys.modules"
+        "import sys, torch; program = torch.export.load('x.pt2').module();"
+        "clip = torch.load('clip.pt');"
+        "torch.save([program(clip[:n]) for n in (1, 2, 3)], 'logits.pt');"
+        "assert 'video_mae' not in sys.modules"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=300)
     for number, logits in enumerate(torch.load(tmp_path / "logits.pt"), start=1):
@@ -459,7 +462,7 @@ def test_a_run_folder_is_converted_from_its_model(tmp_path):
                 str(tmp_path / "run"),
                 str(tmp_path / "hub"),
                 "format=hugging_face",
-                "layout=v5",
+                "layout=v4",
             ]
         )
     assert exit_.value.code == 0

@@ -13,15 +13,18 @@ import torch
 
 from video_mae import VideoClassifier, load_pretrained
 from video_mae.cli import main
-from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import import_model
+from video_mae.tools.convert import ConvertConfig, convert
 
 official = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "second_official.py")))
 FACTS: dict[str, Any] = {"num_heads": 3, "num_frames": 6, "height": 16, "width": 24}
 KINETICS, SOMETHING = official.Size(classes=400), official.Size(classes=174)
 GUESSED = {
-    "dense": "sampling = dense: not in the source, as usual; models of Something-Something have sampling=uniform",
-    "uniform": "sampling = uniform: not in the source, as Something-Something has 174 classes; others that many have sampling=dense",
+    "dense": "sampling = dense: not in the source, as usual; "
+    "models of Something-Something have sampling=uniform",
+    "uniform": "sampling = uniform: not in the source, as Something-Something has 174 classes; "
+    "others that many have sampling=dense",
     "stride": "stride = 4: not in the source, as usual",
 }
 
@@ -91,10 +94,13 @@ def test_arguments_of_the_training_tell_without_a_guess(arguments, found, size, 
 
 
 PIPELINES = {
-    "train_pipeline = [dict(clip_len=16, frame_interval=2, num_clips=1, type='SampleFrames'), dict(type='DecordDecode')]\n"
-    "test_pipeline = [\n    dict(\n        clip_len=16,\n        frame_interval=2,\n        num_clips=5,\n        test_mode=True,\n"
+    "train_pipeline = [dict(clip_len=16, frame_interval=2, num_clips=1, type='SampleFrames'), "
+    "dict(type='DecordDecode')]\n"
+    "test_pipeline = [\n    dict(\n        clip_len=16,\n        frame_interval=2,\n"
+    "        num_clips=5,\n        test_mode=True,\n"
     "        type='SampleFrames'),\n]": ("dense", 2),
-    'train_pipeline = [dict(type="UniformSample", clip_len=16), dict(type="Resize", scale=(-1, 256))]': (
+    'train_pipeline = [dict(type="UniformSample", clip_len=16), '
+    'dict(type="Resize", scale=(-1, 256))]': (
         "uniform",
         4,
     ),
@@ -117,7 +123,10 @@ def test_the_configuration_in_a_training_file_of_mmaction_tells_it(config, tmp_p
 
 
 def test_a_configuration_whose_pipelines_differ_leaves_it_open(tmp_path):
-    config = "a = [dict(type='SampleFrames', frame_interval=2), dict(type='SampleFrames', frame_interval=4)]"
+    config = (
+        "a = [dict(type='SampleFrames', frame_interval=2), "
+        "dict(type='SampleFrames', frame_interval=4)]"
+    )
     path = written(
         tmp_path, official.mmaction_finetuned(KINETICS), "state_dict", meta={"cfg": config}
     )

@@ -16,6 +16,7 @@ import pickle
 import runpy
 import signal
 import sys
+import tracemalloc
 import types
 import warnings
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ import numpy as np
 import pytest
 import torch
 
-from video_mae.convert import Facts, import_model
+from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import read_source
+from video_mae.convert.importing import import_model
 
 hostile = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hostile_files.py")))
 official = hostile.official
@@ -197,6 +199,7 @@ def test_data_of_python_itself_is_passed_over(tmp_path):
 # What other readers would execute, or break over, and what is no more than a text or a number of
 # items here.
 INERT: dict[str, tuple[bytes, str]] = {
+    **{f"grows: {name}": (payload, "") for name, payload in hostile.GROWING.items()},
     "a call of another package": (
         b"cnumpy.f2py.crackfortran\nmyeval\n" + text("open('EXECUTED', 'w')") + b"\x85R",
         "numpy.f2py.crackfortran.myeval",
@@ -226,6 +229,9 @@ INERT: dict[str, tuple[bytes, str]] = {
     "a large array": (b"c__builtin__\nbytearray\nL" + str(2**60).encode() + b"L\n\x85R", ""),
     "an integer of many digits": (b"\x8b" + (10**6).to_bytes(4, "little") + b"\x01" * 10**6, ""),
     "a deep key": (b"})" + b"\x85" * 300_000 + b"Ns", ""),
+    "a deep item of a set": (b"\x8f()" + b"\x85" * 300_000 + b"\x90", ""),
+    "a deep item of a frozen set": (b"()" + b"\x85" * 300_000 + b"\x91", ""),
+    "a deep key of protocol 0": (b"()" + b"\x85" * 300_000 + b"Nd", ""),
     "a deep list": (b"]" + b"]" * 100_000 + b"a" * 100_000, ""),
     "a name of many lines": (
         text("a_package") + text("a\nb\x1b[31m") + b"\x93)R",
@@ -251,6 +257,18 @@ def test_what_is_not_called_stays_a_text(case, tmp_path, monkeypatch):
     assert len(report.left_out["x"]) < 300
     assert REBUILD.__defaults__ == before
     assert [child.name for child in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize("case", hostile.GROWING)
+def test_what_is_given_to_many_calls_is_there_once(case, tmp_path):
+    path = hostile.beside(hostile.GROWING[case])(tmp_path)
+    read_source(path)
+    tracemalloc.start()
+    try:
+        read_source(path)
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # copies would take more than 80 million
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ import torch
 
 from video_mae import load_pretrained
 from video_mae.cli import main
-from video_mae.convert import Facts, import_model
-from video_mae.convert.stage import ConvertConfig, convert
+from video_mae.convert.facts import Facts
+from video_mae.convert.importing import import_model
+from video_mae.tools.convert import ConvertConfig, convert
 
 hostile = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "hostile_files.py")))
 HOSTILE, STATE, saved = hostile.HOSTILE, hostile.STATE, hostile.saved
@@ -175,7 +176,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path, monkeypatch):
     path = saved({"model": STATE})(tmp_path)
     for target, form in (
         ("video_mae.convert.model_folder.save_file", "model"),
-        ("video_mae.convert.export.save_file", "hugging_face"),
+        ("video_mae.convert.model_folder.save_file", "hugging_face"),
         ("torch.save", "official"),
     ):
         config = ConvertConfig(**FACTS, format=form)  # pyright: ignore[reportArgumentType]

@@ -89,7 +89,7 @@ CASES: dict[str, tuple[ModelConfig, ObjectiveConfig]] = {
 
 
 def shaken(model: Any, seed: int = 0) -> Any:
-    """Biases, norms, tokens and tables away from where they start, so that none can be forgotten."""
+    """Biases, norms, tokens and tables away from where they start: none can be forgotten."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1 or ".positions." in name:

@@ -3,6 +3,8 @@
 import json
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,17 @@ def test_missing_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         load_pretrained(folder, VideoMAE)
+
+
+def test_no_other_project_s_format_is_imported_for_a_model_folder(folder):
+    code = (
+        "import sys, video_mae; model = video_mae.load_pretrained(sys.argv[1]);"
+        "print(*sorted(name for name in sys.modules if name.startswith('video_mae.convert.')))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split() == ["video_mae.convert.facts", "video_mae.convert.model_folder"]
 
 
 def test_missing_folder_is_named(tmp_path):

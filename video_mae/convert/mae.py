@@ -5,8 +5,10 @@ normalisation.
 from typing import Literal
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
-from video_mae.convert.architecture import USUAL_FRAMES, Draft, whole
-from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
+from video_mae.convert.architecture import Draft, sizes_in, whole
+from video_mae.convert.facts import USUAL_FRAMES
+from video_mae.convert.official import ONE_BIAS, TIMM
+from video_mae.convert.tensor_names import TensorNames, apart
 
 DECODER_HEADS = {512: 16}
 MAE_ST_MEAN, MAE_ST_STD = (0.45,) * 3, (0.225,) * 3
@@ -16,90 +18,77 @@ SPELLINGS = (
     (r"^(module\.)+", ""),
     (r"^head\.projection\.", "head."),
 )
-PACKED = Words(bias=("attn.qkv.bias",))
-APART = Words(
-    qkv=("attn.q.weight", "attn.k.weight", "attn.v.weight"),
-    bias=("attn.q.bias", "attn.k.bias", "attn.v.bias"),
-)
-
-
-def _layout(
-    project: str, patch_embed: str, words: Words, positions: tuple[str, ...], *own: Rule
-) -> Layout:
-    return Layout(
-        project=project,
-        spellings=SPELLINGS,
-        positions=positions,
-        rules=(
-            *same("encoder.patch_embed", "patch_embed.proj", patch_embed),
-            Rule(("encoder.class_token",), ("cls_token",), "1 1 D"),
-            *block_rules("encoder.blocks.*", "blocks.*", "D", "H", words),
-            *same("encoder.norm", "norm", "D"),
-            *same("decoder.encoder_to_decoder", "decoder_embed", "E D"),
-            Rule(("decoder.mask_token",), ("mask_token",), "1 1 E"),
-            *own,
-            *block_rules("decoder.blocks.*", "decoder_blocks.*", "E", "G", words),
-            *same("decoder.norm", "decoder_norm", "E"),
-            *same("decoder.head", "decoder_pred", "P E"),
-            *same("fc_norm", "fc_norm", "D"),
-            *same("head", "head", "K D"),
-        ),
-    )
-
-
+OUTSIDE = {
+    "encoder.patch_embed": "patch_embed.proj",
+    "encoder.class_token": "cls_token",
+    "encoder.norm": "norm",
+    "decoder.encoder_to_decoder": "decoder_embed",
+    "decoder.mask_token": "mask_token",
+    "decoder.norm": "decoder_norm",
+    "decoder.head": "decoder_pred",
+    "fc_norm": "fc_norm",
+    "head": "head",
+}
+BLOCKS = {"encoder.blocks": "blocks", "decoder.blocks": "decoder_blocks"}
 JOINT = {"encoder": "pos_embed", "decoder": "decoder_pos_embed"}
-SEPARATE = tuple(
-    f"{side}pos_embed_{axis}"
-    for side in ("", "decoder_")
-    for axis in ("spatial", "temporal", "class")
+# our names of positions that are apart for space and time, and theirs
+SEPARATE = {
+    f"{side}.positions.{ours}": f"{prefix}pos_embed_{theirs}"
+    for side, prefix in (("encoder", ""), ("decoder", "decoder_"))
+    for ours, theirs in (("space", "spatial"), ("time", "temporal"), ("class_row", "class"))
+}
+
+MAE = TensorNames(
+    project="MAE",
+    spellings=SPELLINGS,
+    positions=tuple(JOINT.values()),
+    outside=OUTSIDE,
+    blocks=BLOCKS,
+    inside=TIMM | ONE_BIAS,
 )
-MAE = _layout("MAE", "D C p p", PACKED, tuple(JOINT.values()))
-MAE_ST = _layout(
-    "mae_st",
-    "D C t p p",
-    APART,
-    (*JOINT.values(), *SEPARATE),
-    Rule(("decoder.class_token",), ("decoder_cls_token",), "1 1 E"),
+MAE_ST = TensorNames(
+    project="mae_st",
+    spellings=SPELLINGS,
+    positions=(*JOINT.values(), *SEPARATE.values()),
+    outside=OUTSIDE | {"decoder.class_token": "decoder_cls_token"},
+    blocks=BLOCKS,
+    inside={name: TIMM[name] for name in TIMM if "qkv" not in name}
+    | apart("attn.q", "attn.k", "attn.v"),
 )
 
 
 def describe(draft: Draft) -> None:
     """The configuration of an image MAE."""
-    told = draft.source.arguments
+    draft.told = sizes_in(draft.source.arguments) | {"num_frames": None}
     draft.shapes(decoder_embed_bias=True)
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
-    table, size = draft.table("pos_embed"), whole(told, "input_size")
-    draft.clip(
-        None,
-        size,
-        size,
-        places=None if table is None else len(table) - draft.fields["class_tokens"],
-    )
+    draft.heads(DECODER_HEADS)
+    table = draft.table("pos_embed")
+    draft.clip(places=None if table is None else len(table) - draft.fields["class_tokens"])
     draft.positions("sincos", JOINT, 0.0, required=True)
-    _purpose(draft)
+    _purpose(draft, (IMAGENET_MEAN, IMAGENET_STD), "mean")
 
 
 def describe_st(draft: Draft) -> None:
-    """The configuration of a mae_st: positions are learned, together or apart for space and time."""
-    told = draft.source.arguments
+    """The configuration of a mae_st: positions are learned, of space and time or joint ones."""
+    draft.told = sizes_in(draft.source.arguments)
     draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
-    size, class_tokens = whole(told, "input_size"), draft.fields["class_tokens"]
-    frames = whole(told, "num_frames")
-    space, time, table = (
-        draft.table(name) for name in ("pos_embed_spatial", "pos_embed_temporal", "pos_embed")
-    )
+    draft.heads(DECODER_HEADS)
+    class_tokens = draft.fields["class_tokens"]
+    space, time = draft.table("pos_embed_spatial"), draft.table("pos_embed_temporal")
+    table = draft.table("pos_embed")
     if space is not None and time is not None:
-        draft.clip(frames, size, size, times=len(time), places=len(space))
+        draft.clip(times=len(time), places=len(space))
         _separate(draft)
     elif table is not None:
-        frames = draft.settle("num_frames", frames, USUAL_FRAMES, "as usual", firm=True)
+        frames = draft.settle("num_frames", USUAL_FRAMES, "as usual", firm=True)
+        draft.told["num_frames"] = frames
         tokens, times = len(table) - class_tokens, frames // draft.fields["tubelet_size"]
         if not times or tokens % times:
             raise draft.wrong(
-                f"has {tokens} positions, no multiple of the {times} times of {frames} frames; give num_frames=..."
+                f"has {tokens} positions, no multiple of the {times} times of {frames} frames; "
+                "give num_frames=..."
             )
-        draft.clip(frames, size, size, times=times, places=tokens // times)
+        draft.clip(times=times, places=tokens // times)
         draft.positions("sinusoid", JOINT, None, required=True)
     else:
         raise draft.wrong(
@@ -107,54 +96,45 @@ def describe_st(draft: Draft) -> None:
         )
     if draft.has_decoder:
         a_frame = draft.fields["patch_size"] ** 2 * draft.fields["in_channels"]
-        outputs = draft.found.sizes.get("P", a_frame * draft.fields["tubelet_size"])
+        outputs = draft.length("decoder.head.weight")
         per_tubelet, left = divmod(outputs, a_frame)
         if left or not per_tubelet:
             raise draft.wrong(
-                f"its decoder predicts {outputs} values of a tubelet, which are no whole frames of {a_frame}"
+                f"its decoder predicts {outputs} values of a tubelet, no whole frames of {a_frame}"
             )
         if per_tubelet != draft.fields["tubelet_size"]:
             draft.fields["predicted_frames"] = per_tubelet * draft.grid[0]
-    if draft.is_classifier and not draft.found.has("fc_norm."):  # its norm comes after the mean
-        for name in [name for name in draft.found.ours if name.startswith("encoder.norm.")]:
-            draft.found.ours[name.replace("encoder.norm", "fc_norm")] = draft.found.ours.pop(name)
+    if draft.is_classifier and not draft.has("fc_norm."):  # its norm comes after the mean
+        for name in [name for name in draft.ours if name.startswith("encoder.norm.")]:
+            draft.ours[name.replace("encoder.norm", "fc_norm")] = draft.ours.pop(name)
     # Its classifier leaves the first token out of the mean, where there is no class token too.
     _purpose(draft, (MAE_ST_MEAN, MAE_ST_STD), "mean" if class_tokens else "rest")
 
 
 def _separate(draft: Draft) -> None:
     draft.fields["positions"] = "separate"
-    for side, prefix in (
-        (("encoder", ""), ("decoder", "decoder_")) if draft.has_decoder else (("encoder", ""),)
-    ):
-        for ours, name in (("space", "spatial"), ("time", "temporal"), ("class_row", "class")):
-            table = draft.table(f"{prefix}pos_embed_{name}")
-            if table is None:
-                continue
-            if ours == "class_row" and len(table) != 1:
-                raise draft.wrong(
-                    f"{prefix}pos_embed_class: has {len(table)} rows, there is one class token"
-                )
-            draft.found.ours[f"{side}.positions.{ours}"] = (
-                table[0] if ours == "class_row" else table
-            )
-            draft.found.rest.pop(f"{prefix}pos_embed_{name}")
-            draft.found.used += 1
+    for ours, name in SEPARATE.items():
+        table = draft.table(name)
+        if table is None or not ours.startswith(draft.sides):
+            continue
+        if ours.endswith("class_row"):
+            if len(table) != 1:
+                raise draft.wrong(f"{name}: has {len(table)} rows, there is one class token")
+            table = table[0]
+        draft.ours[ours] = table
+        draft.unknown.pop(name)
 
 
 def _purpose(
     draft: Draft,
-    usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD),
-    pooling: Literal["mean", "rest"] = "mean",
+    usual: tuple[tuple[float, ...], tuple[float, ...]],
+    pooling: Literal["mean", "rest"],
 ) -> None:
-    told = draft.source.arguments
-    draft.statistics(usual=usual)
+    options = draft.source.arguments
+    draft.told["normalized"] = options.get("norm_pix_loss")
+    draft.told["stride"] = whole(options, "sampling_rate")
+    draft.statistics(usual)
     if draft.is_classifier:
-        draft.classifier(stride=whole(told, "sampling_rate"), pooling=pooling)
+        draft.classifier(pooling)
     else:
-        normalized = told.get("norm_pix_loss")
-        draft.objective(
-            {True: "tubelet", False: "none"}[normalized] if isinstance(normalized, bool) else None,
-            "tubelet",
-            "normalized",
-        )
+        draft.objective("tubelet", "normalized")

@@ -4,7 +4,7 @@ ever read.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
@@ -15,41 +15,51 @@ from safetensors.torch import load_file, save_file
 
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
-from video_mae.convert import Facts, import_model
-from video_mae.convert.architecture import MAX_TOKENS
-from video_mae.convert.foreign_files import is_deepspeed_folder
+from video_mae.convert.facts import MAX_TOKENS, Facts
 from video_mae.files import json_text, write_whole
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
-Kind = TypeVar("Kind", VideoMAE, VideoClassifier)
+ModelClass = TypeVar("ModelClass", VideoMAE, VideoClassifier)
+# What config.json says beside the configuration of the model, by the model's class.
 HEADS = {
     "VideoMAE": ("objective", ObjectiveConfig),
     "VideoClassifier": ("classifier", ClassifierConfig),
 }
+# in which a training under DeepSpeed leaves its weights, where it does not partition them
+DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+RUN_MANIFEST = "MANIFEST.json"  # of a checkpoint of ours, which lies in a run folder
 
 
 def save_model_folder(
     folder: str | Path,
     model: Model,
     state: Mapping[str, torch.Tensor] | None = None,
-    more: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a model folder whole or not at all, replacing an earlier one.
 
     state: the weights, where they do not live in `model` (under ZeRO they are gathered first);
-    float32 is written. more: text of further files by name.
+    float32 is written. more: what further files of JSON hold, by name.
     """
-    tensors = {
-        name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in (state or model.state_dict()).items()
-    }
-    texts = {**(more or {}), "config.json": json_text(_describe(model), indent=2) + "\n"}
+    is_classifier = isinstance(model, VideoClassifier)
+    head = model.classifier_config if is_classifier else model.objective_config
+    kind = type(model).__name__
+    description = {"kind": kind, "model": to_dict(model.config), HEADS[kind][0]: to_dict(head)}
+    write_weights(folder, state or model.state_dict(), {"config.json": description, **(more or {})})
+
+
+def write_weights(
+    folder: str | Path, state: Mapping[str, torch.Tensor], files: Mapping[str, Any]
+) -> None:
+    """Writes a folder of model.safetensors in float32 and files of JSON, whole or not at all."""
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
 
     def write(building: Path) -> None:
         building.mkdir()
         save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
-        for name, text in texts.items():
+        for name, content in files.items():
+            text = json_text(content, indent=2) + "\n"
             (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write)
@@ -61,8 +71,8 @@ def load_pretrained(
 ) -> Model: ...
 @overload
 def load_pretrained(
-    path: str | Path, kind: type[Kind], *, impl: str = "auto", facts: Facts | None = None
-) -> Kind: ...
+    path: str | Path, kind: type[ModelClass], *, impl: str = "auto", facts: Facts | None = None
+) -> ModelClass: ...
 def load_pretrained(
     path: str | Path,
     kind: type[Model] | None = None,
@@ -74,21 +84,24 @@ def load_pretrained(
     evaluation mode.
 
     path: a model folder, or what another project wrote: a checkpoint file, a Hugging Face folder
-    (video_mae.convert.import_model; what it assumes, leaves out or makes anew is logged as a
-    warning). kind: the class that the caller can use. facts: what another project's file may leave
-    open; of a model folder too, sampling and stride can be others. Raises: FileNotFoundError;
-    ValueError naming the file and what does not fit, or for a model of another kind. Executes
-    nothing from the files.
+    (import_model; what it assumes, leaves out or makes anew is logged as a warning). kind: the
+    class that the caller can use. facts: what another project's file may leave open; of a model
+    folder too, sampling and stride can be others. Raises: FileNotFoundError; ValueError naming the
+    file and what does not fit, or for a model of another kind. Executes nothing from the files.
     """
     path = Path(path)
     if is_model_folder(path):
         model, facts = _load_folder(path, impl), facts or Facts()
         if replace(facts, sampling=None, stride=None) != Facts():
             raise ValueError(
-                f"{path}: is a model folder, which leaves nothing open; facts are for files of other projects"
+                f"{path}: is a model folder, which leaves nothing open; facts are for files of "
+                "other projects"
             )
         remarks = choose_frames(model, facts.sampling, facts.stride)
     else:
+        # Other projects' formats are for those who have such files.
+        from video_mae.convert.importing import import_model
+
         model, report = import_model(path, facts, impl=impl)
         remarks = report.remarks()
     for remark in remarks:
@@ -104,23 +117,25 @@ def choose_frames(
     """Has frames chosen in another way than a classifier says, where one is given; returns a line
     on each. Raises: ValueError.
     """
-    given = {
-        key: value
-        for key, value in (("sampling", sampling), ("stride", stride))
-        if value is not None
-    }
-    if not given:
-        return []
-    if not isinstance(model, VideoClassifier):
-        raise ValueError(
-            f"{next(iter(given))}: is how frames of a classifier are chosen, and this model is a {type(model).__name__}"
-        )
-    lines = [
-        f"{key} = {value}: given, the model says {getattr(model.classifier_config, key)}"
-        for key, value in given.items()
-    ]
-    model.classifier_config = replace(model.classifier_config, **given)
+    lines = []
+    for key, value in (("sampling", sampling), ("stride", stride)):
+        if value is None:
+            continue
+        if not isinstance(model, VideoClassifier):
+            raise ValueError(
+                f"{key}: is how frames of a classifier are chosen, and this model is a "
+                f"{type(model).__name__}"
+            )
+        said = getattr(model.classifier_config, key)
+        lines.append(f"{key} = {value}: given, the model says {said}")
+        model.classifier_config = replace(model.classifier_config, **{key: value})
     return lines
+
+
+def is_deepspeed_folder(path: Path) -> bool:
+    """Whether a folder is another project's checkpoint of DeepSpeed, with one file of weights."""
+    is_ours = (path / "config.json").is_file() or (path / RUN_MANIFEST).is_file()
+    return (path / DEEPSPEED_FILE).is_file() and not is_ours
 
 
 def is_model_folder(path: Path) -> bool:
@@ -133,56 +148,9 @@ def is_model_folder(path: Path) -> bool:
         description = json.loads((path / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
         return True
-    return not (
-        isinstance(description, dict)
-        and "kind" not in description
-        and {"model_type", "architectures"} & description.keys()
-    )
-
-
-def _load_folder(folder: Path, impl: str) -> Model:
-    config, head = _read_configuration(folder)
-    state = _read_tensors(folder / "model.safetensors")
-    where = f"{folder / 'config.json'}: model"
-    if config.num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"{where}: has {config.num_tokens} tokens; more than {MAX_TOKENS} are not believed"
-        )
-    for key, side in [("depth", "encoder")] + (
-        [("decoder_depth", "decoder")] if isinstance(head, ObjectiveConfig) else []
-    ):
-        blocks = {name.split(".")[2] for name in state if name.startswith(f"{side}.blocks.")}
-        if getattr(config, key) != len(blocks):
-            raise ValueError(
-                f"{where}.{key}: is {getattr(config, key)}, but model.safetensors has {len(blocks)} blocks in its {side}"
-            )
-    try:
-        with torch.device("meta"):
-            expected = _make(config, head, impl).state_dict()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{where}: is larger than any tensor can be ({' '.join(str(error).split())[:80]})"
-        ) from None
-    wrong = [f"{name} is missing" for name in expected if name not in state]
-    wrong += [f"{name} is not part of this model" for name in state if name not in expected]
-    wrong += [
-        f"{name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    wrong += [
-        f"{name} holds values that are no finite floating point numbers"
-        for name, tensor in state.items()
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all()))
-    ]
-    if wrong:
-        raise ValueError(
-            f"{folder / 'model.safetensors'}: {wrong[0]}"
-            + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
-        )
-    model = _make(config, head, impl)
-    model.load_state_dict(state)
-    return model.eval()
+    if not isinstance(description, dict) or "kind" in description:
+        return True
+    return not {"model_type", "architectures"} & description.keys()
 
 
 def find_model_folder(path: str | Path) -> Path:
@@ -196,52 +164,99 @@ def find_model_folder(path: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"{path}: neither a model folder (config.json, model.safetensors) nor a run folder with best/ or model/ in it"
+        f"{path}: neither a model folder (config.json, model.safetensors) nor a run folder with "
+        "best/ or model/ in it"
     )
 
 
-def _describe(model: Model) -> dict[str, Any]:
-    if isinstance(model, VideoMAE):
-        return {
-            "kind": "VideoMAE",
-            "model": to_dict(model.config),
-            "objective": to_dict(model.objective_config),
-        }
-    return {
-        "kind": "VideoClassifier",
-        "model": to_dict(model.config),
-        "classifier": to_dict(model.classifier_config),
-    }
-
-
-def _read_configuration(folder: Path) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig]:
+def _load_folder(folder: Path, impl: str) -> Model:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: no such file; a model folder holds config.json and model.safetensors"
+                f"{folder / name}: no such file; a model folder holds config.json and "
+                "model.safetensors"
             )
-    where = f"{folder / 'config.json'}"
+    config, head = _read_configuration(folder / "config.json")
+    file = folder / "model.safetensors"
     try:
-        description = json.loads((folder / "config.json").read_bytes())
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: cannot be read ({error})") from None
+    where = f"{folder / 'config.json'}: model"
+    if config.num_tokens > MAX_TOKENS:
+        raise ValueError(
+            f"{where}: has {config.num_tokens} tokens; more than {MAX_TOKENS} are not believed"
+        )
+    # before any block is made
+    depths = {"encoder": ("depth", config.depth)}
+    if isinstance(head, ObjectiveConfig):
+        depths["decoder"] = ("decoder_depth", config.decoder_depth)
+    for side, (key, depth) in depths.items():
+        blocks = {name.split(".")[2] for name in state if name.startswith(f"{side}.blocks.")}
+        if depth != len(blocks):
+            raise ValueError(
+                f"{where}.{key}: is {depth}, but model.safetensors has {len(blocks)} blocks in its "
+                f"{side}"
+            )
+    try:
+        return fitted(config, head, state, impl)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def fitted(
+    config: ModelConfig,
+    head: ObjectiveConfig | ClassifierConfig,
+    state: Mapping[str, torch.Tensor],
+    impl: str,
+    *,
+    called: Callable[[str], str] = str,
+    new: tuple[str, ...] = (),
+) -> Model:
+    """The model of a configuration with these weights, in evaluation mode.
+
+    called: our name -> the one of a message; new: beginnings of names that may be missing. Raises:
+    ValueError naming the first tensor that does not fit.
+    """
+
+    def make() -> Model:
+        if isinstance(head, ObjectiveConfig):
+            return VideoMAE(config, head, impl=impl)
+        return VideoClassifier(config, head, impl=impl)
+
+    try:
+        with torch.device("meta"):  # a few numbers can ask for any size
+            expected = make().state_dict()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"the model is larger than any tensor can be ({reason})") from None
+    wrong = [
+        f"{called(name)} is missing"
+        for name in expected
+        if name not in state and not name.startswith(new)
+    ]
+    for name, tensor in state.items():
+        if name not in expected:
+            wrong.append(f"{called(name)} is not part of this model")
+        elif tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+            wrong.append(f"{called(name)}: has shape {shapes} as the other tensors have it")
+        elif not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
+            wrong.append(f"{called(name)}: holds values that are no finite floating point numbers")
+    if wrong:
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{wrong[0]}{more}")
+    model = make()
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig]:
+    try:
+        description = json.loads(file.read_bytes())
         section, schema = HEADS[description["kind"]]
         model_config, head_config = description["model"], description[section]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: not the configuration of a model folder ({error!r})") from None
-    return from_dict(ModelConfig, model_config, f"{where}: model"), from_dict(
-        schema, head_config, f"{where}: {section}"
-    )
-
-
-def _make(config: ModelConfig, head: ObjectiveConfig | ClassifierConfig, impl: str) -> Model:
-    return (
-        VideoMAE(config, head, impl=impl)
-        if isinstance(head, ObjectiveConfig)
-        else VideoClassifier(config, head, impl=impl)
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from None
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the configuration of a model folder ({error!r})") from None
+    config = from_dict(ModelConfig, model_config, f"{file}: model")
+    return config, from_dict(schema, head_config, f"{file}: {section}")

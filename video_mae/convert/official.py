@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from video_mae.config import PRESETS
-from video_mae.convert.architecture import Draft, whole
-from video_mae.convert.layout import Layout, Rule, Words, block_rules, same
+from video_mae.convert.architecture import Draft, sizes_in, whole
+from video_mae.convert.tensor_names import TensorNames
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
 DECODER_HEADS = {
     preset["decoder_embed_dim"]: preset["decoder_num_heads"] for preset in PRESETS.values()
 }
-PACKED = Words(bias=("attn.qkv.bias",))  # of a fork that uses timm's block
 
 # Wrappers fall off, and an encoder without a prefix (fine-tuned) gets the one that it has in
 # pretraining.
@@ -25,42 +24,51 @@ SPELLINGS = (
     (r"^(patch_embed|blocks|norm)\.", r"encoder.\1."),
     (r"^(cls_token|pos_embed)$", r"encoder.\1"),
 )
+# Names inside of a block: timm's, and what the official models have of their own.
+TIMM = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.proj": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+    "gamma_1": "gamma_1",
+    "gamma_2": "gamma_2",
+}
+ONE_BIAS = {"attn.qkv.bias": "attn.qkv.bias"}
+TWO_BIASES = {"attn.qkv.q_bias": "attn.q_bias", "attn.qkv.v_bias": "attn.v_bias"}
 
-OFFICIAL = Layout(
+OFFICIAL = TensorNames(
     project="VideoMAE",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed", "decoder.pos_embed"),
-    rules=(
-        *same("encoder.patch_embed", "encoder.patch_embed.proj", "D C t p p|D C p p"),
-        *block_rules("encoder.blocks.*", "encoder.blocks.*", "D", "H", Words(), PACKED),
-        *same("encoder.norm", "encoder.norm", "D"),
-        *same("decoder.encoder_to_decoder", "encoder_to_decoder", "E D"),
-        Rule(("decoder.mask_token",), ("mask_token",), "1 1 E"),
-        *block_rules("decoder.blocks.*", "decoder.blocks.*", "E", "G", Words(), PACKED),
-        *same("decoder.norm", "decoder.norm", "E"),
-        *same("decoder.head", "decoder.head", "P E"),
-        *same("fc_norm", "fc_norm", "D"),
-        *same("head", "head", "K D"),
-    ),
+    outside={
+        "encoder.patch_embed": "encoder.patch_embed.proj",
+        "encoder.norm": "encoder.norm",
+        "decoder.encoder_to_decoder": "encoder_to_decoder",
+        "decoder.mask_token": "mask_token",
+        "decoder.norm": "decoder.norm",
+        "decoder.head": "decoder.head",
+        "fc_norm": "fc_norm",
+        "head": "head",
+    },
+    blocks={"encoder.blocks": "encoder.blocks", "decoder.blocks": "decoder.blocks"},
+    inside=TIMM | TWO_BIASES,
+    also=ONE_BIAS,  # of a fork
 )
 
-MMACTION = Layout(
+MMACTION = TensorNames(
     project="mmaction2",
     spellings=SPELLINGS,
     positions=("encoder.pos_embed",),
-    rules=(
-        *same("encoder.patch_embed", "encoder.patch_embed.projection", "D C t p p"),
-        *block_rules(
-            "encoder.blocks.*",
-            "encoder.blocks.*",
-            "D",
-            "H",
-            Words(fc1="mlp.layers.0.0", fc2="mlp.layers.1"),
-        ),
-        *same("encoder.norm", "encoder.norm", "D"),
-        *same("fc_norm", "fc_norm", "D"),
-        *same("head", "cls_head.fc_cls", "K D"),
-    ),
+    outside={
+        "encoder.patch_embed": "encoder.patch_embed.projection",
+        "encoder.norm": "encoder.norm",
+        "fc_norm": "fc_norm",
+        "head": "cls_head.fc_cls",
+    },
+    blocks={"encoder.blocks": "encoder.blocks"},
+    inside=TIMM | TWO_BIASES | {"mlp.0": "mlp.layers.0.0", "mlp.2": "mlp.layers.1"},
 )
 
 
@@ -68,43 +76,29 @@ def describe(draft: Draft) -> None:
     """The configuration of such a file; `args` of the training, or the folder's config.json, tell
     what the tensors do not.
     """
-    told = draft.source.arguments
+    options = draft.source.arguments
     # a folder of VideoMAE V2 on the Hugging Face hub
     if isinstance(draft.source.config.get("model_config"), dict):
-        told = draft.source.config["model_config"]
-    size = whole(told, "input_size") or whole(told, "img_size")
+        options = draft.source.config["model_config"]
+    draft.told = sizes_in(options)
+    draft.told["normalized"] = options.get("normlize_target")  # their spelling
+    draft.told["sampling"], draft.told["stride"] = _frames(options)
+    # a training of VideoMAE V2 tells of dual masking, an export of ours says it
+    skipped, context = options.get("decoder_mask_ratio"), options.get("decoder_context")
+    if context in ("scored", "all"):
+        draft.told["decoder_context"] = context
+    elif isinstance(skipped, float) and 0 < skipped < 1:
+        draft.told["decoder_context"] = "all"
     draft.shapes(decoder_embed_bias=False)
-    draft.heads(whole(told, "num_heads"), whole(told, "decoder_num_heads"), DECODER_HEADS)
-    draft.clip(
-        whole(told, "num_frames"), whole(told, "height") or size, whole(told, "width") or size
-    )
-    draft.positions(
-        "sinusoid",
-        {"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"},
-        ROUNDING,
-        required=False,
-    )
+    draft.heads(DECODER_HEADS)
+    draft.clip()
+    encoder, decoder = OFFICIAL.positions
+    draft.positions("sinusoid", {"encoder": encoder, "decoder": decoder}, ROUNDING, required=False)
     draft.statistics()
     if draft.is_classifier:
-        draft.classifier((), *_frames(told))
+        draft.classifier()
     else:
-        normalized = told.get("normlize_target")  # their spelling
-        draft.objective(
-            {True: "channel", False: "none"}[normalized] if isinstance(normalized, bool) else None,
-            "channel",
-            "unit",
-            _context(told),
-        )
-
-
-def _context(told: Mapping[str, Any]) -> str | None:
-    """What the decoder sees: a training of VideoMAE V2 tells of dual masking, an export of ours
-    says it.
-    """
-    skipped, said = told.get("decoder_mask_ratio"), told.get("decoder_context")
-    if said in ("scored", "all"):
-        return said
-    return "all" if isinstance(skipped, float) and 0 < skipped < 1 else None
+        draft.objective("channel", "unit")
 
 
 def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:

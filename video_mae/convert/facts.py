@@ -1,0 +1,67 @@
+"""What a user may say of another project's model, and what is usual where nobody says it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from video_mae.config.schema import knob, require
+
+USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
+# of Something-Something, V1 and V2, whose models take one frame of each part of a video
+SOMETHING_CLASSES = 174
+# of a clip that a file may name: its positions are computed, whatever their number
+MAX_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a source may leave open. A clip size that it tells must agree; heads, statistics and
+    normalisation given here win.
+    """
+
+    num_heads: int | None = knob(
+        None,
+        "attention heads of the encoder; null: as the source says, or as published for its width",
+    )
+    decoder_num_heads: int | None = knob(None, "attention heads of the decoder, likewise")
+    num_frames: int | None = knob(
+        None,
+        f"frames of a clip; null: as the source says, or {USUAL_FRAMES} (1 for an image model)",
+    )
+    height: int | None = knob(None, f"pixels; null: as the source says, or {USUAL_SIDE}")
+    width: int | None = knob(None, "pixels, likewise")
+    sampling: Literal["dense", "uniform"] | None = knob(
+        None,
+        "how a classifier's frames are chosen (classifier.sampling); null: as the "
+        "source says, or uniform for the 174 classes of Something-Something, else dense",
+    )
+    stride: int | None = knob(
+        None,
+        "video frames from one frame of a dense clip to the next; null: as the source says, or "
+        f"{USUAL_STRIDE}",
+    )
+    mean: tuple[float, ...] = knob(
+        (),
+        "channel means of the input in [0, 1]; empty: as the source says, or as its project has "
+        "them",
+    )
+    std: tuple[float, ...] = knob((), "channel standard deviations, likewise")
+    normalize: Literal["channel", "tubelet", "none"] | None = knob(
+        None,
+        "what normalised the targets of pretraining; null: as the source says, or as published",
+    )
+    decoder_context: Literal["scored", "all"] | None = knob(
+        None,
+        "what the decoder sees in dual masking (model.decoder_context); null: as "
+        "the source says, or scored",
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "decoder_num_heads", "num_frames", "height", "width", "stride"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        require(
+            len(self.mean) == len(self.std),
+            "std",
+            self.std,
+            f"must have as many values as mean = {self.mean}",
+        )

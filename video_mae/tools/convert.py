@@ -1,0 +1,178 @@
+"""The conversion stage: a model of any project, or of a checkpoint of a run, as one of ours or as
+another's.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.config.schema import knob, read_keys
+from video_mae.convert.export import export_hugging_face, export_official, export_program
+from video_mae.convert.facts import Facts
+from video_mae.convert.foreign_files import read_json
+from video_mae.convert.importing import import_model
+from video_mae.convert.model_folder import (
+    Model,
+    choose_frames,
+    find_model_folder,
+    is_model_folder,
+    load_pretrained,
+    save_model_folder,
+)
+from video_mae.model.vit import VideoClassifier, VideoMAE
+from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
+from video_mae.training.engine import partitioned_weights
+from video_mae.training.optim import parameter_groups
+
+REPORT = "import.json"
+WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # of a checkpoint without ZeRO
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(Facts):
+    """`video-mae convert SOURCE DESTINATION key=value ...`."""
+
+    format: Literal["model", "official", "hugging_face", "torch_export"] = knob(
+        "model",
+        "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
+        "for transformers, a program of torch.export (.pt2, classifiers)",
+    )
+    layout: Literal["v4"] = knob(
+        "v4", "hugging_face: the version of transformers whose names are used; version 5 reads them"
+    )
+    overwrite: bool = knob(False, "replace what is at DESTINATION")
+    trust: bool = knob(
+        False,
+        "read the pickles of a checkpoint folder of DeepSpeed, which can execute code: only for "
+        "runs of your own",
+    )
+
+
+def start(source: str, destination: str, config: ConvertConfig) -> int:
+    """The stage as the command line starts it."""
+    for line in convert(source, destination, config):
+        print(line)
+    print(f"{config.format:9}{destination}")
+    return 0
+
+
+def convert(source: str | Path, destination: str | Path, config: ConvertConfig) -> list[str]:
+    """Reads a model and writes it in another format; returns lines on what became of it.
+
+    source: what load_pretrained takes, a run folder, or with `trust` a checkpoint folder of a run.
+    Raises: FileNotFoundError; ValueError with one line. Then nothing is written.
+    """
+    source, destination = Path(source), Path(destination)
+    if destination.exists() and not config.overwrite:
+        raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
+    if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
+        raise ValueError(f"{destination}: holds the source; name another destination")
+    model, lines, more = _read(source, config)
+    if config.format == "model":
+        save_model_folder(destination, model, more=more)
+    elif config.format == "official":
+        lines += export_official(model, destination)
+    elif config.format == "hugging_face":
+        lines += export_hugging_face(model, destination)
+    else:
+        lines += export_program(model, destination)
+    return lines
+
+
+def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[str, Any]]:
+    """(model, lines about it, what further files of its folder hold)."""
+    if not source.is_file() and not source.is_dir():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    facts = Facts(**{f.name: getattr(config, f.name) for f in fields(Facts)})
+    if not is_model_folder(source):
+        model, report = import_model(source, facts)
+        return model, report.lines(), {REPORT: asdict(report)}
+    for f in fields(Facts):
+        if f.name not in ("sampling", "stride") and getattr(facts, f.name) != f.default:
+            raise ValueError(
+                f"{f.name}: is for files of other projects; {source} is of this one, and leaves "
+                "nothing open"
+            )
+    more = {}
+    checkpoint = _checkpoint_in(source)
+    try:
+        folder = find_model_folder(source)
+    except FileNotFoundError:
+        if checkpoint is None:
+            raise
+        model, lines = _load_checkpoint(checkpoint, config.trust), [f"weights of {checkpoint}"]
+    else:
+        model, lines = load_pretrained(folder), [f"model of {folder}"]
+        if (folder / REPORT).is_file():
+            more[REPORT] = read_json(folder / REPORT)
+    lines += choose_frames(model, facts.sampling, facts.stride)
+    return model, lines, more
+
+
+def _checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint that is meant: a folder with a manifest, or the newest one of a run folder."""
+    if (path / MANIFEST).is_file():
+        return path
+    found = newest(path / "checkpoints")
+    return found[0] if found else None
+
+
+def _load_checkpoint(folder: Path, trust: bool) -> Model:
+    """The model that a checkpoint RUN/checkpoints/step_N holds, in float32: any ZeRO stage, any
+    number of ranks. Older ones than the newest have no model folder.
+
+    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or `trust` is not
+    given: DeepSpeed keeps its state in pickles, and reading one executes whatever it holds.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
+    if not trust:
+        raise ValueError(
+            f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
+            "take the run's model folder, or say trust=true if the run is your own"
+        )
+    damaged = damaged_files(folder, manifest, manifest["files"])
+    if damaged:
+        raise ValueError(
+            f"{folder / damaged[0]}: is not what was written (its checksum is another); take "
+            "another checkpoint"
+        )
+    file = folder.resolve().parents[1] / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file}: no such file; a checkpoint is read beside the configuration of its run"
+        )
+    if "classifier" in read_keys(file):
+        config = load_config(file, schema=FinetuneConfig)
+        model = VideoClassifier(config.model, config.classifier)
+    else:
+        config = load_config(file)
+        model = VideoMAE(config.model, config.objective)
+    is_partitioned = manifest["zero_stage"] > 0
+    state = partitioned_weights(folder) if is_partitioned else _whole_weights(folder, model, config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _whole_weights(
+    folder: Path, model: Model, config: PretrainConfig | FinetuneConfig
+) -> dict[str, torch.Tensor]:
+    """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
+    its order.
+    """
+    content = torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=False)
+    state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
+    if masters is not None:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        optim = config.optim
+        groups = parameter_groups(
+            model, optim.weight_decay, optim.layer_decay, decay_tokens=optim.decay_tokens
+        )
+        for group, values in zip(groups, masters, strict=True):
+            for parameter, value in zip(group["params"], values, strict=True):
+                state[names[parameter]] = value
+    return {name: tensor.detach().float() for name, tensor in state.items()}
