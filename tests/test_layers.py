@@ -28,7 +28,7 @@ LEVELS = (
     ("data", "model"),
     ("decoding", "kernels"),
     ("config",),
-    ("files",),
+    ("files", "extras"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours

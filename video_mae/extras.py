@@ -22,7 +22,7 @@ def has_package(package: str) -> bool:
 
 
 def require_package(package: str) -> None:
-    """Raises: ModuleNotFoundError saying how to install what is missing; to be called before the import."""
+    """To be called before the import. Raises: ModuleNotFoundError saying how to install it."""
     if not has_package(package):
         command = f"pip install 'video-mae[{EXTRAS[package]}]'"
         raise ModuleNotFoundError(f"{package} is not installed; {command}", name=package)
