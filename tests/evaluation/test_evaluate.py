@@ -24,7 +24,7 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import EvaluateConfig, PredictConfig
+from video_mae.config.evaluation import EvaluateConfig, PredictConfig
 from video_mae.config.schema import parse
 from video_mae.evaluation import predict
 from video_mae.evaluation.evaluate import prepare, start

@@ -26,7 +26,7 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import ExtractConfig
+from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
 from video_mae.data import windows as module

@@ -19,7 +19,7 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import ProbeConfig
+from video_mae.config.evaluation import ProbeConfig
 from video_mae.config.schema import parse
 from video_mae.data.labels import read_labeled
 from video_mae.data.views import Views

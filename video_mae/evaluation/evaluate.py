@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from video_mae.config.frozen import EvaluateConfig
+from video_mae.config.evaluation import EvaluateConfig
 from video_mae.config.world import World
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
 from video_mae.data.labels import LabeledVideos, read_labeled

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from video_mae.config.data import ListFormat, SourceConfig
-from video_mae.config.frozen import ExtractConfig
+from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.config.world import World
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from video_mae.config.frozen import Precision
+from video_mae.config.evaluation import Precision
 from video_mae.convert.model_folder import Model
 from video_mae.data.dataset import Failure
 from video_mae.data.labels import LabeledVideos

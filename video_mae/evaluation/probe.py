@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from video_mae.config import DataConfig
-from video_mae.config.frozen import Kind, ProbeConfig
+from video_mae.config.evaluation import Kind, ProbeConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from video_mae.config.data import ReadConfig
-from video_mae.config.schema import knob, require, section
+from video_mae.config.data import ReadConfig, SourceConfig
+from video_mae.config.schema import Knobs, knob, section
 from video_mae.data.annotations import class_names, file_mistake, read_annotations, read_entries
 from video_mae.data.shards import is_packed
 from video_mae.decoding import (
@@ -58,8 +58,7 @@ TRAITS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Knobs):
     """`video-mae doctor LIST key=value ...`: exit status 0 where all is good, 1 where something is
     bad, 2 for a mistake in the command.
     """
@@ -69,32 +68,18 @@ class DoctorConfig:
         "quick: the first, the middle and the last frame are decoded, each by a jump; full: "
         "also all of them in order, and counted",
     )
-    num_frames: int = knob(16, "frames of a clip, data.stride apart: what is shorter is told")
-    num_workers: int | None = knob(None, "processes that decode; null: as many as there are cores")
-    worst: int = knob(10, "how many bad files the console names; videos.jsonl has all")
+    num_frames: int = knob(
+        16, "frames of a clip, data.stride apart: what is shorter is told", low=1
+    )
+    num_workers: int | None = knob(
+        None, "processes that decode; null: as many as there are cores", low=1
+    )
+    worst: int = knob(10, "how many bad files the console names; videos.jsonl has all", low=0)
     output: str = knob(
         "",
         "folder for videos.jsonl, summary.json and clean.txt; empty: LIST_doctor beside the list",
     )
     data: ReadConfig = section(ReadConfig, "how the files are read; their list is LIST")
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_frames", 1), ("worst", 0)):
-            require(
-                getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}"
-            )
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "num_workers",
-            self.num_workers,
-            "must be at least 1, or null",
-        )
-        require(
-            self.data.source == "",
-            "data.source",
-            self.data.source,
-            "is not read: LIST is the word after doctor",
-        )
 
 
 def start(source: str, config: DoctorConfig) -> Callable[[], int]:
@@ -108,7 +93,7 @@ def start(source: str, config: DoctorConfig) -> Callable[[], int]:
     config = replace(
         config,
         output=output,
-        data=replace(config.data, source="", decoder=resolve_decoder(config.data.decoder)),
+        data=replace(config.data, decoder=resolve_decoder(config.data.decoder)),
     )
     return lambda: run(source, cases, config, notes)
 
@@ -131,7 +116,7 @@ def run(source: str, cases: Sequence[Case], config: DoctorConfig, notes: Sequenc
         config.check,
         config.num_frames,
         cases,
-        class_names(replace(config.data, source=source)),
+        class_names(SourceConfig(source=source)),
         notes,
     )
     print(report.text(report.write(Path(config.output)), config.worst), flush=True)
@@ -147,11 +132,11 @@ def _beside(source: str) -> str:
     return str(path.with_name(f"{path.name if path.is_dir() else path.stem}_doctor"))
 
 
-def _cases(source: str, data: ReadConfig) -> tuple[list[Case], tuple[str, ...]]:
+def _cases(source: str, read: ReadConfig) -> tuple[list[Case], tuple[str, ...]]:
     """The lines of a list, the files of a folder of classes, or the videos of a packed folder; and
     what is to be told about them.
     """
-    data = replace(data, source=source)
+    data = SourceConfig(source=source, root=read.root, list_format=read.list_format)
     if is_packed(source):
         return [
             Case(number, path, info["label"])
