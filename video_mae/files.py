@@ -264,7 +264,12 @@ def choose_folder(output: str, model: str, name: str = "") -> Path:
     )
 
 
-def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_settings(
+    file: Path,
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    remedy: str = "choose another folder, or remove this one",
+) -> None:
     """Compares the settings that a folder's `file` holds with those of now, as JSON keeps them.
 
     Raises: ValueError naming the first setting that is another, and the remedy.
@@ -275,17 +280,16 @@ def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any])
         change = f"{key} = {before.get(key)}, now {value}"
         if key == LIST_DIGEST:
             change = "another list of this name"
-        raise ValueError(
-            f"{file}: was made with {change}; choose another folder, or remove this one"
-        )
+        raise ValueError(f"{file}: was made with {change}; {remedy}")
 
 
 def check_made_with(
-    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None
+    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None, section: str = ""
 ) -> None:
     """A folder that a stage writes is new, or `file` in it holds these very settings.
 
-    earlier: what earlier versions did, and had no setting for.
+    earlier: what earlier versions did, and had no setting for. section: of the file, which holds
+    the settings; "" is all of it.
     Raises: ValueError naming what is there, and the remedy.
     """
     folder = file.parent
@@ -297,8 +301,9 @@ def check_made_with(
             )
         return
     try:
-        before = {**(earlier or {}), **json.loads(file.read_bytes())}
-    except (ValueError, TypeError):
+        there = json.loads(file.read_bytes())
+        before = {**(earlier or {}), **(there[section] if section else there)}
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: is not readable; choose another folder") from None
     check_settings(file, before, settings)
 
@@ -313,7 +318,7 @@ def check_results(folder: Path, settings: dict[str, Any]) -> None:
         before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **written}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    check_settings(file, before, settings)
+    check_settings(file, before, settings, "choose another output, or remove it")
 
 
 def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
