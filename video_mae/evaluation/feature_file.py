@@ -4,7 +4,6 @@ all: .npz or .safetensors.
 C clips of a video; what follows in a shape belongs to one clip.
 """
 
-import io
 import json
 import math
 import os
@@ -18,8 +17,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 FEATURES = "features"
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 class FeatureFile:
@@ -36,26 +35,19 @@ class FeatureFile:
         kind: Literal["npz", "safetensors"],
         shape: tuple[int, ...],
         dtype: Literal["float32", "float16"],
-        beside: Mapping[str, NDArray[np.generic]],
+        beside: Arrays,
     ) -> None:
-        self.path, self.unfinished, self.dtype, self.missing = (
-            path,
-            path.with_name(f".{path.name}.part"),
-            dtype,
-            shape[0],
-        )
+        self.path, self.unfinished = path, path.with_name(f".{path.name}.part")
+        self.dtype, self.missing = np.dtype(dtype), shape[0]
         self._open = ExitStack()
-        file = self._open.enter_context(self.unfinished.open("wb"))
-        self._stream = (
-            self._begin_npz(file, shape, beside)
-            if kind == "npz"
-            else self._begin_safetensors(file, shape, beside)
-        )
+        self._file = self._open.enter_context(self.unfinished.open("wb"))
+        begin = self._begin_npz if kind == "npz" else self._begin_safetensors
+        self._stream = begin(shape, beside)
 
     def append(self, features: NDArray[np.floating]) -> None:
         """Adds the features of the next clips."""
         self.missing -= len(features)
-        self._stream.write(np.ascontiguousarray(features, dtype=self.dtype).tobytes())
+        self._stream.write(features.astype(self.dtype).tobytes())
 
     def close(self) -> None:
         """Puts the finished file in its place."""
@@ -70,41 +62,31 @@ class FeatureFile:
         self.unfinished.unlink()
         self._open.close()
 
-    def _begin_npz(
-        self, file: IO[bytes], shape: tuple[int, ...], beside: Mapping[str, NDArray[np.generic]]
-    ) -> IO[bytes]:
-        archive = self._open.enter_context(zipfile.ZipFile(file, "w"))
+    def _begin_npz(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        # A member that is opened by its name is of 1980: the file's bytes tell no time.
+        archive = self._open.enter_context(zipfile.ZipFile(self._file, "w"))
         for name, array in beside.items():
-            member = io.BytesIO()
-            npy.write_array(member, np.asarray(array), allow_pickle=False)
-            # a ZipInfo is of 1980: the file's bytes tell no time
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
-        stream = self._open.enter_context(
-            archive.open(zipfile.ZipInfo(f"{FEATURES}.npy"), "w", force_zip64=True)
-        )
-        npy.write_array_header_1_0(
-            stream, {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": shape}
-        )
-        return stream
+            with archive.open(f"{name}.npy", "w") as member:
+                npy.write_array(member, array, allow_pickle=False)
+        stream = archive.open(f"{FEATURES}.npy", "w", force_zip64=True)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(stream, header)
+        return self._open.enter_context(stream)
 
-    def _begin_safetensors(
-        self, file: IO[bytes], shape: tuple[int, ...], beside: Mapping[str, NDArray[np.generic]]
-    ) -> IO[bytes]:
-        header, offset = {}, 0
-        sizes = {name: (str(array.dtype), array.shape) for name, array in beside.items()} | {
-            FEATURES: (self.dtype, shape)
-        }
-        for name, (dtype, size) in sizes.items():
-            end = offset + math.prod(size) * np.dtype(dtype).itemsize
+    def _begin_safetensors(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        kinds = {name: (array.dtype, array.shape) for name, array in beside.items()}
+        kinds[FEATURES] = (self.dtype, shape)
+        header, end = {}, 0
+        for name, (dtype, size) in kinds.items():
+            begin, end = end, end + math.prod(size) * dtype.itemsize
             header[name] = {
-                "dtype": SAFETENSORS_TYPES[dtype],
-                "shape": list(size),
-                "data_offsets": [offset, end],
+                "dtype": f"{dtype.kind}{8 * dtype.itemsize}".upper(),  # F16, I64
+                "shape": size,
+                "data_offsets": [begin, end],
             }
-            offset = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        self._file.write(len(text).to_bytes(8, "little") + text)
         for array in beside.values():
-            file.write(np.ascontiguousarray(array).tobytes())
-        return file
+            self._file.write(array.tobytes())
+        return self._file
