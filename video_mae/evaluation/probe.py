@@ -3,7 +3,7 @@ kinds on its features.
 
 Every video is encoded once, all heads of the grid are trained in one pass over the features, the
 best is chosen on the validation list. B examples, N tokens, D features, G settings of a kind, M
-videos, V views of a video, K classes.
+videos, V views of a video, X = M V views, K classes.
 """
 
 import math
@@ -64,16 +64,16 @@ def start(model: str, config: ProbeConfig) -> Callable[[], int]:
 
 
 class FeatureSet(NamedTuple):
-    """The features of the views of a list: float32 [M, V, D] in memory; tokens float16 [M, V, N,
-    D], in memory or in a mapped file.
+    """The features of the views of a list, those of a video behind one another: float32 [X, D] in
+    memory; tokens float16 [X, N, D], in memory or in a mapped file.
 
-    seen_M: whether a video could be decoded; where not, its features are 0.
+    seen_X: whether the video could be decoded; where not, its features are 0.
     """
 
-    pooled_MVD: torch.Tensor
-    tokens_MVND: torch.Tensor | None
-    label_M: torch.Tensor
-    seen_M: torch.Tensor
+    pooled_XD: torch.Tensor
+    tokens_XND: torch.Tensor | None
+    label_X: torch.Tensor
+    seen_X: torch.Tensor
     failures: Sequence[Failure]
 
 
@@ -127,6 +127,7 @@ class Probing:
             num_crops=config.num_crops,
             reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
+        self.num_views = config.num_clips * config.num_crops
         self.settings = {
             "model": str(model_folder.absolute()),
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
@@ -154,7 +155,7 @@ class Probing:
             features = {}
             for name, videos in self.lists.items():
                 features[name] = self.encode(name, encoder, cache)
-                if features[name].seen_M.sum() < 2:
+                if features[name].seen_X.sum() < 2 * self.num_views:
                     ranks.say(
                         f"no figures: fewer than 2 of the {len(videos)} videos of {name} could be "
                         "decoded"
@@ -184,34 +185,34 @@ class Probing:
         while they are in use.
         """
         config, c, videos = self.config, encoder.config, self.lists[name]
-        num_videos, num_views = len(videos), config.num_clips * config.num_crops
-        pooled_MVD, tokens_MVND = torch.zeros(num_videos, num_views, c.embed_dim), None
+        num = len(videos) * self.num_views
+        pooled_XD, tokens_XND = torch.zeros(num, c.embed_dim), None
         if "attentive" in config.kinds and not (name == "train" and config.augment):
-            size = (num_videos, num_views, c.num_tokens, c.embed_dim)
-            tokens_MVND = torch.from_numpy(
+            size = (num, c.num_tokens, c.embed_dim)
+            tokens_XND = torch.from_numpy(
                 np.memmap(Path(cache) / name, np.float16, "w+", shape=size)
                 if cache
                 else np.zeros(size, np.float16)
             )
-        seen_M, failures = torch.zeros(num_videos, dtype=torch.bool), []
-        dataset = ViewDataset(videos.paths, self.views)
-        loader = make_view_loader(dataset, range(num_videos), config.encode_batch, self.workers.num)
-        with tqdm(total=num_videos, unit="video", desc=name, disable=None) as progress:
+        seen_X, failures = torch.zeros(num, dtype=torch.bool), []
+        dataset, order = ViewDataset(videos.paths, self.views), range(len(videos))
+        loader = make_view_loader(dataset, order, config.encode_batch, self.workers.num)
+        with tqdm(total=len(videos), unit="video", desc=name, disable=None) as progress:
             for batch in loader:
                 progress.update(len(batch))
                 failures += [video.failure for video in batch if video.failure]
                 viewed = {video.index: video.views for video in batch if video.views}
                 if viewed:
-                    index = list(viewed)
                     clips = [views.to(encoder.device).clips() for views in viewed.values()]
                     features = encoder(torch.cat(clips))
-                    seen_M[index] = True
-                    pooled_MVD[index] = features.pooled_BD.unflatten(0, (-1, num_views)).cpu()
-                    if tokens_MVND is not None:
-                        tokens_BVND = features.tokens_BND.unflatten(0, (-1, num_views))
-                        tokens_MVND[index] = tokens_BVND.half().cpu()
-        label_M = torch.tensor(videos.labels)
-        return FeatureSet(pooled_MVD, tokens_MVND, label_M, seen_M, failures)
+                    first_B1 = torch.tensor(list(viewed))[:, None] * self.num_views
+                    places_B = (first_B1 + torch.arange(self.num_views)).flatten()
+                    seen_X[places_B] = True
+                    pooled_XD[places_B] = features.pooled_BD.cpu()
+                    if tokens_XND is not None:
+                        tokens_XND[places_B] = features.tokens_BND.half().cpu()
+        label_X = torch.tensor(videos.labels).repeat_interleave(self.num_views)
+        return FeatureSet(pooled_XD, tokens_XND, label_X, seen_X, failures)
 
     def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[Kind, HeadGrid]:
         """The heads that are asked for: those of all kinds and settings are trained in one pass
@@ -230,9 +231,7 @@ class Probing:
                 grids[kind] = HeadGrid(make, width, settings).to(encoder.device)
         if not grids:
             return grids
-        num = len(train.seen_M)
-        if not config.augment:
-            num = int(train.seen_M.sum()) * train.pooled_MVD.shape[1]
+        num = len(self.lists["train"]) if config.augment else int(train.seen_X.sum())
         batch = min(config.batch_size, num)
         steps = math.ceil(config.epochs * num / batch)
         sampler = StepSampler(num, batch, 1, 0, 1, config.seed, 0, steps)
@@ -283,36 +282,35 @@ class Probing:
         for name in features.keys() - {"train"}:
             of_list = features[name]
             if kind == "knn":
-                score_GMK = self._votes(features["train"], of_list.pooled_MVD)
-            elif kind == "linear":
-                score_GMK = self._head_scores(grids[kind], of_list.pooled_MVD)
+                score_GMK = self._votes(features["train"], of_list.pooled_XD)
             else:
-                assert of_list.tokens_MVND is not None
-                score_GMK = self._head_scores(grids[kind], of_list.tokens_MVND)
-            score_GMK[:, ~of_list.seen_M] = torch.nan
-            label_M = of_list.label_M.numpy()
+                read_X = of_list.pooled_XD if kind == "linear" else of_list.tokens_XND
+                assert read_X is not None
+                score_GMK = self._head_scores(grids[kind], read_X)
+            score_GMK[:, ~of_list.seen_X[:: self.num_views]] = torch.nan
+            label_M = of_list.label_X[:: self.num_views].numpy()
             scores[name] = [Scores(score_MK, label_M) for score_MK in score_GMK.numpy()]
         return choose_setting(settings, scores)
 
-    def _votes(self, train: FeatureSet, query_MVD: torch.Tensor) -> torch.Tensor:
+    def _votes(self, train: FeatureSet, query_XD: torch.Tensor) -> torch.Tensor:
         """score_GMK of the neighbours, those of a video's views averaged."""
-        label_MV = train.label_M[:, None].expand(train.pooled_MVD.shape[:2])
-        scores = neighbour_scores(
-            query_MVD.flatten(0, 1),
-            train.pooled_MVD[train.seen_M].flatten(0, 1),
-            label_MV[train.seen_M].flatten(),
+        score_GXK = neighbour_scores(
+            query_XD,
+            train.pooled_XD[train.seen_X],
+            train.label_X[train.seen_X],
             self.num_classes,
             self.config.ks,
             self.config.temperature,
         )
-        return scores.unflatten(1, query_MVD.shape[:2]).mean(dim=2).double()
+        return score_GXK.unflatten(1, (-1, self.num_views)).mean(dim=2).double()
 
-    def _head_scores(self, grid: HeadGrid, features_MV: torch.Tensor) -> torch.Tensor:
+    def _head_scores(self, grid: HeadGrid, features_X: torch.Tensor) -> torch.Tensor:
         """score_GMK of all heads, the softmaxes of a video's views averaged."""
         device, scores = next(grid.parameters()).device, []
-        for part in features_MV.split(max(self.config.batch_size // features_MV.shape[1], 1)):
-            logits = grid.logits(part.flatten(0, 1).float().to(device))
-            scores.append(merge_views(logits.unflatten(1, part.shape[:2])))
+        num_videos = max(self.config.batch_size // self.num_views, 1)
+        for part in features_X.split(num_videos * self.num_views):
+            logits = grid.logits(part.float().to(device))
+            scores.append(merge_views(logits.unflatten(1, (-1, self.num_views))))
         return torch.cat(scores, dim=1)
 
     def _table(self, probes: Mapping[str, dict[str, Any]]) -> str:
@@ -338,13 +336,13 @@ class _UniformClips(ClipDataset):
 
 def _cached(train: FeatureSet, sampler: StepSampler) -> Examples:
     """Batches of views that were encoded before; each view is an example."""
-    place_E2 = train.seen_M[:, None].expand(train.pooled_MVD.shape[:2]).nonzero()
+    seen_E = train.seen_X.nonzero().flatten()
     for keys in sampler:
-        video_B, view_B = place_E2[[index for _, index in keys]].T
-        features = {"linear": train.pooled_MVD[video_B, view_B]}
-        if train.tokens_MVND is not None:
-            features["attentive"] = train.tokens_MVND[video_B, view_B].float()
-        yield features, train.label_M[video_B]
+        places_B = seen_E[[index for _, index in keys]]
+        features = {"linear": train.pooled_XD[places_B]}
+        if train.tokens_XND is not None:
+            features["attentive"] = train.tokens_XND[places_B].float()
+        yield features, train.label_X[places_B]
 
 
 def choose_setting(

@@ -36,6 +36,7 @@ class Ranks:
     def __init__(self) -> None:
         prepare_environment()
         self.rank, self.size, local_rank = World.from_environment()
+        self.is_main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", local_rank)
@@ -49,10 +50,6 @@ class Ranks:
     def __exit__(self, *error: object) -> None:
         if self.size > 1:
             leave()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     def share(self, number: int) -> range:
         """Which of 0, 1, ..., number - 1 are this rank's: each belongs to exactly one."""
