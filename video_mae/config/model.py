@@ -1,5 +1,6 @@
 """The architecture, and the published sizes."""
 
+import math
 from typing import Any, Literal
 
 from video_mae.config.schema import Knobs, knob, require
@@ -11,10 +12,59 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "decoder_embed_dim": 192,
+        "decoder_depth": 4,
+        "decoder_num_heads": 3,
+    },
+    "base": {
+        "embed_dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "decoder_embed_dim": 384,
+        "decoder_depth": 4,
+        "decoder_num_heads": 6,
+    },
+    "large": {
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "huge": {
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        "decoder_embed_dim": 640,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "giant": {
+        "embed_dim": 1408,
+        "depth": 40,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 4,
+        "decoder_num_heads": 8,
+        "patch_size": 14,
+        "mlp_ratio": 48 / 11,
+    },
+}
+"""The published sizes."""
+
+
 class ModelConfig(Knobs):
     """The architecture: the default is ViT-B of VideoMAE at 16 x 224 x 224. A still image has
     num_frames=tubelet_size=1.
     """
+
+    presets = PRESETS
 
     in_channels: int = knob(3, "channels of a pixel", low=1)
     num_frames: int = knob(16, "frames of a clip", low=1)
@@ -129,7 +179,7 @@ class ModelConfig(Knobs):
         Raises: ValueError for an unknown name. Source: the official pretraining scripts.
         """
         require(name in PRESETS, "model.preset", name, f"is not one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**(PRESETS[name] | changes))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -147,52 +197,25 @@ class ModelConfig(Knobs):
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return math.prod(self.grid)
 
     @property
     def tubelet_values(self) -> int:
         """P: values of a tubelet."""
-        return self.tubelet_size * self.patch_size**2 * self.in_channels
+        return math.prod(self.tubelet) * self.in_channels
 
     @property
     def predicted_tubelet(self) -> tuple[int, int, int]:
         """(frames, height, width) that the decoder predicts of a tubelet: all of it, but for
         `predicted_frames`.
         """
-        return (
-            (self.predicted_frames or self.num_frames) // self.grid[0],
-            self.patch_size,
-            self.patch_size,
-        )
+        frames = (self.predicted_frames or self.num_frames) // self.grid[0]
+        return frames, self.patch_size, self.patch_size
 
     @property
     def predicted_values(self) -> int:
         """Outputs of the decoder's head."""
-        return self.predicted_tubelet[0] * self.patch_size**2 * self.in_channels
-
-
-def _size(
-    embed_dim: int, depth: int, num_heads: int, decoder: tuple[int, int, int], **more: Any
-) -> dict[str, Any]:
-    width, heads, blocks = decoder
-    return dict(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        decoder_embed_dim=width,
-        decoder_num_heads=heads,
-        decoder_depth=blocks,
-        **more,
-    )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": _size(384, 12, 6, (192, 3, 4)),
-    "base": _size(768, 12, 12, (384, 6, 4)),
-    "large": _size(1024, 24, 16, (512, 8, 12)),
-    "huge": _size(1280, 32, 16, (640, 8, 12)),
-    "giant": _size(1408, 40, 16, (512, 8, 4), patch_size=14, mlp_ratio=48 / 11),
-}
+        return math.prod(self.predicted_tubelet) * self.in_channels
 
 
 class ClassifierConfig(Knobs):

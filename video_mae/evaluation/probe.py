@@ -306,7 +306,7 @@ def _drawn(plan: Plan, encoder: FrozenEncoder, sampler: StepSampler) -> Iterator
     data = DataConfig(
         **asdict(config.data),
         crop="random_resized",
-        crop_scales=config.crop_areas,
+        crop_scales=(0.3, 1.0),
         flip=config.flip,
         num_workers=config.num_workers,
     )
