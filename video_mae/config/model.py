@@ -72,11 +72,11 @@ class ModelConfig(Knobs):
     width: int = knob(224, "pixels", low=1)
     tubelet_size: int = knob(2, "frames of a tubelet", low=1)
     patch_size: int = knob(16, "pixels, height and width of a tubelet", low=1)
-    embed_dim: int = knob(768, "encoder width", low=1, multiple_of=2)
+    embed_dim: int = knob(768, "encoder width", low=1)
     depth: int = knob(12, "encoder blocks", low=1)
     num_heads: int = knob(12, "encoder attention heads", low=1)
     mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim")
-    decoder_embed_dim: int = knob(384, "decoder width", low=1, multiple_of=2)
+    decoder_embed_dim: int = knob(384, "decoder width", low=1)
     decoder_depth: int = knob(4, "decoder blocks", low=1)
     decoder_num_heads: int = knob(6, "decoder attention heads", low=1)
     decoder_mlp_ratio: float = knob(4.0, "decoder MLP width over decoder_embed_dim")
@@ -153,11 +153,13 @@ class ModelConfig(Knobs):
             value, divisor = getattr(self, name), getattr(self, unit)
             remedy = f"is not a multiple of model.{unit} = {divisor}"
             require(value % divisor == 0, name, value, remedy)
+        # pairs of sine and cosine: of the flattened index, or of row and column
+        pair = 4 if self.positions == "sincos" else 2
         for name, of in (("mlp_ratio", "embed_dim"), ("decoder_mlp_ratio", "decoder_embed_dim")):
             ratio, width = getattr(self, name), getattr(self, of)
             require(round(ratio * width) >= 1, name, ratio, f"of {width} is no width of an MLP")
-            is_divisible = self.positions != "sincos" or width % 4 == 0
-            require(is_divisible, of, width, "must be a multiple of 4 for model.positions = sincos")
+            remedy = f"must be a multiple of {pair} for model.positions = {self.positions}"
+            require(width % pair == 0, of, width, remedy)
         for name in ("mean", "std"):
             values = getattr(self, name)
             remedy = f"must have 1 value or one for each of model.in_channels = {self.in_channels}"
