@@ -16,7 +16,7 @@ Sampling = Literal["dense", "uniform"]
 class EncodingConfig(Knobs):
     """What the stages have that encode the videos of lists."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = knob(
+    precision: Precision = knob(
         "fp32", "of the activations; weights stay float32; fp16 needs a GPU"
     )
     num_workers: int | None = knob(
