@@ -99,7 +99,7 @@ def _range(f: Field[Any]) -> str:
 
 
 def parse(
-    path: Path | None,
+    path: str | Path | None,
     overrides: Sequence[str],
     schema: type[Schema],
 ) -> Schema:
@@ -107,10 +107,14 @@ def parse(
 
     A text is what follows the = of an override, character by character; any other value is YAML. In
     YAML, too, what stands where a text belongs is one: no, 007, 1e3.
-    Raises: ValueError with one line that names the file, the key, and the nearest valid key, the
-    type or the range.
+    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
+    nearest valid key, the type or the range.
     """
-    text = read_text(path) if path else ""
+    text = ""
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such configuration file")
+        text = read_text(Path(path))
     with _naming(f"{path}: " if path else ""):
         values = _read_file(text)
         for override in overrides:

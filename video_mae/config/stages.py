@@ -66,7 +66,4 @@ def load_config(
     Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
     nearest valid key or the range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
     return parse(path, overrides, schema)
