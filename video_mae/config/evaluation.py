@@ -13,7 +13,37 @@ Sampling = Literal["dense", "uniform"]
 """How the frames of a clip are chosen."""
 
 
-class EvaluateConfig(Knobs):
+class EncodingConfig(Knobs):
+    """What the stages have that encode the videos of lists."""
+
+    precision: Precision = knob(
+        "fp32", "of the activations; weights stay float32; fp16 needs a GPU"
+    )
+    num_workers: int | None = knob(
+        None,
+        "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
+        "process",
+        low=0,
+    )
+    data: ReadConfig = section(
+        ReadConfig, "how the files of all lists are read, and how far a clip's frames are apart"
+    )
+
+
+class TestedConfig(Knobs):
+    """How a classifier is given frames, where it is not as the model says."""
+
+    sampling: Sampling | None = knob(
+        None,
+        "how frames are chosen, where it is not as the model says: it was converted by a wrong "
+        "guess",
+    )
+    stride: int | None = knob(
+        None, "video frames from one frame of a dense clip to the next, likewise", low=1
+    )
+
+
+class EvaluateConfig(EncodingConfig, TestedConfig):
     """`video-mae evaluate MODEL_OR_RUN_FOLDER LIST key=value ...`, also under the deepspeed
     launcher.
     """
@@ -27,13 +57,6 @@ class EvaluateConfig(Knobs):
         "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform ones",
         low=1,
     )
-    sampling: Sampling | None = knob(
-        None,
-        "how frames are chosen, where it is not as the model says: it was converted by a wrong guess",
-    )
-    stride: int | None = knob(
-        None, "video frames from one frame of a dense clip to the next, likewise", low=1
-    )
     num_crops: int = knob(3, "crops of a clip along the longer side; 1 is the middle", low=1)
     antialias: bool | None = knob(
         None,
@@ -46,7 +69,6 @@ class EvaluateConfig(Knobs):
     all_scores: bool = knob(
         False, "write the scores of all classes into predictions.jsonl, not only of the first five"
     )
-    precision: Precision = knob("fp32", "of the activations; fp16 needs a GPU")
     kernels: Literal["auto", "reference", "triton"] = knob(
         "auto", "which implementation of the fused operations"
     )
@@ -55,15 +77,6 @@ class EvaluateConfig(Knobs):
         "videos that are handed over and copied at once; each goes through the model by itself, so that no figure "
         "depends on it",
         low=1,
-    )
-    num_workers: int | None = knob(
-        None,
-        "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
-        "process",
-        low=0,
-    )
-    data: ReadConfig = section(
-        ReadConfig, "how the files are read; their list is LIST, and the model knows its stride"
     )
 
     def __post_init__(self) -> None:
@@ -76,22 +89,15 @@ class EvaluateConfig(Knobs):
         )
 
 
-class PredictConfig(Knobs):
+class PredictConfig(TestedConfig):
     """`video-mae predict MODEL_OR_RUN_FOLDER VIDEO key=value ...`."""
 
     num_clips: int = knob(5, "clips, spread over the video", low=1)
-    sampling: Sampling | None = knob(
-        None,
-        "how frames are chosen, where it is not as the model says: it was converted by a wrong guess",
-    )
-    stride: int | None = knob(
-        None, "video frames from one frame of a dense clip to the next, likewise", low=1
-    )
     num_crops: int = knob(1, "crops of a clip along the longer side; 1 is the middle", low=1)
     top: int = knob(5, "how many classes are told, the most probable first", low=1)
 
 
-class ProbeConfig(Knobs):
+class ProbeConfig(EncodingConfig):
     """`video-mae probe MODEL_OR_RUN_FOLDER train=LIST validation=LIST key=value ...`."""
 
     train: str = knob(
@@ -120,7 +126,7 @@ class ProbeConfig(Knobs):
         low=0,
         below=2**63,
     )
-    sampling: Literal["dense", "uniform"] = knob(
+    sampling: Sampling = knob(
         "dense",
         "how a clip's frames are chosen: data.stride apart, or one of each part of the video",
     )
@@ -154,28 +160,13 @@ class ProbeConfig(Knobs):
         False,
         "draw clips and crops anew in every epoch, and encode them, instead of encoding the views once",
     )
-    crop_areas: tuple[float, float] = knob(
-        (0.3, 1.0), "smallest and largest area of a drawn crop", above=0, high=1
-    )
     flip: bool = knob(False, "mirror half of the drawn clips")
     cache: Literal["memory", "disk"] = knob(
         "memory",
         "where the tokens for the attentive probe lie, 2 bytes a value; disk: in the output "
         "folder, until the end",
     )
-    precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     encode_batch: int = knob(8, "videos that go through the encoder at once", low=1)
-    num_workers: int | None = knob(
-        None, "decoding processes; null: one a core, at most 16; 0 decodes in one process", low=0
-    )
-    data: ReadConfig = section(
-        ReadConfig, "how the files of all lists are read; the lists are train, validation and test"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        least, most = self.crop_areas
-        require(least <= most, "crop_areas", self.crop_areas, "must be increasing")
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -183,7 +174,7 @@ class ProbeConfig(Knobs):
         return ("linear", "attentive", "knn") if self.kind == "all" else (self.kind,)
 
 
-class ExtractConfig(Knobs):
+class ExtractConfig(EncodingConfig):
     """`video-mae extract MODEL_OR_RUN_FOLDER LIST_OR_VIDEO FOLDER key=value ...`, also under the
     deepspeed launcher.
     """
@@ -216,17 +207,7 @@ class ExtractConfig(Knobs):
     )
     format: Literal["npz", "safetensors"] = knob("npz", "of the files, one a video")
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
-    precision: Precision = knob("fp32", "of the encoder's activations; fp16 needs a GPU")
     batch_size: int = knob(8, "clips of a video that go through the encoder at once", low=1)
-    num_workers: int | None = knob(
-        None,
-        "decoding processes a rank, each on a video of its own; null: one a core that it may use, at most "
-        "16; 0 decodes in one process",
-        low=0,
-    )
-    data: ReadConfig = section(
-        ReadConfig, "how the files are read, and how far the frames of a clip are apart"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,6 @@
 """The architecture, and the published sizes."""
 
+import math
 from typing import Any, Literal
 
 from video_mae.config.schema import Knobs, knob, require
@@ -11,10 +12,59 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "decoder_embed_dim": 192,
+        "decoder_depth": 4,
+        "decoder_num_heads": 3,
+    },
+    "base": {
+        "embed_dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "decoder_embed_dim": 384,
+        "decoder_depth": 4,
+        "decoder_num_heads": 6,
+    },
+    "large": {
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "huge": {
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        "decoder_embed_dim": 640,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "giant": {
+        "embed_dim": 1408,
+        "depth": 40,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 4,
+        "decoder_num_heads": 8,
+        "patch_size": 14,
+        "mlp_ratio": 48 / 11,
+    },
+}
+"""The published sizes."""
+
+
 class ModelConfig(Knobs):
     """The architecture: the default is ViT-B of VideoMAE at 16 x 224 x 224. A still image has
     num_frames=tubelet_size=1.
     """
+
+    presets = PRESETS
 
     in_channels: int = knob(3, "channels of a pixel", low=1)
     num_frames: int = knob(16, "frames of a clip", low=1)
@@ -22,11 +72,11 @@ class ModelConfig(Knobs):
     width: int = knob(224, "pixels", low=1)
     tubelet_size: int = knob(2, "frames of a tubelet", low=1)
     patch_size: int = knob(16, "pixels, height and width of a tubelet", low=1)
-    embed_dim: int = knob(768, "encoder width", low=1, multiple_of=2)
+    embed_dim: int = knob(768, "encoder width", low=1)
     depth: int = knob(12, "encoder blocks", low=1)
     num_heads: int = knob(12, "encoder attention heads", low=1)
     mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim")
-    decoder_embed_dim: int = knob(384, "decoder width", low=1, multiple_of=2)
+    decoder_embed_dim: int = knob(384, "decoder width", low=1)
     decoder_depth: int = knob(4, "decoder blocks", low=1)
     decoder_num_heads: int = knob(6, "decoder attention heads", low=1)
     decoder_mlp_ratio: float = knob(4.0, "decoder MLP width over decoder_embed_dim")
@@ -103,11 +153,13 @@ class ModelConfig(Knobs):
             value, divisor = getattr(self, name), getattr(self, unit)
             remedy = f"is not a multiple of model.{unit} = {divisor}"
             require(value % divisor == 0, name, value, remedy)
+        # pairs of sine and cosine: of the flattened index, or of row and column
+        pair = 4 if self.positions == "sincos" else 2
         for name, of in (("mlp_ratio", "embed_dim"), ("decoder_mlp_ratio", "decoder_embed_dim")):
             ratio, width = getattr(self, name), getattr(self, of)
             require(round(ratio * width) >= 1, name, ratio, f"of {width} is no width of an MLP")
-            is_divisible = self.positions != "sincos" or width % 4 == 0
-            require(is_divisible, of, width, "must be a multiple of 4 for model.positions = sincos")
+            remedy = f"must be a multiple of {pair} for model.positions = {self.positions}"
+            require(width % pair == 0, of, width, remedy)
         for name in ("mean", "std"):
             values = getattr(self, name)
             remedy = f"must have 1 value or one for each of model.in_channels = {self.in_channels}"
@@ -129,7 +181,7 @@ class ModelConfig(Knobs):
         Raises: ValueError for an unknown name. Source: the official pretraining scripts.
         """
         require(name in PRESETS, "model.preset", name, f"is not one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**(PRESETS[name] | changes))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -147,52 +199,25 @@ class ModelConfig(Knobs):
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return math.prod(self.grid)
 
     @property
     def tubelet_values(self) -> int:
         """P: values of a tubelet."""
-        return self.tubelet_size * self.patch_size**2 * self.in_channels
+        return math.prod(self.tubelet) * self.in_channels
 
     @property
     def predicted_tubelet(self) -> tuple[int, int, int]:
         """(frames, height, width) that the decoder predicts of a tubelet: all of it, but for
         `predicted_frames`.
         """
-        return (
-            (self.predicted_frames or self.num_frames) // self.grid[0],
-            self.patch_size,
-            self.patch_size,
-        )
+        frames = (self.predicted_frames or self.num_frames) // self.grid[0]
+        return frames, self.patch_size, self.patch_size
 
     @property
     def predicted_values(self) -> int:
         """Outputs of the decoder's head."""
-        return self.predicted_tubelet[0] * self.patch_size**2 * self.in_channels
-
-
-def _size(
-    embed_dim: int, depth: int, num_heads: int, decoder: tuple[int, int, int], **more: Any
-) -> dict[str, Any]:
-    width, heads, blocks = decoder
-    return dict(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        decoder_embed_dim=width,
-        decoder_num_heads=heads,
-        decoder_depth=blocks,
-        **more,
-    )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": _size(384, 12, 6, (192, 3, 4)),
-    "base": _size(768, 12, 12, (384, 6, 4)),
-    "large": _size(1024, 24, 16, (512, 8, 12)),
-    "huge": _size(1280, 32, 16, (640, 8, 12)),
-    "giant": _size(1408, 40, 16, (512, 8, 4), patch_size=14, mlp_ratio=48 / 11),
-}
+        return math.prod(self.predicted_tubelet) * self.in_channels
 
 
 class ClassifierConfig(Knobs):

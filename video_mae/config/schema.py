@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import (
     Any,
+    ClassVar,
     Literal,
     TypeVar,
     dataclass_transform,
@@ -70,6 +71,9 @@ class Knobs:
     them.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """{name: {knob: value}}: what the key `preset` of a section sets that the file does not."""
+
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
 
@@ -95,28 +99,26 @@ def _range(f: Field[Any]) -> str:
 
 
 def parse(
-    path: Path | None,
+    path: str | Path | None,
     overrides: Sequence[str],
     schema: type[Schema],
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Schema:
-    """Defaults < `model.preset` (one of `presets`) < the file < dotted overrides, checked key by
-    key.
+    """Defaults < a section's `preset` < the file < dotted overrides, checked key by key.
 
     A text is what follows the = of an override, character by character; any other value is YAML. In
     YAML, too, what stands where a text belongs is one: no, 007, 1e3.
-    Raises: ValueError with one line that names the file, the key, and the nearest valid key, the
-    type or the range.
+    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
+    nearest valid key, the type or the range.
     """
-    text = read_text(path) if path else ""
+    text = ""
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such configuration file")
+        text = read_text(Path(path))
     with _naming(f"{path}: " if path else ""):
         values = _read_file(text)
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
-        model = values.get("model")
-        if presets and isinstance(model, dict):
-            name = _typed(model.pop("preset", None), Literal[(*presets, None)], "model.preset")
-            values["model"] = {**presets.get(name, {}), **model}
         return _typed(values, schema, "")
 
 
@@ -247,6 +249,11 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must hold `key: value` lines")
+    if "preset" in values and schema.presets:
+        names = Literal[(*schema.presets, None)]
+        name = _typed(values["preset"], names, f"{prefix}preset")
+        values = {**schema.presets.get(name, {}), **values}
+        del values["preset"]
     hints = get_type_hints(schema)
     by_name = {f.name: f for f in fields(schema)}
     made = {}

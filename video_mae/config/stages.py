@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from video_mae.config.data import DataConfig
-from video_mae.config.model import PRESETS, ModelConfig
+from video_mae.config.model import ModelConfig
 from video_mae.config.objective import MaskConfig, ObjectiveConfig
 from video_mae.config.schema import Knobs, Schema, knob, parse, section
 from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig
@@ -66,7 +66,4 @@ def load_config(
     Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
     nearest valid key or the range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    return parse(path, overrides, schema, PRESETS)
+    return parse(path, overrides, schema)

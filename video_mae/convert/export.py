@@ -19,7 +19,8 @@ from video_mae.convert.hugging_face import Version
 from video_mae.convert.layout import Layout, write
 from video_mae.convert.official import OFFICIAL
 from video_mae.files import json_text, write_whole
-from video_mae.model.vit import Attention, Encoder, VideoClassifier, VideoMAE
+from video_mae.model.blocks import Attention
+from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}

@@ -250,7 +250,7 @@ class Probing:
         data = DataConfig(
             **asdict(config.data),
             crop="random_resized",
-            crop_scales=config.crop_areas,
+            crop_scales=(0.3, 1.0),
             flip=config.flip,
             num_workers=config.num_workers,
         )
