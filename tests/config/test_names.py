@@ -26,8 +26,8 @@ from video_mae import (
 from video_mae.cli import main
 from video_mae.config import DataConfig, FinetuneConfig
 from video_mae.data import read_annotations
-from video_mae.data.labels import class_file, read_labeled
 from video_mae.data.lists import format_line
+from video_mae.data.videos import class_file, read_labeled
 from video_mae.files import Register, json_text, read_text, unicode_text
 from video_mae.training import finetune, pretrain
 from video_mae.training.journal import Journal

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from video_mae.config import DataConfig
-from video_mae.data import annotations, class_names, read_annotations
-from video_mae.data.lists import format_line, read_lines, split_line
+from video_mae.data import class_names, paths, read_annotations, videos
+from video_mae.data.lists import format_line, read_list, split_line
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_line_that_is_written_is_read_back(path, tmp_path):
     for label in (-1, 0, 12):
         (tmp_path / "list").write_text(format_line(path, label) + "\n", encoding="utf-8")
         assert [
-            (line.path, line.label, line.mistake) for line in read_lines(tmp_path / "list")
+            (line.path, line.label, line.mistake) for line in read_list(tmp_path / "list")[0]
         ] == [(path, label, "")]
 
 
@@ -196,10 +196,10 @@ def test_the_first_bad_file_is_named_also_where_threads_hide_the_latency_of_a_di
         seen.add(threading.current_thread().name)
         return "of 7" not in path
 
-    monkeypatch.setattr(annotations, "LISTED", 501)  # their folder is not listed
-    monkeypatch.setattr(annotations, "STAT_CHUNK", 50)
-    monkeypatch.setattr(annotations, "is_regular", slow)
-    monkeypatch.setattr(annotations, "file_mistake", lambda path, label: (ValueError, path))
+    monkeypatch.setattr(paths, "LISTED", 501)  # their folder is not listed
+    monkeypatch.setattr(paths, "STAT_CHUNK", 50)
+    monkeypatch.setattr(paths, "is_regular", slow)
+    monkeypatch.setattr(videos, "file_mistake", lambda path, label: (ValueError, path))
     with pytest.raises(ValueError, match=r"list:302: .*clip of 7"):
         read_annotations(config)
     assert len(seen) > 1 or seconds == 0

@@ -279,9 +279,9 @@ def shifted(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_an_operation_does_to_every_frame_what_pillow_does_to_a_picture(name, level, sign):
     frames_THWC = torch.stack([picture(seed=0), picture(seed=1)])
-    ours_THWC = OPERATIONS[name](
-        frames_THWC.permute(0, 3, 1, 2), level, sign, [124.0, 116.0, 104.0]
-    ).permute(0, 2, 3, 1)
+    video_TCHW = frames_THWC.permute(0, 3, 1, 2)
+    ours_TCHW = OPERATIONS[name](video_TCHW, sign * level, [124.0, 116.0, 104.0])
+    ours_THWC = ours_TCHW.permute(0, 2, 3, 1)
     assert ours_THWC.dtype == torch.uint8
     for frame_HWC, ours_HWC in zip(frames_THWC, ours_THWC, strict=True):
         theirs_HWC = np.asarray(
@@ -310,7 +310,9 @@ def test_strengths_are_normal_operations_uniform_and_half_of_them_done(monkeypat
         monkeypatch.setitem(
             OPERATIONS,
             name,
-            lambda video, level, sign, fill, name=name: done.append((name, level, sign)) or video,
+            lambda video, level, fill, name=name: (
+                done.append((name, abs(level), 1 if level > 0 else -1)) or video
+            ),
         )
     config = AugmentConfig(erasing=0.0)
     clip_THWC = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
@@ -362,7 +364,8 @@ def test_randaugment_refuses_what_it_cannot_do_with_the_key_to_turn_it_off():
     for clip_THWC in (torch.zeros(1, 4, 4, 2, dtype=torch.uint8), torch.zeros(1, 4, 4, 3)):
         with pytest.raises(
             ValueError,
-            match=r"augment\.randaugment_ops: 4 operations need uint8 clips of 1 or 3 channels.*set it to 0",
+            match=r"augment\.randaugment_ops: 4 operations need uint8 clips of 1 or 3 "
+            r"channels.*set it to 0",
         ):
             strengthen_clip(clip_THWC, AugmentConfig(), (0.5,), (0.2,), 0)
 

@@ -98,8 +98,10 @@ def test_another_list_of_the_same_name_is_refused_or_let_in_and_told(
     listed.write_text("\n".join(lines[:5]))
     with pytest.raises(
         ValueError,
-        match=r"run: data\.source is another list than that of this run \(it had 6 videos, and has 5, of other "
-        r"paths, labels or order\); put the list back, set data\.allow_changed_list=true to go on with "
+        match=r"run: data\.source is another list than that of this run \(it had 6 videos, and "
+        r"has 5, of other "
+        r"paths, labels or order\); put the list back, set data\.allow_changed_list=true to go "
+        r"on with "
         r"this one, or choose another output",
     ):
         prepare(config)
@@ -176,7 +178,8 @@ def test_results_of_another_list_are_not_written_over(tmp_path: Path) -> None:
     check_results(tmp_path, {"list": "val.txt", "list_sha256": "a"})
     with pytest.raises(
         ValueError,
-        match=r"metrics\.json: was made with another list of this name; choose another output, or remove it",
+        match=r"metrics\.json: was made with another list of this name; choose another output, "
+        r"or remove it",
     ):
         check_results(tmp_path, {"list": "val.txt", "list_sha256": "b"})
     write_metrics(tmp_path, {"list": "val.txt"}, {})  # of an earlier version

@@ -23,8 +23,8 @@ from video_mae.data import (
     decode,
     make_loader,
     read_annotations,
-    sample_seed,
 )
+from video_mae.data.sampling import sample_seed
 
 VIDEOS = Path(__file__).resolve().parents[3] / "shared" / "videos"
 needs_videos = pytest.mark.skipif(

@@ -15,15 +15,10 @@ from video_mae.config import DataConfig, FinetuneConfig
 from video_mae.config.schema import parse
 from video_mae.data import ClipDataset, StepSampler, collate, make_loader, read_annotations
 from video_mae.data.augment import crop_clip
-from video_mae.data.dataset import UncutBatch
+from video_mae.data.dataset import LabelledClips, ValidationClips
 from video_mae.data.device_crop import Crop, CropSize, UncutClips
-from video_mae.data.labelled import (
-    LabelledClips,
-    ValidationClips,
-    read_training_videos,
-    read_validation_videos,
-)
-from video_mae.data.prefetch import DevicePrefetcher
+from video_mae.data.loader import DevicePrefetcher
+from video_mae.data.videos import read_training_videos, read_validation_videos
 
 SHAPES = ((37, 51), (240, 320), (37, 51), (64, 33), (20, 19), (37, 51))
 STILL = 3  # the place of a picture
@@ -98,8 +93,8 @@ def test_crops_on_the_device_are_those_of_torchvision(
     monkeypatch.setattr("video_mae.data.device_crop.CHUNK_BYTES", chunk_bytes)
     frames, crops = videos_and_crops(dtypes, num_crops)
     expected = cut_one_by_one(frames, crops, sixteen_bit, antialias).int()
-    clip_BTHWC = (
-        UncutClips.gather(frames, crops, CropSize(5, *SIZE, sixteen_bit, antialias)).to("cpu").cut()
+    clip_BTHWC = UncutClips.gather(frames, crops, CropSize(5, *SIZE, sixteen_bit, antialias)).to(
+        "cpu"
     )
     assert clip_BTHWC.dtype == (torch.uint16 if sixteen_bit else torch.uint8)
     assert clip_BTHWC.is_contiguous()
@@ -118,7 +113,7 @@ def test_one_channel_and_a_crop_of_the_size_itself_are_exact() -> None:
         frames[:1],
         [[Crop((2, 3, *SIZE), False), Crop((2, 3, *SIZE), True)]],
         CropSize(5, *SIZE, False),
-    ).cut()
+    ).to("cpu")
     part_THWC = frames[0][:, 2 : 2 + SIZE[0], 3 : 3 + SIZE[1]]
     assert torch.equal(clips, torch.stack([part_THWC, part_THWC.flip(2)]))
 
@@ -145,7 +140,7 @@ def test_what_cutting_takes_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(device_crop, "_resized", watch)
     monkeypatch.setattr(device_crop, "CHUNK_BYTES", 4_000_000)
     frames, crops = videos_and_crops((np.uint8,), 3)
-    UncutClips.gather(frames, crops, CropSize(5, *SIZE, False)).cut()
+    UncutClips.gather(frames, crops, CropSize(5, *SIZE, False)).to("cpu")
     assert 2_500_000 < largest <= 4_000_000
 
 
@@ -183,7 +178,7 @@ def test_a_batch_that_is_cut_on_the_device_is_the_batch_of_the_workers(mixed: Da
         data = replace(mixed, crop_where=where, num_workers=workers)  # pyright: ignore[reportArgumentType]
         clips = ClipDataset(read_annotations(data), data, 4, 32, 48, seed=3)
         loader = make_loader(clips, StepSampler(len(clips), 4, 1, 0, 1, 3, 0, 3), data)
-        assert isinstance(next(iter(loader)), UncutBatch) == (where == "device")
+        assert isinstance(next(iter(loader)).clip_BTHWC, UncutClips) == (where == "device")
         batches[where, workers] = list(DevicePrefetcher(loader, torch.device("cpu")))
     for one, device, worker in zip(
         batches["worker", 0], batches["device", 0], batches["device", 1], strict=True

@@ -14,8 +14,7 @@ import pytest
 from video_mae.config import DataConfig, FinetuneConfig, PretrainConfig
 from video_mae.config.data import SourceConfig
 from video_mae.data import read_annotations, read_sources
-from video_mae.data.labelled import read_training_videos
-from video_mae.data.labels import read_labeled
+from video_mae.data.videos import read_labeled, read_training_videos
 from video_mae.decoding import READERS, VIDEO_EXTENSIONS, Reading, decode
 from video_mae.evaluation.extract import _paths
 from video_mae.tools.doctor import DoctorConfig
@@ -127,7 +126,8 @@ def test_what_is_left_out_is_counted_and_an_empty_class_named(tmp_path: Path) ->
     )
     assert (
         notes(many)[1]
-        == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, and 3 more"
+        == "11 of 12 classes have no videos, and keep their labels: a, c, d, e, f, g, h, i, "
+        "and 3 more"
     )
 
 

@@ -12,9 +12,8 @@ import pytest
 
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
-from video_mae.data import annotations, read_annotations, read_sources
-from video_mae.data.labels import read_labeled
-from video_mae.data.videos import VideoList
+from video_mae.data import paths, read_annotations, read_sources
+from video_mae.data.videos import VideoList, read_labeled
 from video_mae.evaluation.extract import _paths
 from video_mae.tools.doctor import DoctorConfig
 from video_mae.tools.doctor import start as doctor
@@ -130,7 +129,8 @@ def test_what_looks_like_another_format_but_names_a_file_is_that_file(folder: Pa
         ("a.mp4 0 -1", r"`0 -1` stands behind .*/a\.mp4", "label"),
         (
             "frames 1 58",
-            r"`1 58` stands behind the folder .*/frames; folders of frames are not read, make a video of each",
+            r"`1 58` stands behind the folder .*/frames; folders of frames are not read, make "
+            r"a video of each",
             "auto",
         ),
         ("frames 163 1", "frames is a folder, name a video file", "frames_label"),
@@ -141,12 +141,14 @@ def test_what_looks_like_another_format_but_names_a_file_is_that_file(folder: Pa
         ),
         (
             "a.mp4 3",
-            r"no two numbers behind its path; data\.list_format=start_frames reads lines `PATH 0 -1`",
+            r"no two numbers behind its path; data\.list_format=start_frames reads lines `PATH "
+            r"0 -1`",
             "start_frames",
         ),
         (
             "a.mp4 3",
-            r"no two numbers behind its path; data\.list_format=frames_label reads lines `PATH FRAMES LABEL`",
+            r"no two numbers behind its path; data\.list_format=frames_label reads lines `PATH "
+            r"FRAMES LABEL`",
             "frames_label",
         ),
         ("gone.mp4 163 1", r"no such file: .*gone\.mp4 163", "auto"),
@@ -207,7 +209,7 @@ def test_every_stage_reads_the_same_formats_and_tells_them(
     assert V2 in read_sources(DataConfig(source=v2), 3).by_key["data.source"].notes[0]
     assert read_items(frames, "", "frames_label")[0][0][:3] == (video, "a.mp4", 4)
     assert _paths(frames, "", "frames_label") == (video,)
-    assert read_labeled("LIST", frames, list_format="frames_label").labels == (4,)
+    assert read_labeled("LIST", frames, list_format="frames_label").label_M.tolist() == [4]
 
 
 def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
@@ -220,8 +222,8 @@ def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
     ]
     (tmp_path / "list").write_text("".join(names))
     asked: list[str] = []
-    ask = annotations.is_regular
-    monkeypatch.setattr(annotations, "is_regular", lambda path: asked.append(path) or ask(path))
+    ask = paths.is_regular
+    monkeypatch.setattr(paths, "is_regular", lambda path: asked.append(path) or ask(path))
     read_labeled("LIST", str(tmp_path / "list"), num_classes=400)  # what is loaded once
     begin = time.process_time()
     read_labeled("LIST", str(tmp_path / "list"), num_classes=400)
@@ -236,7 +238,7 @@ def test_a_long_list_takes_little_time_and_memory_and_a_call_for_many_files(
     # the bytes of a path, where it ends, its label; it was 250 more
     assert held < len(videos) * (length * 1.2 + 20)
     assert most < len(videos) * (length * 1.2 + 90)
-    assert videos.videos[49_999] == (
+    assert videos[49_999] == (
         str(tmp_path / "some_long_name_of_a_video_000499.mp4"),
         {"label": 399},
     )

@@ -31,10 +31,8 @@ from video_mae.data import (
     make_loader,
     read_annotations,
 )
-from video_mae.data.advice import Costs, Loading, advise
-from video_mae.data.loader import Loader
-from video_mae.data.prefetch import DevicePrefetcher
-from video_mae.data.workers import Workers, plan_workers
+from video_mae.data.loader import DevicePrefetcher, Loader
+from video_mae.data.workers import Costs, Workers, advise, plan_workers
 from video_mae.decoding import Reading, decoder_version, read_clip, resolve_decoder
 from video_mae.files import read_jsonl
 
@@ -215,7 +213,7 @@ def test_batches_carry_what_they_cost_and_the_device_adds_its_copy(videos: Path)
     assert total.decoding > total.augmenting
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parcel:
     """What a DevicePrefetcher sees of a batch."""
 
@@ -290,7 +288,7 @@ def children(process: psutil.Process | None = None) -> list[psutil.Process]:
 
 
 def workers_of(items: Any) -> list[int]:
-    return [worker.pid for worker in items.items._workers]
+    return [worker.pid for worker in items.gi_frame.f_locals["items"]._workers]
 
 
 def test_a_worker_that_is_killed_is_replaced_and_no_batch_is_lost(videos: Path) -> None:
@@ -323,7 +321,7 @@ def test_workers_that_die_each_time_end_the_run_with_a_remedy(
         RuntimeError,
         match=r"exited unexpectedly, for the last of 3 times: is there enough memory\? Lower data",
     ):
-        list(Loader(make, 9, told.append))
+        list(Loader(make, told.append))
     assert (starts, len(told)) == ([0, 1, 2], 2)
 
 
@@ -364,11 +362,11 @@ def test_a_worker_that_dies_with_a_batch_in_its_hands_is_replaced_too(error: Exc
     def make(delivered: int) -> Any:
         return iter(range(delivered, 4)) if delivered else Handed(0, error, [alive, dead])
 
-    found = list(Loader(make, 4, told.append))
+    found = list(Loader(make, told.append))
     assert found == [0, 1, 2, 3]
     assert len(told) == 1
     with pytest.raises(type(error)):  # with all workers alive it is an error of the data set
-        list(Loader(lambda delivered: Handed(delivered, error, [alive]), 4, told.append))  # pyright: ignore[reportArgumentType]
+        list(Loader(lambda delivered: Handed(delivered, error, [alive]), told.append))  # pyright: ignore[reportArgumentType]
     alive.kill()
 
 
@@ -441,7 +439,7 @@ def test_a_run_leaves_no_process_behind(
 
 
 GOOD = Costs(reading=1.0, decoding=8.0, augmenting=2.0, collating=0.5, copying=0.1)
-LOADING = Loading(DataConfig(), Workers(4, 1, 16, 2), world_size=2)
+LOADING: dict[str, Any] = {"data": DataConfig(), "workers": Workers(4, 1, 16, 2), "world_size": 2}
 
 
 @pytest.mark.parametrize(
@@ -515,7 +513,7 @@ def test_a_wait_for_data_names_its_stage_and_what_helps_there(
     remedies: tuple[str, ...],
     not_remedies: tuple[str, ...],
 ) -> None:
-    found = advise(0.37, costs, 130.0, replace(LOADING, **changes))
+    found = advise(0.37, costs._asdict(), 130.0, **{**LOADING, **changes})
     assert found is not None
     name, line = found
     cause, remedy = line.rsplit(": ", 1)
@@ -529,18 +527,18 @@ def test_a_wait_for_data_names_its_stage_and_what_helps_there(
 
 
 def test_the_figures_of_an_advice_add_up() -> None:
-    found = advise(0.37, Costs(1, 41, 8, 2, 0.1), 130.0, LOADING)
+    found = advise(0.37, Costs(1, 41, 8, 2, 0.1)._asdict(), 130.0, **LOADING)
     assert found is not None
     # 2 ranks x 4 workers / 52 ms = 154 clips/s; 130 clips/s in 63 % of the time are 206.
     assert (
-        "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model would take 206: "
-        in found[1]
+        "of 52.0 ms a clip decoding takes 41.0; 4 workers a rank give 154 clips/s, the model "
+        "would take 206: " in found[1]
     )
 
 
 def test_a_short_wait_needs_no_advice() -> None:
-    assert advise(0.05, GOOD, 130.0, LOADING) is None
-    assert advise(0.0, Costs(), 0.0, LOADING) is None
+    assert advise(0.05, GOOD._asdict(), 130.0, **LOADING) is None
+    assert advise(0.0, Costs()._asdict(), 0.0, **LOADING) is None
 
 
 Tiny = Callable[..., PretrainConfig]
@@ -569,19 +567,22 @@ class TestRun:
         assert prepare(tiny()).config.data.decoder == "decord"
         with pytest.raises(
             ValueError,
-            match=r"run: this run was started with data.decoder = decord, now it is pyav; set it back",
+            match=r"run: this run was started with data.decoder = decord, now it is pyav; set "
+            r"it back",
         ):
             prepare(tiny("data.decoder=pyav"))
 
         def gone(name: str) -> str:
             raise ValueError(
-                f"data.decoder: {name} cannot be loaded here (no module); install it, or take one of: pyav"
+                f"data.decoder: {name} cannot be loaded here (no module); install it, or take "
+                f"one of: pyav"
             )
 
         monkeypatch.setattr("video_mae.training.run_folder.resolve_decoder", gone)
         with pytest.raises(
             ValueError,
-            match=r"run: this run reads videos with decord: decord cannot be loaded here \(no module\); "
+            match=r"run: this run reads videos with decord: decord cannot be loaded here \(no "
+            r"module\); "
             "install it, or choose another output$",
         ):
             prepare(tiny())
@@ -609,8 +610,8 @@ class TestRun:
         run(prepare(config))
         name = resolve_decoder("auto")
         assert (
-            f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by {name} 0.1"
-            in (Path(config.output) / "log.txt").read_text()
+            f"videos are read by {name} {decoder_version(name)}, up to step 2 they were by "
+            f"{name} 0.1" in (Path(config.output) / "log.txt").read_text()
         )
 
     def test_videos_that_another_decoder_reads_are_counted_and_named_once(

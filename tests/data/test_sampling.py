@@ -119,7 +119,7 @@ def test_a_dropped_last_batch_is_dropped_in_every_epoch_and_resumes_exactly(
     steps_an_epoch, key_at = num_videos // batch, None
     if packed:
         key_at = ShardStream(
-            np.array([num_videos // 2, num_videos - num_videos // 2]), num_videos // 4, 5
+            [num_videos // 2, num_videos - num_videos // 2], num_videos // 4, 5
         ).key_at
 
     def micro_batches(rank: int, first_step: int) -> list:

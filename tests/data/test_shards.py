@@ -19,10 +19,14 @@ from video_mae.config import DataConfig, FinetuneConfig, PretrainConfig
 from video_mae.config.data import SourceConfig, WeightedSourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.data import ClipDataset, StepSampler, make_loader, read_annotations, read_sources
-from video_mae.data.labelled import read_training_videos, read_validation_videos
-from video_mae.data.labels import read_labeled
 from video_mae.data.sampling import Key, ShardStream, epoch_order
-from video_mae.data.shards import Members, PackedVideos
+from video_mae.data.shards import ROW, Members
+from video_mae.data.videos import (
+    VideoList,
+    read_labeled,
+    read_training_videos,
+    read_validation_videos,
+)
 from video_mae.data.views import ViewDataset, Views
 from video_mae.data.windows import Windows, clip_times
 from video_mae.decoding import Member, Reading, VideoDecodeError, decode, read_clip
@@ -56,10 +60,16 @@ def _pack(source: str, folder: Path, shard_bytes: int = 10**6, **knobs: Any) -> 
     assert pack.start(source, str(folder), config) == 0
 
 
-def videos_of(source: Path | str, **keys: Any) -> PackedVideos:
+def videos_of(source: Path | str, **keys: Any) -> VideoList:
     videos = read_annotations(SourceConfig(source=str(source), **keys))
-    assert isinstance(videos, PackedVideos)
+    assert isinstance(videos.paths, Members)
     return videos
+
+
+def members_of(source: Path) -> Members:
+    members = videos_of(source).paths
+    assert isinstance(members, Members)
+    return members
 
 
 def rewrite(folder: Path, change: Callable[[list[dict[str, Any]], dict[str, Any]], object]) -> None:
@@ -91,7 +101,7 @@ def test_a_packed_folder_is_a_source_like_its_list(
     )
     assert len(videos) == len(plain) == 24
     assert len(list(folders[form].glob("*.tar"))) >= 3
-    assert videos.shard_sizes().sum() == 24
+    assert sum(members_of(folders[form]).shard_sizes()) == 24
     for index in range(24):
         place, about = videos[index]
         assert about == plain[index][1]
@@ -103,9 +113,10 @@ def test_a_packed_folder_is_a_source_like_its_list(
 
 
 def test_millions_of_videos_take_a_few_bytes_each(tmp_path: Path) -> None:
-    columns = [np.zeros(10_000, np.int32), *(np.arange(10_000) for _ in range(3))]
-    members = Members("folder", ["shard-000000.tar"], ".mp4", *columns)  # pyright: ignore[reportArgumentType]
-    assert sum(column.nbytes for column in columns) <= 28 * len(members)
+    columns = [np.zeros(10_000, np.int64), *(np.arange(10_000) for _ in range(3))]
+    rows_M = np.rec.fromarrays(columns, dtype=ROW)
+    members = Members("folder", ["shard-000000.tar"], ".mp4", rows_M)
+    assert rows_M.nbytes <= 28 * len(members)
     assert sys.getsizeof(members) < 100
     assert members[9_999] == Member("folder/shard-000000.tar", "000009999.mp4", 9_999, 9_999)
     with pytest.raises(IndexError):
@@ -162,7 +173,7 @@ def test_what_is_missing_cut_or_unfinished_is_told_before_anything_starts(
         folder = copied(folders["video"], tmp_path / str(len(list(tmp_path.iterdir()))))
         damage(folder)
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-            read_annotations(SourceConfig(source=str(folder)), "data.sources.packed")
+            read_annotations(SourceConfig(source=str(folder)), "data.sources.packed.source")
         assert str(error.value).startswith("data.sources.packed.source: ")
         assert "\n" not in str(error.value)
 
@@ -283,7 +294,7 @@ def test_a_member_that_lies_costs_one_sample(folders: dict[str, Path], tmp_path:
 def stream(
     sizes: list[int], window: int, seed: int = SEED, source: int | None = None
 ) -> ShardStream:
-    return ShardStream(np.array(sizes), window, seed, source)
+    return ShardStream(sizes, window, seed, source)
 
 
 def test_an_epoch_of_shards_visits_every_video_once_within_bounds() -> None:
@@ -346,7 +357,7 @@ def test_windows_hold_as_many_as_asked_for() -> None:
         sizes, window = rng.integers(1, 30, rng.integers(1, 20)).tolist(), int(rng.integers(1, 60))
         keys = stream(sizes, window)
         keys.key_at(0)
-        widths = np.diff([*keys._begins.tolist(), sum(sizes)])
+        widths = np.diff([*keys._begins, sum(sizes)])
         assert all(width >= min(window, sum(sizes)) for width in widths)
         assert all(width < window + max(sizes) for width in widths[:-1])
         assert widths[-1] < 2 * window + max(sizes)
@@ -420,7 +431,7 @@ def test_packed_and_plain_sources_mix(folders: dict[str, Path], demo_folder: Pat
     key_at = sources.stream(SEED)
     own = [index for _, index in (key_at(position) for position in range(1000)) if index < 24]
     assert len(own) == 250
-    wanted = ShardStream(videos_of(folders["frames"]).shard_sizes(), 5, SEED, 0)
+    wanted = ShardStream(members_of(folders["frames"]).shard_sizes(), 5, SEED, 0)
     assert own == [wanted.key_at(position)[1] for position in range(250)]
     dataset = ClipDataset(sources, data, 4, 32, 32, SEED)
     assert {dataset[key_at(position)].clip_RTHWC.shape for position in range(6)} == {
@@ -457,15 +468,14 @@ def classes(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_labels_and_names_of_classes_are_those_of_the_folder(classes: Path) -> None:
     packed, plain = (read_labeled("LIST", str(classes / name)) for name in ("packed", "plain"))
     assert packed.class_names == plain.class_names == ("ant", "zebra")
-    assert packed.labels == plain.labels == (0, 0, 0, 1, 1, 1)
+    assert packed.label_M.tolist() == plain.label_M.tolist() == [0, 0, 0, 1, 1, 1]
     mapped = read_labeled(
         "LIST", str(classes / "packed"), num_classes=3, names=("zebra", "bee", "ant")
     )
-    assert mapped.labels == (2, 2, 2, 0, 0, 0)
-    again = mapped.videos
-    assert isinstance(again, PackedVideos)
-    assert [again[index][1]["label"] for index in range(6)] == [2, 2, 2, 0, 0, 0]
-    assert again[4][0] == packed.paths[4]
+    assert mapped.label_M.tolist() == [2, 2, 2, 0, 0, 0]
+    assert isinstance(mapped.paths, Members)
+    assert [mapped[index][1]["label"] for index in range(6)] == [2, 2, 2, 0, 0, 0]
+    assert mapped[4][0] == packed.paths[4]
     with pytest.raises(ValueError, match="the folder zebra is none of the model's 1 classes"):
         read_labeled("LIST", str(classes / "packed"), names=("ant",))
 
@@ -479,7 +489,7 @@ def test_finetuning_takes_packed_lists(
         "classifier.num_classes=2",
     )
     videos, classifier = read_training_videos(config)
-    assert isinstance(videos, PackedVideos)
+    assert isinstance(videos.paths, Members)
     assert classifier.class_names == ("ant", "zebra")
     assert len(read_validation_videos(replace(config, classifier=classifier))) == 6
 

@@ -144,7 +144,8 @@ def test_the_list_of_all_is_the_lists_one_after_another() -> None:
     assert [path for path, _ in sources] == ["s0 0", "s0 1", "s1 0", "s2 0", "s2 1", "s2 2"]  # pyright: ignore[reportGeneralTypeIssues]
     assert [sources.at(index).key[-1] for index in range(6)] == list("001222")
     assert sources.describe() == (
-        "33.3% of the samples from data.sources.s0 (2 files), 16.7% of the samples from data.sources.s1 "
+        "33.3% of the samples from data.sources.s0 (2 files), 16.7% of the samples from "
+        "data.sources.s1 "
         "(1 files), 50.0% of the samples from data.sources.s2 (3 files)"
     )
 
@@ -345,7 +346,8 @@ def test_joint_batches_do_not_depend_on_workers_or_ranks(joint: DataConfig) -> N
     [
         (
             {"axes": "TCHW"},
-            r"data\.source: no file can be used of the first 2: .*0\.npy: numpy: gives 30 channels of 3 x 36 pixels, "
+            r"data\.source: no file can be used of the first 2: .*0\.npy: numpy: gives 30 "
+            r"channels of 3 x 36 pixels, "
             r"model\.in_channels is 3; change it, data\.channels, or data\.axes",
         ),
         (
@@ -391,7 +393,8 @@ def test_the_key_of_a_named_source_is_in_what_is_said_about_it(
     )
     with pytest.raises(
         ValueError,
-        match=r"data\.source: .*0\.mp4 is a video of 3 channels, model\.in_channels is 1; .*choose 1",
+        match=r"data\.source: .*0\.mp4 is a video of 3 channels, model\.in_channels is 1; "
+        r".*choose 1",
     ):
         read_sources(DataConfig(source=str(tmp_path / "list")), 1)
     assert len(read_sources(DataConfig(source=str(tmp_path / "list"), channels=(1,)), 1)) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from video_mae.data import Batch
-from video_mae.data.prefetch import DevicePrefetcher
+from video_mae.data.loader import DevicePrefetcher
 
 DEVICE = torch.device("cuda", 0)
 

@@ -22,9 +22,9 @@ from video_mae import (
     save_model_folder,
 )
 from video_mae.config import FinetuneConfig
-from video_mae.data.advice import Costs
-from video_mae.data.dataset import Batch, collate
-from video_mae.data.labelled import ValidationClips, read_validation_videos
+from video_mae.data.dataset import Batch, ValidationClips, collate
+from video_mae.data.videos import read_validation_videos
+from video_mae.data.workers import Costs
 from video_mae.decoding import resolve_decoder
 from video_mae.model.vit import encoder_macs
 from video_mae.training import finetune

@@ -25,7 +25,8 @@ from video_mae.benchmark.memory import peak_growth, peak_of_children
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
 from video_mae.data.augment import crop_box
-from video_mae.data.dataset import FIRST_ATTEMPT, UncutBatch
+from video_mae.data.dataset import FIRST_ATTEMPT
+from video_mae.data.device_crop import UncutClips
 from video_mae.data.workers import keep_memory
 from video_mae.decoding import Choose, Decoded, resolve_decoder
 
@@ -117,9 +118,10 @@ def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterat
             samples.append(dataset[epoch, index])
             watch.lap("crop")
         batch = collate(samples)
+        clips: Any = batch.clip_BTHWC
         watch.lap("collate")
         yield Made(
-            batch.uncut.bytes_N if isinstance(batch, UncutBatch) else batch.clip_BTHWC,
+            clips.bytes_N if isinstance(clips, UncutClips) else clips,
             len(batch.seeds_B),
         )
 

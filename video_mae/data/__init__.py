@@ -1,30 +1,26 @@
-"""The data path: sources -> annotations -> sampler -> decoding and crops in workers -> batches of
-uint8 clips.
+"""The data path: lists -> videos -> sampler -> decoding and crops in workers -> batches of uint8
+clips -> device.
 """
 
-from video_mae.data.annotations import class_names, read_annotations
-from video_mae.data.dataset import Batch, ClipDataset, Failure, Sample, collate
+from video_mae.data.dataset import Batch, ClipDataset, Failure, collate
 from video_mae.data.loader import make_loader
-from video_mae.data.sampling import StepSampler, clip_indices, epoch_order, sample_rng, sample_seed
-from video_mae.data.sources import Sources, read_sources
+from video_mae.data.sampling import StepSampler, clip_indices, sample_rng
+from video_mae.data.sources import read_sources
+from video_mae.data.videos import class_names, read_annotations
 from video_mae.decoding import VideoDecodeError, decode
 
 __all__ = [
     "Batch",
     "ClipDataset",
     "Failure",
-    "Sample",
-    "Sources",
     "StepSampler",
     "VideoDecodeError",
     "class_names",
     "clip_indices",
     "collate",
     "decode",
-    "epoch_order",
     "make_loader",
     "read_annotations",
     "read_sources",
     "sample_rng",
-    "sample_seed",
 ]

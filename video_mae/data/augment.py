@@ -20,6 +20,7 @@ from video_mae.config import AugmentConfig, DataConfig
 Box = tuple[int, int, int, int]
 """(top, left, height, width) in pixels."""
 
+BILINEAR = InterpolationMode.BILINEAR
 SNAP = 2  # pixels
 # Quarters of the free space (down, right): corners, centre, middles of the edges, quarter points.
 PLACES = (
@@ -60,25 +61,23 @@ def crop_box(
     Inception, torchvision's RandomResizedCrop). center: the largest box in the middle, nothing is
     drawn.
     """
-    if config.crop == "center":
-        return _central_box(height, width, target_width / target_height)
+    ratio = target_width / target_height
     if config.crop == "random_resized":
-        return _random_resized_box(config.crop_scales, height, width, rng)
+        box = _random_box(config.crop_scales, CROP_RATIOS, height, width, rng)
+        if box is not None:
+            return box
+        ratio = min(max(width / height, CROP_RATIOS[0]), CROP_RATIOS[1])
+    central = central_box(height, width, ratio)
+    if config.crop != "multiscale":
+        return central
     scales = config.crop_scales
     pairs = [(i, j) for i in range(len(scales)) for j in range(len(scales)) if abs(i - j) <= 1]
     i, j = pairs[rng.integers(len(pairs))]
     down, right = PLACES[rng.integers(len(PLACES))]
-    _, _, full_height, full_width = _central_box(height, width, target_width / target_height)
-    box_height, box_width = (
-        _side(full_height * scales[i], target_height, height),
-        _side(full_width * scales[j], target_width, width),
-    )
-    return (
-        down * ((height - box_height) // 4),
-        right * ((width - box_width) // 4),
-        box_height,
-        box_width,
-    )
+    box_height = _side(central[2] * scales[i], target_height, height)
+    box_width = _side(central[3] * scales[j], target_width, width)
+    top, left = down * ((height - box_height) // 4), right * ((width - box_width) // 4)
+    return top, left, box_height, box_width
 
 
 def _side(scaled: float, target: int, available: int) -> int:
@@ -86,20 +85,11 @@ def _side(scaled: float, target: int, available: int) -> int:
     return target if abs(side - target) <= SNAP and target <= available else side
 
 
-def _central_box(height: int, width: int, ratio: float) -> Box:
+def central_box(height: int, width: int, ratio: float) -> Box:
     """The largest box with ratio = width / height, in the middle."""
     box_height = max(min(height, round(width / ratio)), 1)
     box_width = max(min(width, round(height * ratio)), 1)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def _random_resized_box(
-    areas: tuple[float, ...], height: int, width: int, rng: np.random.Generator
-) -> Box:
-    box = _random_box(areas, CROP_RATIOS, height, width, rng)
-    return box or _central_box(
-        height, width, min(max(width / height, CROP_RATIOS[0]), CROP_RATIOS[1])
-    )
 
 
 def _random_box(
@@ -117,12 +107,8 @@ def _random_box(
         ratio = math.exp(rng.uniform(math.log(ratios[0]), math.log(ratios[1])))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            return (
-                int(rng.integers(height - box_height + 1)),
-                int(rng.integers(width - box_width + 1)),
-                box_height,
-                box_width,
-            )
+            top, left = rng.integers((height - box_height + 1, width - box_width + 1)).tolist()
+            return top, left, box_height, box_width
     return None
 
 
@@ -137,31 +123,23 @@ def crop_clip(
     read, as OpenCV does. A clip is uint8 or uint16; torch resizes the latter as float32.
     """
     if clip_THWC.stride(0) == 0 and len(clip_THWC) > 1:  # a picture shown T times is cut once
-        return (
-            crop_clip(clip_THWC[:1], box, size, flip, antialias=antialias)
-            .expand(len(clip_THWC), -1, -1, -1)
-            .contiguous()
-        )
-    if clip_THWC.dtype == torch.uint16:
-        top, left, height, width = box
-        region_THWC = clip_THWC[:, top : top + height, left : left + width].float()
-        return (
-            crop_clip(region_THWC, (0, 0, height, width), size, flip, antialias=antialias)
-            .round()
-            .to(torch.uint16)
-        )
+        cut_THWC = crop_clip(clip_THWC[:1], box, size, flip, antialias=antialias)
+        return cut_THWC.expand(len(clip_THWC), -1, -1, -1).contiguous()
+    dtype = clip_THWC.dtype
+    if dtype == torch.uint16:
+        top, left, rows, columns = box
+        clip_THWC = clip_THWC[:, top : top + rows, left : left + columns].float()
+        box = (0, 0, rows, columns)
     # The permuted view is what channels_last means to torch: it resizes uint8 in that order,
     # without floats and without a copy.
     video_TCHW = tv_tensors.Video(clip_THWC.permute(0, 3, 1, 2))
     video_TCHW = F.resized_crop(
-        video_TCHW,
-        *box,
-        size=list(size),
-        interpolation=InterpolationMode.BILINEAR,
-        antialias=antialias,
+        video_TCHW, *box, size=list(size), interpolation=BILINEAR, antialias=antialias
     )
     if flip:
         video_TCHW = F.horizontal_flip(video_TCHW)
+    if dtype == torch.uint16:
+        video_TCHW = video_TCHW.round().to(dtype)
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
 
 
@@ -184,70 +162,65 @@ def strengthen_clip(
     return _erase(clip_THWC, mean, std, rng) if rng.random() < config.erasing else clip_THWC
 
 
-Operation = Callable[[torch.Tensor, float, int, list[float]], torch.Tensor]
-"""From video_TCHW, a strength in [0, 1], a sign and the filling to the changed video."""
+Operation = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
+"""From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video."""
 
 
-def _affine(
-    video: torch.Tensor,
-    fill: list[float],
-    translate: tuple[float, float] = (0, 0),
-    shear: tuple[float, float] = (0, 0),
-) -> torch.Tensor:
-    degrees = [math.degrees(math.atan(slope)) for slope in shear]
-    return F.affine(
-        video,
-        angle=0.0,
-        translate=list(translate),
-        scale=1.0,
-        shear=degrees,
-        interpolation=InterpolationMode.BILINEAR,
-        fill=fill,
-        center=[0.0, 0.0] if any(shear) else None,
-    )
+def _plain(change: Callable[[torch.Tensor], torch.Tensor]) -> Operation:
+    return lambda video, level, fill: change(video)
 
 
-def _enhance(level: float, sign: int) -> float:
-    return max(0.1, 1 + sign * 0.9 * level)
+def _adjust(adjust: Callable[[torch.Tensor, float], torch.Tensor]) -> Operation:
+    return lambda video, level, fill: adjust(video, max(0.1, 1 + 0.9 * level))
 
 
-def _solarize_add(video: torch.Tensor, level: float) -> torch.Tensor:
-    return torch.where(
-        video < 128, (video.int() + int(110 * level)).clamp(max=255).to(video.dtype), video
-    )
+def _move(shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> Operation:
+    """At full strength, along x and y: slopes, and shares of the sides."""
+
+    def move(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+        height, width = video.shape[-2:]
+        return F.affine(
+            video,
+            angle=0.0,
+            translate=[level * shift[0] * width, level * shift[1] * height],
+            scale=1.0,
+            shear=[math.degrees(math.atan(level * slope)) for slope in shear],
+            interpolation=BILINEAR,
+            fill=fill,
+            center=[0.0, 0.0] if any(shear) else None,
+        )
+
+    return move
 
 
-def _solarize(video: torch.Tensor, level: float) -> torch.Tensor:
-    threshold = 256 - int(256 * level)
+def _solarize(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+    threshold = 256 - int(256 * abs(level))
     return F.solarize(video, threshold) if threshold < 256 else video
+
+
+def _solarize_add(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+    added = (video.int() + int(110 * abs(level))).clamp(max=255).to(video.dtype)
+    return torch.where(video < 128, added, video)
 
 
 # Stronger with the level, all of them ("inc1"). Source: timm's table; translations and shears are
 # bilinear here, bicubic there.
 OPERATIONS: dict[str, Operation] = {
-    "autocontrast": lambda video, level, sign, fill: F.autocontrast(video),
-    "equalize": lambda video, level, sign, fill: F.equalize(video),
-    "invert": lambda video, level, sign, fill: F.invert(video),
-    "rotate": lambda video, level, sign, fill: F.rotate(
-        video, sign * 30 * level, InterpolationMode.BILINEAR, fill=fill
-    ),
-    "posterize": lambda video, level, sign, fill: F.posterize(video, 4 - int(4 * level)),
-    "solarize": lambda video, level, sign, fill: _solarize(video, level),
-    "solarize_add": lambda video, level, sign, fill: _solarize_add(video, level),
-    "color": lambda video, level, sign, fill: F.adjust_saturation(video, _enhance(level, sign)),
-    "contrast": lambda video, level, sign, fill: F.adjust_contrast(video, _enhance(level, sign)),
-    "brightness": lambda video, level, sign, fill: F.adjust_brightness(
-        video, _enhance(level, sign)
-    ),
-    "sharpness": lambda video, level, sign, fill: F.adjust_sharpness(video, _enhance(level, sign)),
-    "shear_x": lambda video, level, sign, fill: _affine(video, fill, shear=(sign * 0.3 * level, 0)),
-    "shear_y": lambda video, level, sign, fill: _affine(video, fill, shear=(0, sign * 0.3 * level)),
-    "translate_x": lambda video, level, sign, fill: _affine(
-        video, fill, translate=(sign * 0.45 * level * video.shape[-1], 0)
-    ),
-    "translate_y": lambda video, level, sign, fill: _affine(
-        video, fill, translate=(0, sign * 0.45 * level * video.shape[-2])
-    ),
+    "autocontrast": _plain(F.autocontrast),
+    "equalize": _plain(F.equalize),
+    "invert": _plain(F.invert),
+    "rotate": lambda video, level, fill: F.rotate(video, 30 * level, BILINEAR, fill=fill),
+    "posterize": lambda video, level, fill: F.posterize(video, 4 - int(4 * abs(level))),
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "color": _adjust(F.adjust_saturation),
+    "contrast": _adjust(F.adjust_contrast),
+    "brightness": _adjust(F.adjust_brightness),
+    "sharpness": _adjust(F.adjust_sharpness),
+    "shear_x": _move(shear=(0.3, 0)),
+    "shear_y": _move(shear=(0, 0.3)),
+    "translate_x": _move(shift=(0.45, 0)),
+    "translate_y": _move(shift=(0, 0.45)),
 }
 
 
@@ -264,20 +237,17 @@ def _rand_augment(
     channels = clip_THWC.shape[-1]
     if clip_THWC.dtype != torch.uint8 or channels not in (1, 3):
         raise ValueError(
-            f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 or 3 channels, these are "
-            f"{clip_THWC.dtype} of {channels}; set it to 0"
+            f"augment.randaugment_ops: {config.randaugment_ops} operations need uint8 clips of 1 "
+            f"or 3 channels, these are {clip_THWC.dtype} of {channels}; set it to 0"
         )
     fill = [float(round(255 * value)) for value in mean] * (channels if len(mean) == 1 else 1)
-    video_TCHW, names = clip_THWC.permute(0, 3, 1, 2), list(OPERATIONS)
+    video_TCHW, operations = clip_THWC.permute(0, 3, 1, 2), list(OPERATIONS.values())
     for _ in range(config.randaugment_ops):
-        name = names[rng.integers(len(names))]
+        operation = operations[rng.integers(len(operations))]
         is_done, sign = rng.random() < OPERATION_PROBABILITY, 1 if rng.random() < 0.5 else -1
-        level = (
-            min(max(rng.normal(config.randaugment_magnitude, config.randaugment_std), 0.0), 10.0)
-            / 10
-        )
+        strength = rng.normal(config.randaugment_magnitude, config.randaugment_std)
         if is_done:
-            video_TCHW = OPERATIONS[name](video_TCHW, level, sign, fill)
+            video_TCHW = operation(video_TCHW, sign * min(max(strength, 0.0), 10.0) / 10, fill)
     return video_TCHW.permute(0, 2, 3, 1).contiguous()
 
 
@@ -294,16 +264,13 @@ def _erase(
     box = _random_box(ERASED_AREAS, ERASED_RATIOS, height, width, rng)
     if box is None:
         return clip_THWC
-    top, left, box_height, box_width = box
-    noise = rng.standard_normal(
-        (num_frames, box_height, box_width, channels), dtype=np.float32
-    ) * np.array(std, np.float32)
-    noise += np.array(mean, np.float32)
-    highest = 1.0 if clip_THWC.is_floating_point() else torch.iinfo(clip_THWC.dtype).max
+    top, left, rows, columns = box
+    noise = rng.standard_normal((num_frames, rows, columns, channels), dtype=np.float32)
+    noise = noise * np.array(std, np.float32) + np.array(mean, np.float32)
+    white = 1.0 if clip_THWC.is_floating_point() else torch.iinfo(clip_THWC.dtype).max
     clip_THWC = clip_THWC.clone()
-    clip_THWC[:, top : top + box_height, left : left + box_width] = torch.from_numpy(
-        noise.clip(0, 1) * highest
-    ).to(clip_THWC)
+    region_THWC = clip_THWC[:, top : top + rows, left : left + columns]
+    region_THWC.copy_(torch.from_numpy(noise.clip(0, 1) * white))
     return clip_THWC
 
 
@@ -318,21 +285,21 @@ def mix_batch(
     whether at all as timm draws it. The partner is the previous clip, timm's is the one as far from
     the batch's end.
     """
-    kinds = [
-        kind(alpha=alpha)
-        for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
-        if alpha > 0
-    ]
-    weights = (
-        [1 - config.switch_probability, config.switch_probability] if len(kinds) == 2 else None
-    )
+    kinds, weights = list[v2.Transform](), list[float]()
+    if config.mixup > 0:
+        kinds.append(v2.MixUp(alpha=config.mixup))
+        weights.append(1 - config.switch_probability)
+    if config.cutmix > 0:
+        kinds.append(v2.CutMix(alpha=config.cutmix))
+        weights.append(config.switch_probability)
+    choice = v2.RandomChoice(kinds, weights if len(kinds) == 2 else None)
     # torchvision draws from the global generator of the CPU
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         video_BTCHW = tv_tensors.Video(clip_BTHWC.permute(0, 1, 4, 2, 3).float())
-        video_BTCHW, target_BK = v2.RandomApply(
-            [v2.RandomChoice(kinds, weights)], config.mix_probability
-        )(video_BTCHW, target_BK)
+        video_BTCHW, target_BK = v2.RandomApply([choice], config.mix_probability)(
+            video_BTCHW, target_BK
+        )
     mixed_BTHWC = video_BTCHW.as_subclass(torch.Tensor).permute(0, 1, 3, 4, 2)
     if not clip_BTHWC.is_floating_point():
         mixed_BTHWC = mixed_BTHWC.round_()

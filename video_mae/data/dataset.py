@@ -1,26 +1,34 @@
-"""Samples and batches: decode once, crop R times, or leave that to the device; a broken video is
-replaced by another, always the same.
+"""Samples and batches, to pretrain, to fine-tune and to validate: decode once, crop R times, or
+leave that to the device; a broken video is replaced by another, always the same.
 
 R crops of a video, B = videos x R clips of a batch, T frames, H W pixels, C channels.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from video_mae.config import DataConfig
-from video_mae.data.advice import Costs
-from video_mae.data.augment import crop_box, crop_clip
+from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from video_mae.data.augment import crop_box, crop_clip, strengthen_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
-from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
+from video_mae.data.sampling import (
+    Key,
+    clip_indices,
+    dense_indices,
+    part_indices,
+    sample_rng,
+    sample_seed,
+    uniform_indices,
+)
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
-from video_mae.data.workers import plan_workers
+from video_mae.data.workers import Costs, plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
 
 MAX_ATTEMPTS = 20
@@ -29,23 +37,17 @@ MAX_ATTEMPTS = 20
 FIRST_ATTEMPT = 2**31
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """A video that could not be decoded, or that another decoder had to read, as the journal
-    records it.
+    records it: the words of a VideoDecodeError.
     """
 
     path: str
     decoder: str
     reason: str
 
-    @classmethod
-    def of(cls, error: VideoDecodeError) -> "Failure":
-        """What went wrong."""
-        return cls(error.path, error.decoder, error.reason)
 
-
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """R crops of one video, `clips`; index is the video really read, failures are those tried
     before it.
@@ -58,7 +60,7 @@ class Sample:
     seeds_R: torch.Tensor
     label: int
     index: int
-    failures: tuple[Failure, ...]
+    failures: tuple[Failure, ...] = ()
     fallback: Failure | None = None
     costs: Costs = Costs()
     crops: tuple[Crop, ...] = ()
@@ -70,12 +72,13 @@ class Sample:
         return torch.stack(self.clips)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Batch:
     """A micro-batch: clips uint8 (uint16 with data.value_range), mask seeds, labels and indices
     int64; a video's R crops are neighbours.
 
-    index_B and host_seeds_B stay on the host. costs: of all its clips together.
+    index_B and host_seeds_B stay on the host. Clips that the device cuts are UncutClips until `to`
+    brings them there. costs: of all its clips together.
     """
 
     clip_BTHWC: torch.Tensor
@@ -94,98 +97,66 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for `to` not to wait."""
-        return replace(
-            self,
-            clip_BTHWC=self.clip_BTHWC.pin_memory(),
-            seeds_B=self.seeds_B.pin_memory(),
-            label_B=self.label_B.pin_memory(),
-        )
+        return self._moved(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on a device, copied without waiting."""
-        return replace(
-            self,
-            clip_BTHWC=self.clip_BTHWC.to(device, non_blocking=True),
-            seeds_B=self.seeds_B.to(device, non_blocking=True),
-            label_B=self.label_B.to(device, non_blocking=True),
-        )
+        """The batch on a device, copied without waiting, its clips cut there."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-
-@dataclass(frozen=True, kw_only=True)
-class UncutBatch(Batch):
-    """A micro-batch whose clips are cut where `to` brings it; until then clip_BTHWC is empty."""
-
-    uncut: UncutClips
-
-    def pin_memory(self) -> "UncutBatch":
-        """The batch in page-locked memory, for `to` not to wait."""
-        return replace(
-            self,
-            uncut=self.uncut.pin_memory(),
-            seeds_B=self.seeds_B.pin_memory(),
-            label_B=self.label_B.pin_memory(),
-        )
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, its clips cut there."""
-        rest = {f.name: getattr(self, f.name) for f in fields(Batch)}
-        return replace(Batch(**rest).to(device), clip_BTHWC=self.uncut.to(device).cut())
+    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        clip_BTHWC, seeds_B, label_B = map(move, self.on_device)
+        return replace(self, clip_BTHWC=clip_BTHWC, seeds_B=seeds_B, label_B=label_B)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Joins samples into a batch."""
     begin = time.perf_counter()
-    counts = torch.tensor([len(sample.seeds_R) for sample in samples])
-    seeds_B, size = torch.cat([sample.seeds_R for sample in samples]), samples[0].crop_size
-    rest = {
-        "seeds_B": seeds_B,
-        "host_seeds_B": seeds_B,
-        "label_B": torch.tensor([sample.label for sample in samples]).repeat_interleave(counts),
-        "index_B": torch.tensor([sample.index for sample in samples]).repeat_interleave(counts),
-        "failures": tuple(failure for sample in samples for failure in sample.failures),
-        "fallbacks": tuple(sample.fallback for sample in samples if sample.fallback is not None),
-    }
-    if size is None:
-        clips = [clip for sample in samples for clip in sample.clips]
-        clip_BTHWC = for_trainer((len(clips), *clips[0].shape), clips[0].dtype)
-        batch = Batch(clip_BTHWC=torch.stack(clips, out=clip_BTHWC), **rest)
+    seeds_B = torch.cat([sample.seeds_R for sample in samples])
+    clips = [clip for sample in samples for clip in sample.clips]
+    size, num_crops = samples[0].crop_size, len(samples[0].seeds_R)
+    if size is not None:
+        clip_BTHWC: Any = UncutClips.gather(clips, [sample.crops for sample in samples], size)
     else:
-        uncut = UncutClips.gather(
-            [sample.clips[0] for sample in samples], [sample.crops for sample in samples], size
-        )
-        batch = UncutBatch(clip_BTHWC=torch.empty(0, dtype=torch.uint8), uncut=uncut, **rest)
-    costs = Costs.total(
-        [*(sample.costs for sample in samples), Costs(collating=time.perf_counter() - begin)]
+        clip_BTHWC = for_trainer((len(clips), *clips[0].shape), clips[0].dtype)
+        torch.stack(clips, out=clip_BTHWC)
+    collating = Costs(collating=time.perf_counter() - begin)
+    return Batch(
+        clip_BTHWC=clip_BTHWC,
+        seeds_B=seeds_B,
+        host_seeds_B=seeds_B,
+        label_B=torch.tensor([sample.label for sample in samples]).repeat_interleave(num_crops),
+        index_B=torch.tensor([sample.index for sample in samples]).repeat_interleave(num_crops),
+        failures=tuple(failure for sample in samples for failure in sample.failures),
+        fallbacks=tuple(sample.fallback for sample in samples if sample.fallback is not None),
+        costs=Costs.total([*(sample.costs for sample in samples), collating]),
     )
-    return replace(batch, costs=costs)
 
 
+@dataclass(eq=False)
 class ClipDataset(Dataset[Sample]):
     """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone,
     whatever the worker, rank and batch.
+
+    antialias: of the pixels that resizing leaves out, whether they are averaged in, or not looked
+    at.
     """
 
-    antialias = True
-    """Of the pixels that resizing leaves out, whether they are averaged in, or not looked at."""
+    videos: InitVar[VideoList | Sources]
+    data: DataConfig
+    num_frames: int
+    height: int
+    width: int
+    seed: int
+    in_channels: int = 3
+    antialias: bool = True
 
-    def __init__(
-        self,
-        paths: VideoList | Sources,
-        data: DataConfig,
-        num_frames: int,
-        height: int,
-        width: int,
-        seed: int,
-        in_channels: int = 3,
-    ) -> None:
-        self.paths = paths if isinstance(paths, Sources) else Sources([("data", data, paths)])
-        self.data = data
-        self.in_channels = in_channels
-        self.num_frames = num_frames
-        self.height = height
-        self.width = width
-        self.seed = seed
-        self.threads = plan_workers(data.num_workers, data.decoder_threads).threads
+    def __post_init__(self, videos: VideoList | Sources) -> None:
+        is_list = isinstance(videos, VideoList)
+        self.paths = Sources([("data", self.data, videos)]) if is_list else videos
+        self.size = CropSize(
+            self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+        )
+        self.threads = plan_workers(self.data.num_workers, self.data.decoder_threads).threads
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,31 +164,26 @@ class ClipDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Raises: RuntimeError when the video and its 19 substitutes cannot be decoded."""
         epoch, index = key
-        failures: list[Failure] = []
-        reading = decoding = 0.0
+        begin, failures = time.perf_counter(), list[Failure]()
         for attempt in range(MAX_ATTEMPTS):
             rng = sample_rng(self.seed, epoch, index, FIRST_ATTEMPT + attempt)
             source = self.paths.at(index)
             used = source.first + int(rng.integers(len(source.videos))) if attempt else index
-            begin = time.perf_counter()
             try:
                 decoded = self.read(used, self._choice(rng, source.config.stride))
             except VideoDecodeError as error:
-                failures.append(Failure.of(error))
-                decoding += time.perf_counter() - begin
+                failures.append(Failure(*error.args))
                 continue
             done = time.perf_counter()
-            waiting = min(decoded.cost.waiting, done - begin)
-            reading, decoding = reading + waiting, decoding + done - begin - waiting
             sample = self.sample(decoded, epoch, index, used)
-            return replace(
-                sample,
-                failures=tuple(failures),
-                costs=Costs(reading, decoding, time.perf_counter() - done),
-            )
+            reading = min(decoded.cost.waiting, done - begin)
+            augmenting = time.perf_counter() - done
+            sample.failures = tuple(failures)
+            sample.costs = Costs(reading, done - begin - reading, augmenting)
+            return sample
         raise RuntimeError(
-            f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and the files; "
-            f"the last was {failures[-1].path}: {failures[-1].decoder}: {failures[-1].reason}"
+            f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and "
+            f"the files; the last was {': '.join(failures[-1])}"
         )
 
     def read(self, index: int, choose: Choose) -> Decoded:
@@ -226,27 +192,30 @@ class ClipDataset(Dataset[Sample]):
         return read_clip(self.paths[index][0], choose, reading)
 
     def sample(self, decoded: Decoded, epoch: int, index: int, used: int) -> Sample:
-        """The crops of the frames of the video `used`, for the place (epoch, index) of the stream."""
-        frames_THWC, draws = torch.from_numpy(decoded.clip_THWC), range(self.data.clips_per_video)
-        crops = tuple(self._draw(frames_THWC, epoch, index, draw) for draw in draws)
-        place, label = self.paths[used]
-        fallback = (
-            Failure(str(place), decoded.decoder, decoded.fallback) if decoded.fallback else None
-        )
-        seeds_R = torch.tensor([sample_seed(self.seed, epoch, index, draw) for draw in draws])
-        sample = Sample((frames_THWC,), seeds_R, label["label"], used, (), fallback)
-        if self.data.crop_where == "device":
-            size = CropSize(
-                self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+        """The crops of the frames of the video `used`, for the place (epoch, index) in the
+        stream.
+        """
+        data, frames_THWC = self.data, torch.from_numpy(decoded.clip_THWC)
+        _, height, width, _ = frames_THWC.shape
+        seeds, crops = list[int](), list[Crop]()
+        for draw in range(data.clips_per_video):
+            seeds.append(sample_seed(self.seed, epoch, index, draw))
+            rng = sample_rng(self.seed, epoch, index, draw)
+            box = crop_box(data, height, width, self.height, self.width, rng)
+            crops.append(Crop(box, data.flip and bool(rng.random() < 0.5)))
+        place, info = self.paths[used]
+        sample = Sample((frames_THWC,), torch.tensor(seeds), info["label"], used)
+        if decoded.fallback:
+            sample.fallback = Failure(str(place), decoded.decoder, decoded.fallback)
+        if data.crop_where == "device":
+            sample.crops = tuple(crops)
+            sample.crop_size = self.size
+        else:
+            sample.clips = tuple(
+                self._finish(self._cut(frames_THWC, crop), seed)
+                for crop, seed in zip(crops, seeds, strict=True)
             )
-            return replace(sample, crops=crops, crop_size=size)
-        return replace(
-            sample,
-            clips=tuple(
-                self._finish(self._cut(frames_THWC, crop), epoch, index, draw)
-                for draw, crop in enumerate(crops)
-            ),
-        )
+        return sample
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
         return partial(
@@ -257,24 +226,94 @@ class ClipDataset(Dataset[Sample]):
             reach_end=self.data.reach_end,
         )
 
-    def _draw(self, frames_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> Crop:
-        rng = sample_rng(self.seed, epoch, index, draw)
-        box = crop_box(
-            self.data, frames_THWC.shape[1], frames_THWC.shape[2], self.height, self.width, rng
-        )
-        return Crop(box, self.data.flip and bool(rng.random() < 0.5))
-
     def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
         clip_THWC = crop_clip(
             frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias
         )
         # The clips of a run have one type; 257 = 65535 / 255.
-        return (
-            clip_THWC.to(torch.uint16) * 257
-            if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8
-            else clip_THWC
-        )
+        if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8:
+            clip_THWC = clip_THWC.to(torch.uint16) * 257
+        return clip_THWC
 
-    def _finish(self, clip_THWC: torch.Tensor, epoch: int, index: int, draw: int) -> torch.Tensor:
+    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
         """What a worker does to a clip that is cut."""
         return clip_THWC
+
+
+def frame_choice(
+    classifier: ClassifierConfig, num_frames: int, rng: np.random.Generator | None = None
+) -> Choose:
+    """How the frames of a clip are chosen: drawn with rng, the middle without."""
+    if classifier.sampling == "dense":
+        return partial(dense_indices, num_frames=num_frames, stride=classifier.stride, rng=rng)
+    if classifier.sampling == "uniform":
+        return partial(uniform_indices, num_frames=num_frames, rng=rng)
+    short = "all" if classifier.sampling == "parts_v2" else "first"
+    return partial(part_indices, num_frames=num_frames, short=short, rng=rng)
+
+
+class LabelledClips(ClipDataset):
+    """Clips to train on: dataset[epoch, index] is a function of (seed, epoch, index) alone, and so
+    is what augments it.
+    """
+
+    def __init__(self, paths: VideoList | Sources, config: FinetuneConfig) -> None:
+        self.config, model = config, config.model
+        super().__init__(
+            paths,
+            config.data,
+            model.num_frames,
+            model.height,
+            model.width,
+            config.seed,
+            model.in_channels,
+            config.classifier.antialias,
+        )
+
+    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
+        return frame_choice(self.config.classifier, self.num_frames, rng)
+
+    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
+        augment, model = self.config.augment, self.config.model
+        if augment.where == "device":
+            return clip_THWC
+        return strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
+
+
+class ValidationClips(Dataset[Sample]):
+    """Clips to validate on: dataset[index] is the middle of a video, its central crop, nothing
+    drawn.
+
+    A video that cannot be decoded, and the index -1 that fills a batch up, give a black clip with
+    index -1: it does not count.
+    """
+
+    def __init__(self, paths: VideoList, config: FinetuneConfig) -> None:
+        plain = replace(
+            config,
+            data=replace(
+                config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
+            ),
+            augment=replace(config.augment, where="device"),  # which does not come to that
+        )
+        self.clips = LabelledClips(paths, plain)
+        self.choose = frame_choice(config.classifier, config.model.num_frames)
+
+    def __getitem__(self, index: int) -> Sample:
+        clips, failures = self.clips, list[Failure]()
+        if index >= 0:
+            try:
+                return clips.sample(clips.read(index, self.choose), 0, index, index)
+            except VideoDecodeError as error:
+                failures.append(Failure(*error.args))
+        black_THWC = torch.zeros(*clips.size[:3], clips.in_channels, dtype=clips.size.dtype)
+        return Sample((black_THWC,), torch.zeros(1, dtype=torch.int64), 0, -1, tuple(failures))
+
+
+def share_batches(num_videos: int, batch: int, rank: int, world_size: int) -> list[list[int]]:
+    """Batches of one rank that visit `num_videos` once over all ranks, equally many and equally
+    long on each: -1 fills them up.
+    """
+    turns = -(-num_videos // (batch * world_size))
+    index = np.arange(turns * world_size * batch).reshape(turns, world_size, batch)[:, rank]
+    return np.where(index < num_videos, index, -1).tolist()

@@ -6,9 +6,9 @@ pixels of the frames, h w of the crops, C channels, B = V x R.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,6 @@ CHUNK_BYTES = 2**28
 """What the steps of cutting some videos may take at once on the device, beside the frames and the
 crops themselves.
 """
-# bytes between the begins of videos are a multiple of it, so that their bytes can be read as any
-# type
-ALIGNMENT = 16
 
 
 class Crop(NamedTuple):
@@ -41,16 +38,10 @@ class CropSize(NamedTuple):
     sixteen_bit: bool
     antialias: bool = True
 
-
-class _Group(NamedTuple):
-    """Neighbours of one size and type: V videos from byte `begin` on, `stride` bytes from one to
-    the next.
-    """
-
-    begin: int
-    stride: int
-    shape_VFHWC: tuple[int, ...]
-    dtype: torch.dtype
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the clips."""
+        return torch.uint16 if self.sixteen_bit else torch.uint8
 
 
 def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -71,13 +62,13 @@ class UncutClips:
     be cut out of them.
 
     crop_VR5: (top, left, height, width, flip). order_V: where each video's clips stand in the
-    batch.
+    batch. groups: the type of neighbours, and their frames' shape (V, F, H, W, C).
     """
 
     bytes_N: torch.Tensor
     crop_VR5: torch.Tensor
     order_V: torch.Tensor
-    groups: tuple[_Group, ...]
+    groups: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
     size: CropSize
 
     @classmethod
@@ -87,158 +78,115 @@ class UncutClips:
         """Of each video its frames_FHWC, uint8 or uint16, and its R crops; a still, shown T times
         from the same memory, is taken once.
         """
-        frames = [
-            video[:1] if len(video) > 1 and video.stride(0) == 0 else video for video in frames
-        ]
+        frames = [video[:1] if video.stride(0) == 0 else video for video in frames]
 
         def kind(place: int) -> tuple[Any, ...]:
+            # uint16 comes first, so that it lies at even bytes
             return str(frames[place].dtype), *frames[place].shape
 
         order = sorted(range(len(frames)), key=kind)
-        groups: list[_Group] = []
-        begin = 0
+        groups: list[tuple[torch.dtype, tuple[int, ...]]] = []
         for _, members in groupby(order, kind):
-            places = list(members)
-            first = frames[places[0]]
-            stride = -(-first.nbytes // ALIGNMENT) * ALIGNMENT
-            groups.append(_Group(begin, stride, (len(places), *first.shape), first.dtype))
-            begin += stride * len(places)
+            first, *others = (frames[place] for place in members)
+            groups.append((first.dtype, (1 + len(others), *first.shape)))
         clips = cls(
-            for_trainer((begin,), torch.uint8),
+            for_trainer((sum(video.nbytes for video in frames),), torch.uint8),
             torch.tensor([[(*crop.box, crop.flip) for crop in crops[place]] for place in order]),
             torch.tensor(order),
             tuple(groups),
             size,
         )
-        rest = iter(order)
-        for group in groups:
-            for there_FHWC in clips._frames(group):
-                there_FHWC.copy_(frames[next(rest)])
+        there = chain.from_iterable(clips._frames(clips.bytes_N))
+        for place, there_FHWC in zip(order, there, strict=True):
+            there_FHWC.copy_(frames[place])
         return clips
+
+    def _frames(self, bytes_N: torch.Tensor) -> list[torch.Tensor]:
+        """The frames of each group, frames_VFHWC: views of the bytes."""
+        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self.groups]
+        return [
+            part_N.view(dtype).view(shape)
+            for part_N, (dtype, shape) in zip(bytes_N.split(sizes), self.groups, strict=True)
+        ]
 
     def pin_memory(self) -> "UncutClips":
         """The same in page-locked memory."""
-        return self._each("pin_memory")
-
-    def to(self, device: torch.device | str) -> "UncutClips":
-        """The same on a device, copied without waiting."""
-        return self._each("to", device, non_blocking=True)
-
-    def _each(self, method: str, *arguments: Any, **options: Any) -> "UncutClips":
         return replace(
             self,
-            **{
-                name: getattr(getattr(self, name), method)(*arguments, **options)
-                for name in ("bytes_N", "crop_VR5", "order_V")
-            },
+            bytes_N=self.bytes_N.pin_memory(),
+            crop_VR5=self.crop_VR5.pin_memory(),
+            order_V=self.order_V.pin_memory(),
         )
 
-    def cut(self) -> torch.Tensor:
-        """The clips clip_BTHWC, where the frames are: of each frame the box, resized bilinearly
-        with a triangle filter as wide as a pixel of the result (torchvision's antialias; without it
-        as a pixel of the frame), mirrored where asked.
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> torch.Tensor:
+        """The clips clip_BTHWC, cut on a device: of each frame the box, resized bilinearly with a
+        triangle filter as wide as a pixel of the result (torchvision's antialias; without it as a
+        pixel of the frame), mirrored where asked.
 
         Resizing is two products of matrices: with the weights of rows, then with those of columns.
         Within 1 level of `crop_clip`, which rounds uint8 between the two.
         """
-        size, channels, num = self.size, self.groups[0].shape_VFHWC[-1], self.crop_VR5.shape[1]
-        clip_VRTHWC = torch.empty(
-            len(self.order_V),
-            num,
-            size.num_frames,
-            size.height,
-            size.width,
-            channels,
-            device=self.bytes_N.device,
-            dtype=torch.uint16 if size.sixteen_bit else torch.uint8,
+        bytes_N, crop_VR5, order_V = (
+            tensor.to(device, non_blocking=non_blocking)
+            for tensor in (self.bytes_N, self.crop_VR5, self.order_V)
         )
+        size, num_crops = self.size, crop_VR5.shape[1]
+        shape = len(order_V), num_crops, *size[:3], self.groups[0][1][-1]
+        clip_VRTHWC = torch.empty(shape, dtype=size.dtype, device=device)
         # few operations know uint16
         bits = clip_VRTHWC.view(torch.int16) if size.sixteen_bit else clip_VRTHWC
-        first = 0
-        for group in self.groups:
-            frames_VFHWC = self._frames(group)
-            is_still = group.shape_VFHWC[1] == 1
-            for videos, times in _chunks(group, num, size, self.bytes_N.device):
-                here = slice(first + videos.start, first + videos.stop)
-                part = _resized(frames_VFHWC[videos, times], self.crop_VR5[here], size)
-                if is_still:
-                    part = part.expand(-1, -1, size.num_frames, -1, -1, -1)
-                shown = slice(None) if is_still else times
-                bits[:, :, shown].index_copy_(0, self.order_V[here], part.view(bits.dtype))
-            first += group.shape_VFHWC[0]
+        nums = [of_group[0] for _, of_group in self.groups]
+        for frames_VFHWC, some_crops, some_order in zip(
+            self._frames(bytes_N), crop_VR5.split(nums), order_V.split(nums), strict=True
+        ):
+            num_videos, num_frames = _at_once(frames_VFHWC, num_crops, size)
+            for videos in range(0, len(frames_VFHWC), num_videos):
+                here = slice(videos, videos + num_videos)
+                for first in range(0, frames_VFHWC.shape[1], num_frames):
+                    times = slice(first, first + num_frames)
+                    part = _resized(frames_VFHWC[here, times], some_crops[here], size)
+                    if frames_VFHWC.shape[1] == 1:  # a still
+                        times, part = slice(None), part.expand(-1, -1, size.num_frames, -1, -1, -1)
+                    bits[:, :, times].index_copy_(0, some_order[here], part.view(bits.dtype))
         return clip_VRTHWC.flatten(0, 1)
 
-    def _frames(self, group: _Group) -> torch.Tensor:
-        """The frames of a group, frames_VFHWC: a view."""
-        num, *shape = group.shape_VFHWC
-        bytes_VN = self.bytes_N[group.begin : group.begin + num * group.stride].view(
-            num, group.stride
-        )
-        num_bytes = torch.Size(shape).numel() * group.dtype.itemsize
-        return bytes_VN[:, :num_bytes].view(group.dtype).unflatten(1, shape)
 
-
-def _number(dtype: torch.dtype, size: CropSize, device: torch.device) -> torch.dtype:
+def _number(frames_VFHWC: torch.Tensor, size: CropSize) -> torch.dtype:
     """Of the products: float16 holds every uint8, and rounding weights and lines to it costs a
     fifth of a level; a CPU is slow with it.
     """
-    return (
-        torch.float16
-        if device.type == "cuda" and dtype == torch.uint8 and not size.sixteen_bit
-        else torch.float32
-    )
+    is_small = frames_VFHWC.dtype == torch.uint8 and not size.sixteen_bit
+    return torch.float16 if frames_VFHWC.is_cuda and is_small else torch.float32
 
 
-def _chunks(
-    group: _Group, num_crops: int, size: CropSize, device: torch.device
-) -> Iterator[tuple[slice, slice]]:
-    """Which videos and which of their frames are cut at once."""
-    num, num_frames, height, width, channels = group.shape_VFHWC
+def _at_once(frames_VFHWC: torch.Tensor, num_crops: int, size: CropSize) -> tuple[int, int]:
+    """How many videos, and how many of their frames, are cut at once."""
+    _, num_frames, height, width, channels = frames_VFHWC.shape
     pixels = height * width + num_crops * size.height * (width + 2 * size.width)
-    frame_bytes = pixels * channels * _number(group.dtype, size, device).itemsize
+    frame_bytes = pixels * channels * _number(frames_VFHWC, size).itemsize
     weight_bytes = 3 * 4 * num_crops * (size.height * height + size.width * width)
-    videos = max(CHUNK_BYTES // (num_frames * frame_bytes + weight_bytes), 1)
-    frames = (
-        num_frames
-        if videos > 1
-        else min(max((CHUNK_BYTES - weight_bytes) // frame_bytes, 1), num_frames)
-    )
-    for video in range(0, num, videos):
-        for frame in range(0, num_frames, frames):
-            yield (
-                slice(video, min(video + videos, num)),
-                slice(frame, min(frame + frames, num_frames)),
-            )
+    videos = CHUNK_BYTES // (num_frames * frame_bytes + weight_bytes)
+    frames = (CHUNK_BYTES - weight_bytes) // frame_bytes
+    return max(videos, 1), max(frames, 1)
 
 
 def _resized(frames_VFHWC: torch.Tensor, crop_VR5: torch.Tensor, size: CropSize) -> torch.Tensor:
     """All crops of some videos of one size: clip_VRFhwC, of the type that the batch has."""
     (num, frames, height, width, channels), num_crops = frames_VFHWC.shape, crop_VR5.shape[1]
-    number = _number(frames_VFHWC.dtype, size, frames_VFHWC.device)
+    number = _number(frames_VFHWC, size)
     top_B, left_B, rows_B, columns_B, flip_B = crop_VR5.flatten(0, 1).unbind(1)
     row_BhH = _weights(top_B, rows_B, size.height, height, antialias=size.antialias)
     column_BwW = _weights(left_B, columns_B, size.width, width, antialias=size.antialias)
     column_BwW = torch.where(flip_B[:, None, None] > 0, column_BwW.flip(1), column_BwW)
-    frame_VHN = (
-        frames_VFHWC.permute(0, 2, 1, 4, 3)
-        .to(number, memory_format=torch.contiguous_format)
-        .view(num, height, -1)
-    )
-    lines_BNW = (row_BhH.to(number).view(num, -1, height) @ frame_VHN).view(
-        num * num_crops, -1, width
-    )
-    pixel_BNw = lines_BNW @ column_BwW.to(number).mT
+    frame_VHFCW = frames_VFHWC.permute(0, 2, 1, 4, 3)
+    frame_VHN = frame_VHFCW.to(number, memory_format=torch.contiguous_format).flatten(2)
+    line_VNN = row_BhH.to(number).view(num, -1, height) @ frame_VHN
+    pixel_BNw = line_VNN.view(num * num_crops, -1, width) @ column_BwW.to(number).mT
     if size.sixteen_bit and frames_VFHWC.dtype == torch.uint8:
         pixel_BNw = pixel_BNw.round_().clamp_(0, 255).mul_(257)  # 65535 / 255
-    white = torch.iinfo(torch.uint16 if size.sixteen_bit else torch.uint8).max
-    pixel_VRhFCw = (
-        pixel_BNw.round_()
-        .clamp_(0, white)
-        .view(num, num_crops, size.height, frames, channels, size.width)
-    )
-    return pixel_VRhFCw.permute(0, 1, 3, 2, 5, 4).to(
-        torch.uint16 if size.sixteen_bit else torch.uint8
-    )
+    pixel_BNw = pixel_BNw.round_().clamp_(0, torch.iinfo(size.dtype).max)
+    pixel_VRhFCw = pixel_BNw.view(num, num_crops, size.height, frames, channels, size.width)
+    return pixel_VRhFCw.permute(0, 1, 3, 2, 5, 4).to(size.dtype)
 
 
 def _weights(

@@ -1,19 +1,24 @@
 """List files: what a line says in each format, in which encodings, and how one is written."""
 
 import csv
+import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from video_mae.config.data import ListFormat
-from video_mae.files import is_utf16, one_line, open_text
+from video_mae.decoding.containers import is_regular
+from video_mae.files import is_utf16, one_line, open_text, unicode_text
 
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""
 NO_INTEGER = "the label `{}` is not an integer, number the classes from 0"
 NO_FRAMES = "folders of frames are not read, make a video of each"
+WRITTEN = {"start_frames": "PATH 0 -1", "frames_label": "PATH FRAMES LABEL"}
+"""Lines with two numbers behind the path: VideoMAE V2's for pretraining, and mmaction2's."""
 PATH_COLUMNS = (
     "path",
     "video_path",
@@ -51,159 +56,137 @@ _VALUE = re.compile(r"[-+.\d]+|.*/.*")  # no name of a column
 
 
 class Line(NamedTuple):
-    """A line that is not blank: its number from 1 on, its path as written, its label (-1: none),
-    what is wrong with it ("": nothing).
+    """A file that a list or a folder names: its line from 1 on (0: no list), its path and label
+    (-1: none), and what is wrong with it ("": nothing).
     """
 
     number: int
     path: str
-    label: int
+    label: int = -1
     mistake: str = ""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a list is read: what makes a path and a label of a line, or raises ValueError; whether
-    the first line is none; what is told.
-    """
+def read_list(
+    source: Path, list_format: ListFormat = "label", folder: str = ""
+) -> tuple[Iterator[Line], tuple[str, ...]]:
+    """The lines of a list file that are not blank, their paths joined to `folder`; and what is to
+    be told about its format. A line that cannot be read is a mistake, not an error.
 
-    split: Callable[[str], tuple[str, int]]
-    has_header: bool = False
-    note: str = ""
-
-
-def read_lines(source: Path, layout: Layout | None = None) -> Iterator[Line]:
-    """The lines of a list file, by default `PATH LABEL`, `PATH,LABEL` or `PATH`; one that cannot be
-    read is a mistake, not an error.
-
-    The last word is the label where it is an integer; blanks, tabs and a comma separate it. A path
-    may contain all of them; one that itself ends like a label, or begins with a quote, stands in
-    double quotes (a quote inside is written twice), and so may its label. There are no comments:
-    names of files begin with # as well. Text is UTF-8, or UTF-16 with its mark; lines end in any
-    system's way.
-    """
-    layout = layout or Layout(split_line)
-    texts = _text_lines(source)
-    if layout.has_header:
-        next(texts)
-    for number, text, mistake in texts:
-        if mistake:
-            yield Line(number, "", -1, mistake)
-            continue
-        try:
-            path, label = layout.split(text)
-        except ValueError as error:
-            yield Line(number, "", -1, str(error))
-        else:
-            yield Line(number, path, label)
-
-
-def find_layout(source: Path, list_format: ListFormat, is_file: Callable[[str], bool]) -> Layout:
-    """The layout that a list is said to have, or, for auto, the one that its first line shows for
-    certain. is_file: of a path as written.
-
+    By default a line is `PATH LABEL`, `PATH,LABEL` or `PATH`: the last word is the label where it
+    is an integer; blanks, tabs and a comma separate it. A path may contain all of them; one that
+    itself ends like a label, or begins with a quote, stands in double quotes (a quote inside is
+    written twice), and so may its label. There are no comments: names of files begin with # as
+    well. Text is UTF-8, or UTF-16 with its mark; lines end in any system's way. With `auto` the
+    format is what the first line shows for certain.
     Raises: ValueError where the first line should name columns, and names none of paths.
     """
-    if list_format in _SPLITS:
-        return Layout(_SPLITS[list_format])
-    number, first, mistake = next(_text_lines(source), (1, "", ""))
-    if list_format == "auto" and (not first or mistake or is_file(split_line(first)[0])):
-        return Layout(split_line)
-    if list_format == "auto" and _numbers_behind(first)[1] == [0, -1]:
-        return Layout(
-            _split_start_frames,
-            note=f"{source}: lines are `PATH 0 -1`, as VideoMAE V2 has them: whole videos without labels "
-            "(data.list_format=start_frames)",
-        )
-    separator = next((letter for letter in ",\t;|" if letter in first), " ")
-    columns = [name.lower() for name in _columns(first, separator)]
-    if list_format == "auto" and not _are_names(columns, separator):
-        return Layout(split_line)
-    path = next((name for name in PATH_COLUMNS if name in columns), None)
-    if path is None:
-        raise ValueError(
-            f"{source}:{number}: names no column of paths; call it `path`, or set another data.list_format"
-        )
-    return _table(source, columns, separator, path)
+    texts = _texts(source)
+    first = next(texts, None)
+    if first is None:
+        return iter(()), ()
+    number, text, mistake = first
+    notes = ()
+    if list_format == "auto":
+        list_format = "label" if mistake else _format_of(text, folder)
+        if list_format == "start_frames":
+            notes = (
+                f"{source}: lines are `PATH 0 -1`, as VideoMAE V2 has them: whole videos without "
+                "labels (data.list_format=start_frames)",
+            )
+    if list_format == "header":
+        split, note = _header(source, number, text)
+        return _read(texts, split, folder), (note,)
+    split = partial(split_line, list_format=list_format)
+    return _read(chain([first], texts), split, folder), notes
 
 
-def _text_lines(source: Path) -> Iterator[tuple[int, str, str]]:
+def _read(
+    texts: Iterable[tuple[int, str, str]], split: Callable[[str], tuple[str, int]], folder: str
+) -> Iterator[Line]:
+    for number, text, mistake in texts:
+        path, label = "", -1
+        if not mistake:
+            try:
+                path, label = split(text)
+            except ValueError as error:
+                mistake = str(error)
+        yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
+
+
+def _texts(source: Path) -> Iterator[tuple[int, str, str]]:
     """(number, text without its end, mistake) of each line that is not blank."""
     utf16 = is_utf16(source)
     with open_text(source) as file:
-        for number, text in enumerate(_pieces(file), start=1):
+        for number, text in enumerate(iter(partial(file.readline, MAX_LINE), ""), start=1):
+            # of a line that is too long its beginning: a file of gigabytes may have no other
+            rest = text
+            while len(rest) == MAX_LINE and not rest.endswith("\n"):
+                rest = file.readline(MAX_LINE)
             if not text.isspace():
                 yield number, text.rstrip("\r\n"), _mistake(text, utf16)
 
 
-def _pieces(file: TextIO) -> Iterator[str]:
-    """Lines; of one that is too long its beginning: a file of gigabytes may have none at all."""
-    while text := file.readline(MAX_LINE):
-        rest = text
-        while len(rest) == MAX_LINE and not rest.endswith("\n"):
-            rest = file.readline(MAX_LINE)
-        yield text
-
-
 def _mistake(text: str, utf16: bool) -> str:
     if len(text) == MAX_LINE:
-        return f"the line is longer than {MAX_LINE} characters, is this a list with lines `PATH LABEL`?"
+        return (
+            f"the line is longer than {MAX_LINE} characters, is this a list with lines "
+            "`PATH LABEL`?"
+        )
     if "\0" in text:
         return "the line holds a NUL byte, is this a list? Save it as UTF-8 text"
-    if not text.isascii() and (
-        "\ufffd" in text if utf16 else any("\ud800" <= letter <= "\udfff" for letter in text)
-    ):
+    if text.isascii():
+        return ""
+    if "\ufffd" in text if utf16 else unicode_text(text) != text:
         return (
-            f"the line `{one_line(text.strip()[:100])}` is not {'UTF-16' if utf16 else 'UTF-8'}, save the list as UTF-8 text; where a "
-            "file itself is named so, rename it"
+            f"the line `{one_line(text.strip()[:100])}` is not {'UTF-16' if utf16 else 'UTF-8'}, "
+            "save the list as UTF-8 text; where a file itself is named so, rename it"
         )
     return ""
 
 
-def split_line(line: str) -> tuple[str, int]:
-    """(path, label) of a line `PATH LABEL` or `PATH`; -1 is no label."""
-    path, label = _split_number(line.strip())
-    return _unquoted(path), -1 if label is None else label
+def _format_of(first: str, folder: str) -> ListFormat:
+    """The format that a first line shows for certain."""
+    if is_regular(folder + split_line(first)[0]):
+        return "label"
+    if _numbers_behind(first)[1:] == (0, -1):
+        return "start_frames"
+    separator, columns = _columns_of(first)
+    known = {*PATH_COLUMNS, *LABEL_COLUMNS}
+    if separator == " ":  # which paths hold as well
+        is_header = known.issuperset(columns)
+    else:
+        is_header = not known.isdisjoint(columns) and not any(map(_VALUE.fullmatch, columns))
+    return "header" if is_header else "label"
 
 
-def _split_start_frames(line: str) -> tuple[str, int]:
-    """A line of VideoMAE V2's pretraining: `PATH 0 -1` is a whole video; other numbers are frames
-    of a folder.
+def split_line(line: str, list_format: ListFormat = "label") -> tuple[str, int]:
+    """(path, label) of a line; -1 is no label. Of the number of frames there is no need.
+
+    Raises: ValueError for a line that does not have the two numbers of its format.
     """
-    path, numbers = _numbers_behind(line)
-    if len(numbers) < 2:
+    if list_format == "label":
+        path, label = _split_number(line.strip())
+        return _unquoted(path), -1 if label is None else label
+    path, first, last = _numbers_behind(line)
+    if first is None or last is None:
         raise ValueError(
-            "has no two numbers behind its path; data.list_format=start_frames reads lines `PATH 0 -1`"
+            f"has no two numbers behind its path; data.list_format={list_format} reads lines "
+            f"`{WRITTEN[list_format]}`"
         )
-    if numbers != [0, -1]:
+    if list_format == "frames_label":
+        return path, last
+    if (first, last) != (0, -1):
         raise ValueError(
-            f"names frames `{numbers[0]} {numbers[1]}` of {path}, and not all of a video, `0 -1`; {NO_FRAMES}"
+            f"names frames `{first} {last}` of {path}, and not all of a video, `0 -1`; {NO_FRAMES}"
         )
     return path, -1
 
 
-def _split_frames_label(line: str) -> tuple[str, int]:
-    """A line `PATH FRAMES LABEL` of mmaction2 or VideoMAE V2; the number of frames is not needed."""
-    path, numbers = _numbers_behind(line)
-    if len(numbers) < 2:
-        raise ValueError(
-            "has no two numbers behind its path; data.list_format=frames_label reads lines `PATH FRAMES LABEL`"
-        )
-    return path, numbers[1]
-
-
-_SPLITS = {
-    "label": split_line,
-    "start_frames": _split_start_frames,
-    "frames_label": _split_frames_label,
-}
-
-
-def _numbers_behind(line: str) -> tuple[str, list[int]]:
-    """The path of a line and its last two numbers, or those that there are."""
+def _numbers_behind(line: str) -> tuple[str, int | None, int | None]:
+    """The path of a line, and the last two numbers behind it."""
     before, last = _split_number(line.strip())
     path, first = _split_number(before)
-    return _unquoted(path), [number for number in (first, last) if number is not None]
+    return _unquoted(path), first, last
 
 
 def _split_number(line: str) -> tuple[str, int | None]:
@@ -224,30 +207,30 @@ def _unquoted(path: str) -> str:
     return quoted[1].replace('""', '"') if quoted else path
 
 
-def _are_names(columns: list[str], separator: str) -> bool:
-    """Whether a first line can be nothing but names of columns."""
-    known = {*PATH_COLUMNS, *LABEL_COLUMNS}
-    if separator == " ":  # which paths hold as well
-        return known.issuperset(columns)
-    return not known.isdisjoint(columns) and not any(_VALUE.fullmatch(name) for name in columns)
-
-
-def _table(source: Path, columns: list[str], separator: str, path: str) -> Layout:
-    """The layout of a list whose first line names these columns, that of its paths `path`."""
-    label = next((name for name in LABEL_COLUMNS if name in columns), None)
-    note = f"{source}: its first line names columns: paths are those of `{path}`, " + (
-        f"labels those of `{label}`" if label else "there are no labels"
+def _header(source: Path, number: int, first: str) -> tuple[Callable[[str], tuple[str, int]], str]:
+    """What reads the lines below a first one that names columns, and what is told about them."""
+    separator, columns = _columns_of(first)
+    path, label = (
+        next((name for name in names if name in columns), None)
+        for names in (PATH_COLUMNS, LABEL_COLUMNS)
     )
+    if path is None:
+        raise ValueError(
+            f"{source}:{number}: names no column of paths; call it `path`, or set another "
+            "data.list_format"
+        )
+    labels = f"labels those of `{label}`" if label else "there are no labels"
+    note = f"{source}: its first line names columns: paths are those of `{path}`, {labels}"
     # then paths may hold what separates columns
     if separator in ", \t" and columns in ([path], [path, label]):
-        return Layout(split_line, has_header=True, note=note)
+        return split_line, note
 
     def split(line: str) -> tuple[str, int]:
         values = _columns(line, separator)
         if len(values) != len(columns):
             raise ValueError(
-                f"has {len(values)} columns, the first line names {len(columns)}; what holds a `{separator}` stands in double "
-                "quotes"
+                f"has {len(values)} columns, the first line names {len(columns)}; what holds a "
+                f"`{separator}` stands in double quotes"
             )
         row = dict(zip(columns, values, strict=True))
         text = row[label] if label else ""
@@ -257,14 +240,18 @@ def _table(source: Path, columns: list[str], separator: str, path: str) -> Layou
             raise ValueError(NO_INTEGER.format(text))
         return row[path], int(text or -1)
 
-    return Layout(split, has_header=True, note=note)
+    return split, note
+
+
+def _columns_of(first: str) -> tuple[str, list[str]]:
+    """What separates the columns of a first line, and their names."""
+    separator = next((letter for letter in ",\t;|" if letter in first), " ")
+    return separator, [name.lower() for name in _columns(first, separator)]
 
 
 def _columns(line: str, separator: str) -> list[str]:
-    return [
-        value.strip()
-        for value in next(csv.reader([line], delimiter=separator, skipinitialspace=True))
-    ]
+    (values,) = csv.reader([line], delimiter=separator, skipinitialspace=True)
+    return [value.strip() for value in values]
 
 
 def format_line(path: str, label: int) -> str:

@@ -1,18 +1,21 @@
 """The loader: worker processes that decode, survive the signals that the trainer handles, die with
-it, and are replaced when they die.
+it, and are replaced when they die; and what brings their batches to the device before they are
+wanted.
 """
 
 import os
+import queue
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
@@ -21,6 +24,7 @@ from video_mae.decoding.process import end_with
 
 DYING_SECONDS = 0.5  # from the end of a process's connections to its own
 MAX_RESTARTS = 10
+AHEAD = 1  # batches on the device beside the one in use: a copy takes less time than a step
 _DEATH = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed)")
 
 Item = TypeVar("Item")
@@ -28,24 +32,24 @@ Item = TypeVar("Item")
 
 def make_loader(
     dataset: Dataset[Sample],
-    sampler: Sampler[Any],
+    batches: Iterable[Any],
     data: DataConfig,
     say: Callable[[str], None] = print,
 ) -> "Loader[Batch]":
-    """Batches of the sampler's micro-batches, in its order, the same for any number of workers and
-    threads.
+    """The micro-batches whose keys `batches` gives, in their order, the same for any number of
+    workers and threads.
     """
     workers = plan_workers(data.num_workers, data.decoder_threads).num
 
     def make(delivered: int) -> "DataLoader[Any]":
         return DataLoader(
             dataset,
-            batch_sampler=_Rest(sampler, delivered),
+            batch_sampler=islice(batches, delivered, None),
             collate_fn=collate,
             **worker_options(workers, data.prefetch_batches),
         )
 
-    return Loader(make, len(sampler), say)  # pyright: ignore[reportArgumentType]  (a Sampler of batches has a length)
+    return Loader(make, say)
 
 
 def worker_options(workers: int, prefetch_batches: int = 2) -> dict[str, Any]:
@@ -73,62 +77,49 @@ class Loader(Generic[Item]):
     """
 
     def __init__(
-        self,
-        make: "Callable[[int], DataLoader[Any]]",
-        length: int,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.make, self.length, self.say = make, length, say
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Item]:
-        return _Items(self.make, self.say)
-
-
-class _Items(Iterator[Item]):
-    """The workers are started here, by the thread that makes it, not when the first item is asked
-    for.
-    """
-
-    def __init__(
-        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None]
+        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = print
     ) -> None:
         self.make, self.say = make, say
-        self.delivered = self.restarts = 0
-        self.items: Iterator[Item] = self._start()
 
-    def __next__(self) -> Item:
+    def __iter__(self) -> Iterator[Item]:
+        # the workers are started here, by this thread, not when the first item is asked for
+        return self._items(self._start(0))
+
+    def _items(self, items: Iterator[Item]) -> Iterator[Item]:
+        delivered = restarts = 0
         while True:
             try:
-                item = next(self.items)
+                item = next(items)
+            except StopIteration:
+                return
             except (RuntimeError, OSError, EOFError) as error:
-                death = _death(error, self.items)
+                death = _death(error, items)
                 if not death:
                     raise
             else:
-                self.delivered += 1
-                return item
-            self.restarts += 1
-            if self.restarts > MAX_RESTARTS:
+                delivered += 1
+                yield item
+                continue
+            restarts += 1
+            if restarts > MAX_RESTARTS:
                 raise RuntimeError(
-                    f"{death}, for the last of {self.restarts} times: is there enough memory? Lower data.num_workers, "
-                    "data.prefetch_batches or optim.micro_batch"
+                    f"{death}, for the last of {restarts} times: is there enough memory? Lower "
+                    "data.num_workers, data.prefetch_batches or optim.micro_batch"
                 )
             self.say(
-                f"{death}: all are started anew, no batch is lost ({self.restarts} of at most {MAX_RESTARTS} times)"
+                f"{death}: all are started anew, no batch is lost ({restarts} of at most "
+                f"{MAX_RESTARTS} times)"
             )
-            self.items = iter(())  # ends what is left of them first
-            self.items = self._start()
+            items = iter(())  # ends what is left of them first
+            items = self._start(delivered)
 
-    def _start(self) -> Iterator[Item]:
+    def _start(self, delivered: int) -> Iterator[Item]:
         if threading.current_thread() is not threading.main_thread():
-            return iter(self.make(self.delivered))
+            return iter(self.make(delivered))
         # DataLoader would have SIGCHLD raise its error wherever the training happens to be; it also
         # looks itself while it waits.
         handler = signal.getsignal(signal.SIGCHLD)
-        items = iter(self.make(self.delivered))
+        items = iter(self.make(delivered))
         signal.signal(signal.SIGCHLD, handler)
         return items
 
@@ -136,11 +127,9 @@ class _Items(Iterator[Item]):
 def _death(error: Exception, items: Any) -> str:
     """What is told where an error means that a worker died; nothing where it is another error."""
     if isinstance(error, RuntimeError):
-        return (
-            str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0]
-            if _DEATH.match(str(error))
-            else ""
-        )
+        if not _DEATH.match(str(error)):
+            return ""
+        return str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0]
     # The memory of a batch is handed over by the worker that made it: one that dies meanwhile is
     # seen as a broken connection.
     for worker in getattr(items, "_workers", ()):
@@ -148,16 +137,6 @@ def _death(error: Exception, items: Any) -> str:
         if not worker.is_alive():
             return f"a decoding worker (pid {worker.pid}) ended while it handed over a batch"
     return ""
-
-
-class _Rest(Sampler[Any]):
-    """What a sampler gives after its first items."""
-
-    def __init__(self, items: Iterable[Any], skipped: int) -> None:
-        self.items, self.skipped = items, skipped
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(self.items, self.skipped, None)
 
 
 def _start_worker(trainer: int, _: int) -> None:
@@ -179,3 +158,76 @@ def _leave_with_trainer() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+class DevicePrefetcher(Iterator[Batch]):
+    """The batches of a loader on a device, in their order, their costs with that of copying.
+
+    On a GPU a thread takes them from the loader, pins them, and copies (and cuts) them on a stream
+    of its own, one ahead of the step; the stream that is current where a batch is taken waits for
+    its copy, on the device. On a CPU batches are only handed through. What the loader raises is
+    raised here. `close` ends the thread; a loader that is not exhausted is given up.
+    """
+
+    def __init__(self, batches: Iterable[Batch], device: torch.device) -> None:
+        # workers are started by this thread, whose end is theirs
+        self.device, self._batches = device, iter(batches)
+        self._thread: threading.Thread | None = None
+        if device.type == "cuda":
+            self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            self._room = threading.Semaphore(AHEAD)
+            self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+            self._thread = threading.Thread(target=self._copy_all, name="prefetch", daemon=True)
+            self._thread.start()
+
+    def __next__(self) -> Batch:
+        if self._thread is None:
+            batch = next(self._batches)
+            begin = time.perf_counter()
+            batch = batch.to(self.device)
+            batch.costs = batch.costs._replace(copying=time.perf_counter() - begin)
+            return batch
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            self._ready.put(found)  # for whoever asks again
+            raise found
+        batch, begin, end = found
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(end)
+        for tensor in batch.on_device:
+            # its memory belongs to the other stream, which must not use it again before this one is
+            # done
+            tensor.record_stream(stream)
+        self._room.release()
+        self._copies.append((begin, end))
+        # of the batches before, whose copies are done; they end in their order
+        done = [copy for copy in self._copies if copy[1].query()]
+        self._copies = self._copies[len(done) :]
+        copied = sum(begin.elapsed_time(end) for begin, end in done) / 1e3
+        batch.costs = batch.costs._replace(copying=batch.costs.copying + copied)
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread; nothing more is copied."""
+        if self._thread is not None:
+            self._batches = iter(())
+            self._room.release()
+            self._thread.join(timeout=5)  # it may wait for a batch; it is a daemon
+
+    def _copy_all(self) -> None:
+        try:
+            torch.cuda.set_device(self.device)
+            with torch.cuda.stream(torch.cuda.Stream(self.device)):
+                while True:
+                    self._room.acquire()
+                    batch = next(self._batches)
+                    began = time.perf_counter()
+                    batch = batch.pin_memory()
+                    batch.costs = batch.costs._replace(copying=time.perf_counter() - began)
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    batch = batch.to(self.device)
+                    end.record()
+                    self._ready.put((batch, begin, end))
+        except BaseException as error:  # StopIteration as well: raised where the batches are taken
+            self._ready.put(error)

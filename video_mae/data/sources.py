@@ -3,15 +3,16 @@
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
-from video_mae.data.annotations import read_annotations
-from video_mae.data.sampling import EpochStream, Key, ShardStream, block_order
-from video_mae.data.shards import PackedVideos
-from video_mae.data.videos import VideoList
+from video_mae.data.sampling import Key, ShardStream, sample_rng
+from video_mae.data.shards import Members
+from video_mae.data.videos import VideoList, read_annotations
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode, is_video
 
 BLOCK = 1000
@@ -31,14 +32,6 @@ class Source:
     videos: VideoList
     first: int
 
-    def stream(self, seed: int, number: int | None = None) -> EpochStream | ShardStream:
-        """Its videos, epoch after epoch, in orders of its own; number: which of several sources it
-        is.
-        """
-        if isinstance(self.videos, PackedVideos):
-            return ShardStream(self.videos.shard_sizes(), self.config.shuffle_window, seed, number)
-        return EpochStream(len(self.videos), seed, number)
-
 
 class Sources:
     """The videos of all sources as one list: sources[index] is (place, {"label": label}), as in
@@ -46,12 +39,13 @@ class Sources:
     """
 
     def __init__(self, parts: Sequence[tuple[str, SourceConfig, VideoList]]) -> None:
-        self.parts: list[Source] = []
+        self.parts, self._num_videos = list[Source](), 0
         for key, config, videos in parts:
-            self.parts.append(Source(key, config, videos, len(self)))
+            self.parts.append(Source(key, config, videos, self._num_videos))
+            self._num_videos += len(videos)
 
     def __len__(self) -> int:
-        return self.parts[-1].first + len(self.parts[-1].videos) if self.parts else 0
+        return self._num_videos
 
     def __getitem__(self, index: int) -> tuple[Place, dict[str, int]]:
         source = self.at(index)
@@ -67,7 +61,9 @@ class Sources:
         return self.parts[bisect(self.parts, index, key=lambda source: source.first) - 1]
 
     def quotas(self) -> list[int]:
-        """Samples of each source in a BLOCK. Raises: ValueError for a source that would have none."""
+        """Samples of each source in a BLOCK. Raises: ValueError for a source that would have
+        none.
+        """
         weights = np.array(
             [getattr(source.config, "weight", None) or len(source.videos) for source in self.parts],
             dtype=np.float64,
@@ -78,7 +74,8 @@ class Sources:
         for source, quota in zip(self.parts, quotas, strict=True):
             if quota == 0:
                 raise ValueError(
-                    f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or leave the source out"
+                    f"{source.key}.weight: gives it less than 1 of {BLOCK} samples, raise it, or "
+                    "leave the source out"
                 )
         return quotas.tolist()
 
@@ -89,9 +86,32 @@ class Sources:
         In every BLOCK of positions a source has its share, rounded, at drawn places; which of its
         videos come there are its own epochs, one after another.
         """
-        if len(self.parts) == 1:
-            return self.parts[0].stream(seed).key_at
-        return _Mixture(self, seed).key_at
+        is_mixed, streams = len(self.parts) > 1, list[ShardStream]()
+        for number, source in enumerate(self.parts):
+            paths, window = source.videos.paths, source.config.shuffle_window
+            sizes = paths.shard_sizes() if isinstance(paths, Members) else [len(source.videos)]
+            streams.append(ShardStream(sizes, window, seed, number if is_mixed else None))
+        if not is_mixed:
+            return streams[0].key_at
+        quotas = self.quotas()
+
+        @lru_cache(maxsize=1)
+        def drawn(block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+            """Of each place in a block its source, and how many of that have come before it."""
+            rng, turn = sample_rng(seed, block), np.empty(BLOCK, dtype=np.int64)
+            order = rng.permutation(np.repeat(np.arange(len(quotas)), quotas))
+            for number, quota in enumerate(quotas):
+                turn[order == number] = np.arange(quota)
+            return order, turn
+
+        def key_at(position: int) -> Key:
+            block, place = divmod(position, BLOCK)
+            order, turn = drawn(block)
+            number = int(order[place])
+            epoch, index = streams[number].key_at(block * quotas[number] + int(turn[place]))
+            return epoch, self.parts[number].first + index
+
+        return key_at
 
     def describe(self) -> str:
         """One line about several sources; of one it is empty."""
@@ -111,7 +131,10 @@ def read_sources(data: DataConfig, in_channels: int) -> Sources:
     that is too small.
     """
     sources = Sources(
-        [(key, config, read_annotations(config, key)) for key, config in data.by_name.items()]
+        [
+            (key, config, read_annotations(config, f"{key}.source"))
+            for key, config in data.by_name.items()
+        ]
     )
     for source in sources.parts:
         _check_first(source, data, in_channels)
@@ -130,43 +153,18 @@ def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
             if (len(config.channels) or 3) == in_channels:
                 return
             raise ValueError(
-                f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is {in_channels}; change it, or "
-                f"choose {in_channels} with {source.key}.channels"
+                f"{source.key}.source: {path} is a video of 3 channels, model.in_channels is "
+                f"{in_channels}; change it, or choose {in_channels} with {source.key}.channels"
             )
         try:
             decode(
                 path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config)
             )
+            return
         except VideoDecodeError as error:
             mistakes.append(error)
-        else:
-            return
     first, reason = mistakes[0], mistakes[0].reason.replace("data.", f"{source.key}.")
     raise ValueError(
-        f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: {first.decoder}: {reason}"
+        f"{source.key}.source: no file can be used of the first {len(mistakes)}: {first.path}: "
+        f"{first.decoder}: {reason}"
     )
-
-
-class _Mixture:
-    def __init__(self, sources: Sources, seed: int) -> None:
-        self.seed, self.quotas = seed, sources.quotas()
-        self.firsts = [source.first for source in sources.parts]
-        self.streams = [source.stream(seed, number) for number, source in enumerate(sources.parts)]
-        self._block, self._order, self._turn = (
-            -1,
-            np.empty(0, dtype=np.int64),
-            np.empty(0, dtype=np.int64),
-        )
-
-    def key_at(self, position: int) -> Key:
-        block, place = divmod(position, BLOCK)
-        if block != self._block:
-            self._block, self._order = block, block_order(self.seed, block, self.quotas)
-            self._turn = np.empty(BLOCK, dtype=np.int64)
-            for source, quota in enumerate(self.quotas):
-                self._turn[self._order == source] = np.arange(quota)
-        source = int(self._order[place])
-        epoch, index = self.streams[source].key_at(
-            block * self.quotas[source] + int(self._turn[place])
-        )
-        return epoch, self.firsts[source] + index

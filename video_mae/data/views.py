@@ -18,9 +18,6 @@ from video_mae.data.dataset import Failure
 from video_mae.data.loader import Loader, worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, decode
 
-Corner = tuple[int, int]
-"""(top, left) in pixels."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
@@ -51,15 +48,13 @@ class Views:
         clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling != "dense":
-            parts, first_S1 = (
-                (self.num_clips, clips_S1) if self.num_clips > 1 else (2, clips_S1 + 1)
-            )
-            return (places_T * parts + first_S1) * num_video_frames // (self.num_frames * parts)
+            parts = self.num_clips
+            if parts == 1:
+                parts, clips_S1 = 2, clips_S1 + 1
+            return (places_T * parts + clips_S1) * num_video_frames // (self.num_frames * parts)
         num_strided = -(-num_video_frames // self.stride)
-        return self.stride * np.minimum(
-            _spread(max(num_strided - self.num_frames, 0), self.num_clips)[:, None] + places_T,
-            num_strided - 1,
-        )
+        starts_S = _spread(max(num_strided - self.num_frames, 0), self.num_clips)
+        return self.stride * np.minimum(starts_S[:, None] + places_T, num_strided - 1)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size (height, width) that a frame is brought to: the smallest that covers the
@@ -69,15 +64,13 @@ class Views:
             return self.height, max(width * self.height // height, self.width)
         return max(height * self.width // width, self.height), self.width
 
-    def corners(self, height: int, width: int) -> tuple[Corner, ...]:
-        """Where the crops of a resized frame start: int(crop * free / (crops - 1)) along the longer
-        side, the middle where it is one.
+    def corners(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """Where the crops of a resized frame start, (top, left): int(crop * free / (crops - 1))
+        along the longer side, the middle where it is one.
         """
-        tops, lefts = (
-            _spread(height - self.height, self.num_crops),
-            _spread(width - self.width, self.num_crops),
-        )
-        return tuple((int(top), int(left)) for top, left in zip(tops, lefts, strict=True))
+        tops = _spread(height - self.height, self.num_crops).tolist()
+        lefts = _spread(width - self.width, self.num_crops).tolist()
+        return tuple(zip(tops, lefts, strict=True))
 
     def read(self, path: Place) -> "VideoViews":
         """Opens a video once and keeps the frames that some view needs, resized. Raises:
@@ -98,21 +91,14 @@ class Views:
         resized_FHWC = crop_clip(
             frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias
         )
-        return VideoViews(
-            resized_FHWC,
-            torch.from_numpy(places_ST),
-            self.corners(*size),
-            (self.height, self.width),
-        )
+        return VideoViews(resized_FHWC, torch.from_numpy(places_ST), self)
 
 
 def _spread(free: int, num: int) -> NDArray[np.int64]:
     """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
-    return (
-        np.arange(num, dtype=np.int64) * free // (num - 1)
-        if num > 1
-        else np.array([free // 2], dtype=np.int64)
-    )
+    if num == 1:
+        return np.array([free // 2])
+    return np.arange(num, dtype=np.int64) * free // (num - 1)
 
 
 @dataclass(frozen=True)
@@ -123,8 +109,7 @@ class VideoViews:
 
     frames_FHWC: torch.Tensor
     places_ST: torch.Tensor
-    corners: tuple[Corner, ...]
-    size: tuple[int, int]
+    views: Views
 
     def to(self, device: torch.device) -> "VideoViews":
         """The frames on a device; the views are cut there."""
@@ -136,10 +121,10 @@ class VideoViews:
 
     def clips(self) -> torch.Tensor:
         """All views, uint8 clip_VTHWC: the crops of a clip follow one another."""
-        height, width = self.size
+        height, width = self.views.height, self.views.width
         crops = [
             self.frames_FHWC[:, top : top + height, left : left + width][self.places_ST]
-            for top, left in self.corners
+            for top, left in self.views.corners(*self.frames_FHWC.shape[1:3])
         ]
         return torch.stack(crops, dim=1).flatten(0, 1)
 
@@ -153,11 +138,12 @@ class ViewedVideo:
     failure: Failure | None
 
 
+@dataclass(frozen=True)
 class ViewDataset(Dataset[ViewedVideo]):
     """dataset[index]: the views of a video; one that cannot be decoded is told, not replaced."""
 
-    def __init__(self, paths: Sequence[Place], views: Views) -> None:
-        self.paths, self.views = paths, views
+    paths: Sequence[Place]
+    views: Views
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -166,7 +152,7 @@ class ViewDataset(Dataset[ViewedVideo]):
         try:
             return ViewedVideo(index, self.views.read(self.paths[index]), None)
         except VideoDecodeError as error:
-            return ViewedVideo(index, None, Failure.of(error))
+            return ViewedVideo(index, None, Failure(*error.args))
 
 
 def make_view_loader(
@@ -183,4 +169,4 @@ def make_view_loader(
             dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers)
         )
 
-    return Loader(make, -(-len(order) // batch_size))
+    return Loader(make)

@@ -14,8 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from video_mae.config import DataConfig
-from video_mae.data.augment import crop_box, crop_clip
+from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
 from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
@@ -46,23 +45,23 @@ class Windows:
         """
         return self.num_frames * self.stride
 
-    def starts(self, num_video_frames: int) -> NDArray[np.int64]:
-        """First frames [C]: every hop-th, until a clip reaches the end of the video; no frame is
-        left out where hop <= span.
+    def ends(self, num_video_frames: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first and the last frame [C] that each clip spans: every hop-th one begins a clip,
+        until one reaches the end of the video; no frame is left out where hop <= span.
         """
         if self.sampling == "uniform":
-            return np.zeros(1, dtype=np.int64)
+            return np.array([0]), np.array([num_video_frames - 1])
         num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
-        return np.arange(num_clips, dtype=np.int64) * self.hop
+        first_C = np.arange(num_clips, dtype=np.int64) * self.hop
+        return first_C, np.minimum(first_C + self.span, num_video_frames) - 1
 
     def frames(self, num_video_frames: int) -> NDArray[np.int64]:
         """Frame indices [C, T]; beyond the end of the video its last frame repeats."""
         places_T = np.arange(self.num_frames, dtype=np.int64)
         if self.sampling == "uniform":
             return ((2 * places_T + 1) * num_video_frames // (2 * self.num_frames))[None]
-        return np.minimum(
-            self.starts(num_video_frames)[:, None] + places_T * self.stride, num_video_frames - 1
-        )
+        first_C, _ = self.ends(num_video_frames)
+        return np.minimum(first_C[:, None] + places_T * self.stride, num_video_frames - 1)
 
     def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
         """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs
@@ -90,15 +89,7 @@ class Windows:
         height, width = frame_HWC.shape[:2]
         box = (0, 0, height, width)
         if self.crop == "center":
-            # draws nothing
-            box = crop_box(
-                DataConfig(crop="center"),
-                height,
-                width,
-                self.height,
-                self.width,
-                np.random.default_rng(0),
-            )
+            box = central_box(height, width, self.width / self.height)
         return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
 
 
@@ -119,11 +110,8 @@ def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
     arrays.
     """
     seconds_F2, start = times_and_start(path, windows.reading)
-    starts_C = windows.starts(num_video_frames)
-    ends_C = np.minimum(starts_C + windows.span, num_video_frames) - 1
-    if windows.sampling == "uniform":
-        ends_C = np.array([num_video_frames - 1])
-    return Times(starts_C, seconds_F2[starts_C, 0], seconds_F2[ends_C, 1], start)
+    first_C, last_C = windows.ends(num_video_frames)
+    return Times(first_C, seconds_F2[first_C, 0], seconds_F2[last_C, 1], start)
 
 
 @dataclass(frozen=True)
@@ -138,33 +126,33 @@ class Piece:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True)
 class PieceStream(IterableDataset[Piece]):
     """Videos from start to end as pieces of at most batch_size clips; with workers each video is
     read by one of them.
     """
 
-    def __init__(
-        self, paths: Sequence[Place], videos: Sequence[int], windows: Windows, batch_size: int
-    ) -> None:
-        self.paths, self.videos, self.windows, self.batch_size = paths, videos, windows, batch_size
+    paths: Sequence[Place]
+    videos: Sequence[int]
+    windows: Windows
+    batch_size: int
 
     def __iter__(self) -> Iterator[Piece]:
         worker = get_worker_info()
-        for video in (
-            self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
-        ):
+        mine = self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
+        for video in mine:
             try:
                 yield from self._pieces(video)
             except VideoDecodeError as error:
-                yield Piece(video, failure=Failure.of(error))
+                yield Piece(video, failure=Failure(*error.args))
 
     def _pieces(self, video: int) -> Iterator[Piece]:
-        path, times = self.paths[video], None
+        path, is_first = self.paths[video], True
         clips = self.windows.clips(path)
         while batch := list(islice(clips, self.batch_size)):
-            first = clip_times(path, batch[0][0], self.windows) if times is None else None
-            times = times or first
-            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), first)
+            times = clip_times(path, batch[0][0], self.windows) if is_first else None
+            is_first = False
+            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), times)
 
 
 def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
-from video_mae.data.labels import read_labeled
+from video_mae.data.videos import read_labeled
 from video_mae.data.views import ViewDataset, make_view_loader
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.predict import classify_views, names_of, views_of
@@ -87,7 +87,7 @@ class Evaluation:
         self.settings = {
             "model": str(model_folder.absolute()),
             "list": source if "://" in source else str(Path(source).absolute()),
-            LIST_DIGEST: self.videos.videos.digest(),
+            LIST_DIGEST: self.videos.digest(),
             "sampling": head.sampling,
             "stride": head.stride,
             "num_clips": num_clips,
@@ -111,7 +111,7 @@ class Evaluation:
         config, views = self.config, self.views
         model, mine = self.model.to(ranks.device), ranks.share(len(self.videos))
         ranks.say(
-            *self.videos.videos.notes,
+            *self.videos.notes,
             *self.told,
             f"{len(self.videos)} videos, {views.num_clips} x {views.num_crops} views each "
             f"({views.sampling}), {ranks.size} ranks; {describe(config.kernels, ranks.device)}; "
@@ -140,9 +140,7 @@ class Evaluation:
         assert [outcome.video for outcome in outcomes] == list(range(len(self.videos))), (
             "a video is missing, or came twice"
         )
-        scores = Scores(
-            np.stack([outcome.scores_K for outcome in outcomes]), np.array(self.videos.labels)
-        )
+        scores = Scores(np.stack([outcome.scores_K for outcome in outcomes]), self.videos.label_M)
         has_scores_M, paths = scores.has_scores(), self.videos.paths
         bad = [outcome for outcome in outcomes if outcome.bad]
         for video, _, reason in outcomes:
@@ -183,7 +181,7 @@ class Evaluation:
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         """A line of predictions.jsonl."""
-        label, score_K = self.videos.labels[outcome.video], outcome.scores_K
+        label, score_K = int(self.videos.label_M[outcome.video]), outcome.scores_K
         row: dict[str, Any] = {
             "path": str(self.videos.paths[outcome.video]),
             "label": label,

@@ -17,7 +17,7 @@ from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
-from video_mae.data.annotations import read_annotations
+from video_mae.data.videos import read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
@@ -214,7 +214,7 @@ def _paths(
         raise type(error)(str(error).replace("data.source", "LIST_OR_VIDEO")) from None
     for note in videos.notes:
         tell(note)
-    return tuple({_full(path): path for path in videos.places}.values())
+    return tuple({_full(path): path for path in videos.paths}.values())
 
 
 def _fingerprint(model: Model) -> str:

@@ -25,9 +25,9 @@ from video_mae.config.evaluation import Kind, ProbeConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset, Failure
-from video_mae.data.labels import read_labeled
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, uniform_indices
+from video_mae.data.videos import read_labeled
 from video_mae.data.views import ViewDataset, Views, make_view_loader
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Choose, Reading
@@ -131,7 +131,7 @@ class Probing:
         self.settings = {
             "model": str(model_folder.absolute()),
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
-            LIST_DIGEST: {name: videos.videos.digest() for name, videos in self.lists.items()},
+            LIST_DIGEST: {name: videos.digest() for name, videos in self.lists.items()},
         }
         name = "probe" if config.weights == "pretrained" else "probe_random"
         self.folder = choose_folder(config.output, model, name)
@@ -143,7 +143,7 @@ class Probing:
         """
         config, folder, ranks = self.config, self.folder, Ranks()
         for videos in self.lists.values():
-            ranks.say(*videos.videos.notes)
+            ranks.say(*videos.notes)
         ranks.say("; ".join(filter(None, (self.workers.describe(), self.workers.told))))
         encoder = FrozenEncoder(self.model, ranks.device, config.precision)
         folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,7 @@ class Probing:
                     pooled_XD[places_B] = features.pooled_BD.cpu()
                     if tokens_XND is not None:
                         tokens_XND[places_B] = features.tokens_BND.half().cpu()
-        label_X = torch.tensor(videos.labels).repeat_interleave(self.num_views)
+        label_X = torch.tensor(videos.label_M).repeat_interleave(self.num_views)
         return FeatureSet(pooled_XD, tokens_XND, label_X, seen_X, failures)
 
     def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[Kind, HeadGrid]:
@@ -256,7 +256,7 @@ class Probing:
         )
         make = ClipDataset if config.sampling == "dense" else _UniformClips
         clips = make(
-            self.lists["train"].videos,
+            self.lists["train"],
             data,
             c.num_frames,
             c.height,

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from video_mae.config.data import ReadConfig, SourceConfig
 from video_mae.config.schema import Knobs, knob, section
-from video_mae.data.annotations import class_names, file_mistake, read_annotations, read_entries
-from video_mae.data.labels import class_file
+from video_mae.data.paths import file_mistake
 from video_mae.data.shards import is_packed
+from video_mae.data.videos import class_file, class_names, read_annotations, read_entries
 from video_mae.decoding import (
     Place,
     Reading,

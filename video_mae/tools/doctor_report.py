@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from video_mae.data.annotations import place, printable
-from video_mae.data.labels import CLASS_FILE
 from video_mae.data.lists import format_line
+from video_mae.data.paths import printable
+from video_mae.data.videos import CLASS_FILE, place
 from video_mae.decoding import Member, Place
 from video_mae.decoding.inspection import Description
 from video_mae.files import json_text, write_json, write_text

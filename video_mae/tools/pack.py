@@ -27,9 +27,9 @@ from tqdm import tqdm
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.config.schema import to_dict
-from video_mae.data.annotations import class_names, file_mistake, read_entries
-from video_mae.data.labels import class_file
+from video_mae.data.paths import file_mistake
 from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS, is_packed, read_packed
+from video_mae.data.videos import class_file, class_names, read_entries
 from video_mae.decoding import Place, VideoDecodeError, decoders, transcode
 from video_mae.decoding.containers import is_regular
 from video_mae.decoding.isolation import Isolated, KilledError
@@ -121,17 +121,16 @@ def read_items(
     try:
         data = SourceConfig(source=source, root=root, list_format=list_format)
         if is_packed(source):
-            videos = read_packed(source)
-            labels = videos.label_M.tolist()
+            members, label_M, names = read_packed(source)
             return [
                 Item(place, place.name, label)
-                for place, label in zip(videos.places, labels, strict=True)
-            ], class_names(data)
+                for place, label in zip(members, label_M.tolist(), strict=True)
+            ], names
         base = os.path.join(
             source if os.path.isdir(source) else root or os.path.dirname(source), ""
         )
-        named = read_entries(data)
-        entries = list(named.entries)
+        lines, notes = read_entries(data)
+        entries = list(lines)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(
             str(error).replace("data.source", "LIST").replace("data.root", "root")
@@ -145,7 +144,7 @@ def read_items(
         raise ValueError(
             f"{source}: none of its {len(entries)} files is there; the first: {mistake}"
         )
-    for note in named.notes:
+    for note in notes:
         print(note, flush=True)
     items = [
         Item(entry.path, entry.path.removeprefix(base), entry.label, entry.mistake)

@@ -13,18 +13,10 @@ from einops import rearrange
 from video_mae.config import FinetuneConfig, ModelConfig
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.augment import mix_batch, strengthen_clip
-from video_mae.data.dataset import Batch
-from video_mae.data.labelled import (
-    LabelledClips,
-    ShareSampler,
-    ValidationClips,
-    read_training_videos,
-    read_validation_videos,
-)
-from video_mae.data.loader import make_loader
-from video_mae.data.prefetch import DevicePrefetcher
+from video_mae.data.dataset import Batch, LabelledClips, ValidationClips, share_batches
+from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import sample_seed
-from video_mae.data.videos import VideoList
+from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Run, Stage, check_run, is_due, run_and_leave, train
@@ -235,10 +227,10 @@ class _Finetuning(Stage):
     def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""
         validation, device = self.config.validation, self.engine.device
-        sampler = ShareSampler(
+        batches = share_batches(
             len(videos), validation.batch, self.engine.rank, self.engine.world_size
         )
-        loader = make_loader(ValidationClips(videos, self.config), sampler, self.config.data)
+        loader = make_loader(ValidationClips(videos, self.config), batches, self.config.data)
         sums, failures = torch.zeros(4, dtype=torch.float64, device=device), []
         for batch in DevicePrefetcher(loader, device):
             failures += batch.failures

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,12 @@ import torch
 from video_mae.config import RunConfig
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.advice import Costs, Loading, advise
 from video_mae.data.dataset import Batch, ClipDataset
-from video_mae.data.loader import make_loader
-from video_mae.data.prefetch import DevicePrefetcher
+from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
-from video_mae.data.workers import plan_workers
+from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import json_text, read_jsonl, write_text
 from video_mae.kernels.dispatch import describe
@@ -254,11 +253,13 @@ class _Loop:
         self.workers = plan_workers(run.config.data.num_workers, run.config.data.decoder_threads)
         place = self.dataset.paths[0][0]
         packed = ("video" if is_video(place) else "frames") if isinstance(place, Member) else ""
-        loading = Loading(
-            run.config.data, self.workers, engine.world_size, packed, stage.augments_in_workers
-        )
-        journal.advise = lambda wait, milliseconds, clips_per_second: advise(
-            wait, Costs(**milliseconds), clips_per_second, loading
+        journal.advise = partial(
+            advise,
+            data=run.config.data,
+            workers=self.workers,
+            world_size=engine.world_size,
+            packed=packed,
+            augments_in_workers=stage.augments_in_workers,
         )
 
     def train(self, first_step: int) -> int:
