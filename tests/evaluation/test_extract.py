@@ -32,8 +32,7 @@ from video_mae.config.schema import parse
 from video_mae.data import windows as module
 from video_mae.data.windows import Windows, clip_times
 from video_mae.decoding import Reading, decode, stream
-from video_mae.evaluation.extract import file_name, start
-from video_mae.evaluation.feature_file import FeatureFile
+from video_mae.evaluation.extract import FeatureFile, file_name, start
 from video_mae.evaluation.features import FrozenEncoder
 
 MODEL = ModelConfig(

@@ -215,7 +215,7 @@ def test_features_are_those_of_the_encoder_one_by_one(
     probing = Probing(
         str(model), config(videos, tmp_path / "out", "num_clips=2", "encode_batch=5", "cache=disk")
     )
-    features = probing.encode("train", FrozenEncoder(load_pretrained(model), CPU), str(tmp_path))
+    features = probing.encode("train", FrozenEncoder(load_pretrained(model), CPU), tmp_path)
     assert (tmp_path / "train").is_file()
     assert features.tokens_XND is not None
     pooled_MVD = features.pooled_XD.unflatten(0, (24, 2))

@@ -5,12 +5,18 @@ C clips of a video, B clips of a pass, L chosen blocks, D features.
 """
 
 import hashlib
+import json
+import math
 import os
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Literal
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from video_mae.config.data import ListFormat, SourceConfig
@@ -21,7 +27,6 @@ from video_mae.data.videos import read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
-from video_mae.evaluation.feature_file import FeatureFile
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.files import check_made_with, json_text, write_json, write_text
@@ -39,6 +44,8 @@ FREE_KEYS = (
 )
 # of a video's name that its file keeps; with hash, ending and .part a name has at most 255 bytes
 MAX_STEM, MAX_BYTES = 100, 224
+FEATURES = "features"
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callable[[], int]:
@@ -159,7 +166,7 @@ class Extraction:
         tokens = tokens_BND if pyramid_BLND is None else pyramid_BLND
         return tokens.unflatten(-2, encoder.config.grid).cpu().numpy()
 
-    def _new_file(self, piece: Piece, shape: tuple[int, ...]) -> FeatureFile:
+    def _new_file(self, piece: Piece, shape: tuple[int, ...]) -> "FeatureFile":
         times, config = piece.times, self.config
         assert times is not None
         beside = {
@@ -187,6 +194,77 @@ class Extraction:
         return NOTHING if len(bad) == len(self.paths) else DONE
 
 
+class FeatureFile:
+    """One file with the array `features` [C, ...] and small arrays beside it. `append` clips, then
+    `close`; or `discard` it.
+
+    What is unfinished has a name of its own, .NAME.part, the same in the next attempt, which
+    overwrites it. Equal features are equal bytes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: Literal["npz", "safetensors"],
+        shape: tuple[int, ...],
+        dtype: Literal["float32", "float16"],
+        beside: Arrays,
+    ) -> None:
+        self.path, self.unfinished = path, path.with_name(f".{path.name}.part")
+        self.dtype, self.missing = np.dtype(dtype), shape[0]
+        self._open = ExitStack()
+        self._file = self._open.enter_context(self.unfinished.open("wb"))
+        begin = self._begin_npz if kind == "npz" else self._begin_safetensors
+        self._stream = begin(shape, beside)
+
+    def append(self, features: NDArray[np.floating]) -> None:
+        """Adds the features of the next clips."""
+        self.missing -= len(features)
+        self._stream.write(features.astype(self.dtype).tobytes())
+
+    def close(self) -> None:
+        """Puts the finished file in its place."""
+        assert self.missing == 0, f"{self.path}: {self.missing} clips are missing"
+        self._open.close()
+        with self.unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.unfinished, self.path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.unfinished.unlink()
+        self._open.close()
+
+    def _begin_npz(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        # A member that is opened by its name is of 1980: the file's bytes tell no time.
+        archive = self._open.enter_context(zipfile.ZipFile(self._file, "w"))
+        for name, array in beside.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                npy.write_array(member, array, allow_pickle=False)
+        stream = archive.open(f"{FEATURES}.npy", "w", force_zip64=True)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(stream, header)
+        return self._open.enter_context(stream)
+
+    def _begin_safetensors(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        kinds = {name: (array.dtype, array.shape) for name, array in beside.items()}
+        kinds[FEATURES] = (self.dtype, shape)
+        header, end = {}, 0
+        for name, (dtype, size) in kinds.items():
+            begin, end = end, end + math.prod(size) * dtype.itemsize
+            header[name] = {
+                "dtype": f"{dtype.kind}{8 * dtype.itemsize}".upper(),  # F16, I64
+                "shape": size,
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        for array in beside.values():
+            self._file.write(array.tobytes())
+        return self._file
+
+
 def file_name(path: Place, kind: str) -> str:
     """The name of a video's file: its own, and a hash of its full path, so that no two videos share
     one.
@@ -208,10 +286,8 @@ def _paths(
     """One video, or all of a list or folder, each once; labels do not matter. What is to be said
     about the source is told.
     """
-    try:
-        videos = read_annotations(SourceConfig(source=source, root=root, list_format=list_format))
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("data.source", "LIST_OR_VIDEO")) from None
+    data = SourceConfig(source=source, root=root, list_format=list_format)
+    videos = read_annotations(data, "LIST_OR_VIDEO")
     for note in videos.notes:
         tell(note)
     return tuple({_full(path): path for path in videos.paths}.values())

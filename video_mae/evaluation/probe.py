@@ -9,7 +9,6 @@ videos, V views of a video, X = M V views, K classes.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -147,14 +146,10 @@ class Probing:
         ranks.say("; ".join(filter(None, (self.workers.describe(), self.workers.told))))
         encoder = FrozenEncoder(self.model, ranks.device, config.precision)
         folder.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=".features-", dir=folder)
-            if config.cache == "disk"
-            else nullcontext() as cache
-        ):
+        with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as scratch:
             features = {}
             for name, videos in self.lists.items():
-                features[name] = self.encode(name, encoder, cache)
+                features[name] = self.encode(name, encoder, Path(scratch))
                 if features[name].seen_X.sum() < 2 * self.num_views:
                     ranks.say(
                         f"no figures: fewer than 2 of the {len(videos)} videos of {name} could be "
@@ -179,10 +174,9 @@ class Probing:
         ranks.say(f"{table}results {folder}")
         return DONE
 
-    def encode(self, name: str, encoder: FrozenEncoder, cache: str | None) -> FeatureSet:
+    def encode(self, name: str, encoder: FrozenEncoder, scratch: Path) -> FeatureSet:
         """The features of all views of a list, each video read once; tokens only where an attentive
-        probe reads them there. cache: the folder where they lie, None for memory; it may be deleted
-        while they are in use.
+        probe reads them there. scratch: a folder for them; it may be deleted while they are in use.
         """
         config, c, videos = self.config, encoder.config, self.lists[name]
         num = len(videos) * self.num_views
@@ -190,8 +184,8 @@ class Probing:
         if "attentive" in config.kinds and not (name == "train" and config.augment):
             size = (num, c.num_tokens, c.embed_dim)
             tokens_XND = torch.from_numpy(
-                np.memmap(Path(cache) / name, np.float16, "w+", shape=size)
-                if cache
+                np.memmap(scratch / name, np.float16, "w+", shape=size)
+                if config.cache == "disk"
                 else np.zeros(size, np.float16)
             )
         seen_X, failures = torch.zeros(num, dtype=torch.bool), []
@@ -266,10 +260,8 @@ class Probing:
         )
         for batch in make_loader(clips, sampler, data):
             features = encoder(batch.clip_BTHWC)
-            yield (
-                {"linear": features.pooled_BD, "attentive": features.tokens_BND},
-                batch.label_B,
-            )
+            read = {"linear": features.pooled_BD, "attentive": features.tokens_BND}
+            yield read, batch.label_B
 
     def _probe(
         self, kind: Kind, grids: Mapping[Kind, HeadGrid], features: Mapping[str, FeatureSet]

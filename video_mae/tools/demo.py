@@ -200,11 +200,11 @@ class _Scene:
         # pixels of `moving` that lie at `place`, of `still` in the middle of the screen; 2 sides,
         # as grid_sample mirrors at the edges: a photograph is a torus of twice its size
         self.anchor, self.still_anchor = (
-            torch.tensor([random.uniform(0, 2 * width), random.uniform(0, 2 * height)])
+            torch.tensor(random.uniform(0, [2 * width, 2 * height]).tolist())
             for _, height, width in (self.moving_CIJ.shape, self.still_CIJ.shape)
         )
         # frame sides from the middle of the screen
-        self.place = torch.tensor([random.uniform(-0.5, 0.5), random.uniform(-0.5, 0.5)])
+        self.place = torch.tensor(random.uniform(-0.5, 0.5, 2).tolist())
         self.angle, self.orbit_angle = random.uniform(0, 2 * math.pi, 2).tolist()
         self.period_frames = random.uniform(*PERIOD_FRAMES)
 
@@ -232,10 +232,8 @@ class _Scene:
         config, is_hard = self.config, self.config.difficulty == "hard"
         sides = torch.tensor([config.width, config.height])
         place_T2, angle_T = self.path(action)
-        y_HW, x_HW = torch.meshgrid(
-            torch.arange(config.height) + 0.5, torch.arange(config.width) + 0.5, indexing="ij"
-        )
-        screen_HW2 = torch.stack([x_HW, y_HW], -1) - sides / 2
+        x_W, y_H = torch.arange(config.width) + 0.5, torch.arange(config.height) + 0.5
+        screen_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), -1) - sides / 2
         from_place_THW2 = screen_HW2 - (place_T2 * sides)[:, None, None]
         if not is_hard:
             # who leaves on one side enters on the other

@@ -165,8 +165,9 @@ class Doctor:
             for line in group:
                 if len(labels) > 1:
                     other = next(other for other in group if other.label != line.label)
-                    said = f"is the same as {other.path}, labels {', '.join(map(str, labels))}"
-                    line.add("two_labels", said)
+                    twin = "is named" if by_path else f"is the same as {other.path}"
+                    told = ", ".join(map(str, labels))
+                    line.add("two_labels", f"{twin} with the labels {told}")
                 elif line is not group[0]:
                     line.add(again, f"is in line {group[0].number} as well" if by_path else "")
 

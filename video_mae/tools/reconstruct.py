@@ -36,16 +36,8 @@ class ReconstructConfig(Knobs):
 
 
 def start(model_folder: str, video: str, picture: str, config: ReconstructConfig) -> int:
-    """The stage as the command line starts it."""
-    reconstruct(model_folder, video, picture, config)
-    print(f"picture {picture}")
-    return 0
-
-
-def reconstruct(
-    model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig
-) -> None:
-    """Draws clips of a video, their visible tubelets and the model's predictions.
+    """Draws clips of a video, their visible tubelets and the model's predictions, as the command
+    line starts it.
 
     Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video
     that cannot be decoded.
@@ -64,7 +56,7 @@ def reconstruct(
         )
 
     try:
-        frames_THWC = torch.from_numpy(decode(str(video), choose))
+        frames_THWC = torch.from_numpy(decode(video, choose))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
     box = crop_box(
@@ -97,3 +89,5 @@ def reconstruct(
         config.statistics,
         pixel_scale(model.config, model.objective_config),
     )
+    print(f"picture {picture}")
+    return 0
