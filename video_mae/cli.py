@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from video_mae.files import one_line
 
@@ -157,76 +157,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(left if isinstance(left, int) else left())
 
 
+class _StageParser(argparse.ArgumentParser):
+    """The parser of a stage, whose help ends with every key."""
+
+    stage: Stage | None = None
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.stage is None:
+            return text
+        from video_mae.config.schema import describe
+
+        return f"{text}\nkeys:\n{describe(_schema(self.stage))}\n"
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    name = " ".join(arguments[:2])
-    parser = _parser()
-    options, more = parser.parse_known_args([name, *arguments[2:]] if name in STAGES else arguments)
-    if wrong := [argument for argument in more if argument.startswith("-") or "=" not in argument]:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    # argparse leaves over a key=value that follows a flag
-    options.overrides += [*options.flags, *more]
-    return options
-
-
-def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
-    from video_mae.config import load_config
-    from video_mae.config.schema import parse
-
-    schema = _schema(stage)
-    words = [getattr(options, word) for word in stage.words if word != CONFIG]
-    config = (
-        load_config(getattr(options, CONFIG), options.overrides, schema)
-        if CONFIG in stage.words
-        else parse(None, options.overrides, schema)
-    )
-    return import_module(f"video_mae.{stage.module}").start(*words, config)
-
-
-def _schema(stage: Stage) -> type:
-    return getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="video-mae",
         description="Masked autoencoder pretraining and action recognition on video.",
     )
     # the deepspeed launcher puts it first
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    stages = parser.add_subparsers(
+        dest="stage", required=True, metavar="STAGE", parser_class=_StageParser
+    )
     for name, stage in STAGES.items():
-        command = stages.add_parser(
-            name, help=stage.meaning, description=stage.meaning, add_help=False
-        )
-        command.add_argument(
-            "-h",
-            "--help",
-            action=_help_of(stage),
-            nargs=0,
-            help="show this and every key with its default and meaning",
-        )
+        command = stages.add_parser(name, help=stage.meaning, description=stage.meaning)
+        command.stage = stage
         for word in stage.words:
             command.add_argument(word)
         for flag in stage.flags:
-            word, _, value = flag.partition(" ")
-            key = word.removeprefix("--").replace("-", "_")
-            if value:
-                command.add_argument(
-                    word,
-                    dest="flags",
-                    action="append",
-                    type=f"{key}={{}}".format,
-                    metavar=value,
-                    help=f"{key}={value}",
-                )
-            else:
-                command.add_argument(
-                    word,
-                    dest="flags",
-                    action="append_const",
-                    const=f"{key}=true",
-                    help=f"{key}=true",
-                )
+            _add_flag(command, *flag.split(" "))
         command.set_defaults(flags=[])
         command.add_argument(
             "overrides",
@@ -234,15 +195,40 @@ def _parser() -> argparse.ArgumentParser:
             metavar="key=value",
             help="any key below, dotted: optim.micro_batch=8",
         )
-    return parser
+    name = " ".join(arguments[:2])
+    options, more = parser.parse_known_args([name, *arguments[2:]] if name in STAGES else arguments)
+    for argument in more:
+        if argument.startswith("-") or "=" not in argument:
+            parser.error(f"unrecognized arguments: {argument}")
+    # argparse leaves over a key=value that follows a flag
+    options.overrides += [*options.flags, *more]
+    return options
 
 
-def _help_of(stage: Stage) -> type[argparse.Action]:
-    class Help(argparse.Action):
-        def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-            from video_mae.config.schema import describe
+def _add_flag(command: argparse.ArgumentParser, flag: str, value: str = "") -> None:
+    key = flag.removeprefix("--").replace("-", "_")
+    shown = f"{key}={value or 'true'}"
+    if value:
+        command.add_argument(
+            flag,
+            dest="flags",
+            action="append",
+            type=f"{key}={{}}".format,
+            metavar=value,
+            help=shown,
+        )
+    else:
+        command.add_argument(flag, dest="flags", action="append_const", const=shown, help=shown)
 
-            print(f"{parser.format_help()}\nkeys:\n{describe(_schema(stage))}")
-            parser.exit()
 
-    return Help
+def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
+    from video_mae.config.schema import parse
+
+    path = getattr(options, CONFIG, None)
+    config = parse(path, options.overrides, _schema(stage))
+    words = [getattr(options, word) for word in stage.words if word != CONFIG]
+    return import_module(f"video_mae.{stage.module}").start(*words, config)
+
+
+def _schema(stage: Stage) -> type:
+    return getattr(import_module(f"video_mae.{stage.module}"), stage.schema)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
@@ -103,17 +103,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         building = Path(work) / "new"
         write(building)
         if building.is_file():
-            _to_disk(building)
+            # a rename may outlive a power cut that the bytes of the file do not
+            with building.open("rb") as file:
+                os.fsync(file.fileno())
         if path.is_dir():  # a file is replaced by the rename itself
             os.replace(path, Path(work) / "old")
         os.replace(building, path)
 
 
-def _to_disk(file: Path) -> None:
-    """A rename may outlive a power cut that the bytes of the file do not."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def write_json(path: Path, value: Any) -> None:
+    """Writes `json_text` that a person can read, whole or not at all."""
+    write_text(path, json_text(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    data = unicode_text(text).encode()
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data))
 
 
 def draw_or_tell(
@@ -130,113 +136,71 @@ def draw_or_tell(
         )
 
 
-class Failure(Protocol):
-    """A video, the decoder, and what is to be said of them."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def decoder(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line
     that a crash tore.
     """
-    if not path.exists():
-        return []
-    return list(_objects(path.read_bytes()))
-
-
-class Register:
-    """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl,
-    RUN/fallbacks.jsonl.
-
-    All ranks of a run may hold one: the file is the truth, read on under a lock before each write.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._paths: set[str] = set()
-        self._bytes_read = 0
-
-    def add(self, failures: Iterable[Failure]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
-        the run has written.
-        """
-        named = {unicode_text(failure.path): failure for failure in failures}
-        if named.keys() <= self._paths:
-            return
-        with self.file.open("ab+") as stream:
-            # a file system without locks: two ranks may then both write a path, which is no reason
-            # to stop
-            with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            self._read_on(stream.fileno())
-            # a crash tore the last line: end it, so that it spoils no other
-            if stream.seek(0, os.SEEK_END) > self._bytes_read:
-                stream.write(b"\n")
-                stream.flush()
-                self._read_on(stream.fileno())
-            stream.writelines(
-                json_line(
-                    {
-                        "path": path,
-                        "decoder": failure.decoder,
-                        "reason": failure.reason,
-                        "time": time.time(),
-                    }
-                )
-                for path, failure in named.items()
-                if path not in self._paths
-            )
-
-    @property
-    def paths(self) -> frozenset[str]:
-        """All paths in the file, whoever wrote them."""
-        if self.file.exists():
-            with self.file.open("rb") as stream:
-                self._read_on(stream.fileno())
-        return frozenset(self._paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def _read_on(self, descriptor: int) -> None:
-        new = os.pread(
-            descriptor, max(0, os.fstat(descriptor).st_size - self._bytes_read), self._bytes_read
-        )
-        new = new[: new.rfind(b"\n") + 1]
-        self._paths.update(entry["path"] for entry in _objects(new))
-        self._bytes_read += len(new)
+    return list(_objects(path.read_bytes())) if path.exists() else []
 
 
 def _objects(text: bytes) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
-        try:
+        with suppress(ValueError):  # torn by a crash
             entry = json.loads(line)
-        except ValueError:  # torn by a crash
-            continue
-        if isinstance(entry, dict):
-            yield entry
+            if isinstance(entry, dict):
+                yield entry
 
 
 def cut_after(path: Path, last_step: int) -> None:
     """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here
     loses nothing.
     """
-    if not path.exists():
-        return
-    new = path.with_name(path.name + ".new")
-    with new.open("wb") as stream:
-        stream.writelines(
-            json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step
-        )
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)
+    kept = [json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step]
+    if path.exists():
+        write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+
+
+class Register:
+    """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl,
+    RUN/fallbacks.jsonl.
+
+    All ranks of a run may hold one: the file is the truth, read under a lock before each write.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._known = frozenset[str]()
+
+    def add(self, failures: Iterable[Any]) -> None:
+        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
+        the run has written. A failure has the first three.
+        """
+        named = {unicode_text(failure.path): failure for failure in failures}
+        if named.keys() <= self._known:
+            return
+        with self.file.open("ab") as stream:
+            # a file system without locks: two ranks may then both write a path, which is no reason
+            # to stop
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            text = self.file.read_bytes()
+            if text and not text.endswith(b"\n"):
+                # a crash tore the last line: end it, so that it spoils no other
+                stream.write(b"\n")
+            self._known = self.paths
+            for path, failure in named.items():
+                if path not in self._known:
+                    entry = {"path": path, "decoder": failure.decoder, "reason": failure.reason}
+                    stream.write(json_line({**entry, "time": time.time()}))
+            self._known |= named.keys()
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """All paths in the file, whoever wrote them."""
+        return frozenset(entry["path"] for entry in read_jsonl(self.file))
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 METRICS_FILE = "metrics.json"
@@ -264,7 +228,12 @@ def choose_folder(output: str, model: str, name: str = "") -> Path:
     )
 
 
-def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_settings(
+    file: Path,
+    before: dict[str, Any],
+    settings: dict[str, Any],
+    remedy: str = "choose another folder, or remove this one",
+) -> None:
     """Compares the settings that a folder's `file` holds with those of now, as JSON keeps them.
 
     Raises: ValueError naming the first setting that is another, and the remedy.
@@ -275,17 +244,16 @@ def check_settings(file: Path, before: dict[str, Any], settings: dict[str, Any])
         change = f"{key} = {before.get(key)}, now {value}"
         if key == LIST_DIGEST:
             change = "another list of this name"
-        raise ValueError(
-            f"{file}: was made with {change}; choose another folder, or remove this one"
-        )
+        raise ValueError(f"{file}: was made with {change}; {remedy}")
 
 
 def check_made_with(
-    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None
+    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None, section: str = ""
 ) -> None:
     """A folder that a stage writes is new, or `file` in it holds these very settings.
 
-    earlier: what earlier versions did, and had no setting for.
+    earlier: what earlier versions did, and had no setting for. section: of the file, which holds
+    the settings; "" is all of it.
     Raises: ValueError naming what is there, and the remedy.
     """
     folder = file.parent
@@ -297,8 +265,9 @@ def check_made_with(
             )
         return
     try:
-        before = {**(earlier or {}), **json.loads(file.read_bytes())}
-    except (ValueError, TypeError):
+        there = json.loads(file.read_bytes())
+        before = {**(earlier or {}), **(there[section] if section else there)}
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: is not readable; choose another folder") from None
     check_settings(file, before, settings)
 
@@ -313,20 +282,9 @@ def check_results(folder: Path, settings: dict[str, Any]) -> None:
         before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **written}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    check_settings(file, before, settings)
+    check_settings(file, before, settings, "choose another output, or remove it")
 
 
 def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `json_text` that a person can read, whole or not at all."""
-    write_text(path, json_text(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    data = unicode_text(text).encode()
-    write_whole(path, lambda unfinished: unfinished.write_bytes(data))

@@ -4,7 +4,7 @@ and the key.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,8 +19,17 @@ from video_mae import (
     save_config,
 )
 from video_mae.cli import STAGES
-from video_mae.config import PRESETS, DataConfig, EngineConfig, FinetuneConfig, OptimConfig
-from video_mae.config.schema import describe, flatten, from_dict, knob, parse, section, to_dict
+from video_mae.config import DataConfig, EngineConfig, FinetuneConfig, OptimConfig
+from video_mae.config.schema import (
+    Knobs,
+    describe,
+    flatten,
+    from_dict,
+    knob,
+    parse,
+    section,
+    to_dict,
+)
 
 ODD = PretrainConfig(
     output="runs/a b: c#1",
@@ -263,7 +272,6 @@ def test_numbers_lists_and_null_are_yaml_as_before():
             "engine.extra.e=1e-3",
         ],
         PretrainConfig,
-        PRESETS,
     )
     assert (config.optim.base_lr, config.optim.betas, config.optim.steps) == (
         1e-3,
@@ -402,8 +410,7 @@ def test_a_parser_never_speaks_without_the_key(override, said):
     assert len(str(error.value)) < 400
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optional:
+class Optional(Knobs):
     """Knobs of kinds that no stage has today."""
 
     text: str | None = knob(None, "a text or null")
@@ -675,15 +682,13 @@ def test_configurations_cannot_be_changed():
         PretrainConfig().model.depth = 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inner:
+class Inner(Knobs):
     """A section of another stage."""
 
     size: int = knob(1, "a size")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Other:
+class Other(Knobs):
     """Another stage."""
 
     inner: Inner = section(Inner, "the inner section")

@@ -403,7 +403,7 @@ def dual_case(tmp_path: Path, skipped: float, **facts: Any) -> tuple[Any, ...]:
         1, mask.visible_BV, False
     )
     decoded = torch.zeros_like(hidden).scatter(
-        1, torch.cat([mask.masked_BM, mask.context_BC], dim=1), True
+        1, torch.cat([mask.masked_BM, mask.context_BX], dim=1), True
     )
     expected = second.dual_forward(
         video, state, hidden, decoded, (V2.depth, V2.decoder_depth), (V2.heads, V2.decoder_heads)

@@ -24,10 +24,10 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import EvaluateConfig, PredictConfig
+from video_mae.config.evaluation import EvaluateConfig, PredictConfig
 from video_mae.config.schema import parse
 from video_mae.evaluation import predict
-from video_mae.evaluation.evaluate import prepare, start
+from video_mae.evaluation.evaluate import Evaluation, start
 from video_mae.evaluation.predict import merge_views, views_of
 
 NAMES = ("run", "swim", "fly")
@@ -281,7 +281,7 @@ def test_the_number_of_clips_follows_the_sampling_that_is_chosen(
     model: Path, videos: Path, tmp_path: Path, quiet_process: None
 ) -> None:
     plans = [
-        prepare(
+        Evaluation(
             str(model),
             str(videos / "list.txt"),
             parse(None, [f"output={tmp_path}", "num_workers=0", *more], EvaluateConfig),
@@ -473,7 +473,7 @@ def test_other_mistakes_are_one_line(model: Path, videos: Path, tmp_path: Path) 
         start(str(model), str(tmp_path / "data"), config(f"output={tmp_path / 'out'}"))
     for override, message in (
         ("num_clips=0", "num_clips: 0 must be at least 1"),
-        ("data.source=x", "data.source: x is not read"),
+        ("data.source=x", "unknown key data.source"),
         ("data.stride=7", "data.stride: 7 is not read: .*`stride=`"),
         ("stride=0", "stride: 0 must be at least 1"),
         ("sampling=sparse", "sampling"),

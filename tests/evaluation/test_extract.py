@@ -26,14 +26,13 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import ExtractConfig
+from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
 from video_mae.data import windows as module
 from video_mae.data.windows import Windows, clip_times
 from video_mae.decoding import Reading, decode, stream
-from video_mae.evaluation.extract import file_name, start
-from video_mae.evaluation.feature_file import FeatureFile
+from video_mae.evaluation.extract import FeatureFile, file_name, start
 from video_mae.evaluation.features import FrozenEncoder
 
 MODEL = ModelConfig(
@@ -148,7 +147,7 @@ def test_a_uniform_clip_is_all_of_the_video(
     assert (arrays["start_frame"].tolist(), arrays["start_seconds"][0]) == ([0], 0.0)
     assert arrays["end_seconds"] == pytest.approx([103 / 25])
     with pytest.raises(
-        ValueError, match="its features were made with sampling = uniform, now dense"
+        ValueError, match=r"extract.json: was made with sampling = uniform, now dense"
     ):
         extract(tmp_path / "model", video, tmp_path / "out", "hop=0")
 
@@ -399,14 +398,14 @@ def test_mistakes_are_one_line(model: Path, video: Path, tmp_path: Path) -> None
     extract(model, video, out)
     with pytest.raises(
         ValueError,
-        match=r"out: its features were made with hop = 10, now 11; choose another folder",
+        match=r"extract.json: was made with hop = 10, now 11; choose another folder",
     ):
         start(str(model), str(video), str(out), config("hop=11"))
     torch.manual_seed(9)
     save_model_folder(tmp_path / "other", VideoMAE(MODEL))
-    with pytest.raises(ValueError, match="its features were made with weights = "):
+    with pytest.raises(ValueError, match="was made with weights = "):
         start(str(tmp_path / "other"), str(video), str(out), config())
-    with pytest.raises(ValueError, match=r"is not empty and holds no features \(no extract.json\)"):
+    with pytest.raises(ValueError, match=r"is not empty and has no extract.json; choose another"):
         start(str(model), str(video), str(tmp_path), config())
     with pytest.raises(ValueError, match=r"layers: \[5\] must be blocks of the encoder, 0 to 4"):
         start(str(model), str(video), str(tmp_path / "new"), config("level=pyramid", "layers=[5]"))

@@ -19,12 +19,11 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.config.frozen import ProbeConfig
+from video_mae.config.evaluation import ProbeConfig
 from video_mae.config.schema import parse
-from video_mae.data.videos import read_labeled
-from video_mae.data.views import Views
-from video_mae.evaluation.features import FeatureSet, FrozenEncoder, collect_features
-from video_mae.evaluation.probe import Probe, _choose, start
+from video_mae.evaluation.features import FrozenEncoder
+from video_mae.evaluation.probe import Probing, choose_setting, start
+from video_mae.evaluation.scores import Scores
 
 MODEL = ModelConfig(
     num_frames=4,
@@ -183,24 +182,23 @@ def test_views_are_examples_in_training_and_averaged_after_it(
 
 
 def test_the_choice_is_made_on_validation_by_accuracy_and_then_by_certainty():
-    def features(seen: list[bool]) -> FeatureSet:
-        return FeatureSet(
-            torch.zeros(3, 1, 2), None, torch.tensor([0, 1, 0]), torch.tensor(seen), ()
-        )
+    def scores(score_MK: list[list[float]], seen: int = 3) -> Scores:
+        score = np.array(score_MK)
+        score[seen:] = np.nan
+        return Scores(score, np.array([0, 1, 0]))
 
-    lists = {"validation": features([True, True, True]), "test": features([True, True, False])}
-    right, sure = (
-        torch.tensor([[0.6, 0.4], [0.4, 0.6], [0.6, 0.4]]),
-        torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.8, 0.2]]),
+    right, sure, wrong = (
+        [[0.6, 0.4], [0.4, 0.6], [0.6, 0.4]],
+        [[0.9, 0.1], [0.2, 0.8], [0.8, 0.2]],
+        [[0.1, 0.9], [0.8, 0.2], [0.2, 0.8]],
     )
-    scores = {
-        id(lists["validation"]): [1 - sure, right, sure, right],
-        id(lists["test"]): [sure, sure, 1 - sure, sure],
-    }
-    found = Probe(
-        [{"k": k} for k in range(4)], lambda asked: torch.stack(scores[id(asked)]).double()
+    chosen = choose_setting(
+        [{"k": k} for k in range(4)],
+        {
+            "validation": [scores(found) for found in (wrong, right, sure, right)],
+            "test": [scores(found, seen=2) for found in (sure, sure, wrong, sure)],
+        },
     )
-    chosen = _choose(found, lists)
     assert chosen["chosen"] == {"k": 2}  # though the others are better on the test list
     assert [entry["validation_top1"] for entry in chosen["grid"]] == [0, 1, 1, 1]
     assert (chosen["validation"]["top1"], chosen["test"]["top1"], chosen["test"]["videos"]) == (
@@ -214,30 +212,22 @@ def test_features_are_those_of_the_encoder_one_by_one(
     model: Path, videos: Path, tmp_path: Path
 ) -> None:
     encoder = load_pretrained(model, VideoMAE).encoder
-    listed = read_labeled("train", str(videos / "train.txt"))
-    views = Views(
-        num_frames=4, height=16, width=16, sampling="dense", stride=1, num_clips=2, num_crops=1
+    probing = Probing(
+        str(model), config(videos, tmp_path / "out", "num_clips=2", "encode_batch=5", "cache=disk")
     )
-    features = collect_features(
-        FrozenEncoder(load_pretrained(model), CPU),
-        listed,
-        views,
-        with_tokens=True,
-        file=tmp_path / "tokens",
-        batch_size=5,
-        num_workers=0,
-        what="train",
-    )
-    assert features.tokens_MVND is not None
-    assert features.seen_M.tolist() == [i != 4 for i in range(24)]
+    features = probing.encode("train", FrozenEncoder(load_pretrained(model), CPU), tmp_path)
+    assert (tmp_path / "train").is_file()
+    assert features.tokens_XND is not None
+    pooled_MVD = features.pooled_XD.unflatten(0, (24, 2))
+    tokens_MVND = features.tokens_XND.unflatten(0, (24, 2))
+    assert features.seen_X.tolist() == [i not in (8, 9) for i in range(48)]
     for video in (0, 3, 23):
         with torch.no_grad():
-            tokens_VND = encoder(views.read(listed.paths[video]).clips())[:, 1:]
-        torch.testing.assert_close(features.pooled_MVD[video], tokens_VND.mean(dim=1))
-        torch.testing.assert_close(
-            features.tokens_MVND[video].float(), tokens_VND, rtol=1e-3, atol=2e-3
-        )
-    assert (features.pooled_MVD[4] == 0).all()
+            path = probing.lists["train"].paths[video]
+            tokens_VND = encoder(probing.views.read(path).clips())[:, 1:]
+        torch.testing.assert_close(pooled_MVD[video], tokens_VND.mean(dim=1))
+        torch.testing.assert_close(tokens_MVND[video].float(), tokens_VND, rtol=1e-3, atol=2e-3)
+    assert (pooled_MVD[4] == 0).all()
 
 
 def test_a_classifier_can_be_probed(videos: Path, tmp_path: Path) -> None:
@@ -260,9 +250,9 @@ def test_mistakes_are_one_line(
         ),
         ([f"test={tmp_path / 'none.txt'}"], "test: no such list file or folder"),
         (["num_heads=5"], "num_heads: 5 does not divide the encoder's width 24"),
-        (["kind=linear", "ks=[0]"], r"ks: \(0,\) must be one or more numbers"),
-        (["train="], r"train: \(empty\) must name a list file"),
-        (["data.source=x"], "data.source: x is not read"),
+        (["kind=linear", "ks=[0]"], r"ks: \(0,\) must be at least 1"),
+        (["train="], r"train: \(empty\) must"),
+        (["data.source=x"], "unknown key data.source"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             start(str(model), config(videos, tmp_path / "out", *overrides))

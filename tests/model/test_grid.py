@@ -409,22 +409,22 @@ def test_the_bias_of_the_keys_is_kept_and_changes_no_output(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"positions": "sincos", "embed_dim": 18}, "model.embed_dim: 18 must be a multiple of 4"),
+        ({"positions": "sincos", "embed_dim": 18}, "^embed_dim: 18 must be a multiple of 4"),
         (
             {"positions": "sincos", "decoder_embed_dim": 18},
-            "model.decoder_embed_dim: 18 must be a multiple of 4",
+            "^decoder_embed_dim: 18 must be a multiple of 4",
         ),
-        ({"position_grid": (3, 0, 5)}, "model.position_grid"),
-        ({"class_tokens": -1}, "model.class_tokens: -1 must be at least 0"),
-        ({"norm_eps": 0.0}, "model.norm_eps: 0.0 must be between"),
-        ({"head_norm_eps": 1.0}, "model.head_norm_eps: 1.0 must be between"),
-        ({"layer_scale": -0.1}, "model.layer_scale: -0.1 must be at least 0"),
+        ({"position_grid": (3, 0, 5)}, "^position_grid"),
+        ({"class_tokens": -1}, "^class_tokens: -1 must be at least 0"),
+        ({"norm_eps": 0.0}, "^norm_eps: 0.0 must be above 0"),
+        ({"head_norm_eps": 1.0}, "^head_norm_eps: 1.0 must be above 0, below 1"),
+        ({"layer_scale": -0.1}, "^layer_scale: -0.1 must be at least 0"),
         (
             {"predicted_frames": 4},
-            "model.predicted_frames: 4 must be a multiple of the 3 frames of tokens",
+            "^predicted_frames: 4 must be a multiple of the 3 frames of tokens",
         ),
-        ({"predicted_frames": 9}, "model.predicted_frames: 9 must be a multiple"),
-        ({"predicted_frames": 0}, "model.predicted_frames: 0 must be a multiple"),
+        ({"predicted_frames": 9}, "^predicted_frames: 9 must be a multiple"),
+        ({"predicted_frames": 0}, "^predicted_frames: 0 must be a multiple"),
     ],
 )
 def test_an_option_out_of_range_is_named(change, message):

@@ -172,7 +172,7 @@ def test_scored_tokens_and_context_are_all_that_the_running_cell_chooses(grid, r
     assert isinstance(mask, ContextMask)
     for ours, theirs in zip(mask, token_mask(seeds, grid, "tube", 0.75, ratio), strict=False):
         assert torch.equal(ours, theirs)
-    chosen = chosen_grid(torch.cat([mask.masked_BM, mask.context_BC], dim=1), grid).numpy()
+    chosen = chosen_grid(torch.cat([mask.masked_BM, mask.context_BX], dim=1), grid).numpy()
     assert all(
         any(np.array_equal(one, running_cell(start, int(4 * ratio), grid)) for start in range(4))
         for one in chosen

@@ -19,9 +19,10 @@ from video_mae import (
     VideoMAE,
     token_mask,
 )
+from video_mae.model.blocks import PackedProjection
 from video_mae.model.masking import mask_counts
 from video_mae.model.positions import sinusoid_positions
-from video_mae.model.vit import PackedProjection, pretraining_macs
+from video_mae.model.vit import pretraining_macs
 
 second = SimpleNamespace(
     **runpy.run_path(str(Path(__file__).parents[1] / "second_implementation.py"))

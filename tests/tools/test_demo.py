@@ -187,7 +187,7 @@ def test_a_data_set_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["demo"]
     with pytest.raises(
         ValueError,
-        match=r"demo: holds another demo data set \(seed = 0 there, 7 wanted\): name another folder, or remove",
+        match=r"demo/demo\.json: was made with seed = 0, now 7; choose another folder, or remove",
     ):
         make_demo_data(folder, dataclasses.replace(TINY, seed=7))
     assert (folder / "train.txt").read_text() == "mine"
@@ -201,7 +201,7 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_is_filled(tmp_path: Path) 
     (folder / "demo.json").write_text("{}")
     with pytest.raises(
         ValueError,
-        match=r"demo\.json: is not readable as a demo data set: name another folder, or remove",
+        match=r"demo/demo\.json: is not readable; choose another folder",
     ):
         make_demo_data(folder, TINY)
     shutil.rmtree(folder)
@@ -209,7 +209,7 @@ def test_a_foreign_folder_is_refused_and_an_empty_one_is_filled(tmp_path: Path) 
     (folder / "thesis.txt").write_text("years of work")
     with pytest.raises(
         ValueError,
-        match=r"demo: exists and is not a demo data set .* name another folder, or remove",
+        match=r"demo: is not empty and has no demo\.json; choose another folder",
     ):
         make_demo_data(folder, TINY)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from video_mae.model.vit import Block, Blocks, VideoMAE
+from video_mae.model.blocks import Block, Blocks
+from video_mae.model.vit import VideoMAE
 
 
 class Border(NamedTuple):

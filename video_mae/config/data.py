@@ -1,11 +1,10 @@
 """Which files, and how clips are cut out of them."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Literal
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 
 Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
@@ -19,26 +18,21 @@ LIST_FORMATS = (
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Which files, and how they are read: videos, pictures, arrays (.npy, .npz) and TIFF stacks, by
-    the endings of their names.
+class FileConfig(Knobs):
+    """How files are read: videos, pictures, arrays (.npy, .npz) and TIFF stacks, by the endings of
+    their names.
     """
 
-    source: str = knob(
-        "",
-        "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, one "
-        "file, or a folder that `video-mae pack` made, also behind a URL (s3://..., http://...)",
-    )
     root: str = knob("", "where relative paths of a list start; empty: the folder of the list file")
     list_format: ListFormat = knob("auto", LIST_FORMATS)
     stride: int = knob(
-        4, "video frames (slices of a volume) from one frame of the clip to the next"
+        4, "video frames (slices of a volume) from one frame of the clip to the next", low=1
     )
     shuffle_window: int = knob(
         10_000,
         "of a packed folder so many videos at least are shuffled together, those of some shards; a smaller "
         "one is shuffled whole, as other sources are",
+        low=1,
     )
     axes: str = knob(
         "",
@@ -46,7 +40,9 @@ class SourceConfig:
         "is that of its pages; empty: pages are frames",
     )
     array: str = knob("", "name of the array in an .npz file; empty: its only one")
-    channels: tuple[int, ...] = knob((), "channels of a file that are used, from 0; empty: all")
+    channels: tuple[int, ...] = knob(
+        (), "channels of a file that are used, from 0; empty: all", low=0
+    )
     value_range: tuple[float, float] | None = knob(
         None,
         "stored values that become black and white, others are clipped, NaN is black; "
@@ -54,35 +50,18 @@ class SourceConfig:
     )
 
     def __post_init__(self) -> None:
-        self.check("data")
-
-    def check(self, key: str) -> None:
-        """Raises: ValueError naming `key`.field."""
-        for name in ("stride", "shuffle_window"):
-            require(
-                getattr(self, name) >= 1, f"{key}.{name}", getattr(self, name), "must be at least 1"
-            )
+        super().__post_init__()
         axes = self.axes_thwc
+        is_known = {"H", "W"} <= set(axes) <= set("THWC") and len(axes) == len(set(axes))
         require(
-            axes == "" or ({"H", "W"} <= set(axes) <= set("THWC") and len(axes) == len(set(axes))),
-            f"{key}.axes",
+            axes == "" or is_known,
+            "axes",
             self.axes,
             "must hold H and W (or Y and X), may hold T (or Z) and C, each once",
         )
-        require(
-            all(channel >= 0 for channel in self.channels),
-            f"{key}.channels",
-            self.channels,
-            "must be at least 0 each",
-        )
         if self.value_range is not None:
             low, high = self.value_range
-            require(
-                math.isfinite(low) and math.isfinite(high) and low != high,
-                f"{key}.value_range",
-                self.value_range,
-                "must be two different finite values",
-            )
+            require(low != high, "value_range", self.value_range, "must be two different values")
 
     @property
     def axes_thwc(self) -> str:
@@ -90,9 +69,28 @@ class SourceConfig:
         return self.axes.translate(ZYX_IS_THW)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReadConfig(SourceConfig):
-    """Which files, and what decodes those that are videos, within which limits."""
+class SourceConfig(FileConfig):
+    """Which files, and how they are read."""
+
+    source: str = knob(
+        "",
+        "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, one "
+        "file, or a folder that `video-mae pack` made, also behind a URL (s3://..., http://...)",
+    )
+
+
+class WeightedSourceConfig(SourceConfig):
+    """One of several sources of a run."""
+
+    weight: float | None = knob(
+        None,
+        "share of the samples, relative to the other sources; null for all: their numbers of files",
+        above=0,
+    )
+
+
+class ReadConfig(FileConfig):
+    """How files are read, and what decodes those that are videos, within which limits."""
 
     decoder: Decoder = knob(
         "auto",
@@ -103,70 +101,33 @@ class ReadConfig(SourceConfig):
         "cpu", "cuda: torchcodec decodes on the GPU (NVDEC)"
     )
     decoder_threads: int | None = knob(
-        None, "threads of a decoder; null: cores that the decoding processes leave over, at most 4"
+        None,
+        "threads of a decoder; null: cores that the decoding processes leave over, at most 4",
+        low=1,
     )
     short_side: int = knob(
         0,
         "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: as stored",
+        low=0,
     )
     decode_seconds: float = knob(
-        60.0, "a video whose clip takes longer is given up, and the process that hangs in it ended"
+        60.0,
+        "a video whose clip takes longer is given up, and the process that hangs in it ended",
+        above=0,
     )
-    decode_memory_gb: float = knob(4.0, "memory that decoding a clip may take, likewise")
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        require(
-            self.decoder_threads is None or self.decoder_threads >= 1,
-            f"{key}.decoder_threads",
-            self.decoder_threads,
-            "must be at least 1, or null",
-        )
-        require(self.short_side >= 0, f"{key}.short_side", self.short_side, "must be at least 0")
-        require(
-            0 < self.decode_seconds < math.inf,
-            f"{key}.decode_seconds",
-            self.decode_seconds,
-            "must be above 0, finite",
-        )
-        require(
-            0 < self.decode_memory_gb < math.inf,
-            f"{key}.decode_memory_gb",
-            self.decode_memory_gb,
-            "must be above 0, finite",
-        )
-        require(
-            self.decoder_device == "cpu" or self.decoder == "torchcodec",
-            f"{key}.decoder_device",
-            self.decoder_device,
-            f"needs {key}.decoder = torchcodec",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightedSourceConfig(SourceConfig):
-    """One of several sources of a run."""
-
-    weight: float | None = knob(
-        None,
-        "share of the samples, relative to the other sources; null for all: their numbers of files",
-    )
+    decode_memory_gb: float = knob(4.0, "memory that decoding a clip may take, likewise", above=0)
 
     def __post_init__(self) -> None:
-        """Nothing: DataConfig checks it, and knows its name."""
-
-    def check(self, key: str) -> None:
-        super().check(key)
+        super().__post_init__()
         require(
-            self.weight is None or 0 < self.weight < math.inf,
-            f"{key}.weight",
-            self.weight,
-            "must be above 0, finite",
+            self.decoder_device == "cpu" or self.decoder == "torchcodec",
+            "decoder_device",
+            self.decoder_device,
+            "needs data.decoder = torchcodec",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(ReadConfig):
+class DataConfig(ReadConfig, SourceConfig):
     """Which files, and how a clip is cut out of one: one source, whose keys stand here, or
     `sources` instead.
     """
@@ -181,7 +142,7 @@ class DataConfig(ReadConfig):
         "video, and at stride 1 any, repeats a frame instead",
     )
     clips_per_video: int = knob(
-        1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)"
+        1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)", low=1
     )
     crop: Literal["multiscale", "random_resized", "center"] = knob(
         "multiscale",
@@ -192,6 +153,9 @@ class DataConfig(ReadConfig):
         (1.0, 0.875, 0.75, 0.66),
         "multiscale: sides over the largest box that fits; "
         "random_resized: smallest and largest area",
+        filled=True,
+        above=0,
+        high=1,
     )
     flip: bool = knob(False, "mirror half of the clips")
     crop_where: Literal["worker", "device"] = knob(
@@ -204,67 +168,40 @@ class DataConfig(ReadConfig):
         None,
         "decoding processes a rank; null: one a core that it may use, at most 16; 0 decodes in one "
         "process beside the training. More than there are cores are not started",
+        low=0,
     )
-    prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready")
+    prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready", low=1)
     allow_changed_list: bool = knob(
         False,
         "let a run go on whose list is another than before, under the same name; it is logged",
     )
     max_bad_share: float = knob(
-        0.05, "the run stops when a larger share of the videos tried cannot be decoded"
+        0.05,
+        "the run stops when a larger share of the videos tried cannot be decoded",
+        low=0,
+        high=1,
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("clips_per_video", "prefetch_batches"):
+        if self.crop == "random_resized":
+            areas = self.crop_scales
             require(
-                getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1"
+                len(areas) == 2 and areas[0] <= areas[1],
+                "crop_scales",
+                areas,
+                "must be the smallest and the largest area for data.crop = random_resized",
             )
-        require(
-            self.num_workers is None or self.num_workers >= 0,
-            "data.num_workers",
-            self.num_workers,
-            "must be at least 0, or null",
-        )
-        require(
-            len(self.crop_scales) > 0 and all(0 < scale <= 1 for scale in self.crop_scales),
-            "data.crop_scales",
-            self.crop_scales,
-            "must be one or more values in (0, 1]",
-        )
-        require(
-            self.crop != "random_resized"
-            or (len(self.crop_scales) == 2 and self.crop_scales[0] <= self.crop_scales[1]),
-            "data.crop_scales",
-            self.crop_scales,
-            "must be the smallest and the largest area for data.crop = random_resized",
-        )
-        require(
-            0 <= self.max_bad_share <= 1,
-            "data.max_bad_share",
-            self.max_bad_share,
-            "must be in [0, 1]",
-        )
-        self._check_sources()
-
-    def _check_sources(self) -> None:
-        for name, source in self.sources.items():
-            source.check(f"data.sources.{name}")
-        for f in fields(SourceConfig):
-            require(
-                not self.sources or getattr(self, f.name) == f.default,
-                f"data.{f.name}",
-                getattr(self, f.name),
-                "does not reach data.sources; write it into those that it is for",
-            )
-        weighted = [name for name, source in self.sources.items() if source.weight is not None]
-        for name in self.sources:
-            require(
-                len(weighted) in (0, len(self.sources)),
-                f"data.sources.{name}.weight",
-                self.sources[name].weight,
-                "give every source a weight, or none",
-            )
+        if self.sources:
+            for f in fields(SourceConfig):
+                value = getattr(self, f.name)
+                remedy = "does not reach data.sources; write it into those that it is for"
+                require(value == f.default, f.name, value, remedy)
+            weights = [source.weight for source in self.sources.values()]
+            is_all_or_none = None not in weights or weights == [None] * len(weights)
+            for name, weight in zip(self.sources, weights, strict=True):
+                remedy = "give every source a weight, or none"
+                require(is_all_or_none, f"sources.{name}.weight", weight, remedy)
 
     @property
     def by_name(self) -> Mapping[str, SourceConfig]:

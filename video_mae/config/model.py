@@ -1,10 +1,9 @@
 """The architecture, and the published sizes."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 
 Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 """How the frames of a clip that is to be named are chosen."""
@@ -13,33 +12,81 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {
+        "embed_dim": 384,
+        "depth": 12,
+        "num_heads": 6,
+        "decoder_embed_dim": 192,
+        "decoder_depth": 4,
+        "decoder_num_heads": 3,
+    },
+    "base": {
+        "embed_dim": 768,
+        "depth": 12,
+        "num_heads": 12,
+        "decoder_embed_dim": 384,
+        "decoder_depth": 4,
+        "decoder_num_heads": 6,
+    },
+    "large": {
+        "embed_dim": 1024,
+        "depth": 24,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "huge": {
+        "embed_dim": 1280,
+        "depth": 32,
+        "num_heads": 16,
+        "decoder_embed_dim": 640,
+        "decoder_depth": 12,
+        "decoder_num_heads": 8,
+    },
+    "giant": {
+        "embed_dim": 1408,
+        "depth": 40,
+        "num_heads": 16,
+        "decoder_embed_dim": 512,
+        "decoder_depth": 4,
+        "decoder_num_heads": 8,
+        "patch_size": 14,
+        "mlp_ratio": 48 / 11,
+    },
+}
+"""The published sizes."""
+
+
+class ModelConfig(Knobs):
     """The architecture: the default is ViT-B of VideoMAE at 16 x 224 x 224. A still image has
     num_frames=tubelet_size=1.
     """
 
-    in_channels: int = knob(3, "channels of a pixel")
-    num_frames: int = knob(16, "frames of a clip")
-    height: int = knob(224, "pixels")
-    width: int = knob(224, "pixels")
-    tubelet_size: int = knob(2, "frames of a tubelet")
-    patch_size: int = knob(16, "pixels, height and width of a tubelet")
-    embed_dim: int = knob(768, "encoder width")
-    depth: int = knob(12, "encoder blocks")
-    num_heads: int = knob(12, "encoder attention heads")
+    presets = PRESETS
+
+    in_channels: int = knob(3, "channels of a pixel", low=1)
+    num_frames: int = knob(16, "frames of a clip", low=1)
+    height: int = knob(224, "pixels", low=1)
+    width: int = knob(224, "pixels", low=1)
+    tubelet_size: int = knob(2, "frames of a tubelet", low=1)
+    patch_size: int = knob(16, "pixels, height and width of a tubelet", low=1)
+    embed_dim: int = knob(768, "encoder width", low=1)
+    depth: int = knob(12, "encoder blocks", low=1)
+    num_heads: int = knob(12, "encoder attention heads", low=1)
     mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim")
-    decoder_embed_dim: int = knob(384, "decoder width")
-    decoder_depth: int = knob(4, "decoder blocks")
-    decoder_num_heads: int = knob(6, "decoder attention heads")
+    decoder_embed_dim: int = knob(384, "decoder width", low=1)
+    decoder_depth: int = knob(4, "decoder blocks", low=1)
+    decoder_num_heads: int = knob(6, "decoder attention heads", low=1)
     decoder_mlp_ratio: float = knob(4.0, "decoder MLP width over decoder_embed_dim")
     drop_path: float = knob(
-        0.0, "stochastic depth of the last encoder block, growing linearly from 0"
+        0.0, "stochastic depth of the last encoder block, growing linearly from 0", low=0, below=1
     )
     mean: tuple[float, ...] = knob(
         IMAGENET_MEAN, "channel means of the input in [0, 1]; one value serves all channels"
     )
-    std: tuple[float, ...] = knob(IMAGENET_STD, "channel standard deviations, likewise")
+    std: tuple[float, ...] = knob(IMAGENET_STD, "channel standard deviations, likewise", above=0)
     positions: Literal["sinusoid", "sincos", "learned", "separate"] = knob(
         "sinusoid",
         "sinusoid of the flattened index (VideoMAE); sine and cosine of row and column (MAE), and of time where there are "
@@ -49,6 +96,7 @@ class ModelConfig:
         None,
         "grid (time, height, width) in tokens that the positions were made for, "
         "where it is not the model's own",
+        low=1,
     )
     resize_positions: Literal["interpolate", "compute"] = knob(
         "interpolate",
@@ -58,6 +106,7 @@ class ModelConfig:
     class_tokens: int = knob(
         0,
         "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once inflated",
+        low=0,
     )
     decoder_class_token: Literal["encoded", "own"] = knob(
         "encoded",
@@ -71,10 +120,14 @@ class ModelConfig:
         False, "a bias of the projection from encoder to decoder (MAE, mae_st)"
     )
     layer_scale: float = knob(
-        0.0, "first value of a factor a channel on every residual branch; 0 has none"
+        0.0, "first value of a factor a channel on every residual branch; 0 has none", low=0
     )
-    norm_eps: float = knob(1e-6, "epsilon of the norms of all blocks, and of the encoder's last")
-    head_norm_eps: float = knob(1e-6, "epsilon of the norm before a head: decoder.norm and fc_norm")
+    norm_eps: float = knob(
+        1e-6, "epsilon of the norms of all blocks, and of the encoder's last", above=0, below=1
+    )
+    head_norm_eps: float = knob(
+        1e-6, "epsilon of the norm before a head: decoder.norm and fc_norm", above=0, below=1
+    )
     encoder_norm: bool = knob(
         True,
         "a norm after the encoder's last block in pretraining; a classifier's pooling decides for itself",
@@ -89,107 +142,35 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "in_channels",
-            "num_frames",
-            "height",
-            "width",
-            "tubelet_size",
-            "patch_size",
-            "embed_dim",
-            "depth",
-            "num_heads",
-            "decoder_embed_dim",
-            "decoder_depth",
-            "decoder_num_heads",
-        ):
-            require(
-                getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1"
-            )
-        for side, unit in (
+        super().__post_init__()
+        for name, unit in (
             ("num_frames", "tubelet_size"),
             ("height", "patch_size"),
             ("width", "patch_size"),
-        ):
-            require(
-                getattr(self, side) % getattr(self, unit) == 0,
-                f"model.{side}",
-                getattr(self, side),
-                f"is not a multiple of model.{unit} = {getattr(self, unit)}",
-            )
-        for width, heads in (
             ("embed_dim", "num_heads"),
             ("decoder_embed_dim", "decoder_num_heads"),
         ):
-            require(
-                getattr(self, width) % getattr(self, heads) == 0,
-                f"model.{width}",
-                getattr(self, width),
-                f"is not a multiple of model.{heads} = {getattr(self, heads)}",
-            )
-            require(
-                getattr(self, width) % 2 == 0,
-                f"model.{width}",
-                getattr(self, width),
-                "must be even (sine and cosine pairs)",
-            )
-        for name, width in (
-            ("mlp_ratio", self.embed_dim),
-            ("decoder_mlp_ratio", self.decoder_embed_dim),
-        ):
-            ratio = getattr(self, name)
-            require(
-                math.isfinite(ratio) and round(ratio * width) >= 1,
-                f"model.{name}",
-                ratio,
-                f"of {width} is no width of an MLP",
-            )
-        require(0 <= self.drop_path < 1, "model.drop_path", self.drop_path, "must be in [0, 1)")
+            value, divisor = getattr(self, name), getattr(self, unit)
+            remedy = f"is not a multiple of model.{unit} = {divisor}"
+            require(value % divisor == 0, name, value, remedy)
+        # pairs of sine and cosine: of the flattened index, or of row and column
+        pair = 4 if self.positions == "sincos" else 2
+        for name, of in (("mlp_ratio", "embed_dim"), ("decoder_mlp_ratio", "decoder_embed_dim")):
+            ratio, width = getattr(self, name), getattr(self, of)
+            require(round(ratio * width) >= 1, name, ratio, f"of {width} is no width of an MLP")
+            remedy = f"must be a multiple of {pair} for model.positions = {self.positions}"
+            require(width % pair == 0, of, width, remedy)
         for name in ("mean", "std"):
             values = getattr(self, name)
-            require(
-                len(values) in (1, self.in_channels),
-                f"model.{name}",
-                values,
-                f"must have 1 value or one for each of model.in_channels = {self.in_channels}",
-            )
-            require(all(map(math.isfinite, values)), f"model.{name}", values, "must be finite")
-        require(min(self.std) > 0, "model.std", self.std, "must be above 0")
-        for name in ("embed_dim", "decoder_embed_dim"):
-            require(
-                self.positions != "sincos" or getattr(self, name) % 4 == 0,
-                f"model.{name}",
-                getattr(self, name),
-                "must be a multiple of 4 for model.positions = sincos",
-            )
+            remedy = f"must have 1 value or one for each of model.in_channels = {self.in_channels}"
+            require(len(values) in (1, self.in_channels), name, values, remedy)
+        frames, times = self.predicted_frames, self.grid[0]
         require(
-            self.position_grid is None or min(self.position_grid) >= 1,
-            "model.position_grid",
-            self.position_grid,
-            "must be at least 1 each",
-        )
-        require(
-            self.class_tokens >= 0, "model.class_tokens", self.class_tokens, "must be at least 0"
-        )
-        for name in ("norm_eps", "head_norm_eps"):
-            require(
-                0 < getattr(self, name) < 1,
-                f"model.{name}",
-                getattr(self, name),
-                "must be between 0 and 1",
-            )
-        require(
-            0 <= self.layer_scale < math.inf,
-            "model.layer_scale",
-            self.layer_scale,
-            "must be at least 0, finite",
-        )
-        frames = self.predicted_frames
-        require(
-            frames is None or (1 <= frames <= self.num_frames and frames % self.grid[0] == 0),
-            "model.predicted_frames",
+            frames is None or (1 <= frames <= self.num_frames and frames % times == 0),
+            "predicted_frames",
             frames,
-            f"must be a multiple of the {self.grid[0]} frames of tokens, at most model.num_frames = {self.num_frames}",
+            f"must be a multiple of the {times} frames of tokens, at most model.num_frames = "
+            f"{self.num_frames}",
         )
 
     @classmethod
@@ -200,7 +181,7 @@ class ModelConfig:
         Raises: ValueError for an unknown name. Source: the official pretraining scripts.
         """
         require(name in PRESETS, "model.preset", name, f"is not one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls(**(PRESETS[name] | changes))
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -218,61 +199,33 @@ class ModelConfig:
 
     @property
     def num_tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        return math.prod(self.grid)
 
     @property
     def tubelet_values(self) -> int:
         """P: values of a tubelet."""
-        return self.tubelet_size * self.patch_size**2 * self.in_channels
+        return math.prod(self.tubelet) * self.in_channels
 
     @property
     def predicted_tubelet(self) -> tuple[int, int, int]:
         """(frames, height, width) that the decoder predicts of a tubelet: all of it, but for
         `predicted_frames`.
         """
-        return (
-            (self.predicted_frames or self.num_frames) // self.grid[0],
-            self.patch_size,
-            self.patch_size,
-        )
+        frames = (self.predicted_frames or self.num_frames) // self.grid[0]
+        return frames, self.patch_size, self.patch_size
 
     @property
     def predicted_values(self) -> int:
         """Outputs of the decoder's head."""
-        return self.predicted_tubelet[0] * self.patch_size**2 * self.in_channels
+        return math.prod(self.predicted_tubelet) * self.in_channels
 
 
-def _size(
-    embed_dim: int, depth: int, num_heads: int, decoder: tuple[int, int, int], **more: Any
-) -> dict[str, Any]:
-    width, heads, blocks = decoder
-    return dict(
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        decoder_embed_dim=width,
-        decoder_num_heads=heads,
-        decoder_depth=blocks,
-        **more,
-    )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": _size(384, 12, 6, (192, 3, 4)),
-    "base": _size(768, 12, 12, (384, 6, 4)),
-    "large": _size(1024, 24, 16, (512, 8, 12)),
-    "huge": _size(1280, 32, 16, (640, 8, 12)),
-    "giant": _size(1408, 40, 16, (512, 8, 4), patch_size=14, mlp_ratio=48 / 11),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
+class ClassifierConfig(Knobs):
     """The head of a classifier, and how it wants frames chosen: what a model folder needs to name
     the action in a video.
     """
 
-    num_classes: int = knob(400, "outputs of the head")
+    num_classes: int = knob(400, "outputs of the head", low=1)
     class_names: tuple[str, ...] = knob(
         (), "names of the labels 0, 1, ...; empty where they are not known"
     )
@@ -282,14 +235,14 @@ class ClassifierConfig:
         "the whole video (uniform, TSN); or of parts of whole frames, which leave out its end (parts: VideoMAE on "
         "Something-Something; parts_v2: VideoMAE V2). In tests the last three are the same",
     )
-    stride: int = knob(4, "video frames from one frame of a dense clip to the next")
+    stride: int = knob(4, "video frames from one frame of a dense clip to the next", low=1)
     antialias: bool = knob(
         True,
         "average what resizing leaves out, in training, validation and tests; false: as OpenCV resizes, and "
         "so the fine-tuning and the tests of VideoMAE do",
     )
-    head_dropout: float = knob(0.0, "dropout before the head")
-    head_init_scale: float = knob(0.001, "factor of the head's first weights")
+    head_dropout: float = knob(0.0, "dropout before the head", low=0, below=1)
+    head_init_scale: float = knob(0.001, "factor of the head's first weights", low=0)
     pooling: Literal["mean", "first", "rest"] = knob(
         "mean",
         "mean of the patch tokens, then fc_norm; the encoder's norm, then the first "
@@ -298,25 +251,10 @@ class ClassifierConfig:
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.num_classes >= 1, "classifier.num_classes", self.num_classes, "must be at least 1"
-        )
+        super().__post_init__()
         require(
             len(self.class_names) in (0, self.num_classes),
-            "classifier.class_names",
+            "class_names",
             f"({len(self.class_names)} names)",
             f"must name each of classifier.num_classes = {self.num_classes}, or none",
-        )
-        require(self.stride >= 1, "classifier.stride", self.stride, "must be at least 1")
-        require(
-            0 <= self.head_dropout < 1,
-            "classifier.head_dropout",
-            self.head_dropout,
-            "must be in [0, 1)",
-        )
-        require(
-            0 <= self.head_init_scale < math.inf,
-            "classifier.head_init_scale",
-            self.head_init_scale,
-            "must be at least 0, finite",
         )

@@ -1,14 +1,11 @@
 """What is hidden, and what is minimised."""
 
-import math
-from dataclasses import dataclass
 from typing import Literal
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 
 
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Knobs):
     """L_total = L_rec + contrastive_weight * L_con (docs/objective.md)."""
 
     normalize: Literal["channel", "tubelet", "none"] = knob(
@@ -22,10 +19,13 @@ class ObjectiveConfig:
         "encoder sees them, normalised by model.mean and model.std (MAE, mae_st)",
     )
     contrastive_weight: float = knob(
-        0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss"
+        0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss", low=0
     )
     temperature: float = knob(
-        0.1, "tau of the contrastive softmax (its start value where it is learned)"
+        0.1,
+        "tau of the contrastive softmax (its start value where it is learned)",
+        low=0.01,
+        high=1,
     )
     learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
     negatives: Literal["clip", "batch"] = knob(
@@ -38,34 +38,23 @@ class ObjectiveConfig:
     )
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.contrastive_weight < math.inf,
-            "objective.contrastive_weight",
-            self.contrastive_weight,
-            "must be at least 0, finite",
-        )
-        require(
-            0.01 <= self.temperature <= 1,
-            "objective.temperature",
-            self.temperature,
-            "must be in [0.01, 1]",
-        )
-        require(
-            not self.learn_temperature or 0.01 < self.temperature < 1,
-            "objective.temperature",
-            self.temperature,
-            "must be inside (0.01, 1) to be learned",
-        )
-        require(
-            not self.learn_temperature or self.contrastive_weight > 0,
-            "objective.learn_temperature",
-            self.learn_temperature,
-            "needs objective.contrastive_weight above 0",
-        )
+        super().__post_init__()
+        if self.learn_temperature:
+            require(
+                0.01 < self.temperature < 1,
+                "temperature",
+                self.temperature,
+                "must be inside (0.01, 1) to be learned",
+            )
+            require(
+                self.contrastive_weight > 0,
+                "learn_temperature",
+                self.learn_temperature,
+                "needs objective.contrastive_weight above 0",
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig:
+class MaskConfig(Knobs):
     """Which tokens the encoder does not see, and which of those the decoder predicts."""
 
     kind: Literal["tube", "random", "random_kept", "frame"] = knob(
@@ -77,18 +66,14 @@ class MaskConfig:
         0.9,
         "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the frames (frame); "
         "random_kept keeps int((1 - ratio) * tokens)",
+        above=0,
+        below=1,
     )
     decoder_mask_ratio: float = knob(
         0.0,
         "share of the tokens the decoder skips by a running cell (dual masking of VideoMAE V2: "
         "0.25, 0.5 or 0.75); 0 predicts every hidden token",
+        low=0,
+        high=0.75,
+        multiple_of=0.25,
     )
-
-    def __post_init__(self) -> None:
-        require(0 < self.ratio < 1, "mask.ratio", self.ratio, "must be between 0 and 1")
-        require(
-            self.decoder_mask_ratio in (0.0, 0.25, 0.5, 0.75),
-            "mask.decoder_mask_ratio",
-            self.decoder_mask_ratio,
-            "must be 0, 0.25, 0.5 or 0.75",
-        )

@@ -2,41 +2,57 @@
 explained. config/ has the keys.
 """
 
-import dataclasses
 import json
+import math
+import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, asdict, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-from video_mae.config.yaml_text import (
-    inside,
-    is_text,
-    load,
-    refuse_interpolation,
-    to_yaml,
-    without_none,
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
 )
+
+from video_mae.config.yaml_text import ScalarNode, load, read_word, refuse_interpolation, to_yaml
 from video_mae.files import one_line, read_text
 
 Schema = TypeVar("Schema")
-_MAPPING = "must hold `key: value` lines"
+BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "high": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+    "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of"),
+}
+"""How the range of a knob is written in Python, what it asks, and how it is told."""
 
 
-def knob(default: Any, meaning: str) -> Any:
-    """A field with its one-line meaning, which `video-mae STAGE --help` prints."""
+def knob(default: Any, meaning: str, *, filled: bool = False, **bounds: float) -> Any:
+    """A field with its one-line meaning, which `video-mae STAGE --help` prints, and its range.
+
+    bounds: of BOUNDS, `low=1`; for each value where there are several. filled: it must not be
+    empty.
+    """
+    metadata = {"meaning": meaning, "filled": filled, "bounds": bounds}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"meaning": meaning})
-    return field(default=default, metadata={"meaning": meaning})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def section(kind: type, meaning: str) -> Any:
-    """A field that holds another dataclass of knobs."""
-    return field(default_factory=kind, metadata={"meaning": meaning})
+def section(kind: type, meaning: str, **defaults: Any) -> Any:
+    """A field that holds other knobs; `defaults` are those that are not as the section has them."""
+    return field(default_factory=partial(kind, **defaults), metadata={"meaning": meaning})
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
@@ -45,46 +61,72 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
         raise ValueError(f"{key}: {value} {remedy}")
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Knobs:
+    """The knobs of a stage, or of a section of it: what derives from this is a dataclass, frozen
+    and keyword-only.
+
+    Each value is within its knob's range; what ties two knobs is checked in a `__post_init__` of
+    their class. A section's errors name its own keys: what reads a file puts the section before
+    them.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """{name: {knob: value}}: what the key `preset` of a section sets that the file does not."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming a knob out of its range."""
+        for f in fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, f.name)
+            if f.metadata.get("filled"):
+                require(value not in ("", ()), f.name, "(empty)", "must not be empty")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float):
+                    require(abs(number) < math.inf, f.name, value, "must be finite")
+                    for name, bound in f.metadata["bounds"].items():
+                        is_met, _ = BOUNDS[name]
+                        require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
+
+
+def _range(f: Field[Any]) -> str:
+    parts = [f"{BOUNDS[name][1]} {bound}" for name, bound in f.metadata["bounds"].items()]
+    if parts and f.default is None:
+        parts.append("or null")
+    return ", ".join(parts)
+
+
 def parse(
-    path: Path | None,
+    path: str | Path | None,
     overrides: Sequence[str],
     schema: type[Schema],
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Schema:
-    """Defaults < `model.preset` (one of `presets`) < the file < dotted overrides, checked key by
-    key.
+    """Defaults < a section's `preset` < the file < dotted overrides, checked key by key.
 
     A text is what follows the = of an override, character by character; any other value is YAML. In
     YAML, too, what stands where a text belongs is one: no, 007, 1e3.
-    Raises: ValueError with one line that names the file, the key, and the nearest valid key, the
-    type or the range.
+    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
+    nearest valid key, the type or the range.
     """
-    text = read_text(path) if path else ""
+    text = ""
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such configuration file")
+        text = read_text(Path(path))
     with _naming(f"{path}: " if path else ""):
-        values = _read_file(text, schema)
+        values = _read_file(text)
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
-        model = values.get("model")
-        if (
-            presets
-            and isinstance(model, dict)
-            and (preset := model.pop("preset", None)) is not None
-        ):
-            require(
-                isinstance(preset, str) and preset in presets,
-                "model.preset",
-                preset,
-                f"is not one of {', '.join(presets)}",
-            )
-            values["model"] = {**presets[preset], **model}
-        return _build(values, schema, schema)
+        return _typed(values, schema, "")
 
 
 def read_keys(path: Path) -> dict[str, Any]:
     """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
     text = read_text(path)
     with _naming(f"{path}: "):
-        return _read_file(text, Any)
+        return _typed(_read_file(text), Any, "")
 
 
 def save_config(config: Any, path: str | Path) -> None:
@@ -97,42 +139,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
+def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
+    """The inverse of `to_dict`, as config.json stores it. Raises: ValueError naming `where` and the
+    key.
+    """
+    with _naming(f"{where}: "):
+        return _typed(values, schema, "")
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{"optim.micro_batch": 32, ...}: every knob with its dotted key."""
     flat: dict[str, Any] = {}
     for f in fields(config):
-        value = getattr(config, f.name)
-        flat.update(
-            flatten(value, f"{prefix}{f.name}.")
-            if is_dataclass(value)
-            else {f"{prefix}{f.name}": value}
-        )
+        key, value = f"{prefix}{f.name}", getattr(config, f.name)
+        if is_dataclass(value):
+            flat.update(flatten(value, f"{key}."))
+        else:
+            flat[key] = value
     return flat
 
 
-def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
-    """The inverse of `to_dict` for one flat section, as config.json stores it. Raises: ValueError
-    naming `where` and the key.
-    """
-    with _naming(f"{where}: "):
-        return _build(values, schema, schema)
-
-
 def describe(schema: type) -> str:
-    """Every key with its default and meaning, as `--help` prints it."""
+    """Every key with its default, choices or range, and meaning, as `--help` prints it."""
     lines: list[str] = []
-    for key, kind, f in _walk(schema, ""):
-        if is_dataclass(kind):
+    for key, hint, f, default in _walk(schema):
+        if is_dataclass(hint):
             lines.append(f"\n{key}: {f.metadata['meaning']}")
-        else:
-            default = f.default_factory() if f.default_factory is not MISSING else f.default
-            shown = default if default and isinstance(default, str) else json.dumps(default)
-            choices = (
-                f" {{{' | '.join(str(a) for a in kind.__args__)}}}"
-                if get_origin(kind) is Literal
-                else ""
-            )
-            lines.append(f"  {key} = {shown}{choices}\n      {f.metadata['meaning']}")
+            continue
+        line = f"  {key} = {default if isinstance(default, str) else json.dumps(default)}"
+        if default == "":
+            line += '""'
+        if get_origin(hint) is Literal:
+            line += f" {{{' | '.join(str(choice) for choice in get_args(hint))}}}"
+        if limits := _range(f):
+            line += f" ({limits})"
+        lines += [line, f"      {f.metadata['meaning']}"]
     return "\n".join(lines)
 
 
@@ -145,77 +186,115 @@ def _naming(where: str) -> Iterator[None]:
         raise ValueError(one_line(f"{where}{error}")) from None
 
 
-def _walk(schema: Any, prefix: str) -> Iterable[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Every key, its type and its field; NAME stands for the names of a dictionary of sections."""
+def _walk(
+    schema: Any, prefix: str = "", made: Any = None
+) -> Iterator[tuple[str, Any, Field[Any], Any]]:
+    """Every key, its type, field and default, which a section that is `made` may have changed; NAME
+    stands for the names of a dictionary of sections.
+    """
     hints = get_type_hints(schema)
     for f in fields(schema):
         key, hint = f"{prefix}{f.name}", hints[f.name]
-        yield key, hint, f
-        if get_origin(hint) is dict:
-            key, hint = f"{key}.NAME", inside(hint, "NAME")
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        yield key, hint, f, getattr(made, f.name, default)
         if is_dataclass(hint):
-            yield from _walk(hint, f"{key}.")
+            yield from _walk(hint, f"{key}.", default)
+        elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            yield from _walk(get_args(hint)[1], f"{key}.NAME.")
 
 
-def _build(values: Any, schema: Any, root: Any, where: str = "") -> Any:
-    """The dataclass that the values of the section `where` describe. Raises: ValueError for an
-    unknown key, a wrong type, a range.
+def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None) -> Any:
+    """What a file says about the section or knob `where`, as its type has it.
+
+    root: the schema of the whole file, whose keys are searched for one that is meant. make: makes
+    a section of its values.
+    Raises: ValueError for an unknown key, a wrong type, a range.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where and f'{where}: '}{_MAPPING}")
-    hints, prefix = get_type_hints(schema), f"{where}." if where else ""
-    for key in values:
-        if key not in hints:
-            everywhere = [name for name, _, _ in _walk(root, "")]
-            near = (
-                [name for name in everywhere if name.split(".")[-1] == key]
-                or get_close_matches(key, hints, 1)
-                or get_close_matches(f"{prefix}{key}", everywhere, 1)
-            )
-            raise ValueError(
-                f"unknown key {prefix}{key}" + (f" (did you mean {near[0]}?)" if near else "")
-            )
-    return schema(
-        **{
-            key: _convert(value, hints[key], root, f"{prefix}{key}")
-            for key, value in values.items()
-        }
-    )
-
-
-def _convert(value: Any, hint: Any, root: Any, where: str) -> Any:
-    """The value as the type of the knob `where` has it. Raises: ValueError where it is of another
-    type.
-    """
-    origin, of = get_origin(hint), get_args(hint)
-    if NoneType in of:
-        return None if value is None else _convert(value, without_none(hint), root, where)
-    if is_dataclass(hint):
-        return _build(value, hint, root, where)
+    kind = _without_none(hint)
+    origin, parts = get_origin(kind), get_args(kind)
+    if isinstance(value, ScalarNode):
+        is_text = kind is str or (origin is Literal and isinstance(parts[0], str))
+        with _naming(f"{where}: "):
+            value = read_word(value, is_text=is_text)
+    if value is None and kind is not hint:
+        return None
+    if is_dataclass(kind):
+        return _section(value, kind, where, root or kind, make or kind)
+    if isinstance(value, dict) and (origin is dict or kind is Any):
+        of = parts[1] if parts else Any
+        return {name: _typed(item, of, f"{where}.{name}", root) for name, item in value.items()}
     if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {_MAPPING}")
-        return {
-            name: _convert(part, of[1], root, f"{where}.{name}") for name, part in value.items()
-        }
+        raise ValueError(f"{where}: must hold `key: value` lines")
+    if isinstance(value, list) and kind is Any:
+        return [_typed(item, Any, where) for item in value]
     if origin is tuple and isinstance(value, list | tuple):
-        kinds = of[:1] * len(value) if of[-1] is Ellipsis else of
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
         if len(kinds) == len(value):
-            return tuple(
-                _convert(item, kind, root, where) for item, kind in zip(value, kinds, strict=True)
-            )
-    is_choice = origin is Literal and any(
-        type(value) is type(choice) and value == choice for choice in of
-    )
-    if is_choice or hint is Any or (hint is str and isinstance(value, str)):
+            pairs = zip(value, kinds, strict=True)
+            return tuple(_typed(item, of, where) for item, of in pairs)
+    if kind is Any or (kind is str and isinstance(value, str)):
         return value
-    if hint is bool and value in (0, 1):
+    if origin is Literal and any(type(value) is type(part) and value == part for part in parts):
+        return value
+    if kind is bool and value in (0, 1):
         return bool(value)
-    if hint in (int, float) and isinstance(value, int | str | hint) and not isinstance(value, bool):
+    if kind in (int, float) and isinstance(value, int | str | kind) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            return hint(value)
-    kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ValueError(f"{where}: {value!r:.100} is not of type {kind}")
+            return kind(value)
+    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    raise ValueError(f"{where}: {value!r:.100} is not of type {name}")
+
+
+def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
+    prefix = f"{where}." if where else ""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must hold `key: value` lines")
+    if "preset" in values and schema.presets:
+        names = Literal[(*schema.presets, None)]
+        name = _typed(values["preset"], names, f"{prefix}preset")
+        values = {**schema.presets.get(name, {}), **values}
+        del values["preset"]
+    hints = get_type_hints(schema)
+    by_name = {f.name: f for f in fields(schema)}
+    made = {}
+    for key, value in values.items():
+        if key not in by_name:
+            near = _near(key, f"{prefix}{key}", by_name, root)
+            raise ValueError(f"unknown key {prefix}{key}{near}")
+        factory = by_name[key].default_factory
+        make_part = None if factory is MISSING else factory
+        made[key] = _typed(value, hints[key], f"{prefix}{key}", root, make_part)
+    with _naming(prefix):
+        return make(**made)
+
+
+def _near(name: str, key: str, names: Mapping[str, Any], root: Any) -> str:
+    """What may be meant by an unknown key: the same name in another section, else a similar one."""
+    everywhere = [known for known, *_ in _walk(root)]
+    near = [known for known in everywhere if known.split(".")[-1] == name]
+    near += get_close_matches(name, names, 1) or get_close_matches(key, everywhere, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _without_none(hint: Any) -> Any:
+    """X of X | None, any other type itself."""
+    parts = get_args(hint)
+    if NoneType not in parts:
+        return hint
+    return next(part for part in parts if part is not NoneType)
+
+
+def _type_of(schema: Any, names: Sequence[str]) -> Any:
+    """The type of the knob of a dotted key; None where there is no such knob."""
+    hint = schema
+    for name in names:
+        if is_dataclass(hint):
+            hint = get_type_hints(hint).get(name)
+        elif get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+        elif hint is not Any:
+            return None
+    return hint
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -227,12 +306,14 @@ def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_file(text: str, schema: Any) -> dict[str, Any]:
+def _read_file(text: str) -> dict[str, Any]:
     """The keys of a file. Raises: ValueError."""
-    values = load(text, schema, {})
+    values = load(text)
     refuse_interpolation(text)
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise ValueError(f"the file {_MAPPING}, not {str(values)[:60]!r}")
+        raise ValueError(f"the file must hold `key: value` lines, not {text.strip()[:60]!r}")
     return values
 
 
@@ -242,19 +323,18 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
     names = key.split(".")
     if not is_given or not all(re.fullmatch(r"\S+", name) for name in names):
         raise ValueError(f"override `{override}` is not of the form key=value")
-    hint = schema
-    for name in names:
-        hint = inside(hint, name)
+    hint = _type_of(schema, names)
+    is_text = hint is None or _without_none(hint) is str
     value: Any = text
-    if text == "null" and hint is not str and is_text(hint):
+    if is_text and text == "null" and hint is not str:
         value = None
-    elif hint is not None and not is_text(hint):
+    elif not is_text:
         try:
-            value = load(text, hint, "")
+            value = "" if (found := load(text)) is None else found
         except ValueError as error:
             raise ValueError(
                 f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes"
             ) from None
-    for name in reversed(names[1:]):
+    for name in reversed(names):
         value = {name: value}
-    return {names[0]: value}
+    return value

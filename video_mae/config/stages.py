@@ -3,25 +3,26 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from video_mae.config.data import DataConfig
-from video_mae.config.model import PRESETS, ModelConfig
+from video_mae.config.model import ModelConfig
 from video_mae.config.objective import MaskConfig, ObjectiveConfig
-from video_mae.config.schema import Schema, knob, parse, require, section
+from video_mae.config.schema import Knobs, Schema, knob, parse, section
 from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Knobs):
     """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value
     ...`.
     """
 
-    output: str = knob("runs/run", "the run folder; starting the same one again resumes it")
+    output: str
     seed: int = knob(
-        0, "of the weights, the order of the videos, and everything that is drawn for them"
+        0,
+        "of the weights, the order of the videos, and everything that is drawn for them",
+        low=0,
+        below=2**63,
     )
     model: ModelConfig = section(
         ModelConfig,
@@ -32,34 +33,22 @@ class RunConfig:
     engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
     journal: JournalConfig = section(JournalConfig, "logs and checkpoints")
 
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
-        require(self.output != "", "output", "(empty)", "must name the run folder")
 
-
-@dataclass(frozen=True, kw_only=True)
 class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
 
-    picture_interval: int = knob(500, "reconstruction pictures; the last step always draws one")
-    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("picture_interval", 0), ("picture_clips", 1)):
-            require(
-                getattr(self, name) >= least,
-                f"journal.{name}",
-                getattr(self, name),
-                f"must be at least {least}",
-            )
+    picture_interval: int = knob(
+        500, "reconstruction pictures; the last step always draws one", low=0
+    )
+    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
-    output: str = knob("runs/pretrain", "the run folder; starting the same one again resumes it")
+    output: str = knob(
+        "runs/pretrain", "the run folder; starting the same one again resumes it", filled=True
+    )
     objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
     mask: MaskConfig = section(MaskConfig, "masking")
     journal: PretrainJournalConfig = section(
@@ -77,7 +66,4 @@ def load_config(
     Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
     nearest valid key or the range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    return parse(path, overrides, schema, PRESETS)
+    return parse(path, overrides, schema)

@@ -1,108 +1,60 @@
 """How a model is optimised, on what, and what a run writes."""
 
-import math
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 
 
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Knobs):
     """AdamW with a warm-up and a cosine per step. Lengths are in epochs (passes over the list) or,
     where given, in steps.
     """
 
-    micro_batch: int = knob(32, "videos that a rank takes through forward and backward at once")
-    accumulation: int = knob(1, "micro-batches a step")
-    base_lr: float = knob(
-        1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256"
+    micro_batch: int = knob(
+        32, "videos that a rank takes through forward and backward at once", low=1
     )
-    min_lr: float = knob(1e-5, "where the cosine ends, scaled like base_lr")
+    accumulation: int = knob(1, "micro-batches a step", low=1)
+    base_lr: float = knob(
+        1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256", low=0
+    )
+    min_lr: float = knob(1e-5, "where the cosine ends, scaled like base_lr", low=0)
     lr_counts_clips: bool = knob(
         False, "count clips instead of videos in the global batch (times data.clips_per_video)"
     )
-    epochs: float = knob(800.0, "length of the run, ignored where steps is given")
-    warmup_epochs: float = knob(40.0, "linear warm-up from 0, ignored where steps is given")
-    steps: int | None = knob(None, "length of the run in optimizer steps")
-    warmup_steps: int = knob(0, "linear warm-up where steps is given")
+    epochs: float = knob(
+        800.0, "length of the run, ignored where steps is given", above=0, below=10**9
+    )
+    warmup_epochs: float = knob(40.0, "linear warm-up from 0, ignored where steps is given", low=0)
+    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**12)
+    warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
     drop_last_batch: bool = knob(
         False,
         "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a step may "
         "hold videos of two epochs",
     )
-    weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none")
+    weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none", low=0)
     decay_tokens: bool = knob(
         False, "weight decay also of class and mask tokens and learned positions (MAE, mae_st)"
     )
-    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW")
-    eps: float = knob(1e-8, "AdamW")
-    clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip")
+    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW", low=0, below=1)
+    eps: float = knob(1e-8, "AdamW", above=0)
+    clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
     layer_decay: float = knob(
         1.0,
         "factor of the learning rate from a layer of the encoder to the one below it; 1 is one rate for all",
+        above=0,
+        high=1,
     )
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch", "accumulation"):
-            require(
-                getattr(self, name) >= 1, f"optim.{name}", getattr(self, name), "must be at least 1"
-            )
-        for name in (
-            "base_lr",
-            "min_lr",
-            "warmup_epochs",
-            "warmup_steps",
-            "weight_decay",
-            "clip_grad",
-        ):
-            require(
-                0 <= getattr(self, name) < math.inf,
-                f"optim.{name}",
-                getattr(self, name),
-                "must be at least 0, finite",
-            )
-        require(
-            self.min_lr <= self.base_lr,
-            "optim.min_lr",
-            self.min_lr,
-            f"is above optim.base_lr = {self.base_lr}",
-        )
-        require(
-            0 < self.epochs < 10**9, "optim.epochs", self.epochs, "must be above 0, below 10**9"
-        )
-        require(
-            self.steps is None or 1 <= self.steps < 10**12,
-            "optim.steps",
-            self.steps,
-            "must be in [1, 10**12), or null to count epochs",
-        )
-        require(
-            self.steps is None or self.warmup_steps <= self.steps,
-            "optim.warmup_steps",
-            self.warmup_steps,
-            f"is above optim.steps = {self.steps}",
-        )
-        require(
-            self.steps is not None or self.warmup_epochs <= self.epochs,
-            "optim.warmup_epochs",
-            self.warmup_epochs,
-            f"is above optim.epochs = {self.epochs}",
-        )
-        require(
-            all(0 <= beta < 1 for beta in self.betas),
-            "optim.betas",
-            self.betas,
-            "must be in [0, 1)",
-        )
-        require(0 < self.eps < math.inf, "optim.eps", self.eps, "must be above 0, finite")
-        require(
-            0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "must be in (0, 1]"
-        )
+        super().__post_init__()
+        unit = "epochs" if self.steps is None else "steps"
+        for name, most in (("min_lr", "base_lr"), (f"warmup_{unit}", unit)):
+            value, limit = getattr(self, name), getattr(self, most)
+            require(value <= limit, name, value, f"is above optim.{most} = {limit}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Knobs):
     """How a step is computed: DeepSpeed's configuration is derived from this."""
 
     zero_stage: Literal[0, 1, 2, 3] = knob(
@@ -129,51 +81,35 @@ class EngineConfig:
         5,
         "the run stops, at most a step later, when so many steps in a row had a loss or gradient that "
         "is not finite",
+        low=1,
     )
     extra: dict[str, Any] = knob(
         {}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.offload == "none" or self.zero_stage >= 1,
-            "engine.offload",
+            "offload",
             self.offload,
             "needs engine.zero_stage 1, 2 or 3",
         )
         require(
             self.offload != "parameters" or self.zero_stage == 3,
-            "engine.offload",
+            "offload",
             self.offload,
             "needs engine.zero_stage 3",
         )
-        require(
-            self.max_skipped_in_a_row >= 1,
-            "engine.max_skipped_in_a_row",
-            self.max_skipped_in_a_row,
-            "must be at least 1",
-        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class JournalConfig:
+class JournalConfig(Knobs):
     """What a run writes, and how often (in optimizer steps; 0 is never)."""
 
-    log_interval: int = knob(20, "lines of metrics.jsonl and of the console")
-    checkpoint_interval: int = knob(500, "resumable checkpoints; the last step always writes one")
-    keep_checkpoints: int = knob(2, "newest checkpoints that are kept")
+    log_interval: int = knob(20, "lines of metrics.jsonl and of the console", low=1)
+    checkpoint_interval: int = knob(
+        500, "resumable checkpoints; the last step always writes one", low=0
+    )
+    keep_checkpoints: int = knob(2, "newest checkpoints that are kept", low=1)
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("log_interval", 1),
-            ("checkpoint_interval", 0),
-            ("keep_checkpoints", 1),
-        ):
-            require(
-                getattr(self, name) >= least,
-                f"journal.{name}",
-                getattr(self, name),
-                f"must be at least {least}",
-            )

@@ -4,17 +4,16 @@ come back as they were.
 
 import math
 import re
-from dataclasses import is_dataclass
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
-from yaml.constructor import ConstructorError
+from yaml import ScalarNode
+from yaml.constructor import ConstructorError, SafeConstructor
 
 TAG = "tag:yaml.org,2002:"
 UNUSED = (f"{TAG}timestamp", f"{TAG}value")
 TAGS = {
-    yaml.ScalarNode: [f"{TAG}{name}" for name in ("str", "null", "bool", "int", "float")],
+    ScalarNode: [f"{TAG}{name}" for name in ("str", "null", "bool", "int", "float")],
     yaml.SequenceNode: [f"{TAG}seq"],
     yaml.MappingNode: [f"{TAG}map"],
 }
@@ -33,42 +32,30 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set[str]()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ConstructorError(None, None, "found a key that is no text", key.start_mark)
+            if not isinstance(key, ScalarNode):
+                raise _wrong("found a key that is no text", key)
             if key.value in seen:
-                raise ConstructorError(
-                    None, None, f"found duplicate key {key.value}", key.start_mark
-                )
+                raise _wrong(f"found duplicate key {key.value}", key)
             seen.add(key.value)
         self.flatten_mapping(node)  # what << merges comes first, so that the mapping's own keys win
         return node
 
-    def value(self, node: Any, hint: Any, depth: int = 0) -> Any:
-        """What a node says to a section, a knob or an item of this type: a text stays as it is
-        written, 007 or no.
-        """
+    def tree(self, node: Any, depth: int = 0) -> Any:
+        """A node as dictionaries and lists, whose words are nodes still."""
         self.left -= 1
         if depth > MAX_DEPTH or self.left < 0:
-            raise ConstructorError(None, None, "brackets in brackets without end", node.start_mark)
+            raise _wrong("brackets in brackets without end", node)
         if node.tag not in TAGS[type(node)]:
-            raise ConstructorError(None, None, f"{node.tag} is not supported here", node.start_mark)
+            raise _wrong(f"{node.tag} is not supported here", node)
         if isinstance(node, yaml.MappingNode):
-            return {
-                key.value: self.value(item, inside(hint, key.value), depth + 1)
-                for key, item in node.value
-            }
+            return {key.value: self.tree(item, depth + 1) for key, item in node.value}
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(item, inside(hint, ""), depth + 1) for item in node.value]
-        if node.tag != f"{TAG}null" and (
-            is_text(hint) or (get_origin(hint) is Literal and isinstance(get_args(hint)[0], str))
-        ):
-            return node.value
-        try:
-            return self.construct_object(node)
-        except (ValueError, KeyError):
-            raise ConstructorError(
-                None, None, f"{node.value[:50]} is no {node.tag.removeprefix(TAG)}", node.start_mark
-            ) from None
+            return [self.tree(item, depth + 1) for item in node.value]
+        return node
+
+
+def _wrong(problem: str, node: yaml.Node) -> ConstructorError:
+    return ConstructorError(None, None, problem, node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -78,49 +65,33 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def is_text(hint: Any) -> bool:
-    """Whether this type is that of a text, or null."""
-    return without_none(hint) is str
-
-
-def without_none(hint: Any) -> Any:
-    """X of X | None, any other type itself."""
-    return (
-        next(kind for kind in get_args(hint) if kind is not NoneType)
-        if NoneType in get_args(hint)
-        else hint
-    )
-
-
-def inside(hint: Any, name: str) -> Any:
-    """The type of what a section, a dictionary or a list holds under a name; None where it holds
-    nothing of that name.
-    """
-    hint = without_none(hint)
-    if is_dataclass(hint):
-        return get_type_hints(hint).get(name)
-    of = get_args(hint)
-    if get_origin(hint) is dict:
-        return of[1]
-    return of[0] if get_origin(hint) is tuple else Any if hint is Any else None
-
-
-def load(text: str, hint: Any, empty: Any) -> Any:
-    """A value of YAML for a section or a knob of this type; `empty` where there is none. Raises:
+def load(text: str) -> Any:
+    """YAML as dictionaries and lists of words (`read_word`); None where there is nothing. Raises:
     ValueError with one line.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return empty if node is None else loader.value(node, hint)
+        return None if node is None else loader.tree(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        words = " ".join(str(getattr(error, "problem", None) or error).split()).replace(
-            "'\\t'", "'\\t' (a tab: write blanks)"
-        )
-        raise ValueError(f"line {mark.line + 1}: {words}" if mark else words) from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        problem = problem.replace("'\\t'", "'\\t' (a tab: write blanks)")
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark else problem) from None
     except (OverflowError, RecursionError) as error:
         raise ValueError(f"not YAML: {error}") from None
+
+
+def read_word(word: ScalarNode, *, is_text: bool) -> Any:
+    """What a word means: to a text it stays as it is written, 007 or no. Raises: ValueError."""
+    if is_text and word.tag != f"{TAG}null":
+        return word.value
+    try:
+        return SafeConstructor().construct_object(word)
+    except (ValueError, KeyError):
+        kind = word.tag.removeprefix(TAG)
+        line = word.start_mark.line + 1
+        raise ValueError(f"line {line}: {word.value[:50]} is no {kind}") from None
 
 
 def to_yaml(values: Any) -> str:
@@ -135,17 +106,15 @@ def refuse_interpolation(text: str) -> None:
     would be taken as a text here.
     """
     for token in yaml.scan(text, _Loader):
-        if (
-            isinstance(token, yaml.ScalarToken)
-            and "${" in text[token.start_mark.index : token.end_mark.index]
-        ):
+        written = text[token.start_mark.index : token.end_mark.index]
+        if isinstance(token, yaml.ScalarToken) and "${" in written:
             raise ValueError(
-                f'line {token.start_mark.line + 1}: `${{...}}` is not supported: write the value itself, or "\\x24{{" in '
-                "double quotes for these characters in a text"
+                f"line {token.start_mark.line + 1}: `${{...}}` is not supported: write the value "
+                'itself, or "\\x24{" in double quotes for these characters in a text'
             )
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> ScalarNode:
     """In double quotes where a character may be changed, or not be held, by other styles."""
     style = '"' if "${" in text or not text.isprintable() else None
     return dumper.represent_scalar(f"{TAG}str", text, style)

@@ -19,7 +19,8 @@ from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
 from video_mae.convert.tensor_names import TensorNames
 from video_mae.files import write_whole
-from video_mae.model.vit import Attention, Encoder, VideoClassifier, VideoMAE
+from video_mae.model.blocks import Attention
+from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
 Tensors = dict[str, torch.Tensor]

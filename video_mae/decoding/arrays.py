@@ -16,14 +16,14 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import FileConfig
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Frames, untimed
 
 MAX_HEADER_BYTES = 10_000
 DEFAULT_AXES = {2: "HW", 3: "THW", 4: "THWC"}
 
 
-def open_npy(path: str, source: SourceConfig, in_channels: int) -> Frames:
+def open_npy(path: str, source: FileConfig, in_channels: int) -> Frames:
     """An .npy file: only the slices that are wanted are read. Raises: ValueError for objects and
     for a header that lies.
     """
@@ -31,7 +31,7 @@ def open_npy(path: str, source: SourceConfig, in_channels: int) -> Frames:
         return _frames(_map(file, os.fstat(file.fileno()).st_size), source.axes_thwc)
 
 
-def open_npz(path: str, source: SourceConfig, in_channels: int) -> Frames:
+def open_npz(path: str, source: FileConfig, in_channels: int) -> Frames:
     """One array of an .npz file: mapped where it is stored as it is (np.savez), read whole where it
     is compressed, up to 2 GB.
     """

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import FileConfig
 from video_mae.decoding import stills, tiff
 from video_mae.decoding.arrays import open_npy, open_npz
 from video_mae.decoding.containers import check_regular
@@ -83,7 +83,7 @@ VIDEO_EXTENSIONS = (
 """Of files that a folder gives as videos, a container a line; a list may name any other."""
 ANIMATION = ".gif"
 """A video beside videos; beside pictures a picture that nothing here reads."""
-READERS: dict[str, tuple[str, Callable[[str, SourceConfig, int], Frames]]] = {
+READERS: dict[str, tuple[str, Callable[[str, FileConfig, int], Frames]]] = {
     ".npy": ("numpy", open_npy),
     ".npz": ("numpy", open_npz),
     **dict.fromkeys(tiff.EXTENSIONS, ("tifffile", tiff.open_tiff)),

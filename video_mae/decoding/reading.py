@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.config.data import Decoder, ReadConfig, SourceConfig
+from video_mae.config.data import Decoder, FileConfig, ReadConfig
 
 Choose = Callable[[int], NDArray[np.int64]]
 """From the number of frames of a video to the indices [T] of the wanted ones."""
@@ -50,7 +50,7 @@ class Reading:
     """
 
     decoder: Decoder = "auto"
-    source: SourceConfig = SourceConfig()
+    source: FileConfig = FileConfig()
     in_channels: int = 3
     short_side: int = 0
     threads: int = 1
@@ -63,7 +63,7 @@ class Reading:
         cls,
         data: ReadConfig,
         in_channels: int = 3,
-        source: SourceConfig | None = None,
+        source: FileConfig | None = None,
         threads: int = 1,
     ) -> "Reading":
         """As a configuration says, for files of one of its sources (its only one, where none is

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import FileConfig
 from video_mae.decoding.reading import Frames, untimed
 
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -20,7 +20,7 @@ EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 
-def open_still(path: str, source: SourceConfig, in_channels: int) -> Frames:
+def open_still(path: str, source: FileConfig, in_channels: int) -> Frames:
     """The one frame of a picture, turned upright as its EXIF tag says; of an animation the first.
 
     8-bit pictures become grey, RGB or RGBA, as many channels as the model takes (RGB where it takes

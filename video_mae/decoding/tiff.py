@@ -18,7 +18,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from video_mae.config.data import ZYX_IS_THW, SourceConfig
+from video_mae.config.data import ZYX_IS_THW, FileConfig
 from video_mae.decoding.arrays import frames_first
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Frames, untimed
 
@@ -32,7 +32,7 @@ MAX_UNCHECKED_COUNT = 2**18
 CHUNK = 2**20
 
 
-def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
+def open_tiff(path: str, source: FileConfig, in_channels: int) -> Frames:
     """The pages of a TIFF or BigTIFF file as frames, only the wanted ones read; of an ImageJ stack
     with channels, groups of pages.
 

@@ -7,24 +7,21 @@ size can change them. M videos, K classes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from video_mae.config.frozen import EvaluateConfig
-from video_mae.config.world import World
+from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
-from video_mae.data.videos import VideoList, read_labeled
-from video_mae.data.views import ViewDataset, Views, make_view_loader
-from video_mae.data.workers import Workers, plan_workers
-from video_mae.evaluation.features import check_precision
+from video_mae.data.videos import read_labeled
+from video_mae.data.views import ViewDataset, make_view_loader
+from video_mae.data.workers import plan_workers
 from video_mae.evaluation.predict import classify_views, names_of, views_of
-from video_mae.evaluation.ranks import Ranks
+from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
 from video_mae.files import (
     LIST_DIGEST,
@@ -42,213 +39,178 @@ DONE, NO_FIGURES = 0, 3
 TOLD_CLASSES = 5
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked evaluation."""
-
-    config: EvaluateConfig
-    model: VideoClassifier
-    videos: VideoList
-    views: Views
-    workers: Workers
-    names: tuple[str, ...]
-    folder: Path
-    settings: dict[str, Any]
-    told: list[str]
-
-
 class Outcome(NamedTuple):
-    """What a rank found for a video, by its place in the list: its scores [K], or why it could not
-    be decoded.
+    """What a rank found for a video, by its place in the list: its scores [K]; NaN where it could
+    not be decoded, and the reason.
     """
 
     video: int
-    scores_K: NDArray[np.float64] | None
-    reason: str
+    scores_K: NDArray[np.float64]
+    bad: str
 
 
 def start(model: str, source: str, config: EvaluateConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the evaluation is what is
     returned.
     """
-    plan = prepare(model, source, config)
-    return lambda: run(plan)
+    return Evaluation(model, source, config).run
 
 
-def prepare(model: str, source: str, config: EvaluateConfig) -> Plan:
-    """Checks model, list, classes and output before anything is decoded.
+class Evaluation:
+    """A checked evaluation, which `run` does."""
 
-    Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
-    """
-    World.from_environment()
-    check_precision(config.precision)
-    model_folder = find_model_folder(model)
-    classifier = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
-    told = choose_frames(classifier, config.sampling, config.stride)
-    head = classifier.classifier_config
-    if config.antialias is not None:
-        told.append(f"antialias = {config.antialias}: given, the model says {head.antialias}")
-        head = classifier.classifier_config = replace(head, antialias=config.antialias)
-    videos = read_labeled(
-        "LIST",
-        source,
-        config.data.root,
-        head.num_classes,
-        head.class_names,
-        config.data.list_format,
-    )
-    num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
-    workers = plan_workers(config.num_workers, config.data.decoder_threads)
-    views = views_of(classifier, num_clips, config.num_crops, config.data, workers.threads)
-    settings = {
-        "model": str(model_folder.absolute()),
-        "list": source if "://" in source else str(Path(source).absolute()),
-        LIST_DIGEST: videos.digest(),
-        "sampling": views.sampling,
-        "stride": views.stride,
-        "num_clips": num_clips,
-        "num_crops": config.num_crops,
-        "antialias": views.antialias,
-        "precision": config.precision,
-        "bad_videos_are": "left out" if config.skip_bad else "wrong",
-    }
-    folder = choose_folder(config.output, model)
-    check_results(folder, settings)
-    names = names_of(head) if head.class_names or not videos.class_names else videos.class_names
-    return Plan(config, classifier, videos, views, workers, names, folder, settings, told)
+    def __init__(self, model: str, source: str, config: EvaluateConfig) -> None:
+        """Checks model, list, classes and output before anything is decoded.
 
-
-def run(plan: Plan) -> int:
-    """Evaluates on this rank's share; rank 0 writes the results. Returns 0; 3 where there are no
-    figures, and says why.
-    """
-    ranks = Ranks()
-    try:
-        outcomes = ranks.gather(_outcomes(plan, ranks))
-        return _conclude(plan, outcomes) if ranks.is_main else DONE
-    finally:
-        ranks.leave()
-
-
-def _outcomes(plan: Plan, ranks: Ranks) -> list[Outcome]:
-    config, views = plan.config, plan.views
-    model, mine = plan.model.to(ranks.device), ranks.share(len(plan.videos))
-    if ranks.is_main:
-        for line in (*plan.videos.notes, *plan.told):
-            print(line, flush=True)
-        print(
-            f"{len(plan.videos)} videos, {views.num_clips} x {views.num_crops} views each ({views.sampling}), {ranks.size} ranks; "
-            f"{describe(config.kernels, ranks.device)}; device {ranks.device}, {config.precision}; {plan.workers.describe()}",
-            flush=True,
+        Raises: ValueError or FileNotFoundError with one line that names the file or key and the
+        remedy.
+        """
+        check_start(config.precision)
+        self.config, data = config, config.data
+        model_folder = find_model_folder(model)
+        self.model = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
+        self.told = choose_frames(self.model, config.sampling, config.stride)
+        head = self.model.classifier_config
+        if config.antialias is not None:
+            self.told.append(
+                f"antialias = {config.antialias}: given, the model says {head.antialias}"
+            )
+            head = self.model.classifier_config = replace(head, antialias=config.antialias)
+        self.videos = read_labeled(
+            "LIST", source, data.root, head.num_classes, head.class_names, data.list_format
         )
-        if plan.workers.told:
-            print(plan.workers.told, flush=True)
-    outcomes: list[Outcome] = []
-    loader = make_view_loader(
-        ViewDataset(plan.videos.paths, views), mine, config.batch_size, plan.workers.num
-    )
-    with tqdm(total=len(mine), unit="video", disable=None if ranks.is_main else True) as progress:
-        for batch in loader:
-            for video in batch:
-                if video.views is None:
-                    assert video.failure is not None
-                    outcomes.append(Outcome(video.index, None, video.failure.reason))
-                else:
-                    outcomes.append(
-                        Outcome(
-                            video.index,
-                            classify_views(model, video.views, config.precision).numpy(),
-                            "",
-                        )
-                    )
-                progress.update()
-    return outcomes
+        self.names = self.videos.class_names or names_of(head)
+        self.workers = plan_workers(config.num_workers, data.decoder_threads)
+        num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
+        self.views = views_of(self.model, num_clips, config.num_crops, data, self.workers.threads)
+        self.num_views = num_clips * config.num_crops
+        self.settings = {
+            "model": str(model_folder.absolute()),
+            "list": source if "://" in source else str(Path(source).absolute()),
+            LIST_DIGEST: self.videos.digest(),
+            "sampling": head.sampling,
+            "stride": head.stride,
+            "num_clips": num_clips,
+            "num_crops": config.num_crops,
+            "antialias": head.antialias,
+            "precision": config.precision,
+            "bad_videos_are": "left out" if config.skip_bad else "wrong",
+        }
+        self.folder = choose_folder(config.output, model)
+        check_results(self.folder, self.settings)
 
+    def run(self) -> int:
+        """Evaluates on this rank's share; rank 0 writes the results. Returns 0; 3 where there are
+        no figures, and says why.
+        """
+        with Ranks() as ranks:
+            outcomes = ranks.gather(self._outcomes(ranks))
+            return self._conclude(outcomes) if ranks.is_main else DONE
 
-def _conclude(plan: Plan, outcomes: list[Outcome]) -> int:
-    outcomes = sorted(outcomes, key=lambda outcome: outcome.video)
-    assert [outcome.video for outcome in outcomes] == list(range(len(plan.videos))), (
-        "a video is missing, or came twice"
-    )
-    paths, num_classes = plan.videos.paths, plan.model.classifier_config.num_classes
-    for outcome in outcomes:
-        if outcome.scores_K is not None and not np.isfinite(outcome.scores_K).all():
+    def _outcomes(self, ranks: Ranks) -> list[Outcome]:
+        config, views = self.config, self.views
+        model, mine = self.model.to(ranks.device), ranks.share(len(self.videos))
+        ranks.say(
+            *self.videos.notes,
+            *self.told,
+            f"{len(self.videos)} videos, {views.num_clips} x {views.num_crops} views each "
+            f"({views.sampling}), {ranks.size} ranks; {describe(config.kernels, ranks.device)}; "
+            f"device {ranks.device}, {config.precision}; {self.workers.describe()}",
+            self.workers.told,
+        )
+        nothing_K = np.full(model.classifier_config.num_classes, np.nan)
+        outcomes: list[Outcome] = []
+        loader = make_view_loader(
+            ViewDataset(self.videos.paths, views), mine, config.batch_size, self.workers.num
+        )
+        with ranks.progress(len(mine)) as progress:
+            for batch in loader:
+                for video in batch:
+                    scores_K, bad = nothing_K, ""
+                    if video.failure:
+                        bad = video.failure.reason
+                    if video.views:
+                        scores_K = classify_views(model, video.views, config.precision).numpy()
+                    outcomes.append(Outcome(video.index, scores_K, bad))
+                    progress.update()
+        return outcomes
+
+    def _conclude(self, outcomes: list[Outcome]) -> int:
+        outcomes.sort(key=lambda outcome: outcome.video)
+        assert [outcome.video for outcome in outcomes] == list(range(len(self.videos))), (
+            "a video is missing, or came twice"
+        )
+        scores = Scores(np.stack([outcome.scores_K for outcome in outcomes]), self.videos.label_M)
+        has_scores_M, paths = scores.has_scores(), self.videos.paths
+        bad = [outcome for outcome in outcomes if outcome.bad]
+        for video, _, reason in outcomes:
+            if not has_scores_M[video] and not reason:
+                print(
+                    f"no figures: the scores of {paths[video]} are not finite; try precision=fp32, "
+                    "or another model",
+                    flush=True,
+                )
+                return NO_FIGURES
+        if not has_scores_M.any():
             print(
-                f"no figures: the scores of {paths[outcome.video]} are not finite; try precision=fp32, or another model",
+                f"no figures: none of the {len(bad)} videos could be decoded; {paths[0]}: "
+                f"{bad[0].bad}",
                 flush=True,
             )
             return NO_FIGURES
-    bad = [outcome for outcome in outcomes if outcome.scores_K is None]
-    if len(bad) == len(outcomes):
-        print(
-            f"no figures: none of the {len(bad)} videos could be decoded; {paths[0]}: {bad[0].reason}",
-            flush=True,
+        figures = scores
+        if self.config.skip_bad:
+            figures = Scores(scores.score_MK[has_scores_M], scores.label_M[has_scores_M])
+        metrics = {
+            **figures.metrics(),
+            "interval": f"Wilson, {CONFIDENCE:.0%}",
+            "views": self.num_views,
+            "bad_videos": len(bad),
+            "bad": [{"path": str(paths[video]), "reason": reason} for video, _, reason in bad],
+        }
+        rows = [json_text(self._row(outcome)) + "\n" for outcome in outcomes]
+        write_text(self.folder / "predictions.jsonl", "".join(rows))
+        write_class_table(self.folder / "classes.csv", figures, self.names)
+        write_metrics(self.folder, self.settings, metrics)
+        self._tell(metrics)
+        draw_or_tell(
+            self.folder / "confusion.png",
+            partial(draw_confusion, confusion=figures.confusion(), names=self.names),
         )
-        return NO_FIGURES
-    nothing_K = np.full(num_classes, np.nan)
-    scores = Scores(
-        np.stack(
-            [nothing_K if outcome.scores_K is None else outcome.scores_K for outcome in outcomes]
-        ),
-        plan.videos.label_M,
-    )
-    counted = scores.has_scores() if plan.config.skip_bad else np.ones(len(outcomes), dtype=bool)
-    figures = Scores(scores.score_MK[counted], scores.label_M[counted])
-    metrics = {
-        **figures.metrics(),
-        "interval": f"Wilson, {CONFIDENCE:.0%}",
-        "views": plan.views.num_clips * plan.views.num_crops,
-        "bad_videos": len(bad),
-        "bad": [{"path": str(paths[outcome.video]), "reason": outcome.reason} for outcome in bad],
-    }
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    write_text(
-        plan.folder / "predictions.jsonl",
-        "".join(_row(plan, scores, outcome) for outcome in outcomes),
-    )
-    write_class_table(plan.folder / "classes.csv", figures, plan.names)
-    write_metrics(plan.folder, plan.settings, metrics)
-    _tell(plan, metrics)
-    draw_or_tell(
-        plan.folder / "confusion.png",
-        partial(draw_confusion, confusion=figures.confusion(), names=plan.names),
-    )
-    return DONE
+        return DONE
 
-
-def _row(plan: Plan, scores: Scores, outcome: Outcome) -> str:
-    """A line of predictions.jsonl."""
-    label = int(plan.videos.label_M[outcome.video])
-    row: dict[str, Any] = {
-        "path": str(plan.videos.paths[outcome.video]),
-        "label": label,
-        "class": plan.names[label],
-    }
-    if outcome.scores_K is None:
-        row |= {"views": 0, "bad": outcome.reason}
-    else:
-        first = np.argsort(-outcome.scores_K, kind="stable")[:TOLD_CLASSES].tolist()
+    def _row(self, outcome: Outcome) -> dict[str, Any]:
+        """A line of predictions.jsonl."""
+        label, score_K = int(self.videos.label_M[outcome.video]), outcome.scores_K
+        row: dict[str, Any] = {
+            "path": str(self.videos.paths[outcome.video]),
+            "label": label,
+            "class": self.names[label],
+        }
+        if outcome.bad:
+            return {**row, "views": 0, "bad": outcome.bad}
+        first = np.argsort(-score_K, kind="stable")[:TOLD_CLASSES].tolist()
         row |= {
-            "views": plan.views.num_clips * plan.views.num_crops,
+            "views": self.num_views,
             "predicted": first[0],
             "right": first[0] == label,
-            "top": [
-                {"class": plan.names[k], "probability": float(outcome.scores_K[k])} for k in first
-            ],
+            "top": [{"class": self.names[k], "probability": float(score_K[k])} for k in first],
         }
-        if plan.config.all_scores:
-            row["scores"] = outcome.scores_K.tolist()
-    return json_text(row) + "\n"
+        if self.config.all_scores:
+            row["scores"] = score_K.tolist()
+        return row
 
-
-def _tell(plan: Plan, metrics: dict[str, Any]) -> None:
-    low, high = metrics["top1_interval"]
-    print(
-        f"top-1 {metrics['top1']:.2%} ({low:.2%} to {high:.2%}, {metrics['interval']}), top-5 {metrics['top5']:.2%}, mean class accuracy "
-        f"{metrics['mean_class_accuracy']:.2%}; {metrics['videos']} videos, {metrics['views']} views each"
-    )
-    if metrics["bad_videos"]:
+    def _tell(self, metrics: dict[str, Any]) -> None:
+        low, high = metrics["top1_interval"]
         print(
-            f"{metrics['bad_videos']} videos could not be decoded and are {plan.settings['bad_videos_are']}; metrics.json names them"
+            f"top-1 {metrics['top1']:.2%} ({low:.2%} to {high:.2%}, {metrics['interval']}), "
+            f"top-5 {metrics['top5']:.2%}, mean class accuracy "
+            f"{metrics['mean_class_accuracy']:.2%}; {metrics['videos']} videos, "
+            f"{metrics['views']} views each"
         )
-    print(f"results {plan.folder}", flush=True)
+        if metrics["bad_videos"]:
+            print(
+                f"{metrics['bad_videos']} videos could not be decoded and are "
+                f"{self.settings['bad_videos_are']}; metrics.json names them"
+            )
+        print(f"results {self.folder}", flush=True)

@@ -6,30 +6,30 @@ C clips of a video, B clips of a pass, L chosen blocks, D features.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Literal
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from video_mae.config.data import ListFormat, SourceConfig
-from video_mae.config.frozen import ExtractConfig
+from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
-from video_mae.config.world import World
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.data.videos import read_annotations
 from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
-from video_mae.data.workers import Workers, plan_workers
+from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
-from video_mae.evaluation.feature_file import FeatureFile
-from video_mae.evaluation.features import FrozenEncoder, check_precision
-from video_mae.evaluation.ranks import Ranks
-from video_mae.files import as_read_back, json_text, write_text
+from video_mae.evaluation.features import FrozenEncoder
+from video_mae.evaluation.ranks import Ranks, check_start
+from video_mae.files import check_made_with, json_text, write_json, write_text
 from video_mae.model.vit import VideoClassifier
 
 DONE, NOTHING = 0, 3
@@ -44,84 +44,225 @@ FREE_KEYS = (
 )
 # of a video's name that its file keeps; with hash, ending and .part a name has at most 255 bytes
 MAX_STEM, MAX_BYTES = 100, 224
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked extraction: files[i] is where the features of paths[i] go. notes: what is to be
-    told about the list.
-    """
-
-    config: ExtractConfig
-    model: Model
-    windows: Windows
-    workers: Workers
-    layers: tuple[int, ...]
-    paths: tuple[Place, ...]
-    files: tuple[Path, ...]
-    folder: Path
-    settings: dict[str, Any]
-    notes: tuple[str, ...]
+FEATURES = "features"
+Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the extraction is what is
     returned.
     """
-    plan = prepare(model, source, folder, config)
-    return lambda: run(plan)
+    return Extraction(model, source, Path(folder), config).run
 
 
-def prepare(model: str, source: str, folder: str, config: ExtractConfig) -> Plan:
-    """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or
-    FileNotFoundError with one line.
-    """
-    World.from_environment()
-    check_precision(config.precision)
-    encoder = load_pretrained(find_model_folder(model))
-    c = encoder.config
-    layers = config.layers or tuple(
-        dict.fromkeys(max(c.depth * part // 4 - 1, 0) for part in range(1, 5))
-    )
-    for layer in layers:
-        require(
-            0 <= layer < c.depth,
-            "layers",
-            list(layers),
-            f"must be blocks of the encoder, 0 to {c.depth - 1}",
+class Extraction:
+    """A checked extraction, which `run` does: files[i] is where the features of paths[i] go."""
+
+    def __init__(self, model: str, source: str, folder: Path, config: ExtractConfig) -> None:
+        """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or
+        FileNotFoundError with one line.
+        """
+        check_start(config.precision)
+        self.config, self.folder = config, folder
+        self.model = load_pretrained(find_model_folder(model))
+        c, data = self.model.config, config.data
+        quarters = [max(c.depth * part // 4 - 1, 0) for part in range(1, 5)]
+        self.layers = config.layers or tuple(dict.fromkeys(quarters))
+        for layer in self.layers:
+            require(
+                0 <= layer < c.depth,
+                "layers",
+                list(self.layers),
+                f"must be blocks of the encoder, 0 to {c.depth - 1}",
+            )
+        is_unlike = len(set(self.layers)) == len(self.layers)
+        require(is_unlike, "layers", list(self.layers), "must differ")
+        self.workers = plan_workers(config.num_workers, data.decoder_threads)
+        stride = config.stride or data.stride
+        self.windows = Windows(
+            num_frames=c.num_frames,
+            height=c.height,
+            width=c.width,
+            stride=stride,
+            hop=config.hop or c.num_frames * stride,
+            crop=config.crop,
+            sampling=config.sampling,
+            reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
-    require(len(set(layers)) == len(layers), "layers", list(layers), "must differ")
-    workers = plan_workers(config.num_workers, config.data.decoder_threads)
-    stride = config.stride or config.data.stride
-    windows = Windows(
-        num_frames=c.num_frames,
-        height=c.height,
-        width=c.width,
-        stride=stride,
-        hop=config.hop or c.num_frames * stride,
-        crop=config.crop,
-        sampling=config.sampling,
-        reading=Reading.of(config.data, c.in_channels, threads=workers.threads),
-    )
-    notes: list[str] = []
-    paths = _paths(source, config.data.root, config.data.list_format, notes.append)
-    target = Path(folder)
-    files = tuple(target / file_name(path, config.format) for path in paths)
-    knobs = {key: value for key, value in flatten(config).items() if key not in FREE_KEYS}
-    settings = {
-        **knobs,
-        "data.stride": stride,
-        "hop": windows.hop,
-        "layers": list(layers),
-        "span": windows.span,
-        "weights": _fingerprint(encoder),
-    }
-    _check_folder(target, settings)
-    if unlike := _unlike_training(encoder, windows):
-        notes.append(unlike)
-    return Plan(
-        config, encoder, windows, workers, layers, paths, files, target, settings, tuple(notes)
-    )
+        self.notes: list[str] = []
+        self.paths = _paths(source, data.root, data.list_format, self.notes.append)
+        self.files = [folder / file_name(path, config.format) for path in self.paths]
+        self.settings = {
+            **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
+            "data.stride": stride,
+            "hop": self.windows.hop,
+            "layers": list(self.layers),
+            "span": self.windows.span,
+            "weights": _fingerprint(self.model),
+        }
+        check_made_with(folder / SETTINGS_FILE, self.settings, earlier={"sampling": "dense"})
+        if isinstance(self.model, VideoClassifier):
+            head = self.model.classifier_config
+            is_dense = config.sampling == "dense"
+            if is_dense != (head.sampling == "dense") or (is_dense and stride != head.stride):
+                self.notes.append(
+                    f"frames: {config.sampling}, stride {stride}, as given here; the model says "
+                    f"{head.sampling}, stride {head.stride}"
+                )
+
+    def run(self) -> int:
+        """Extracts what is not there yet; the videos are shared over the ranks. Returns 0; 3 where
+        no video could be decoded.
+        """
+        with Ranks() as ranks:
+            if ranks.is_main:
+                write_json(self.folder / SETTINGS_FILE, self.settings)
+            ranks.gather([])  # the folder is there
+            bad = dict(ranks.gather(list(self._extract(ranks).items())))
+            return self._conclude(bad) if ranks.is_main else DONE
+
+    def _extract(self, ranks: Ranks) -> dict[int, str]:
+        """This rank's share; returns the videos that could not be decoded, with the reasons."""
+        config = self.config
+        layers = self.layers if config.level == "pyramid" else ()
+        encoder = FrozenEncoder(self.model, ranks.device, config.precision, layers)
+        mine = [video for video in ranks.share(len(self.paths)) if not self.files[video].exists()]
+        ranks.say(
+            *self.notes,
+            f"{len(self.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip "
+            f"spans {self.windows.span} frames, one every {self.windows.hop}; device "
+            f"{ranks.device}, {config.precision}; {self.workers.describe()}",
+            self.workers.told,
+        )
+        bad: dict[int, str] = {}
+        files: dict[int, FeatureFile] = {}
+        loader = make_piece_loader(
+            PieceStream(self.paths, mine, self.windows, config.batch_size), self.workers.num
+        )
+        with ranks.progress(len(mine)) as progress:
+            for piece in loader:
+                video = piece.video
+                if piece.failure:
+                    bad[video] = piece.failure.reason
+                    if video in files:
+                        files.pop(video).discard()
+                    progress.update()
+                    continue
+                features = self._encode(encoder, piece.clip_BTHWC)
+                if piece.times:
+                    files[video] = self._new_file(piece, features.shape[1:])
+                files[video].append(features)
+                if files[video].missing == 0:
+                    files.pop(video).close()
+                    progress.update()
+        assert not files, "a video ended before its last clip"
+        return bad
+
+    def _encode(self, encoder: FrozenEncoder, clip_BTHWC: torch.Tensor) -> NDArray[np.float32]:
+        """[B, D] pooled, [B, time, row, column, D] tokens, or [B, L, time, row, column, D]."""
+        tokens_BND, pooled_BD, pyramid_BLND = encoder(clip_BTHWC)
+        if self.config.level == "pooled":
+            return pooled_BD.cpu().numpy()
+        tokens = tokens_BND if pyramid_BLND is None else pyramid_BLND
+        return tokens.unflatten(-2, encoder.config.grid).cpu().numpy()
+
+    def _new_file(self, piece: Piece, shape: tuple[int, ...]) -> "FeatureFile":
+        times, config = piece.times, self.config
+        assert times is not None
+        beside = {
+            "start_frame": times.start_frame_C,
+            "start_seconds": times.start_seconds_C,
+            "end_seconds": times.end_seconds_C,
+        }
+        if times.video_start_seconds:  # the file's own clock does not begin with its first frame
+            beside["video_start_seconds"] = np.array(times.video_start_seconds)
+        whole = (len(times.start_frame_C), *shape)
+        return FeatureFile(self.files[piece.video], config.format, whole, config.dtype, beside)
+
+    def _conclude(self, bad: dict[int, str]) -> int:
+        lines = []
+        for video, path in enumerate(self.paths):
+            row = {"bad": bad[video]} if video in bad else {"file": self.files[video].name}
+            lines.append(json_text({"path": _full(path), **row}) + "\n")
+        write_text(self.folder / INDEX_FILE, "".join(lines))
+        if bad:
+            print(
+                f"{len(bad)} of {len(self.paths)} videos could not be decoded; {INDEX_FILE} names "
+                "them"
+            )
+        print(f"features {self.folder}", flush=True)
+        return NOTHING if len(bad) == len(self.paths) else DONE
+
+
+class FeatureFile:
+    """One file with the array `features` [C, ...] and small arrays beside it. `append` clips, then
+    `close`; or `discard` it.
+
+    What is unfinished has a name of its own, .NAME.part, the same in the next attempt, which
+    overwrites it. Equal features are equal bytes.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: Literal["npz", "safetensors"],
+        shape: tuple[int, ...],
+        dtype: Literal["float32", "float16"],
+        beside: Arrays,
+    ) -> None:
+        self.path, self.unfinished = path, path.with_name(f".{path.name}.part")
+        self.dtype, self.missing = np.dtype(dtype), shape[0]
+        self._open = ExitStack()
+        self._file = self._open.enter_context(self.unfinished.open("wb"))
+        begin = self._begin_npz if kind == "npz" else self._begin_safetensors
+        self._stream = begin(shape, beside)
+
+    def append(self, features: NDArray[np.floating]) -> None:
+        """Adds the features of the next clips."""
+        self.missing -= len(features)
+        self._stream.write(features.astype(self.dtype).tobytes())
+
+    def close(self) -> None:
+        """Puts the finished file in its place."""
+        assert self.missing == 0, f"{self.path}: {self.missing} clips are missing"
+        self._open.close()
+        with self.unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.unfinished, self.path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.unfinished.unlink()
+        self._open.close()
+
+    def _begin_npz(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        # A member that is opened by its name is of 1980: the file's bytes tell no time.
+        archive = self._open.enter_context(zipfile.ZipFile(self._file, "w"))
+        for name, array in beside.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                npy.write_array(member, array, allow_pickle=False)
+        stream = archive.open(f"{FEATURES}.npy", "w", force_zip64=True)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(stream, header)
+        return self._open.enter_context(stream)
+
+    def _begin_safetensors(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
+        kinds = {name: (array.dtype, array.shape) for name, array in beside.items()}
+        kinds[FEATURES] = (self.dtype, shape)
+        header, end = {}, 0
+        for name, (dtype, size) in kinds.items():
+            begin, end = end, end + math.prod(size) * dtype.itemsize
+            header[name] = {
+                "dtype": f"{dtype.kind}{8 * dtype.itemsize}".upper(),  # F16, I64
+                "shape": size,
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        for array in beside.values():
+            self._file.write(array.tobytes())
+        return self._file
 
 
 def file_name(path: Place, kind: str) -> str:
@@ -132,126 +273,6 @@ def file_name(path: Place, kind: str) -> str:
     # what is not UTF-8 is left out
     stem = os.fsencode(Path(full).stem[:MAX_STEM])[:MAX_BYTES].decode(errors="ignore")
     return f"{stem}-{hashlib.sha256(os.fsencode(full)).hexdigest()[:12]}.{kind}"
-
-
-def run(plan: Plan) -> int:
-    """Extracts what is not there yet; the videos are shared over the ranks. Returns 0; 3 where no
-    video could be decoded.
-    """
-    ranks = Ranks()
-    try:
-        if ranks.is_main:
-            plan.folder.mkdir(parents=True, exist_ok=True)
-            write_text(plan.folder / SETTINGS_FILE, json_text(plan.settings, indent=2) + "\n")
-        ranks.gather([])  # the folder is there
-        bad = ranks.gather(list(_extract(plan, ranks).items()))
-        return _conclude(plan, dict(bad)) if ranks.is_main else DONE
-    finally:
-        ranks.leave()
-
-
-def _extract(plan: Plan, ranks: Ranks) -> dict[int, str]:
-    """This rank's share; returns the videos that could not be decoded, with the reasons."""
-    config, encoder = plan.config, FrozenEncoder(plan.model, ranks.device, plan.config.precision)
-    mine = [video for video in ranks.share(len(plan.paths)) if not plan.files[video].exists()]
-    if ranks.is_main:
-        for note in plan.notes:
-            print(note, flush=True)
-        print(
-            f"{len(plan.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip spans {plan.windows.span} frames, one "
-            f"every {plan.windows.hop}; device {ranks.device}, {config.precision}; {plan.workers.describe()}",
-            flush=True,
-        )
-        if plan.workers.told:
-            print(plan.workers.told, flush=True)
-    bad: dict[int, str] = {}
-    files: dict[int, FeatureFile] = {}
-    loader = make_piece_loader(
-        PieceStream(plan.paths, mine, plan.windows, config.batch_size), plan.workers.num
-    )
-    with tqdm(total=len(mine), unit="video", disable=None if ranks.is_main else True) as progress:
-        for piece in loader:
-            if piece.clip_BTHWC is None:
-                bad[piece.video] = piece.failure.reason
-                if piece.video in files:
-                    files.pop(piece.video).discard()
-                progress.update()
-                continue
-            features = _encode(plan, encoder, piece.clip_BTHWC)
-            if piece.times is not None:
-                files[piece.video] = _new_file(plan, piece, features.shape[1:])
-            files[piece.video].append(features)
-            if files[piece.video].missing == 0:
-                files.pop(piece.video).close()
-                progress.update()
-    assert not files, "a video ended before its last clip"
-    return bad
-
-
-def _unlike_training(model: Model, windows: Windows) -> str:
-    """A line where a classifier would choose frames in another way; "" where not, or where the
-    model does not say.
-    """
-    if not isinstance(model, VideoClassifier):
-        return ""
-    head = model.classifier_config
-    is_dense = windows.sampling == "dense"
-    if is_dense == (head.sampling == "dense") and (not is_dense or windows.stride == head.stride):
-        return ""
-    return f"frames: {windows.sampling}, stride {windows.stride}, as given here; the model says {head.sampling}, stride {head.stride}"
-
-
-def _encode(plan: Plan, encoder: FrozenEncoder, clip_BTHWC: torch.Tensor) -> NDArray[np.float32]:
-    """[B, D] pooled, [B, time, row, column, D] tokens, or [B, L, time, row, column, D]."""
-    grid = encoder.config.grid
-    if plan.config.level == "pyramid":
-        return encoder.pyramid(clip_BTHWC, plan.layers).unflatten(2, grid).cpu().numpy()
-    features = encoder(clip_BTHWC)
-    return (
-        (
-            features.pooled_BD
-            if plan.config.level == "pooled"
-            else features.tokens_BND.unflatten(1, grid)
-        )
-        .cpu()
-        .numpy()
-    )
-
-
-def _new_file(plan: Plan, piece: Piece, shape: tuple[int, ...]) -> FeatureFile:
-    times, config = piece.times, plan.config
-    assert times is not None
-    beside = {
-        "start_frame": times.start_frame_C,
-        "start_seconds": times.start_seconds_C,
-        "end_seconds": times.end_seconds_C,
-    }
-    if times.video_start_seconds:  # where the file's own clock does not begin with its first frame
-        beside["video_start_seconds"] = np.array(times.video_start_seconds)
-    return FeatureFile(
-        plan.files[piece.video],
-        config.format,
-        (len(times.start_frame_C), *shape),
-        config.dtype,
-        beside,
-    )
-
-
-def _conclude(plan: Plan, bad: dict[int, str]) -> int:
-    rows = [
-        {
-            "path": _full(path),
-            **({"bad": bad[video]} if video in bad else {"file": plan.files[video].name}),
-        }
-        for video, path in enumerate(plan.paths)
-    ]
-    write_text(plan.folder / INDEX_FILE, "".join(json_text(row) + "\n" for row in rows))
-    if bad:
-        print(
-            f"{len(bad)} of {len(plan.paths)} videos could not be decoded; {INDEX_FILE} names them"
-        )
-    print(f"features {plan.folder}", flush=True)
-    return NOTHING if len(bad) == len(plan.paths) else DONE
 
 
 def _full(path: Place) -> str:
@@ -265,10 +286,8 @@ def _paths(
     """One video, or all of a list or folder, each once; labels do not matter. What is to be said
     about the source is told.
     """
-    try:
-        videos = read_annotations(SourceConfig(source=source, root=root, list_format=list_format))
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("data.source", "LIST_OR_VIDEO")) from None
+    data = SourceConfig(source=source, root=root, list_format=list_format)
+    videos = read_annotations(data, "LIST_OR_VIDEO")
     for note in videos.notes:
         tell(note)
     return tuple({_full(path): path for path in videos.paths}.values())
@@ -281,29 +300,3 @@ def _fingerprint(model: Model) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """A folder is new, or holds features that were made in this very way."""
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
-        if folder.exists() and (
-            not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())
-        ):
-            raise ValueError(
-                f"{folder}: is not empty and holds no features (no {SETTINGS_FILE}); choose another folder"
-            )
-        return
-    try:
-        before = {"sampling": "dense", **json.loads(file.read_bytes())}
-        changes = [
-            f"{key} = {before.get(key)}, now {value}"
-            for key, value in as_read_back(settings).items()
-            if before.get(key) != value
-        ]
-    except (ValueError, TypeError):
-        raise ValueError(f"{file}: is not readable; choose another folder") from None
-    if changes:
-        raise ValueError(
-            f"{folder}: its features were made with {changes[0]}; choose another folder"
-        )

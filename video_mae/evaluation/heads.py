@@ -8,7 +8,7 @@ examples to compare with.
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import nn
 from torch.func import functional_call
 
-BATCH_NORM_EPS, NORM_EPS = 1e-6, 1e-6
+NORM_EPS = 1e-6
+MLP_RATIO = 4
 
 
 class LinearHead(nn.Module):
@@ -38,7 +39,7 @@ class LinearHead(nn.Module):
         The mean of all and not a moving one: that would still remember its start, variance 1, after
         the few steps of a small list.
         """
-        return nn.BatchNorm1d(width, affine=False, eps=BATCH_NORM_EPS, momentum=None)
+        return nn.BatchNorm1d(width, affine=False, eps=NORM_EPS, momentum=None)
 
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
         """Logits [B, K]."""
@@ -55,9 +56,7 @@ class AttentiveHead(nn.Module):
     a small part of the work, and what is left of the tokens is shared by all heads of a grid.
     """
 
-    def __init__(
-        self, width: int, num_classes: int, num_heads: int, mlp_ratio: float = 4.0
-    ) -> None:
+    def __init__(self, width: int, num_classes: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.query_D = nn.Parameter(torch.empty(width))
@@ -65,7 +64,7 @@ class AttentiveHead(nn.Module):
         self.q, self.v, self.proj = (nn.Linear(width, width) for _ in range(3))
         self.k = nn.Linear(width, width, bias=False)  # it would move all scores of the query alike
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        hidden = round(width * mlp_ratio)
+        hidden = MLP_RATIO * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.query_D, std=0.02)
@@ -123,22 +122,17 @@ class HeadGrid(nn.Module):
         self.settings = tuple(settings)
         self.prepare = first.prepare(width)
         self.heads = nn.ModuleList(deepcopy(first) for _ in settings)
-        groups: list[dict[str, Any]] = [
-            {
-                "params": list(head.parameters()),
-                "lr": setting.lr,
-                "weight_decay": setting.weight_decay,
-            }
+        self.optimizer = torch.optim.AdamW(
+            {"params": list(head.parameters()), **setting._asdict()}
             for head, setting in zip(self.heads, settings, strict=True)
-        ]
-        self.optimizer = torch.optim.AdamW(groups)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [G, B, K] of features [B, D] or tokens [B, N, D]."""
         x, one = self.prepare(x), self.heads[0]
-        names = [name for name, _ in one.named_parameters()]
         stacked = {
-            name: torch.stack([head.get_parameter(name) for head in self.heads]) for name in names
+            name: torch.stack([head.get_parameter(name) for head in self.heads])
+            for name, _ in one.named_parameters()
         }
         return torch.vmap(lambda weights: functional_call(one, weights, (x,)))(stacked)
 

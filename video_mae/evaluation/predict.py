@@ -9,7 +9,7 @@ import torch
 
 from video_mae.config import ClassifierConfig
 from video_mae.config.data import ReadConfig
-from video_mae.config.frozen import Precision, PredictConfig
+from video_mae.config.evaluation import Precision, PredictConfig
 from video_mae.convert.model_folder import Model, choose_frames, find_model_folder, load_pretrained
 from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError
@@ -39,18 +39,16 @@ def classify_video(
     """
     if not isinstance(model, VideoClassifier):
         raise ValueError(
-            f"model: a {type(model).__name__} has no classes, give a VideoClassifier (video-mae finetune makes one)"
+            f"model: a {type(model).__name__} has no classes, give a VideoClassifier (video-mae "
+            "finetune makes one)"
         )
     try:
         views = views_of(model, num_clips, num_crops).read(str(video))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
-    scores_K = classify_views(model, views)
-    names = names_of(model.classifier_config)
-    return [
-        (names[k], float(scores_K[k]))
-        for k in scores_K.argsort(descending=True, stable=True)[:top].tolist()
-    ]
+    scores_K, names = classify_views(model, views), names_of(model.classifier_config)
+    first = scores_K.argsort(descending=True, stable=True)[:top].tolist()
+    return [(names[k], float(scores_K[k])) for k in first]
 
 
 def views_of(
@@ -60,7 +58,7 @@ def views_of(
     data: ReadConfig | None = None,
     threads: int = 1,
 ) -> Views:
-    """The views of a test, of the size and with the frame sampling that the model was trained with."""
+    """The views of a test: of the size, with the frame sampling that the model was trained with."""
     c, head = model.config, model.classifier_config
     return Views(
         num_frames=c.num_frames,

@@ -2,43 +2,68 @@
 together. No DeepSpeed needed.
 """
 
-import os
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from video_mae.training.engine import leave, prepare_environment, world_from_environment
+from video_mae.config.evaluation import Precision
+from video_mae.config.world import World
+from video_mae.training.engine import leave, prepare_environment
 
 TIMEOUT = timedelta(days=1)
 """How long a rank that is done waits for the others: theirs may be the long videos."""
 
 
+def check_start(precision: Precision) -> World:
+    """The processes, before any of them does a thing. Raises: ValueError for a launcher's
+    environment that lacks a part, and for fp16 without a GPU.
+    """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32")
+    return World.from_environment()
+
+
 class Ranks:
     """This process among those that a launcher has started (RANK, WORLD_SIZE, LOCAL_RANK,
-    MASTER_ADDR, MASTER_PORT), or alone.
+    MASTER_ADDR, MASTER_PORT), or alone; `with Ranks() as ranks` ends with the process group.
 
     Only picklable results travel, so gloo serves on GPUs too.
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = world_from_environment()
         prepare_environment()
+        self.rank, self.size, local_rank = World.from_environment()
+        self.is_main = self.rank == 0
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group("gloo", timeout=TIMEOUT)
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.size > 1:
+            leave()
 
     def share(self, number: int) -> range:
         """Which of 0, 1, ..., number - 1 are this rank's: each belongs to exactly one."""
         return range(self.rank, number, self.size)
+
+    def say(self, *lines: str) -> None:
+        """Prints lines, once for all ranks, without the empty ones."""
+        for line in filter(None, lines):
+            if self.is_main:
+                print(line, flush=True)
+
+    def progress(self, total: int) -> "tqdm[Any]":
+        """A bar for the videos of the main rank."""
+        return tqdm(total=total, unit="video", disable=None if self.is_main else True)
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all ranks on rank 0, nothing on the others; every rank must call it."""
@@ -47,8 +72,3 @@ class Ranks:
         gathered: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(mine, gathered)
         return [item for part in gathered or [] for item in part]
-
-    def leave(self) -> None:
-        """Ends the process group."""
-        if self.size > 1:
-            leave()

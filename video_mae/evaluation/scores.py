@@ -92,11 +92,11 @@ class Scores:
         }
 
 
-def wilson_interval(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """The interval of a share of independent draws. Source: Wilson (1927); unlike share +- z sigma
     it stays in [0, 1].
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, weight = right / total, z**2 / total
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * (share * (1 - share) / total + weight / total / 4) ** 0.5
@@ -111,7 +111,7 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(
-            [
+            (
                 "label",
                 "class",
                 "videos",
@@ -120,28 +120,21 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
                 "top5",
                 "most_taken_for",
                 "times",
-            ]
+            )
         )
         for label, name in enumerate(names):
             mine = scores.label_M == label
+            top1 = top5 = taken = ""
+            if mine.any():
+                top1 = f"{(place_M[mine] == 0).mean():.4f}"
+                top5 = f"{(place_M[mine] < min(5, len(names))).mean():.4f}"
             others = np.where(np.arange(len(names)) == label, 0, confusion[label])
             worst = int(others.argmax())
-            shares = [
-                f"{(place_M[mine] < min(k, len(names))).mean():.4f}" if mine.any() else ""
-                for k in (1, 5)
-            ]
-            taken = unicode_text(names[worst]) if others[worst] else ""
-            table.writerow(
-                [
-                    label,
-                    unicode_text(name),
-                    mine.sum(),
-                    (mine & ~seen).sum(),
-                    *shares,
-                    taken,
-                    others[worst],
-                ]
-            )
+            if others[worst]:
+                taken = unicode_text(names[worst])
+            missing = (mine & ~seen).sum()
+            row = (label, unicode_text(name), mine.sum(), missing, top1, top5, taken, others[worst])
+            table.writerow(row)
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str]) -> None:

@@ -6,13 +6,14 @@ Letters: N tokens of a grid in raster order, D width, P values of a tubelet, C c
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from einops import reduce, repeat
+from torch import nn
 
 from video_mae.config import ModelConfig
-from video_mae.model.positions import Grid
+from video_mae.model.positions import Positions
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
 Model = TypeVar("Model", VideoMAE, VideoClassifier, Encoder)
@@ -34,20 +35,18 @@ def resized(
     the tubelet.
     """
     c = model.config
-    sides = {
-        name: side
-        for name, side in (("num_frames", num_frames), ("height", height), ("width", width))
-        if side is not None
-    }
-    changed = replace(c, **sides, predicted_frames=None)
+    changed = replace(
+        c,
+        num_frames=num_frames or c.num_frames,
+        height=height or c.height,
+        width=width or c.width,
+        predicted_frames=None,
+    )
+    made_for = c.position_grid or c.grid
+    changed = replace(changed, position_grid=None if made_for == changed.grid else made_for)
     if c.predicted_frames is not None:
         changed = replace(changed, predicted_frames=c.predicted_tubelet[0] * changed.grid[0])
-    made_for = c.position_grid or c.grid
-    return _rebuilt(
-        model,
-        replace(changed, position_grid=None if made_for == changed.grid else made_for),
-        model.state_dict(),
-    )
+    return _rebuilt(model, changed, model.state_dict())
 
 
 def inflated(model: Model, num_frames: int, tubelet_size: int = 2) -> Model:
@@ -84,7 +83,7 @@ def inflated(model: Model, num_frames: int, tubelet_size: int = 2) -> Model:
             "time": positions_ND.new_zeros(config.grid[0], positions_ND.shape[1]),
         }
 
-    state = _with_positions(model, c.grid, tables)
+    state = _with_positions(model, tables)
     for name, tensor in state.items():
         if name.endswith("patch_embed.weight"):
             state[name] = (
@@ -113,12 +112,11 @@ def deflated(model: Model) -> Model:
         predicted_frames=None,
         class_tokens=min(c.class_tokens, 1),
     )
-    time = c.grid[0]
-    state = _with_positions(
-        model,
-        c.grid,
-        lambda positions_ND: {"table": reduce(positions_ND, "(t N) D -> N D", "mean", t=time)},
-    )
+
+    def tables(positions_ND: torch.Tensor) -> State:
+        return {"table": reduce(positions_ND, "(t N) D -> N D", "mean", t=c.grid[0])}
+
+    state = _with_positions(model, tables)
     for name, tensor in state.items():
         if name.endswith("patch_embed.weight"):
             state[name] = reduce(
@@ -130,48 +128,31 @@ def deflated(model: Model) -> Model:
 
 
 @torch.no_grad()
-def _with_positions(
-    model: VideoMAE | VideoClassifier | Encoder, grid: Grid, tables: Callable[[torch.Tensor], State]
-) -> State:
+def _with_positions(model: Model, tables: Callable[[torch.Tensor], State]) -> State:
     """The model's weights, with the tables that replace those of each of its positions."""
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if ".positions." not in f".{name}"
-    }
-    parts = (
-        {"encoder.": model.encoder, "decoder.": model.decoder}
-        if isinstance(model, VideoMAE)
-        else {"encoder.": model.encoder}
-        if isinstance(model, VideoClassifier)
-        else {"": model}
-    )
-    for prefix, part in parts.items():
-        positions_ND, class_D = part.positions(grid)
-        state.update(
-            {f"{prefix}positions.{name}": table for name, table in tables(positions_ND).items()}
-        )
-        if model.config.class_tokens:
-            state[f"{prefix}positions.class_row"] = torch.zeros_like(positions_ND[0]) + class_D
+    state = model.state_dict()
+    for name, part in model.named_modules():
+        if isinstance(part, Positions):
+            for key in part.state_dict():
+                del state[f"{name}.{key}"]
+            positions_ND, class_D = part(part.grid)
+            for key, table in tables(positions_ND).items():
+                state[f"{name}.{key}"] = table
+            if model.config.class_tokens:
+                state[f"{name}.class_row"] = torch.zeros_like(positions_ND[0]) + class_D
     return state
 
 
 def _rebuilt(model: Model, config: ModelConfig, state: State) -> Model:
     """A model of the same kind with another configuration and these weights, on the same device."""
     encoder = model if isinstance(model, Encoder) else model.encoder
-    impl, checkpointing = encoder.impl, encoder.blocks.checkpointing
+    options: Any = {"impl": encoder.impl, "checkpointing": encoder.blocks.checkpointing}
     if isinstance(model, VideoMAE):
-        rebuilt = VideoMAE(config, model.objective_config, impl=impl, checkpointing=checkpointing)
+        rebuilt = VideoMAE(config, model.objective_config, **options)
     elif isinstance(model, VideoClassifier):
-        rebuilt = VideoClassifier(
-            config, model.classifier_config, impl=impl, checkpointing=checkpointing
-        )
+        rebuilt = VideoClassifier(config, model.classifier_config, **options)
     else:
-        rebuilt = Encoder(
-            config,
-            impl=impl,
-            checkpointing=checkpointing,
-            final_norm=isinstance(model.norm, torch.nn.LayerNorm),
-        )
+        has_norm = isinstance(model.norm, nn.LayerNorm)
+        rebuilt = Encoder(config, final_norm=has_norm, **options)
     rebuilt.to(encoder.patch_embed.weight).load_state_dict(state)
     return rebuilt.train(model.training)  # pyright: ignore[reportReturnType]

@@ -4,9 +4,11 @@ shapes.
 A mask depends on its sample's own 64-bit seed alone (integer mixing, then a sort), never on batch,
 rank or device.
 Letters: B samples, N tokens of the grid (time, height, width) in raster order, V visible, M masked
-(to be predicted).
+(to be predicted), X visible ones that the decoder gets again, T frames of tokens, L places of a
+frame of tokens.
 """
 
+import math
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -32,7 +34,7 @@ class ContextMask(NamedTuple):
 
     visible_BV: torch.Tensor
     masked_BM: torch.Tensor
-    context_BC: torch.Tensor
+    context_BX: torch.Tensor
 
 
 AnyMask = TokenMask | ContextMask
@@ -46,23 +48,17 @@ def tube_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
     """
     time, height, width = grid
     places = height * width
-    hidden_BP, shown_BP = _split(
-        seeds_B, places, _checked(int(ratio * places), ratio, places, "tokens a frame")
-    )
-    start_T = torch.arange(time, device=seeds_B.device) * places
+    shown_BL, hidden_BL = _split(seeds_B, places, int(ratio * places), ratio, "tokens a frame")
+    start_T1 = torch.arange(0, time * places, places, device=seeds_B.device)[:, None]
     return TokenMask(
-        (start_T[:, None] + shown_BP[:, None]).flatten(1),
-        (start_T[:, None] + hidden_BP[:, None]).flatten(1),
+        (start_T1 + shown_BL[:, None]).flatten(1), (start_T1 + hidden_BL[:, None]).flatten(1)
     )
 
 
 def random_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
     """Hides int(ratio * N) tokens anywhere."""
-    num_tokens = grid[0] * grid[1] * grid[2]
-    hidden_BM, shown_BV = _split(
-        seeds_B, num_tokens, _checked(int(ratio * num_tokens), ratio, num_tokens, "tokens")
-    )
-    return TokenMask(shown_BV, hidden_BM)
+    num_tokens = math.prod(grid)
+    return TokenMask(*_split(seeds_B, num_tokens, int(ratio * num_tokens), ratio, "tokens"))
 
 
 def random_kept_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
@@ -71,13 +67,10 @@ def random_kept_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMa
 
     Source: MAE (He et al., 2021), mae_st (Feichtenhofer et al., 2022).
     """
-    num_tokens = grid[0] * grid[1] * grid[2]
+    num_tokens = math.prod(grid)
     # in floats as there: 0.9 of 10 tokens keeps int(0.9999...) = 0
     num_hidden = num_tokens - int(num_tokens * (1 - ratio))
-    hidden_BM, shown_BV = _split(
-        seeds_B, num_tokens, _checked(num_hidden, ratio, num_tokens, "tokens")
-    )
-    return TokenMask(shown_BV, hidden_BM)
+    return TokenMask(*_split(seeds_B, num_tokens, num_hidden, ratio, "tokens"))
 
 
 def frame_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
@@ -85,15 +78,12 @@ def frame_mask(seeds_B: torch.Tensor, grid: Grid, ratio: float) -> TokenMask:
     2022).
     """
     time, height, width = grid
-    hidden_BT, shown_BT = _split(
-        seeds_B, time, _checked(int(ratio * time), ratio, time, "frames of tokens")
-    )
-    place_P = torch.arange(height * width, device=seeds_B.device)
+    places = height * width
+    shown_BT, hidden_BT = _split(seeds_B, time, int(ratio * time), ratio, "frames of tokens")
+    place_L = torch.arange(places, device=seeds_B.device)
     return TokenMask(
-        *(
-            (frames_BT[..., None] * (height * width) + place_P).flatten(1)
-            for frames_BT in (shown_BT, hidden_BT)
-        )
+        (shown_BT[..., None] * places + place_L).flatten(1),
+        (hidden_BT[..., None] * places + place_L).flatten(1),
     )
 
 
@@ -110,16 +100,16 @@ def running_cell(
     Returns: int64 [B, M - int(ratio * M)], sorted. Source: VideoMAE V2 (Wang et al., 2023).
     """
     _, height, width = grid
-    num_kept = masked_BM.shape[1] - int(ratio * masked_BM.shape[1])
-    frame_BM, row_BM, column_BM = (
-        masked_BM // (height * width),
-        masked_BM // width % height,
-        masked_BM % width,
-    )
-    start_B = _noise(seeds_B, 1, stream=1)[:, 0] % CELL
-    place_BM = (2 * (row_BM % 2) + column_BM % 2 + frame_BM + start_B[:, None] + 1) % CELL
+    num_masked = masked_BM.shape[1]
+    frame_BM = masked_BM // (height * width)
+    row_BM = masked_BM // width % height
+    column_BM = masked_BM % width
+    start_B1 = _noise(seeds_B, 1, stream=1) % CELL
+    place_BM = (2 * (row_BM % 2) + column_BM % 2 + frame_BM + start_B1 + 1) % CELL
     skipped_BM = (place_BM < int(CELL * ratio)).long()
-    key_BM = (_noise(seeds_B, masked_BM.shape[1], stream=2) >> 2) + (skipped_BM << 62)
+    # those that the cell skips come last, and both parts in a random order
+    key_BM = (_noise(seeds_B, num_masked, stream=2) >> 2) + (skipped_BM << 62)
+    num_kept = num_masked - int(ratio * num_masked)
     kept_BM = key_BM.argsort(dim=1, stable=True)[:, :num_kept]
     return masked_BM.gather(1, kept_BM).sort(dim=1).values
 
@@ -161,12 +151,12 @@ def token_mask(
     mask = MASKS[kind](seeds_B, grid, ratio)
     if decoder_mask_ratio == 0:
         return mask
-    scored_BM = running_cell(seeds_B, grid, decoder_mask_ratio, mask.masked_BM)
+    visible_BV, masked_BM = mask
+    scored_BM = running_cell(seeds_B, grid, decoder_mask_ratio, masked_BM)
     if decoder_context == "scored":
-        return TokenMask(mask.visible_BV, scored_BM)
-    return ContextMask(
-        mask.visible_BV, scored_BM, running_cell(seeds_B, grid, decoder_mask_ratio, mask.visible_BV)
-    )
+        return TokenMask(visible_BV, scored_BM)
+    context_BX = running_cell(seeds_B, grid, decoder_mask_ratio, visible_BV)
+    return ContextMask(visible_BV, scored_BM, context_BX)
 
 
 def mask_counts(
@@ -179,20 +169,17 @@ def mask_counts(
     return mask.visible_BV.shape[1], mask.masked_BM.shape[1]
 
 
-def _checked(hidden: int, ratio: float, available: int, unit: str) -> int:
-    if not 0 < hidden < available:
-        raise ValueError(
-            f"mask.ratio: {ratio} of {available} {unit} hides {hidden}; it must hide at least 1 and leave at least 1"
-        )
-    return hidden
-
-
 def _split(
-    seeds_B: torch.Tensor, available: int, num_hidden: int
+    seeds_B: torch.Tensor, available: int, num_hidden: int, ratio: float, unit: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorted (hidden, shown) among `available` places, the choice random in the seed."""
+    """Sorted (shown, hidden) among `available` places, the choice random in the seed."""
+    if not 0 < num_hidden < available:
+        raise ValueError(
+            f"mask.ratio: {ratio} of {available} {unit} hides {num_hidden}; "
+            "it must hide at least 1 and leave at least 1"
+        )
     order = _noise(seeds_B, available, stream=0).argsort(dim=1, stable=True)
-    return order[:, :num_hidden].sort(dim=1).values, order[:, num_hidden:].sort(dim=1).values
+    return order[:, num_hidden:].sort(dim=1).values, order[:, :num_hidden].sort(dim=1).values
 
 
 def _noise(seeds_B: torch.Tensor, count: int, stream: int) -> torch.Tensor:
@@ -207,7 +194,8 @@ def _noise(seeds_B: torch.Tensor, count: int, stream: int) -> torch.Tensor:
 
 
 def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
+    """The same 64 bits as torch takes them."""
+    return word - (1 << 64)
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:

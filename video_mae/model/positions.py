@@ -1,9 +1,11 @@
 """Where tokens are: positions of any grid, fixed or learned, computed for it or interpolated from
 another.
 
-Letters: N tokens of a grid (time, height, width) in raster order, D width of encoder or decoder.
+Letters: N tokens of a grid (time, height, width) in raster order, T frames of tokens, L places of
+a frame, D width of encoder or decoder.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -61,11 +63,9 @@ def computed_positions(
     kind: str, grid: Grid, width: int, device: torch.device | None = None
 ) -> torch.Tensor:
     """The float32 table [N, D] of kind `sinusoid` or `sincos`."""
-    return (
-        sincos_positions(grid, width, device)
-        if kind == "sincos"
-        else sinusoid_positions(grid[0] * grid[1] * grid[2], width, device)
-    )
+    if kind == "sincos":
+        return sincos_positions(grid, width, device)
+    return sinusoid_positions(math.prod(grid), width, device)
 
 
 def interpolate_positions(table_ND: torch.Tensor, grid: Grid, new_grid: Grid) -> torch.Tensor:
@@ -95,17 +95,14 @@ def _interpolation(old: int, new: int, is_cubic: bool, device: torch.device) -> 
 
 
 def _fixed_positions(
-    kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device | None
+    kind: str, made_for: Grid | None, grid: Grid, width: int, device: torch.device | None
 ) -> torch.Tensor:
+    """Positions at the tokens of a grid, computed for it, or made for another and interpolated."""
+    made_for = made_for or grid
     return interpolate_positions(computed_positions(kind, made_for, width, device), made_for, grid)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _remembered_positions(
-    kind: str, made_for: Grid, grid: Grid, width: int, device: torch.device
-) -> torch.Tensor:
-    return _fixed_positions(kind, made_for, grid, width, device)
+_remembered_positions = lru_cache(maxsize=16)(torch.inference_mode(False)(_fixed_positions))
 
 
 class Positions(nn.Module):
@@ -122,7 +119,6 @@ class Positions(nn.Module):
         super().__init__()
         self.kind, self.grid, self.width = config.positions, config.grid, width
         self.made_for = config.position_grid or config.grid
-        self.anew = config.resize_positions == "compute"
         self.class_row: nn.Parameter | None = None
         times, rows, columns = self.made_for
         if self.kind == "learned":
@@ -131,12 +127,9 @@ class Positions(nn.Module):
             self.space = nn.Parameter(torch.empty(rows * columns, width))
             self.time = nn.Parameter(torch.empty(times, width))
         else:
-            made_for = self.grid if self.anew else self.made_for
-            self.register_buffer(
-                "fixed_ND",
-                _fixed_positions(self.kind, made_for, self.grid, width, None),
-                persistent=False,
-            )
+            self.source = None if config.resize_positions == "compute" else self.made_for
+            fixed_ND = _fixed_positions(self.kind, self.source, self.grid, width, None)
+            self.register_buffer("fixed_ND", fixed_ND, persistent=False)
             return
         for table in self.parameters():
             nn.init.trunc_normal_(table, std=0.02)
@@ -153,15 +146,11 @@ class Positions(nn.Module):
         if self.kind == "learned":
             return interpolate_positions(self.table, self.made_for, grid)
         if self.kind == "separate":
-            (times, rows, columns), (new_times, new_rows, new_columns) = self.made_for, grid
-            space = interpolate_positions(
-                self.space, (1, rows, columns), (1, new_rows, new_columns)
-            )
-            clock = interpolate_positions(self.time, (times, 1, 1), (new_times, 1, 1))
-            return (clock[:, None] + space).flatten(0, 1)
+            made_for = self.made_for
+            space_LD = interpolate_positions(self.space, (1, *made_for[1:]), (1, *grid[1:]))
+            time_TD = interpolate_positions(self.time, (made_for[0], 1, 1), (grid[0], 1, 1))
+            return (time_TD[:, None] + space_LD).flatten(0, 1)
         if grid == self.grid:
             return self.fixed_ND
         make = _fixed_positions if torch.compiler.is_compiling() else _remembered_positions
-        return make(
-            self.kind, grid if self.anew else self.made_for, grid, self.width, self.fixed_ND.device
-        )
+        return make(self.kind, self.source, grid, self.width, self.fixed_ND.device)

@@ -1,146 +1,24 @@
-"""The masked autoencoder, readable top to bottom: Attention, Block, Encoder, Decoder, VideoMAE,
-VideoClassifier.
+"""The masked autoencoder, readable top to bottom: Encoder, Decoder, VideoMAE, VideoClassifier.
 
 Semantics of the official VideoMAE (Tong et al., 2022), but only visible tubelets are ever embedded,
 clips stay uint8, and the decoder runs only the tokens that the loss needs. Options of the
 configuration make it image MAE (He et al., 2021) or mae_st (Feichtenhofer et al., 2022).
 Letters: B clips, T frames, H W pixels, C channels, N tokens of the grid, V visible, M masked
-(predicted), A class tokens, S tokens of a sequence, D width of encoder or decoder, P values of a
-tubelet, K classes.
+(predicted), X visible ones that the decoder gets again, A class tokens, S tokens of a sequence, D
+encoder width, E decoder width, P values of a tubelet, K classes.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
-from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.tubelets import gather_tubelets
+from video_mae.model.blocks import Blocks, PackedProjection
 from video_mae.model.masking import AnyMask, ContextMask
-from video_mae.model.objective import Objective, target_clip
+from video_mae.model.objective import Losses, Objective, target_clip
 from video_mae.model.positions import Grid, Positions
-
-
-class PackedProjection(nn.Module):
-    """Queries, keys and values in one product; `bias` is qv as in VideoMAE, qkv (a key's cancels in
-    the softmax), or none.
-    """
-
-    q_bias: nn.Parameter
-    k_bias: nn.Parameter
-    v_bias: nn.Parameter
-
-    def __init__(self, width: int, bias: str = "qv") -> None:
-        super().__init__()
-        self.bias = bias
-        self.weight = nn.Parameter(torch.empty(3 * width, width))
-        for letter in () if bias == "none" else bias:
-            self.register_parameter(f"{letter}_bias", nn.Parameter(torch.zeros(width)))
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, x_BSD: torch.Tensor) -> torch.Tensor:
-        if self.bias == "none":
-            return F.linear(x_BSD, self.weight)
-        k_bias = self.k_bias if self.bias == "qkv" else torch.zeros_like(self.q_bias)
-        return F.linear(x_BSD, self.weight, torch.cat([self.q_bias, k_bias, self.v_bias]))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, width: int, num_heads: int, bias: str, impl: str) -> None:
-        super().__init__()
-        self.num_heads, self.impl = num_heads, impl
-        self.qkv = PackedProjection(width, bias)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
-        qkv = rearrange(
-            self.qkv(x_BSD), "b s (three h d) -> b s three h d", three=3, h=self.num_heads
-        )
-        return self.proj(_last(packed_attention(qkv, self.impl), last).flatten(2))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path: float,
-        impl: str,
-    ) -> None:
-        super().__init__()
-        hidden = round(width * mlp_ratio)
-        self.norm1 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.attn = Attention(width, num_heads, config.qkv_bias, impl)
-        self.norm2 = nn.LayerNorm(width, eps=config.norm_eps)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path > 0 else nn.Identity()
-        self.gamma_1, self.gamma_2 = None, None
-        if config.layer_scale:
-            self.gamma_1, self.gamma_2 = (
-                nn.Parameter(torch.full((width,), config.layer_scale)) for _ in range(2)
-            )
-
-    def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
-        """Returns the `last` tokens only: what no later layer reads stops being computed after the
-        attention.
-        """
-        x = _last(x_BSD, last) + self.drop_path(
-            _scale(self.attn(self.norm1(x_BSD), last), self.gamma_1)
-        )
-        return x + self.drop_path(_scale(self.mlp(self.norm2(x)), self.gamma_2))
-
-
-def _last(x_BSD: torch.Tensor, last: int) -> torch.Tensor:
-    # a slice that leaves nothing out would cost the backward pass a copy
-    return x_BSD if last == x_BSD.shape[1] else x_BSD[:, -last:]
-
-
-def _scale(x_BSD: torch.Tensor, gamma_D: torch.Tensor | None) -> torch.Tensor:
-    return x_BSD if gamma_D is None else x_BSD * gamma_D
-
-
-class Blocks(nn.ModuleList):
-    """Blocks one after another, with stochastic depth growing linearly and activation checkpointing
-    as an option.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        depth: int,
-        width: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path: float,
-        impl: str,
-        checkpointing: bool,
-    ) -> None:
-        super().__init__(
-            Block(config, width, num_heads, mlp_ratio, drop_path * i / max(depth - 1, 1), impl)
-            for i in range(depth)
-        )
-        self.checkpointing = checkpointing
-
-    def forward(self, x_BSD: torch.Tensor, last: int) -> torch.Tensor:
-        for i, block in enumerate(self):
-            kept = last if i == len(self) - 1 else x_BSD.shape[1]
-            if self.checkpointing and torch.is_grad_enabled():
-                x_BSD = checkpoint(block, x_BSD, kept, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-            else:
-                x_BSD = block(x_BSD, kept)
-        return x_BSD
 
 
 class Encoder(nn.Module):
@@ -170,15 +48,14 @@ class Encoder(nn.Module):
         """(time, height, width) of a clip in tokens: what the mask functions take. Raises:
         ValueError for a clip that has none.
         """
-        c, sides = self.config, tuple(clip_BTHWC.shape[1:])
-        if (
-            len(sides) != 4
-            or sides[3] != c.in_channels
-            or any(n % unit or not n for n, unit in zip(sides, c.tubelet, strict=False))
-        ):
+        c, sides = self.config, clip_BTHWC.shape[1:]
+        is_whole = len(sides) == 4 and sides[3] == c.in_channels
+        for side, unit in zip(sides, c.tubelet, strict=False):
+            is_whole = is_whole and side >= unit and side % unit == 0
+        if not is_whole:
             raise ValueError(
-                f"clip_BTHWC: (frames, height, width, channels) is {sides}, the model takes multiples of {c.tubelet} with "
-                f"{c.in_channels} channels"
+                f"clip_BTHWC: (frames, height, width, channels) is {tuple(sides)}, the model takes "
+                f"multiples of {c.tubelet} with {c.in_channels} channels"
             )
         return sides[0] // c.tubelet_size, sides[1] // c.patch_size, sides[2] // c.patch_size
 
@@ -192,12 +69,11 @@ class Encoder(nn.Module):
         int64 tokens of that grid.
         Raises: ValueError for a clip that is no multiple of the tubelet.
         """
-        c = self.config
+        c, num_clips = self.config, len(clip_BTHWC)
         positions, class_position_D = self.positions(self.grid_of(clip_BTHWC))
         if visible_BV is None:
-            visible_BV = torch.arange(len(positions), device=clip_BTHWC.device).expand(
-                clip_BTHWC.shape[0], -1
-            )
+            tokens_N = torch.arange(len(positions), device=clip_BTHWC.device)
+            visible_BV = tokens_N.expand(num_clips, -1)
         else:
             positions = positions[visible_BV]
         dtype = self.patch_embed.weight.dtype
@@ -206,9 +82,8 @@ class Encoder(nn.Module):
         )
         tokens_BSD = self.patch_embed(tubelets_BVP) + positions.to(dtype)
         if self.class_token is not None:
-            class_BAD = (self.class_token + class_position_D).expand(
-                tokens_BSD.shape[0], c.class_tokens, -1
-            )
+            class_D = self.class_token + class_position_D
+            class_BAD = class_D.expand(num_clips, c.class_tokens, -1)
             tokens_BSD = torch.cat([class_BAD, tokens_BSD], dim=1)
         return self.norm(self.blocks(tokens_BSD, last=tokens_BSD.shape[1]))
 
@@ -220,16 +95,14 @@ class Decoder(nn.Module):
         self, config: ModelConfig, *, impl: str = "auto", checkpointing: bool = False
     ) -> None:
         super().__init__()
-        c, width = config, config.decoder_embed_dim
-        self.config = config
+        c = self.config = config
+        width = c.decoder_embed_dim
         self.encoder_to_decoder = nn.Linear(c.embed_dim, width, bias=c.decoder_embed_bias)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.positions = Positions(c, width)
-        self.class_token = (
-            nn.Parameter(0.02 * torch.randn(width))
-            if c.class_tokens and c.decoder_class_token == "own"
-            else None
-        )
+        self.class_token = None
+        if c.class_tokens and c.decoder_class_token == "own":
+            self.class_token = nn.Parameter(0.02 * torch.randn(width))
         self.blocks = Blocks(
             c,
             c.decoder_depth,
@@ -251,29 +124,32 @@ class Decoder(nn.Module):
         """Predictions [B, M, P] of the masked tubelets, P ordered (frame, row, column, channel).
 
         encoded_BSD: class tokens, then the visible ones; grid: of the clip, where it is not the
-        model's.
+        model's. Raises: ValueError for a mask that lacks what model.decoder_context = all needs.
         """
-        num_class = self.config.class_tokens
-        visible_BSD = self.encoder_to_decoder(encoded_BSD)
-        positions_ND, class_position_D = self.positions(grid or self.config.grid)
-        positions_ND = positions_ND.to(visible_BSD.dtype)
-        absent_BM = mask.masked_BM
-        if isinstance(mask, ContextMask) and self.config.decoder_context == "all":
-            absent_BM = torch.cat([mask.context_BC, absent_BM], dim=1)
+        c = self.config
+        positions_NE, class_position_E = self.positions(grid or c.grid)
+        seen_BSE = self.encoder_to_decoder(encoded_BSD)
+        positions_NE = positions_NE.to(seen_BSE.dtype)
+        hidden_BM = mask.masked_BM
+        if c.decoder_context == "all":
+            if isinstance(mask, ContextMask):
+                hidden_BM = torch.cat([mask.context_BX, hidden_BM], dim=1)
+            elif mask.visible_BV.shape[1] + hidden_BM.shape[1] != len(positions_NE):
+                raise ValueError(
+                    "mask: leaves tokens out, and does not say which of them model.decoder_context "
+                    '= all has the decoder see; make it by token_mask(..., decoder_context="all")'
+                )
+        class_BAE = seen_BSE[:, : c.class_tokens]
+        if self.class_token is not None:
+            class_BAE = self.class_token.expand_as(class_BAE)
         parts = [
-            visible_BSD[:, num_class:] + positions_ND[mask.visible_BV],
-            self.mask_token + positions_ND[absent_BM],
+            seen_BSE[:, c.class_tokens :] + positions_NE[mask.visible_BV],
+            self.mask_token + positions_NE[hidden_BM],
         ]
-        if num_class:
-            class_BAD = (
-                visible_BSD[:, :num_class]
-                if self.class_token is None
-                else self.class_token.expand(len(visible_BSD), num_class, -1)
-            )
-            parts.insert(0, class_BAD + class_position_D)
-        return self.head(
-            self.norm(self.blocks(torch.cat(parts, dim=1), last=mask.masked_BM.shape[1]))
-        )
+        if c.class_tokens:
+            parts.insert(0, class_BAE + class_position_E)
+        predicted_BME = self.blocks(torch.cat(parts, dim=1), last=mask.masked_BM.shape[1])
+        return self.head(self.norm(predicted_BME))
 
 
 class VideoMAEOutput(NamedTuple):
@@ -301,16 +177,14 @@ class VideoMAE(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config or ModelConfig()
+        c = self.config = config or ModelConfig()
         self.objective_config = objective or ObjectiveConfig()
-        self.encoder = Encoder(
-            self.config, impl=impl, checkpointing=checkpointing, final_norm=self.config.encoder_norm
-        )
-        self.decoder = Decoder(self.config, impl=impl, checkpointing=checkpointing)
-        self.objective = Objective(self.objective_config, self.config.predicted_tubelet, impl)
+        self.encoder = Encoder(c, impl=impl, checkpointing=checkpointing, final_norm=c.encoder_norm)
+        self.decoder = Decoder(c, impl=impl, checkpointing=checkpointing)
+        self.objective = Objective(self.objective_config, c.predicted_tubelet, impl)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
+    def grid(self) -> Grid:
         """(time, height, width) in tokens: what the mask functions take."""
         return self.config.grid
 
@@ -322,25 +196,14 @@ class VideoMAE(nn.Module):
         A mask belongs to a grid: name it where it is not the model's. Raises: ValueError for a clip
         of another grid, or a mask that lacks what model.decoder_context = all needs.
         """
-        grid = grid or self.grid
-        size = (
-            *(tokens * side for tokens, side in zip(grid, self.config.tubelet, strict=True)),
-            self.config.in_channels,
-        )
-        if clip_BTHWC.shape[1:] != size:
+        grid, c = grid or self.grid, self.config
+        sides = [count * side for count, side in zip(grid, c.tubelet, strict=True)]
+        expected = (*sides, c.in_channels)
+        if clip_BTHWC.shape[1:] != expected:
             raise ValueError(
-                f"clip_BTHWC: (frames, height, width, channels) is {tuple(clip_BTHWC.shape[1:])}, the mask is of a clip of "
-                f"{size}; name the grid of another mask as `grid`"
-            )
-        is_whole = mask.visible_BV.shape[1] + mask.masked_BM.shape[1] == math.prod(grid)
-        if (
-            self.config.decoder_context == "all"
-            and not is_whole
-            and not isinstance(mask, ContextMask)
-        ):
-            raise ValueError(
-                "mask: leaves tokens out, and does not say which of them model.decoder_context = all has the decoder see; "
-                'make it by token_mask(..., decoder_context="all")'
+                "clip_BTHWC: (frames, height, width, channels) is "
+                f"{tuple(clip_BTHWC.shape[1:])}, the mask is of a clip of {expected}; name the "
+                "grid of another mask as `grid`"
             )
         return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask, grid)
 
@@ -351,14 +214,9 @@ class VideoMAE(nn.Module):
         a clip of another grid.
         """
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
-        losses = self.objective(
-            predicted_BMP,
-            target_clip(clip_BTHWC, self.config, self.objective_config),
-            mask.masked_BM,
-        )
-        return VideoMAEOutput(
-            losses.loss, losses.reconstruction_loss, losses.contrastive_loss, predicted_BMP
-        )
+        target_BTHWC = target_clip(clip_BTHWC, self.config, self.objective_config)
+        losses: Losses = self.objective(predicted_BMP, target_BTHWC, mask.masked_BM)
+        return VideoMAEOutput(*losses, predicted_BMP)
 
 
 class VideoClassifier(nn.Module):
@@ -381,25 +239,17 @@ class VideoClassifier(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.classifier_config = classifier = (
-            ClassifierConfig(num_classes=classifier) if isinstance(classifier, int) else classifier
-        )
-        self.encoder = Encoder(
-            config, impl=impl, checkpointing=checkpointing, final_norm=classifier.pooling == "first"
-        )
-        self.fc_norm = (
-            nn.Identity()
-            if classifier.pooling == "first"
-            else nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps)
-        )
+        if isinstance(classifier, int):
+            classifier = ClassifierConfig(num_classes=classifier)
+        self.config, self.classifier_config = config, classifier
+        is_first = classifier.pooling == "first"
+        self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=is_first)
+        norm = nn.LayerNorm(config.embed_dim, eps=config.head_norm_eps)
+        self.fc_norm = nn.Identity() if is_first else norm
         self.head_dropout = nn.Dropout(classifier.head_dropout)
         self.head = nn.Linear(config.embed_dim, classifier.num_classes)
-        for module in self.modules():
-            if (
-                isinstance(module, nn.Linear | PackedProjection)
-                and module is not self.encoder.patch_embed
-            ):
+        for module in (*self.encoder.blocks.modules(), self.head):
+            if isinstance(module, nn.Linear | PackedProjection):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
         self.head.weight.data.mul_(classifier.head_init_scale)
@@ -425,15 +275,12 @@ def pretraining_macs(
 
     num_context: further mask tokens that the decoder sees (of a ContextMask).
     """
-    d, e, encoded = config.embed_dim, config.decoder_embed_dim, config.class_tokens + num_visible
-    return (
-        encoder_macs(config, num_visible)
-        + encoded * d * e
-        + _block_macs(
-            encoded + num_context + num_masked, e, config.decoder_depth, config.decoder_mlp_ratio
-        )
-        + num_masked * e * config.predicted_values
-    )
+    c, encoded = config, config.class_tokens + num_visible
+    seen = encoded + num_context + num_masked
+    macs = encoder_macs(c, num_visible)
+    macs += encoded * c.embed_dim * c.decoder_embed_dim
+    macs += _block_macs(seen, c.decoder_embed_dim, c.decoder_depth, c.decoder_mlp_ratio)
+    return macs + num_masked * c.decoder_embed_dim * c.predicted_values
 
 
 def encoder_macs(config: ModelConfig, num_tokens: int) -> float:

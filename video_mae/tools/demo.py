@@ -17,15 +17,12 @@ changes its action: train on it with `data.flip=false`.
 Letters: T frames, H W pixels of a frame, C channels, I J pixels of a photograph.
 """
 
-import json
 import math
 import os
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import numpy as np
@@ -36,7 +33,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from tqdm import tqdm
 
-from video_mae.config.schema import knob, require, to_dict
+from video_mae.config.schema import Knobs, knob, to_dict
+from video_mae.files import check_made_with, write_json, write_whole
 
 ACTIONS = (
     "left",
@@ -71,45 +69,28 @@ PHOTOGRAPH_SIDES = (1.2, 1.8)  # the photograph's shorter side over the frame's
 EASY_CUTOUT_FLOOR = 0.35  # the darkest cut-out over the brightest background
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Knobs):
     """What `make_demo_data` renders."""
 
-    seed: int = knob(0, "of the poses, speeds and photographs drawn")
-    train_clips: int = knob(1024, "training videos, a multiple of the 8 actions")
-    validation_clips: int = knob(
-        256, "validation videos, of other photographs, a multiple of the 8 actions"
+    seed: int = knob(0, "of the poses, speeds and photographs drawn", low=0, below=2**63)
+    train_clips: int = knob(
+        1024, "training videos, of all actions the same number", low=8, multiple_of=len(ACTIONS)
     )
-    num_frames: int = knob(32, "frames of a video")
-    height: int = knob(64, "pixels, even")
-    width: int = knob(64, "pixels, even")
-    fps: int = knob(16, "frames a second")
+    validation_clips: int = knob(
+        256,
+        "validation videos, of other photographs, likewise",
+        low=8,
+        multiple_of=len(ACTIONS),
+    )
+    num_frames: int = knob(32, "frames of a video", low=2)
+    height: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
+    width: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
+    fps: int = knob(16, "frames a second", low=1)
     difficulty: Literal["easy", "medium", "hard"] = knob(
         "easy",
         "what moves: a bright cut-out of a photograph over another, dimmed and "
         "still; the same, both as bright as they are; or the whole picture",
     )
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
-        for name in ("train_clips", "validation_clips"):
-            clips = getattr(self, name)
-            require(
-                clips > 0 and clips % len(ACTIONS) == 0,
-                name,
-                clips,
-                f"must be a positive multiple of the {len(ACTIONS)} actions",
-            )
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            require(
-                side >= 32 and side % 2 == 0,
-                name,
-                side,
-                "must be even (4:2:0 video) and at least 32",
-            )
-        require(self.num_frames >= 2, "num_frames", self.num_frames, "must be at least 2 (motion)")
-        require(self.fps >= 1, "fps", self.fps, "must be at least 1")
 
 
 def start(folder: str, config: DemoConfig) -> int:
@@ -130,90 +111,51 @@ def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
     Raises: ValueError if `folder` holds anything else; nothing is overwritten.
     """
     folder = Path(folder).absolute()
-    if _is_made(folder, config):
+    facts = folder / "demo.json"
+    check_made_with(facts, to_dict(config), section="config")
+    if facts.is_file():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workshop:
-        # a child, because the workshop itself is private to this user
-        made = Path(workshop) / folder.name
+    if folder.is_dir():
+        folder.rmdir()  # an empty one; no other is removed
+
+    def render(made: Path) -> None:
         for split, num_clips in (("train", config.train_clips), ("val", config.validation_clips)):
             _render_split(made, split, num_clips, config)
         (made / "classes.txt").write_text("".join(f"{action}\n" for action in ACTIONS))
-        (made / "demo.json").write_text(json.dumps(_facts(config), indent=2) + "\n")
-        made.rename(folder)
+        packages = ("scikit-image", "pillow", "torch", "av", "numpy")
+        told = {
+            "config": to_dict(config),
+            "photographs": PHOTOGRAPHS,
+            "versions": {name: version(name) for name in packages},
+        }
+        write_json(made / "demo.json", told)
 
-
-def _is_made(folder: Path, config: DemoConfig) -> bool:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    facts = folder / "demo.json"
-    if not facts.is_file():
-        raise ValueError(
-            f"{folder}: exists and is not a demo data set (it has no demo.json): name another folder, or remove this one"
-        )
-    try:
-        there = json.loads(facts.read_text())["config"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{facts}: is not readable as a demo data set: name another folder, or remove this one"
-        ) from None
-    wanted = to_dict(config)
-    if there != wanted:
-        changes = ", ".join(
-            f"{key} = {there.get(key)} there, {value} wanted"
-            for key, value in wanted.items()
-            if there.get(key) != value
-        )
-        raise ValueError(
-            f"{folder}: holds another demo data set ({changes}): name another folder, or remove this one"
-        )
-    return True
-
-
-def _facts(config: DemoConfig) -> dict[str, Any]:
-    return {
-        "config": to_dict(config),
-        "photographs": {split: list(names) for split, names in PHOTOGRAPHS.items()},
-        "versions": {
-            name: version(name) for name in ("scikit-image", "pillow", "torch", "av", "numpy")
-        },
-    }
+    write_whole(folder, render)
 
 
 def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) -> None:
     # the largest that a scene asks for
     side = round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width))
     photographs = [load_photograph(name, side) for name in PHOTOGRAPHS[split]]
-    paths = [
-        Path(split) / ACTIONS[index % len(ACTIONS)] / f"{index:05d}.mp4"
-        for index in range(num_clips)
-    ]
     for action in ACTIONS:
         (folder / split / action).mkdir(parents=True)
 
-    def render(turn: int) -> None:
+    def render(turn: int) -> str:
         random = np.random.default_rng([config.seed, sorted(PHOTOGRAPHS).index(split), turn])
-        scene = _draw_scene(random, turn, photographs, config)
+        scene, lines = _Scene(random, turn, photographs, config), ""
         for label, action in enumerate(ACTIONS):
-            _write_video(
-                folder / paths[turn * len(ACTIONS) + label],
-                _render(scene, action, config),
-                config.fps,
-            )
+            path = f"{split}/{action}/{turn * len(ACTIONS) + label:05d}.mp4"
+            _write_video(folder / path, scene.render(action), config.fps)
+            lines += f"{path} {label}\n"
+        return lines
 
     turns = range(num_clips // len(ACTIONS))
     # the encoder and torch release the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for _ in tqdm(
-            threads.map(render, turns),
-            f"{split} videos, {len(ACTIONS)} a step",
-            len(turns),
-            disable=None,
-        ):
-            pass
-    (folder / f"{split}.txt").write_text(
-        "".join(f"{path} {index % len(ACTIONS)}\n" for index, path in enumerate(paths))
-    )
+        lines = threads.map(render, turns)
+        what = f"{split} videos, {len(ACTIONS)} a step"
+        text = "".join(tqdm(lines, what, len(turns), disable=None))
+    (folder / f"{split}.txt").write_text(text)
 
 
 def load_photograph(name: str, shorter_side: int) -> Tensor:
@@ -240,102 +182,76 @@ def resize_photograph(photograph_CIJ: Tensor, shorter_side: int) -> Tensor:
     return interpolate(photograph_CIJ[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-@dataclass(frozen=True)
 class _Scene:
-    """Everything about a video but its action. `moving` and `still` are photographs CIJ, places are
-    (x, y).
-    """
+    """Everything about a video but its action, drawn for a turn. Places are (x, y)."""
 
-    moving: Tensor
-    anchor: Tensor  # pixels of `moving` that lie at `place`
-    still: Tensor
-    still_anchor: Tensor  # pixels of `still` that lie in the middle of the screen
-    place: Tensor  # frame sides from the middle of the screen
-    angle: float
-    orbit_angle: float
-    period_frames: float
+    def __init__(
+        self, random: np.random.Generator, turn: int, photographs: list[Tensor], config: DemoConfig
+    ) -> None:
+        moving = turn % len(photographs)
+        still = (moving + random.integers(1, len(photographs))) % len(photographs)
+        self.config, self.side = config, min(config.height, config.width)
 
+        def resized(photograph_CIJ: Tensor) -> Tensor:
+            shorter_side = round(random.uniform(*PHOTOGRAPH_SIDES) * self.side)
+            return resize_photograph(photograph_CIJ, shorter_side)
 
-def _draw_scene(
-    random: np.random.Generator, turn: int, photographs: list[Tensor], config: DemoConfig
-) -> _Scene:
-    moving = turn % len(photographs)
-    still = (moving + random.integers(1, len(photographs))) % len(photographs)
-    side = min(config.height, config.width)
-    moving_CIJ, still_CIJ = (
-        resize_photograph(photographs[index], round(random.uniform(*PHOTOGRAPH_SIDES) * side))
-        for index in (moving, still)
-    )
-    # 2 sides, as grid_sample mirrors at the edges: a photograph is a torus of twice its size
-    anchor, still_anchor = (
-        torch.tensor(
-            [
-                random.uniform(0, 2 * length)
-                for length in (photograph_CIJ.shape[2], photograph_CIJ.shape[1])
-            ]
+        self.moving_CIJ, self.still_CIJ = resized(photographs[moving]), resized(photographs[still])
+        # pixels of `moving` that lie at `place`, of `still` in the middle of the screen; 2 sides,
+        # as grid_sample mirrors at the edges: a photograph is a torus of twice its size
+        self.anchor, self.still_anchor = (
+            torch.tensor(random.uniform(0, [2 * width, 2 * height]).tolist())
+            for _, height, width in (self.moving_CIJ.shape, self.still_CIJ.shape)
         )
-        for photograph_CIJ in (moving_CIJ, still_CIJ)
-    )
-    place = torch.tensor([random.uniform(-0.5, 0.5), random.uniform(-0.5, 0.5)])
-    angle, orbit_angle = random.uniform(0, 2 * math.pi, 2).tolist()
-    return _Scene(
-        moving_CIJ,
-        anchor,
-        still_CIJ,
-        still_anchor,
-        place,
-        angle,
-        orbit_angle,
-        random.uniform(*PERIOD_FRAMES),
-    )
+        # frame sides from the middle of the screen
+        self.place = torch.tensor(random.uniform(-0.5, 0.5, 2).tolist())
+        self.angle, self.orbit_angle = random.uniform(0, 2 * math.pi, 2).tolist()
+        self.period_frames = random.uniform(*PERIOD_FRAMES)
 
+    def path(self, action: str) -> tuple[Tensor, Tensor]:
+        """place_T2 in frame sides and angle_T in radians; y points down, so that angles grow
+        clockwise.
+        """
+        turns_T = torch.arange(self.config.num_frames) / self.period_frames
+        if action in ("left", "up") or action.endswith("counterclockwise"):
+            turns_T = -turns_T
+        place_T2 = self.place.repeat(len(turns_T), 1)
+        angle_T = torch.full_like(turns_T, self.angle)
+        if action.startswith("roll"):
+            angle_T = angle_T + 2 * math.pi * turns_T
+        elif action.startswith("orbit"):
+            around_T = self.orbit_angle + 2 * math.pi * turns_T
+            circle_T2 = torch.stack([around_T.cos(), around_T.sin()], 1)
+            place_T2 = place_T2 + ORBIT_RADIUS * (circle_T2 - circle_T2[:1])
+        else:
+            place_T2[:, 0 if action in ("left", "right") else 1] += turns_T
+        return place_T2, angle_T
 
-def _path(scene: _Scene, action: str, num_frames: int) -> tuple[Tensor, Tensor]:
-    """place_T2 in frame sides and angle_T in radians; y points down, so that angles grow clockwise."""
-    turns_T = torch.arange(num_frames) / scene.period_frames
-    name, _, sense = action.partition("_")
-    sign = -1.0 if "left" in name or "up" in name or sense == "counterclockwise" else 1.0
-    place_T2, angle_T = scene.place.repeat(num_frames, 1), torch.full((num_frames,), scene.angle)
-    if name == "roll":
-        angle_T = angle_T + sign * 2 * math.pi * turns_T
-    elif name == "orbit":
-        around_T = scene.orbit_angle + sign * 2 * math.pi * turns_T
-        circle_T2 = torch.stack([around_T.cos(), around_T.sin()], 1)
-        place_T2 = place_T2 + ORBIT_RADIUS * (circle_T2 - circle_T2[:1])
-    else:
-        place_T2[:, 0 if name in ("left", "right") else 1] += sign * turns_T
-    return place_T2, angle_T
-
-
-def _render(scene: _Scene, action: str, config: DemoConfig) -> np.ndarray:
-    """clip_THWC uint8 of a scene."""
-    sides = torch.tensor([config.width, config.height])
-    place_T2, angle_T = _path(scene, action, config.num_frames)
-    y_HW, x_HW = torch.meshgrid(
-        torch.arange(config.height) + 0.5, torch.arange(config.width) + 0.5, indexing="ij"
-    )
-    screen_HW2 = torch.stack([x_HW, y_HW], -1) - sides / 2
-    from_place_THW2 = screen_HW2 - (place_T2 * sides)[:, None, None]
-    if config.difficulty != "hard":
-        # who leaves on one side enters on the other
-        from_place_THW2 = (from_place_THW2 + sides / 2) % sides - sides / 2
-    cos_T11, sin_T11 = angle_T.cos()[:, None, None], angle_T.sin()[:, None, None]
-    x_THW, y_THW = from_place_THW2.unbind(-1)
-    cutout_THW2 = torch.stack(
-        [cos_T11 * x_THW + sin_T11 * y_THW, cos_T11 * y_THW - sin_T11 * x_THW], -1
-    )
-    clip_TCHW = sample_photograph(scene.moving, cutout_THW2 + scene.anchor)
-    if config.difficulty != "hard":
-        still_1CHW = sample_photograph(scene.still, (screen_HW2 + scene.still_anchor)[None])
-        if config.difficulty == "easy":
-            clip_TCHW, still_1CHW = (
-                EASY_CUTOUT_FLOOR + (1 - EASY_CUTOUT_FLOOR) * clip_TCHW,
-                EASY_CUTOUT_FLOOR * still_1CHW,
-            )
-        clip_TCHW = torch.lerp(
-            still_1CHW, clip_TCHW, _cover(cutout_THW2, min(config.height, config.width))[:, None]
+    def render(self, action: str) -> np.ndarray:
+        """clip_THWC uint8."""
+        config, is_hard = self.config, self.config.difficulty == "hard"
+        sides = torch.tensor([config.width, config.height])
+        place_T2, angle_T = self.path(action)
+        x_W, y_H = torch.arange(config.width) + 0.5, torch.arange(config.height) + 0.5
+        screen_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), -1) - sides / 2
+        from_place_THW2 = screen_HW2 - (place_T2 * sides)[:, None, None]
+        if not is_hard:
+            # who leaves on one side enters on the other
+            from_place_THW2 = (from_place_THW2 + sides / 2) % sides - sides / 2
+        cos_T11, sin_T11 = angle_T.cos()[:, None, None], angle_T.sin()[:, None, None]
+        x_THW, y_THW = from_place_THW2.unbind(-1)
+        cutout_THW2 = torch.stack(
+            [cos_T11 * x_THW + sin_T11 * y_THW, cos_T11 * y_THW - sin_T11 * x_THW], -1
         )
-    return (clip_TCHW * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+        clip_TCHW = sample_photograph(self.moving_CIJ, cutout_THW2 + self.anchor)
+        if not is_hard:
+            still_1CHW = sample_photograph(self.still_CIJ, (screen_HW2 + self.still_anchor)[None])
+            if config.difficulty == "easy":
+                clip_TCHW = EASY_CUTOUT_FLOOR + (1 - EASY_CUTOUT_FLOOR) * clip_TCHW
+                still_1CHW = EASY_CUTOUT_FLOOR * still_1CHW
+            clip_TCHW = torch.lerp(still_1CHW, clip_TCHW, _cover(cutout_THW2, self.side)[:, None])
+        clip_TCHW = (clip_TCHW * 255).round().clamp(0, 255).byte()
+        return clip_TCHW.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _cover(cutout_THW2: Tensor, side: int) -> Tensor:

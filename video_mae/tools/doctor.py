@@ -5,13 +5,11 @@ which, and writes down the good ones.
 import os
 import re
 import sys
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from video_mae.config.data import ReadConfig
-from video_mae.config.schema import knob, require, section
+from video_mae.config.data import ReadConfig, SourceConfig
+from video_mae.config.schema import Knobs, knob, section
 from video_mae.data.paths import file_mistake
 from video_mae.data.shards import is_packed
-from video_mae.data.videos import class_names, read_annotations, read_entries
+from video_mae.data.videos import class_file, class_names, read_annotations, read_entries
 from video_mae.decoding import (
     Place,
     Reading,
@@ -34,11 +32,12 @@ from video_mae.decoding import (
     stream,
 )
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
-from video_mae.decoding.inspection import Description, count_frames, describe, sha256
-from video_mae.decoding.isolation import KilledError, decoder_process
+from video_mae.decoding.inspection import count_frames, describe, sha256
+from video_mae.decoding.isolation import decoder_process
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.decoding.reading import MAX_CLIP_BYTES, Member
-from video_mae.tools.doctor_report import Case, Finding, Report
+from video_mae.files import unicode_text
+from video_mae.tools.doctor_report import Examined, report, summarize, write
 
 GOOD, BAD, INTERRUPTED = 0, 1, 130
 SLOW_SEEK = 64
@@ -50,17 +49,16 @@ SLOWEST_DECODE = 10  # frames a second, likewise
 # as pyav, decord and torchcodec say it
 NO_STREAM = re.compile("no video stream|find video stream|No valid stream")
 TRAITS = {
-    EDIT_LIST: Finding.EDIT_LIST,
-    PACKED_B_FRAMES: Finding.PACKED_B_FRAMES,
-    NO_INDEX: Finding.NO_INDEX,
-    ASF: Finding.ASF,
-    **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS), Finding.NO_ORDER),
-    MIRRORED: Finding.MIRRORED,
+    EDIT_LIST: "edit_list",
+    PACKED_B_FRAMES: "packed_b_frames",
+    NO_INDEX: "no_index",
+    ASF: "asf",
+    **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS), "no_order"),
+    MIRRORED: "mirrored",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Knobs):
     """`video-mae doctor LIST key=value ...`: exit status 0 where all is good, 1 where something is
     bad, 2 for a mistake in the command.
     """
@@ -70,288 +68,209 @@ class DoctorConfig:
         "quick: the first, the middle and the last frame are decoded, each by a jump; full: "
         "also all of them in order, and counted",
     )
-    num_frames: int = knob(16, "frames of a clip, data.stride apart: what is shorter is told")
-    num_workers: int | None = knob(None, "processes that decode; null: as many as there are cores")
-    worst: int = knob(10, "how many bad files the console names; videos.jsonl has all")
+    num_frames: int = knob(
+        16, "frames of a clip, data.stride apart: what is shorter is told", low=1
+    )
+    num_workers: int | None = knob(
+        None, "processes that decode; null: as many as there are cores", low=1
+    )
+    worst: int = knob(10, "how many bad files the console names; videos.jsonl has all", low=0)
     output: str = knob(
         "",
         "folder for videos.jsonl, summary.json and clean.txt; empty: LIST_doctor beside the list",
     )
     data: ReadConfig = section(ReadConfig, "how the files are read; their list is LIST")
 
-    def __post_init__(self) -> None:
-        for name, least in (("num_frames", 1), ("worst", 0)):
-            require(
-                getattr(self, name) >= least, name, getattr(self, name), f"must be at least {least}"
-            )
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "num_workers",
-            self.num_workers,
-            "must be at least 1, or null",
-        )
-        require(
-            self.data.source == "",
-            "data.source",
-            self.data.source,
-            "is not read: LIST is the word after doctor",
-        )
-
 
 def start(source: str, config: DoctorConfig) -> Callable[[], int]:
     """The stage as the command line starts it. Raises: ValueError or FileNotFoundError where there
     is no list, no such decoder.
     """
-    cases, notes = _cases(source, config.data)
-    if not cases:
-        raise ValueError(f"{source}: the list is empty, write lines `PATH LABEL` into it")
-    output = config.output or _beside(source)
-    config = replace(
-        config,
-        output=output,
-        data=replace(config.data, source="", decoder=resolve_decoder(config.data.decoder)),
-    )
-    return lambda: run(source, cases, config, notes)
+    return Doctor(source, config).run
 
 
-def run(source: str, cases: Sequence[Case], config: DoctorConfig, notes: Sequence[str] = ()) -> int:
-    """Examines all, prints the report and writes its files. Returns the exit status: 0, or 1 where
-    something is bad.
-    """
-    _compare_paths(cases)
-    try:
-        _examine_all(cases, config)
-    except KeyboardInterrupt:
-        print("video-mae doctor: interrupted, nothing is written", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    _compare_contents(cases)
-    _compare_labels(cases)
-    report = Report(
-        source,
-        config.data,
-        config.check,
-        config.num_frames,
-        cases,
-        class_names(replace(config.data, source=source)),
-        notes,
-    )
-    print(report.text(report.write(Path(config.output)), config.worst), flush=True)
-    return BAD if report.bad else GOOD
+class Doctor:
+    """The examination of a list, which `run` does."""
 
+    def __init__(self, source: str, config: DoctorConfig) -> None:
+        """Reads the lines of a list, the files of a folder of classes, or the videos of a packed
+        folder. Raises: as `start`.
+        """
+        self.source, self.config, read = source, config, config.data
+        data = SourceConfig(source=source, root=read.root, list_format=read.list_format)
+        self.notes: tuple[str, ...] = ()
+        if is_packed(source):
+            self.lines = [
+                Examined(number, path, info["label"])
+                for number, (path, info) in enumerate(read_annotations(data), start=1)
+            ]
+        else:
+            entries, self.notes = read_entries(data)
+            self.lines = [
+                Examined(*entry, findings=["bad_line"] if entry.mistake else [])
+                for entry in entries
+            ]
+        if not self.lines:
+            raise ValueError(f"{source}: the list is empty, write lines `PATH LABEL` into it")
+        self.names = class_names(data) or class_file(Path(source))
+        self.folder = Path(config.output)
+        if not config.output:
+            if "://" in source:
+                raise ValueError(
+                    "output: (empty), name a folder for what is found, there is none beside a URL"
+                )
+            path = Path(source).absolute()
+            self.folder = path.with_name(f"{path.name if path.is_dir() else path.stem}_doctor")
+        self.decoder = resolve_decoder(read.decoder)
+        self.reading = Reading.of(replace(read, decoder=self.decoder))
 
-def _beside(source: str) -> str:
-    if "://" in source:
-        raise ValueError(
-            "output: (empty), name a folder for what is found, there is none beside a URL"
-        )
-    path = Path(source).absolute()
-    return str(path.with_name(f"{path.name if path.is_dir() else path.stem}_doctor"))
-
-
-def _cases(source: str, data: ReadConfig) -> tuple[list[Case], tuple[str, ...]]:
-    """The lines of a list, the files of a folder of classes, or the videos of a packed folder; and
-    what is to be told about them.
-    """
-    data = replace(data, source=source)
-    if is_packed(source):
-        return [
-            Case(number, path, info["label"])
-            for number, (path, info) in enumerate(read_annotations(data), start=1)
-        ], ()
-    entries, notes = read_entries(data)
-    return [Case(*entry, [Finding.BAD_LINE] if entry.mistake else []) for entry in entries], notes
-
-
-def _examine_all(cases: Sequence[Case], config: DoctorConfig) -> None:
-    """Each thread has a process that decodes; they take turns at the cases."""
-    turns, lock, stop = count(), threading.Lock(), threading.Event()
-    reading = Reading.of(config.data)
-    num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(cases))
-
-    def work() -> None:
+    def run(self) -> int:
+        """Examines all, prints the report and writes its files. Returns the exit status: 0, or 1
+        where something is bad.
+        """
+        lines, config = self.lines, self.config
+        self._compare("again", by_path=True)
+        num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(lines))
+        pool, bad = ThreadPoolExecutor(num_workers), 0
         try:
-            while not stop.is_set():
-                with lock:
-                    turn = next(turns)
-                if turn >= len(cases):
-                    return
-                _examine(cases[turn], reading, config)
-                with lock:
+            with tqdm(total=len(lines), unit="video", disable=None) as progress:
+                for line in pool.map(self._examine, lines):  # a process decodes for each thread
+                    bad += line.is_bad
+                    progress.set_postfix(bad=bad, refresh=False)
                     progress.update()
-                    bad[0] += cases[turn].is_bad
-                    progress.set_postfix(bad=bad[0], refresh=False)
+        except KeyboardInterrupt:
+            print("video-mae doctor: interrupted, nothing is written", file=sys.stderr, flush=True)
+            return INTERRUPTED
         finally:
-            decoder_process().close()
+            pool.shutdown(cancel_futures=True)
+        self._compare("same_content", by_path=False)
+        self._check_labels_and_names()
+        summary = summarize(self.source, self.notes, config.check, self.decoder, lines)
+        is_relative = Path(self.source).is_file() and not config.data.root
+        clean = write(self.folder, summary, lines, self.names, is_relative)
+        print(report(summary, lines, clean, config.worst), flush=True)
+        return BAD if summary["bad"] else GOOD
 
-    bad = [0]
-    with (
-        tqdm(total=len(cases), unit="video", disable=None) as progress,
-        ThreadPoolExecutor(num_workers) as pool,
-    ):
-        workers = [pool.submit(work) for _ in range(num_workers)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            stop.set()
+    def _compare(self, again: str, *, by_path: bool) -> None:
+        """A video is good once; with two labels it is not good at all. Compared are paths, as they
+        are written, or contents.
+        """
+        same: defaultdict[str, list[Examined]] = defaultdict(list)
+        for line in self.lines:
+            key = str(line.path) if by_path else line.sha256
+            if key and not line.is_bad:
+                same[key].append(line)
+        for group in same.values():
+            labels = sorted({line.label for line in group})
+            for line in group:
+                if len(labels) > 1:
+                    other = next(other for other in group if other.label != line.label)
+                    twin = "is named" if by_path else f"is the same as {other.path}"
+                    told = ", ".join(map(str, labels))
+                    line.add("two_labels", f"{twin} with the labels {told}")
+                elif line is not group[0]:
+                    line.add(again, f"is in line {group[0].number} as well" if by_path else "")
 
+    def _check_labels_and_names(self) -> None:
+        """Where one has a label, all must; the clean list must be able to hold each."""
+        has_labels = any(line.label >= 0 for line in self.lines)
+        for line in self.lines:
+            if has_labels and line.label == -1 and not line.is_bad:
+                line.add("no_label", "has no label, others have")
+            if line.label < -1:
+                line.add("negative_label", f"has the label {line.label}, number the classes from 0")
+            if isinstance(line.path, str) and not line.is_bad:
+                is_unicode = unicode_text(line.path) == line.path
+                if not is_unicode or "\n" in line.path or "\r" in line.path:
+                    line.add("no_name", "has a line break, or is not UTF-8; rename it")
 
-def _examine(case: Case, reading: Reading, config: DoctorConfig) -> None:
-    if Finding.BAD_LINE in case.findings or Finding.AGAIN in case.findings:
-        return
-    if isinstance(case.path, str):
-        _, mistake = file_mistake(case.path, case.label)
-        if mistake:
-            case.add(Finding.NO_FILE, mistake)
-            return
-    with suppress(OSError):  # it may be gone by now: the decoder will say so
-        case.num_bytes = (
-            case.path.size if isinstance(case.path, Member) else os.path.getsize(case.path)
-        )
-    case.sha256 = _ask(sha256, case.path, reading.seconds + case.num_bytes / SLOWEST_READ, 0)
-    description = (
-        _ask(describe, case.path, reading.seconds, reading.memory_gb)
-        if is_video(case.path)
-        else None
-    )
-    case.description = description
-    try:
-        _read(case, reading, config)
-    except VideoDecodeError as error:
-        case.decoder = error.decoder
-        case.add(
-            Finding.NO_PICTURES if NO_STREAM.search(error.reason) else Finding.UNREADABLE,
-            error.reason,
-        )
-    if isinstance(description, Description):
-        _judge(case, description, reading.decoder)
-
-
-def _read(case: Case, reading: Reading, config: DoctorConfig) -> None:
-    """Reads frames as a run would. Raises: VideoDecodeError."""
-
-    def first_middle_last(num_frames: int) -> NDArray[np.int64]:
-        case.num_frames = num_frames
-        return np.unique([0, num_frames // 2, num_frames - 1])
-
-    found = read_clip(case.path, first_middle_last, reading)
-    case.decoder, case.fallback = found.decoder, found.fallback
-    frame_HWC = found.clip_THWC[0]
-    case.height, case.width = frame_HWC.shape[:2]
-    if frame_HWC.nbytes * min(config.num_frames, case.num_frames) > MAX_CLIP_BYTES:
-        raise VideoDecodeError(
-            str(case.path),
-            found.decoder,
-            f"{config.num_frames} frames of {case.width} x {case.height} pixels are more than 2 GB",
-        )
-    if is_video(case.path) and case.num_frames < (config.num_frames - 1) * config.data.stride + 1:
-        case.add(Finding.SHORT)
-    if config.check == "quick":
-        return
-    case.decoded_frames = 0
-    for _ in stream(case.path, np.arange, reading):
-        case.decoded_frames += 1
-    if is_video(case.path):
-        num_frames = _ask(
-            count_frames,
-            case.path,
-            reading.seconds + case.num_frames / SLOWEST_DECODE,
-            reading.memory_gb,
-        )
-        if isinstance(num_frames, int) and num_frames != case.num_frames:
-            case.decoded_frames = num_frames
-            raise VideoDecodeError(
-                str(case.path),
-                found.decoder,
-                f"{num_frames} frames come out in order, not {case.num_frames}",
+    def _examine(self, line: Examined) -> Examined:
+        reading = self.reading
+        if not {"bad_line", "again"}.isdisjoint(line.findings):
+            return line
+        if isinstance(line.path, str):
+            _, mistake = file_mistake(line.path, line.label)
+            if mistake:
+                line.add("no_file", mistake)
+                return line
+        with suppress(OSError):  # it may be gone by now: the decoder will say so
+            line.num_bytes = (
+                line.path.size if isinstance(line.path, Member) else os.path.getsize(line.path)
             )
+        line.sha256 = _ask(sha256, line.path, reading.seconds + line.num_bytes / SLOWEST_READ, 0)
+        if is_video(line.path):
+            line.description = _ask(describe, line.path, reading.seconds, reading.memory_gb)
+        try:
+            self._read(line)
+        except VideoDecodeError as error:
+            line.decoder = error.decoder
+            has_no_stream = NO_STREAM.search(error.reason)
+            line.add("no_pictures" if has_no_stream else "unreadable", error.reason)
+        self._judge(line)
+        return line
+
+    def _read(self, line: Examined) -> None:
+        """Reads frames as a run would. Raises: VideoDecodeError."""
+        config, reading = self.config, self.reading
+
+        def first_middle_last(num_frames: int) -> NDArray[np.int64]:
+            line.num_frames = num_frames
+            return np.unique([0, num_frames // 2, num_frames - 1])
+
+        def refuse(reason: str) -> VideoDecodeError:
+            return VideoDecodeError(str(line.path), line.decoder, reason)
+
+        found = read_clip(line.path, first_middle_last, reading)
+        line.decoder, line.fallback = found.decoder, found.fallback
+        frame_HWC = found.clip_THWC[0]
+        line.height, line.width = frame_HWC.shape[:2]
+        if frame_HWC.nbytes * min(config.num_frames, line.num_frames) > MAX_CLIP_BYTES:
+            raise refuse(
+                f"{config.num_frames} frames of {line.width} x {line.height} pixels are more than "
+                "2 GB"
+            )
+        if (
+            is_video(line.path)
+            and line.num_frames < (config.num_frames - 1) * config.data.stride + 1
+        ):
+            line.add("short")
+        if config.check == "quick":
+            return
+        for _ in stream(line.path, np.arange, reading):
+            line.decoded_frames += 1
+        if is_video(line.path):
+            seconds = reading.seconds + line.num_frames / SLOWEST_DECODE
+            num_frames = _ask(count_frames, line.path, seconds, reading.memory_gb)
+            if num_frames not in (None, line.num_frames):
+                line.decoded_frames = num_frames
+                raise refuse(f"{num_frames} frames come out in order, not {line.num_frames}")
+
+    def _judge(self, line: Examined) -> None:
+        d = line.description
+        if d is None:
+            return
+        known = list(dict.fromkeys(TRAITS[trait] for trait in d.traits if trait in TRAITS))
+        # of packed B-frames and the like, which say more
+        if len(known) > 1 and "no_order" in known:
+            known.remove("no_order")
+        if d.codec == "hevc":
+            known.append("hevc")
+        is_trusted = self.decoder in d.trusted_with
+        checks = {
+            "other_decoder": line.fallback and is_trusted,
+            "not_trusted": line.fallback and not is_trusted and not known,
+            "slow_seek": d.key_frame_distance > SLOW_SEEK,
+            "variable_rate": not d.constant_rate,
+            "other_count": line.num_frames and d.header_frames not in (0, line.num_frames),
+        }
+        for finding in (*known, *(finding for finding, is_so in checks.items() if is_so)):
+            line.add(finding)
 
 
-def _judge(case: Case, description: Description, decoder: str) -> None:
-    known = list(dict.fromkeys(TRAITS[trait] for trait in description.traits if trait in TRAITS))
-    # of packed B-frames and the like, which say more
-    if len(known) > 1 and Finding.NO_ORDER in known:
-        known.remove(Finding.NO_ORDER)
-    if description.codec == "hevc":
-        known.append(Finding.HEVC)
-    if case.fallback and decoder in description.trusted_with:
-        known.append(Finding.OTHER_DECODER)
-    elif case.fallback and not known:
-        known.append(Finding.NOT_TRUSTED)
-    for finding in known:
-        case.add(finding)
-    if description.key_frame_distance > SLOW_SEEK:
-        case.add(Finding.SLOW_SEEK)
-    if not description.constant_rate:
-        case.add(Finding.VARIABLE_RATE)
-    if (
-        case.num_frames
-        and description.header_frames
-        and description.header_frames != case.num_frames
-    ):
-        case.add(Finding.OTHER_COUNT)
-
-
-def _ask(function: Any, path: Place, seconds: float, memory_gb: float) -> Any:
+def _ask(function: Callable[..., Any], path: Place, seconds: float, memory_gb: float) -> Any:
     """What the function says of a file there; None where it cannot: reading the frames will tell
     why.
     """
-    try:
+    # the end of its process; FFmpeg's, the disk's, those of a container that is none
+    with suppress(Exception):
         return decoder_process().call(function, path, seconds=seconds, memory_gb=memory_gb)
-    except KilledError:
-        return None
-    except Exception:  # FFmpeg's, the disk's, those of a container that is none
-        return None
-
-
-def _compare_paths(cases: Sequence[Case]) -> None:
-    """A path is good once; with two labels it is not good at all. Paths are compared as they are
-    written.
-    """
-    same: defaultdict[str, list[Case]] = defaultdict(list)
-    for case in cases:
-        if not case.is_bad:
-            same[str(case.path)].append(case)
-    for group in same.values():
-        if len({case.label for case in group}) > 1:
-            for case in group:
-                case.add(Finding.TWO_LABELS, f"is named with the labels {_listed(group)}")
-        else:
-            for case in group[1:]:
-                case.add(Finding.AGAIN, f"is in line {group[0].number} as well")
-
-
-def _compare_contents(cases: Sequence[Case]) -> None:
-    """Files of the same bytes may be there twice, with one label."""
-    same: defaultdict[str, list[Case]] = defaultdict(list)
-    for case in cases:
-        if case.sha256 and not case.is_bad:
-            same[case.sha256].append(case)
-    for group in same.values():
-        if len({case.label for case in group}) > 1:
-            for case in group:
-                other = next(other for other in group if other.label != case.label)
-                case.add(
-                    Finding.TWO_LABELS,
-                    f"has the same content as {other.path}, labels {_listed(group)}",
-                )
-        else:
-            for case in group[1:]:
-                case.add(Finding.SAME_CONTENT)
-
-
-def _compare_labels(cases: Sequence[Case]) -> None:
-    """Where one has a label, all must."""
-    if any(case.label >= 0 for case in cases):
-        for case in cases:
-            if case.label == -1 and not case.is_bad:
-                case.add(Finding.NO_LABEL, "has no label, others have")
-    for case in cases:
-        if case.label < -1:
-            case.add(
-                Finding.NEGATIVE_LABEL, f"has the label {case.label}, number the classes from 0"
-            )
-
-
-def _listed(group: Sequence[Case]) -> str:
-    return ", ".join(str(label) for label in sorted({case.label for case in group}))

@@ -2,14 +2,13 @@
 of the hidden tubelets.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from video_mae.config import DataConfig, MaskConfig
-from video_mae.config.schema import knob, require, section
+from video_mae.config.schema import Knobs, knob, section
 from video_mae.convert.model_folder import load_pretrained
 from video_mae.data.augment import crop_box, crop_clip
 from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
@@ -20,14 +19,13 @@ from video_mae.model.vit import VideoMAE
 from video_mae.training.picture import Statistics, draw_reconstruction
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
+class ReconstructConfig(Knobs):
     """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
 
-    seed: int = knob(0, "of the clips, boxes and masks")
-    num_clips: int = knob(2, "clips drawn from the video")
+    seed: int = knob(0, "of the clips, boxes and masks", low=0)
+    num_clips: int = knob(2, "clips drawn from the video", low=1)
     stride: int = knob(
-        4, "video frames from one frame of the clip to the next; take that of the training"
+        4, "video frames from one frame of the clip to the next; take that of the training", low=1
     )
     statistics: Statistics = knob(
         "visible",
@@ -36,23 +34,10 @@ class ReconstructConfig:
     )
     mask: MaskConfig = section(MaskConfig, "masking")
 
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
-        require(self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1")
-        require(self.stride >= 1, "stride", self.stride, "must be at least 1")
-
 
 def start(model_folder: str, video: str, picture: str, config: ReconstructConfig) -> int:
-    """The stage as the command line starts it."""
-    reconstruct(model_folder, video, picture, config)
-    print(f"picture {picture}")
-    return 0
-
-
-def reconstruct(
-    model_folder: str | Path, video: str | Path, picture: str | Path, config: ReconstructConfig
-) -> None:
-    """Draws clips of a video, their visible tubelets and the model's predictions.
+    """Draws clips of a video, their visible tubelets and the model's predictions, as the command
+    line starts it.
 
     Raises: FileNotFoundError; ValueError naming the file or key that does not fit, also for a video
     that cannot be decoded.
@@ -71,7 +56,7 @@ def reconstruct(
         )
 
     try:
-        frames_THWC = torch.from_numpy(decode(str(video), choose))
+        frames_THWC = torch.from_numpy(decode(video, choose))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
     box = crop_box(
@@ -104,3 +89,5 @@ def reconstruct(
         config.statistics,
         pixel_scale(model.config, model.objective_config),
     )
+    print(f"picture {picture}")
+    return 0
