@@ -64,7 +64,7 @@ class ModelConfig(Knobs):
     num_frames=tubelet_size=1.
     """
 
-    presets = PRESETS
+    preset_values = PRESETS
 
     in_channels: int = knob(3, "channels of a pixel", low=1)
     num_frames: int = knob(16, "frames of a clip", low=1)

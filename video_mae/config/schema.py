@@ -71,7 +71,7 @@ class Knobs:
     them.
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    preset_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """{name: {knob: value}}: what the key `preset` of a section sets that the file does not."""
 
     def __init_subclass__(cls) -> None:
@@ -249,10 +249,10 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must hold `key: value` lines")
-    if "preset" in values and schema.presets:
-        names = Literal[(*schema.presets, None)]
+    if "preset" in values and schema.preset_values:
+        names = Literal[(*schema.preset_values, None)]
         name = _typed(values["preset"], names, f"{prefix}preset")
-        values = {**schema.presets.get(name, {}), **values}
+        values = {**schema.preset_values.get(name, {}), **values}
         del values["preset"]
     hints = get_type_hints(schema)
     by_name = {f.name: f for f in fields(schema)}
