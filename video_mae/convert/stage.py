@@ -1,6 +1,6 @@
 """The conversion stage: a model of any project as one of ours, or ours as another's."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,6 @@ from video_mae.files import json_text
 REPORT = "import.json"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Facts):
     """`video-mae convert SOURCE DESTINATION key=value ...`."""
 
