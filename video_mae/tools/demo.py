@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from tqdm import tqdm
 
-from video_mae.config.schema import knob, require, to_dict
+from video_mae.config.schema import Knobs, knob, to_dict
 
 ACTIONS = (
     "left",
@@ -71,45 +71,28 @@ PHOTOGRAPH_SIDES = (1.2, 1.8)  # the photograph's shorter side over the frame's
 EASY_CUTOUT_FLOOR = 0.35  # the darkest cut-out over the brightest background
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Knobs):
     """What `make_demo_data` renders."""
 
-    seed: int = knob(0, "of the poses, speeds and photographs drawn")
-    train_clips: int = knob(1024, "training videos, a multiple of the 8 actions")
-    validation_clips: int = knob(
-        256, "validation videos, of other photographs, a multiple of the 8 actions"
+    seed: int = knob(0, "of the poses, speeds and photographs drawn", low=0, below=2**63)
+    train_clips: int = knob(
+        1024, "training videos, a multiple of the 8 actions", low=1, multiple_of=len(ACTIONS)
     )
-    num_frames: int = knob(32, "frames of a video")
-    height: int = knob(64, "pixels, even")
-    width: int = knob(64, "pixels, even")
-    fps: int = knob(16, "frames a second")
+    validation_clips: int = knob(
+        256,
+        "validation videos, of other photographs, a multiple of the 8 actions",
+        low=1,
+        multiple_of=len(ACTIONS),
+    )
+    num_frames: int = knob(32, "frames of a video", low=2)
+    height: int = knob(64, "pixels, even", low=32, multiple_of=2)
+    width: int = knob(64, "pixels, even", low=32, multiple_of=2)
+    fps: int = knob(16, "frames a second", low=1)
     difficulty: Literal["easy", "medium", "hard"] = knob(
         "easy",
         "what moves: a bright cut-out of a photograph over another, dimmed and "
         "still; the same, both as bright as they are; or the whole picture",
     )
-
-    def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
-        for name in ("train_clips", "validation_clips"):
-            clips = getattr(self, name)
-            require(
-                clips > 0 and clips % len(ACTIONS) == 0,
-                name,
-                clips,
-                f"must be a positive multiple of the {len(ACTIONS)} actions",
-            )
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            require(
-                side >= 32 and side % 2 == 0,
-                name,
-                side,
-                "must be even (4:2:0 video) and at least 32",
-            )
-        require(self.num_frames >= 2, "num_frames", self.num_frames, "must be at least 2 (motion)")
-        require(self.fps >= 1, "fps", self.fps, "must be at least 1")
 
 
 def start(folder: str, config: DemoConfig) -> int:
