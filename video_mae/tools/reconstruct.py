@@ -2,14 +2,13 @@
 of the hidden tubelets.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from video_mae.config import DataConfig, MaskConfig
-from video_mae.config.schema import knob, require, section
+from video_mae.config.schema import Knobs, knob, section
 from video_mae.convert.model_folder import load_pretrained
 from video_mae.data.augment import crop_box, crop_clip
 from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
@@ -20,14 +19,13 @@ from video_mae.model.vit import VideoMAE
 from video_mae.training.picture import Statistics, draw_reconstruction
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconstructConfig:
+class ReconstructConfig(Knobs):
     """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
 
-    seed: int = knob(0, "of the clips, boxes and masks")
-    num_clips: int = knob(2, "clips drawn from the video")
+    seed: int = knob(0, "of the clips, boxes and masks", low=0)
+    num_clips: int = knob(2, "clips drawn from the video", low=1)
     stride: int = knob(
-        4, "video frames from one frame of the clip to the next; take that of the training"
+        4, "video frames from one frame of the clip to the next; take that of the training", low=1
     )
     statistics: Statistics = knob(
         "visible",
@@ -35,11 +33,6 @@ class ReconstructConfig:
         "hidden ones, which a model does not have",
     )
     mask: MaskConfig = section(MaskConfig, "masking")
-
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "must be at least 0")
-        require(self.num_clips >= 1, "num_clips", self.num_clips, "must be at least 1")
-        require(self.stride >= 1, "stride", self.stride, "must be at least 1")
 
 
 def start(model_folder: str, video: str, picture: str, config: ReconstructConfig) -> int:
