@@ -48,7 +48,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config",
+    "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, "
+    "PretrainConfig, load_config",
     "video_mae.convert": "Facts, import_model",
     "video_mae.model.inflation": "deflated, inflated, resized",
     "video_mae.model.masking": "TokenMask, frame_mask, random_mask, token_mask, tube_mask",

@@ -36,7 +36,8 @@ class Stage(NamedTuple):
 
 
 BENCH_KERNELS = Stage(
-    "measure each kernel against everything else that computes it; or compile all of them without a GPU",
+    "measure each kernel against everything else that computes it; or compile all of them without "
+    "a GPU",
     "benchmark.kernels",
     "KernelBenchConfig",
     (),
@@ -62,7 +63,8 @@ STAGES = {
         ("MODEL_FOLDER", "VIDEO", "PICTURE.png"),
     ),
     "evaluate": Stage(
-        "test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher",
+        "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
+        "the launcher",
         "evaluation.evaluate",
         "EvaluateConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST"),
@@ -80,14 +82,15 @@ STAGES = {
         ("MODEL_OR_RUN_FOLDER",),
     ),
     "extract": Stage(
-        "write the features of clips along videos of any length, with their times; also under the launcher",
+        "write the features of clips along videos of any length, with their times; also under the "
+        "launcher",
         "evaluation.extract",
         "ExtractConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
     ),
     "doctor": Stage(
-        "check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
-        "2: a mistake in the command",
+        "check every line and every video of a list, and write a clean one; exit status 0: all is "
+        "good, 1: something is bad, 2: a mistake in the command",
         "tools.doctor",
         "DoctorConfig",
         ("LIST",),
@@ -115,7 +118,8 @@ STAGES = {
         ("--baseline FILE",),
     ),
     "pack": Stage(
-        "turn the videos of a list into shards that training reads several times faster; goes on where it was stopped",
+        "turn the videos of a list into shards that training reads several times faster; goes on "
+        "where it was stopped",
         "tools.pack",
         "PackConfig",
         ("LIST", "FOLDER"),

@@ -291,7 +291,8 @@ def test_numbers_lists_and_null_are_yaml_as_before():
 
 def test_a_text_in_a_file_is_as_it_is_written_there(tmp_path):
     (tmp_path / "c.yaml").write_text(
-        "output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: 007\n"
+        "output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: "
+        "007\n"
     )
     config = load_config(tmp_path / "c.yaml")
     assert (config.output, config.data.source, config.data.root, config.journal.wandb_project) == (

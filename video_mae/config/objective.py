@@ -64,8 +64,8 @@ class MaskConfig(Knobs):
     )
     ratio: float = knob(
         0.9,
-        "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the frames (frame); "
-        "random_kept keeps int((1 - ratio) * tokens)",
+        "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the "
+        "frames (frame); random_kept keeps int((1 - ratio) * tokens)",
         above=0,
         below=1,
     )

@@ -333,7 +333,8 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
             value = "" if (found := load(text)) is None else found
         except ValueError as error:
             raise ValueError(
-                f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes"
+                f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into "
+                "quotes"
             ) from None
     for name in reversed(names):
         value = {name: value}

@@ -29,8 +29,8 @@ class OptimConfig(Knobs):
     warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
     drop_last_batch: bool = knob(
         False,
-        "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a step may "
-        "hold videos of two epochs",
+        "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a "
+        "step may hold videos of two epochs",
     )
     weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none", low=0)
     decay_tokens: bool = knob(
@@ -41,7 +41,8 @@ class OptimConfig(Knobs):
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
     layer_decay: float = knob(
         1.0,
-        "factor of the learning rate from a layer of the encoder to the one below it; 1 is one rate for all",
+        "factor of the learning rate from a layer of the encoder to the one below it; 1 is one "
+        "rate for all",
         above=0,
         high=1,
     )
@@ -79,8 +80,8 @@ class EngineConfig(Knobs):
     )
     max_skipped_in_a_row: int = knob(
         5,
-        "the run stops, at most a step later, when so many steps in a row had a loss or gradient that "
-        "is not finite",
+        "the run stops, at most a step later, when so many steps in a row had a loss or gradient "
+        "that is not finite",
         low=1,
     )
     extra: dict[str, Any] = knob(

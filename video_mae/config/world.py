@@ -33,13 +33,14 @@ class World(NamedTuple):
         if missing:
             there = " ".join(f"{name}={os.environ[name]}" for name in found)
             raise ValueError(
-                f"{', '.join(missing)}: not set in the environment, where {there} says that a launcher started this; start it "
-                f"with deepspeed or torchrun, or as one process: unset {' '.join(found)}"
+                f"{', '.join(missing)}: not set in the environment, where {there} says that a "
+                "launcher started this; start it with deepspeed or torchrun, or as one process: "
+                f"unset {' '.join(found)}"
             )
         if not world.rank < world.size:
             raise ValueError(
-                f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the environment, or unset both for one "
-                "process"
+                f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the "
+                "environment, or unset both for one process"
             )
         if world.size > 1:
             _number("MASTER_PORT", 0, 65535)
@@ -61,6 +62,7 @@ def _number(name: str, default: int, most: int = 10**9) -> int:
         or (name == "WORLD_SIZE" and int(text) == 0)
     ):
         raise ValueError(
-            f"{name}: {text[:40]} in the environment is not a number that a launcher gives; correct or unset it"
+            f"{name}: {text[:40]} in the environment is not a number that a launcher gives; "
+            "correct or unset it"
         )
     return int(text)
