@@ -329,13 +329,9 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
     if is_text and text == "null" and hint is not str:
         value = None
     elif not is_text:
-        try:
-            value = "" if (found := load(text)) is None else found
-        except ValueError as error:
-            raise ValueError(
-                f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into "
-                "quotes"
-            ) from None
+        with _naming(f"{key}: {text[:100]!r} cannot be read, put texts in it into quotes: "):
+            tree = load(text)
+        value = text if tree is None else tree
     for name in reversed(names):
         value = {name: value}
     return value
