@@ -678,6 +678,41 @@ def test_help_tells_every_key_with_default_and_meaning(schema):
     assert text.isascii()
 
 
+class Ranged(Knobs):
+    """Knobs with ranges, and a section with other defaults than its own."""
+
+    ratio: float = knob(0.5, "a share", above=0, high=1)
+    sides: tuple[int, ...] = knob((2,), "sides", filled=True, low=2, multiple_of=2)
+    steps: int | None = knob(None, "a number of steps", low=1)
+    model: ModelConfig = section(ModelConfig, "the model", depth=7)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ratio=0", "ratio: 0.0 must be above 0, at most 1"),
+        ("ratio=1.5", "ratio: 1.5 must be above 0, at most 1"),
+        ("ratio=.inf", "ratio: inf must be finite"),
+        ("sides=[4, 3]", "sides: (4, 3) must be at least 2, a multiple of 2"),
+        ("sides=[]", "sides: (empty) must not be empty"),
+        ("steps=0", "steps: 0 must be at least 1, or null"),
+        ("model.depth=0", "model.depth: 0 must be at least 1"),
+    ],
+)
+def test_a_range_stands_with_its_knob_and_is_told(override, said):
+    with pytest.raises(ValueError, match=r"must") as error:
+        parse(None, [override], Ranged)
+    assert str(error.value) == said
+    assert said.partition(" must be ")[2].replace("finite", "above 0") in describe(Ranged)
+
+
+def test_a_section_may_have_other_defaults():
+    assert parse(None, [], Ranged).model == ModelConfig(depth=7)
+    assert parse(None, ["model.width=64"], Ranged).model == ModelConfig(depth=7, width=64)
+    assert parse(None, ["model.preset=large"], Ranged).model == ModelConfig.preset("large")
+    assert "model.depth = 7 " in describe(Ranged)
+
+
 def test_configurations_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PretrainConfig().model.depth = 3  # pyright: ignore[reportAttributeAccessIssue]
