@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from video_mae.files import one_line
 
@@ -212,17 +212,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _add_flag(command: argparse.ArgumentParser, flag: str, value: str = "") -> None:
     key = flag.removeprefix("--").replace("-", "_")
     shown = f"{key}={value or 'true'}"
+    how: dict[str, Any] = {"action": "append_const", "const": shown}
     if value:
-        command.add_argument(
-            flag,
-            dest="flags",
-            action="append",
-            type=f"{key}={{}}".format,
-            metavar=value,
-            help=shown,
-        )
-    else:
-        command.add_argument(flag, dest="flags", action="append_const", const=shown, help=shown)
+        how = {"action": "append", "type": f"{key}={{}}".format, "metavar": value}
+    command.add_argument(flag, dest="flags", help=shown, **how)
 
 
 def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
