@@ -9,7 +9,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """Of activations; weights stay float32."""
 Kind = Literal["linear", "attentive", "knn"]
 """Of probes."""
-Sampling = Literal["dense", "uniform"]
+ClipSampling = Literal["dense", "uniform"]
 """How the frames of a clip are chosen."""
 
 
@@ -33,7 +33,7 @@ class EncodingConfig(Knobs):
 class TestedConfig(Knobs):
     """How a classifier is given frames, where it is not as the model says."""
 
-    sampling: Sampling | None = knob(
+    sampling: ClipSampling | None = knob(
         None,
         "how frames are chosen, where it is not as the model says: it was converted by a wrong "
         "guess",
@@ -130,7 +130,7 @@ class ProbeConfig(EncodingConfig):
         low=0,
         below=2**63,
     )
-    sampling: Sampling = knob(
+    sampling: ClipSampling = knob(
         "dense",
         "how a clip's frames are chosen: data.stride apart, or one of each part of the video",
     )
@@ -199,7 +199,7 @@ class ExtractConfig(EncodingConfig):
         "num_frames * stride",
         low=0,
     )
-    sampling: Sampling = knob(
+    sampling: ClipSampling = knob(
         "dense",
         "dense: clips along the video, frames a stride apart; uniform: one clip, a frame of each "
         "of as many equal parts of the video as a clip has frames, as models of "
