@@ -473,7 +473,7 @@ def test_other_mistakes_are_one_line(model: Path, videos: Path, tmp_path: Path) 
         start(str(model), str(tmp_path / "data"), config(f"output={tmp_path / 'out'}"))
     for override, message in (
         ("num_clips=0", "num_clips: 0 must be at least 1"),
-        ("data.source=x", "data.source: x is not read"),
+        ("data.source=x", "unknown key data.source"),
         ("data.stride=7", "data.stride: 7 is not read: .*`stride=`"),
         ("stride=0", "stride: 0 must be at least 1"),
         ("sampling=sparse", "sampling"),

@@ -82,7 +82,7 @@ class Knobs:
         for f in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, f.name)
             if f.metadata.get("filled"):
-                require(value not in ("", ()), f.name, "(empty)", "must not be empty")
+                require(value not in ("", ()), f.name, "(empty)", "must be given")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
                     require(abs(number) < math.inf, f.name, value, "must be finite")
