@@ -201,10 +201,13 @@ class DataConfig(ReadConfig, SourceConfig):
                 remedy = "does not reach data.sources; write it into those that it is for"
                 require(value == f.default, f.name, value, remedy)
             weights = [source.weight for source in self.sources.values()]
-            is_all_or_none = None not in weights or weights == [None] * len(weights)
-            for name, weight in zip(self.sources, weights, strict=True):
-                remedy = "give every source a weight, or none"
-                require(is_all_or_none, f"sources.{name}.weight", weight, remedy)
+            name = next(iter(self.sources))
+            require(
+                None not in weights or weights == [None] * len(weights),
+                f"sources.{name}.weight",
+                weights[0],
+                "give every source a weight, or none",
+            )
 
     @property
     def by_name(self) -> Mapping[str, SourceConfig]:

@@ -7,8 +7,7 @@ from typing import Literal
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
 from video_mae.config.schema import Knobs, knob, require, section
-from video_mae.config.stages import RunConfig
-from video_mae.config.training import OptimConfig
+from video_mae.config.training import OptimConfig, RunConfig
 
 
 class ValidationConfig(Knobs):
