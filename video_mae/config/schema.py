@@ -234,7 +234,7 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
             return tuple(_typed(item, of, where) for item, of in pairs)
     if kind is Any or (kind is str and isinstance(value, str)):
         return value
-    if origin is Literal and any(type(value) is type(part) and value == part for part in parts):
+    if origin is Literal and value in parts and type(value) in map(type, parts):
         return value
     if kind is bool and value in (0, 1):
         return bool(value)
@@ -279,9 +279,7 @@ def _near(name: str, key: str, names: Mapping[str, Any], root: Any) -> str:
 def _without_none(hint: Any) -> Any:
     """X of X | None, any other type itself."""
     parts = get_args(hint)
-    if NoneType not in parts:
-        return hint
-    return next(part for part in parts if part is not NoneType)
+    return parts[0] if NoneType in parts else hint
 
 
 def _type_of(schema: Any, names: Sequence[str]) -> Any:
