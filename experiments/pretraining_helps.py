@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from video_mae import ClassifierConfig, ModelConfig, VideoClassifier, VideoMAE, load_pretrained
 from video_mae.config import ObjectiveConfig
-from video_mae.config.schema import describe, knob, parse, require, to_dict
+from video_mae.config.schema import Knobs, describe, knob, parse, require, to_dict
 from video_mae.convert.model_folder import save_model_folder
 from video_mae.evaluation.heads import (
     AttentiveHead,
@@ -77,8 +76,7 @@ Arm = Literal["plain", "contrastive", "random"]
 ARMS: tuple[Arm, ...] = ("plain", "contrastive", "random")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
+class ExperimentConfig(Knobs):
     """What is compared; the defaults are the experiment, other values are for trying it out."""
 
     output: str = knob(
@@ -125,6 +123,7 @@ class ExperimentConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "workers",
             "unlabelled_clips",

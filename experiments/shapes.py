@@ -13,7 +13,6 @@ of a stencil, K shapes.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 from video_mae.tools.demo import (
     PHOTOGRAPH_SIDES,
     load_photograph,
@@ -35,8 +34,7 @@ STENCIL_PIXELS = 80  # side of a shape's picture
 STENCIL_REACH = 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShapeClipsConfig:
+class ShapeClipsConfig(Knobs):
     """What `render_clips` renders."""
 
     seed: int = knob(0, "of everything drawn")
@@ -58,6 +56,7 @@ class ShapeClipsConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.seed < 2**63, "seed", self.seed, "must be in [0, 2**63)")
         require(self.num_frames >= 1, "num_frames", self.num_frames, "must be at least 1")
         require(

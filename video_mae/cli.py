@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from video_mae.files import one_line
 
@@ -36,7 +36,8 @@ class Stage(NamedTuple):
 
 
 BENCH_KERNELS = Stage(
-    "measure each kernel against everything else that computes it; or compile all of them without a GPU",
+    "measure each kernel against everything else that computes it; or compile all of them without "
+    "a GPU",
     "benchmark.kernels",
     "KernelBenchConfig",
     (),
@@ -62,7 +63,8 @@ STAGES = {
         ("MODEL_FOLDER", "VIDEO", "PICTURE.png"),
     ),
     "evaluate": Stage(
-        "test a classifier on a list of videos: accuracies, predictions, confusions; also under the launcher",
+        "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
+        "the launcher",
         "evaluation.evaluate",
         "EvaluateConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST"),
@@ -80,14 +82,15 @@ STAGES = {
         ("MODEL_OR_RUN_FOLDER",),
     ),
     "extract": Stage(
-        "write the features of clips along videos of any length, with their times; also under the launcher",
+        "write the features of clips along videos of any length, with their times; also under the "
+        "launcher",
         "evaluation.extract",
         "ExtractConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
     ),
     "doctor": Stage(
-        "check every line and every video of a list, and write a clean one; exit status 0: all is good, 1: something is bad, "
-        "2: a mistake in the command",
+        "check every line and every video of a list, and write a clean one; exit status 0: all is "
+        "good, 1: something is bad, 2: a mistake in the command",
         "tools.doctor",
         "DoctorConfig",
         ("LIST",),
@@ -115,7 +118,8 @@ STAGES = {
         ("--baseline FILE",),
     ),
     "pack": Stage(
-        "turn the videos of a list into shards that training reads several times faster; goes on where it was stopped",
+        "turn the videos of a list into shards that training reads several times faster; goes on "
+        "where it was stopped",
         "tools.pack",
         "PackConfig",
         ("LIST", "FOLDER"),
@@ -208,17 +212,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _add_flag(command: argparse.ArgumentParser, flag: str, value: str = "") -> None:
     key = flag.removeprefix("--").replace("-", "_")
     shown = f"{key}={value or 'true'}"
+    how: dict[str, Any] = {"action": "append_const", "const": shown}
     if value:
-        command.add_argument(
-            flag,
-            dest="flags",
-            action="append",
-            type=f"{key}={{}}".format,
-            metavar=value,
-            help=shown,
-        )
-    else:
-        command.add_argument(flag, dest="flags", action="append_const", const=shown, help=shown)
+        how = {"action": "append", "type": f"{key}={{}}".format, "metavar": value}
+    command.add_argument(flag, dest="flags", help=shown, **how)
 
 
 def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:

@@ -132,7 +132,8 @@ def draw_or_tell(
         write_whole(path, draw)
     except Exception as error:  # of a library that draws, or the disk
         say(
-            f"{path}: could not be drawn, all else is there ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            f"{path}: could not be drawn, all else is there ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]})"
         )
 
 

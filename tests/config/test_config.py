@@ -291,7 +291,8 @@ def test_numbers_lists_and_null_are_yaml_as_before():
 
 def test_a_text_in_a_file_is_as_it_is_written_there(tmp_path):
     (tmp_path / "c.yaml").write_text(
-        "output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: 007\n"
+        "output: 007\ndata: {source: no, root: 1e3}\njournal:\n  wandb_project: 2020-01-01\nseed: "
+        "007\n"
     )
     config = load_config(tmp_path / "c.yaml")
     assert (config.output, config.data.source, config.data.root, config.journal.wandb_project) == (
@@ -675,6 +676,46 @@ def test_help_tells_every_key_with_default_and_meaning(schema):
         assert f"  {key} = " in text
     assert "{tube | random | random_kept | frame}" in text or schema is not PretrainConfig
     assert text.isascii()
+
+
+class Ranged(Knobs):
+    """Knobs with ranges, and a section with other defaults than its own."""
+
+    ratio: float = knob(0.5, "a share", above=0, high=1)
+    sides: tuple[int, ...] = knob((2,), "sides", filled=True, low=2, multiple_of=2)
+    steps: int | None = knob(None, "a number of steps", low=1)
+    model: ModelConfig = section(ModelConfig, "the model", depth=7)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("ratio=0", "ratio: 0.0 must be above 0, at most 1"),
+        ("ratio=1.5", "ratio: 1.5 must be above 0, at most 1"),
+        ("ratio=.inf", "ratio: inf must be finite"),
+        ("sides=[4, 3]", "sides: (4, 3) must be at least 2, a multiple of 2"),
+        ("sides=[]", "sides: (empty) must be given"),
+        ("steps=0", "steps: 0 must be at least 1, or null"),
+        ("model.depth=0", "model.depth: 0 must be at least 1"),
+    ],
+)
+def test_a_range_stands_with_its_knob_and_is_told(override, said):
+    with pytest.raises(ValueError, match=r"must") as error:
+        parse(None, [override], Ranged)
+    assert str(error.value) == said
+    for limits in (
+        "(above 0, at most 1)",
+        "(at least 2, a multiple of 2)",
+        "(at least 1, or null)",
+    ):
+        assert limits in describe(Ranged)
+
+
+def test_a_section_may_have_other_defaults():
+    assert parse(None, [], Ranged).model == ModelConfig(depth=7)
+    assert parse(None, ["model.width=64"], Ranged).model == ModelConfig(depth=7, width=64)
+    assert parse(None, ["model.preset=large"], Ranged).model == ModelConfig.preset("large")
+    assert "model.depth = 7 " in describe(Ranged)
 
 
 def test_configurations_cannot_be_changed():

@@ -442,7 +442,8 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"b\xe4r.mp4 1\n")
     with pytest.raises(
         ValueError,
-        match=r"list\.txt:1: the line `b\\xe4r\.mp4 1` is not UTF-8, save the list as UTF-8 text; .* rename it",
+        match=r"list\.txt:1: the line `b\\xe4r\.mp4 1` is not UTF-8, save the list as UTF-8 text; "
+        r".* rename it",
     ):
         read_annotations(DataConfig(source=str(tmp_path / "list.txt")))
 

@@ -251,7 +251,7 @@ def test_mistakes_are_one_line(
         ([f"test={tmp_path / 'none.txt'}"], "test: no such list file or folder"),
         (["num_heads=5"], "num_heads: 5 does not divide the encoder's width 24"),
         (["kind=linear", "ks=[0]"], r"ks: \(0,\) must be at least 1"),
-        (["train="], r"train: \(empty\) must"),
+        (["train="], r"train: \(empty\) must be given"),
         (["data.source=x"], "unknown key data.source"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -2,14 +2,12 @@
 the official pipeline, pytorchvideo's.
 """
 
-import math
 import multiprocessing
 import os
 import statistics
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from video_mae.benchmark.pipelines import (
 from video_mae.benchmark.records import DASH, Record, Run, Table, environment
 from video_mae.benchmark.report import OUTPUT, publish
 from video_mae.config.data import SourceConfig
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 from video_mae.data import read_annotations
 from video_mae.files import one_line
 from video_mae.tools.demo import DemoConfig, make_demo_data
@@ -66,8 +64,7 @@ NOTES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataBenchConfig:
+class DataBenchConfig(Knobs):
     """`video-mae bench data key=value ...`."""
 
     source: str = knob(
@@ -75,38 +72,30 @@ class DataBenchConfig:
         "a list file with lines `PATH LABEL`, or a folder with a folder per class; empty: 8 videos of 340 x 256 pixels, "
         "rendered into a temporary folder",
     )
-    num_frames: int = knob(16, "frames of a clip")
-    stride: int = knob(4, "video frames from one frame of a clip to the next")
-    side: int = knob(224, "height and width of a clip in pixels")
+    num_frames: int = knob(16, "frames of a clip", low=1)
+    stride: int = knob(4, "video frames from one frame of a clip to the next", low=1)
+    side: int = knob(224, "height and width of a clip in pixels", low=1)
     batch: int = knob(
-        8, "clips that are collated into one tensor, several crops of a video among them"
+        8, "clips that are collated into one tensor, several crops of a video among them", low=1
     )
-    rounds: int = knob(9, "passes over the files, a clip of each")
+    rounds: int = knob(9, "passes over the files, a clip of each", low=2)
     rows: tuple[str, ...] = knob((), "only these rows, by their names; empty: all")
     appetite: float = knob(
         1600.0,
         "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its peak: 1600",
+        above=0,
     )
     output: str = knob(
-        OUTPUT, "a folder: DEVICE/data.jsonl in it is appended to, its page is made anew"
+        OUTPUT,
+        "a folder: DEVICE/data.jsonl in it is appended to, its page is made anew",
+        filled=True,
     )
     baseline: str = knob(
         "", "an older file of records: prints what became slower since (also --baseline FILE)"
     )
 
     def __post_init__(self) -> None:
-        for key, least in (
-            ("num_frames", 1),
-            ("stride", 1),
-            ("side", 1),
-            ("batch", 1),
-            ("rounds", 2),
-        ):
-            require(
-                getattr(self, key) >= least, key, getattr(self, key), f"must be at least {least}"
-            )
-        require(self.output != "", "output", "(empty)", "must name a folder")
-        require(0 < self.appetite < math.inf, "appetite", self.appetite, "must be above 0, finite")
+        super().__post_init__()
         for name in self.rows:
             require(name in ALL, "rows", name, "is no row; there are: " + "; ".join(ALL))
 

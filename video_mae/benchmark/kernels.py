@@ -1,16 +1,14 @@
 """`video-mae bench`: each kernel against everything else that computes it."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from video_mae.benchmark import kernel_tables as benchmark
 from video_mae.benchmark.report import OUTPUT, publish
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 from video_mae.kernels import compile_check
 
 
-@dataclass(frozen=True, kw_only=True)
-class KernelBenchConfig:
+class KernelBenchConfig(Knobs):
     """`video-mae bench key=value ...`."""
 
     ops: str = knob("", f"comma-separated, of {', '.join(benchmark.OPS)}; empty: all")
@@ -29,6 +27,7 @@ class KernelBenchConfig:
     output: str = knob(
         OUTPUT,
         "a folder: DEVICE/kernels.jsonl in it is appended to, its page and plots are made anew",
+        filled=True,
     )
     baseline: str = knob(
         "", "an older file of records: prints what became slower since (also --baseline FILE)"
@@ -40,9 +39,9 @@ class KernelBenchConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for op in words(self.ops):
             require(op in benchmark.OPS, "ops", op, f"is not one of {', '.join(benchmark.OPS)}")
-        require(self.output != "", "output", "(empty)", "must name a folder")
 
 
 def words(value: str) -> list[str]:

@@ -38,7 +38,7 @@ from video_mae.benchmark.step_tables import (
     tables,
 )
 from video_mae.config import PRESETS, ModelConfig
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 from video_mae.kernels.dispatch import describe
 from video_mae.model.masking import TokenMask, token_mask
 from video_mae.model.vit import VideoMAE, pretraining_macs
@@ -54,8 +54,7 @@ SAME_LOSS = 1e-4
 PART_ROUNDS = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepBenchConfig:
+class StepBenchConfig(Knobs):
     """`video-mae bench step key=value ...`."""
 
     presets: str = knob(
@@ -67,18 +66,23 @@ class StepBenchConfig:
         "presets that are also compiled, which takes minutes; auto: small and base on a GPU, none on a CPU; "
         "empty: none",
     )
-    batch: int = knob(0, "clips of a step; 0: 8 on a CPU, 32 on a GPU")
-    side: int = knob(0, "height and width of a clip in pixels; 0: 112 on a CPU, 224 on a GPU")
-    rounds: int = knob(9, "samples of every step")
+    batch: int = knob(0, "clips of a step; 0: 8 on a CPU, 32 on a GPU", low=0)
+    side: int = knob(
+        0, "height and width of a clip in pixels; 0: 112 on a CPU, 224 on a GPU", low=0
+    )
+    rounds: int = knob(9, "samples of every step", low=2)
     precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     output: str = knob(
-        OUTPUT, "a folder: DEVICE/step.jsonl in it is appended to, its page is made anew"
+        OUTPUT,
+        "a folder: DEVICE/step.jsonl in it is appended to, its page is made anew",
+        filled=True,
     )
     baseline: str = knob(
         "", "an older file of records: prints what became slower since (also --baseline FILE)"
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("presets", "compiled"):
             for name in _words(getattr(self, key)):
                 require(
@@ -88,11 +92,6 @@ class StepBenchConfig:
                     f"is not one of {', '.join(PRESETS)}",
                 )
         require(_words(self.presets) != [], "presets", "(empty)", "must name at least one")
-        for key, least in (("batch", 0), ("side", 0), ("rounds", 2)):
-            require(
-                getattr(self, key) >= least, key, getattr(self, key), f"must be at least {least}"
-            )
-        require(self.output != "", "output", "(empty)", "must name a folder")
 
 
 @dataclass(frozen=True, kw_only=True)

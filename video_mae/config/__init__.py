@@ -11,9 +11,16 @@ from video_mae.config.model import (
     ClassifierConfig,
     ModelConfig,
 )
-from video_mae.config.objective import MaskConfig, ObjectiveConfig
-from video_mae.config.stages import PretrainConfig, RunConfig, load_config
-from video_mae.config.training import EngineConfig, JournalConfig, OptimConfig
+from video_mae.config.training import (
+    EngineConfig,
+    JournalConfig,
+    MaskConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    RunConfig,
+    load_config,
+)
 
 __all__ = [
     "IMAGENET_MEAN",

@@ -11,9 +11,10 @@ Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
 ListFormat = Literal["auto", "label", "frames_label", "start_frames", "header"]
 """What stands in a line of a list file."""
 LIST_FORMATS = (
-    "lines of a list: label is `PATH LABEL` or `PATH`, frames_label `PATH FRAMES LABEL` (mmaction2, VideoMAE V2), start_frames "
-    "`PATH 0 -1` (VideoMAE V2's pretraining), header a first line that names columns (path, label); auto: label, or what the "
-    "first line shows for certain, which is told"
+    "lines of a list: label is `PATH LABEL` or `PATH`, frames_label `PATH FRAMES LABEL` "
+    "(mmaction2, VideoMAE V2), start_frames `PATH 0 -1` (VideoMAE V2's pretraining), header a "
+    "first line that names columns (path, label); auto: label, or what the first line shows for "
+    "certain, which is told"
 )
 ZYX_IS_THW = str.maketrans("ZYX", "THW")
 
@@ -30,14 +31,14 @@ class FileConfig(Knobs):
     )
     shuffle_window: int = knob(
         10_000,
-        "of a packed folder so many videos at least are shuffled together, those of some shards; a smaller "
-        "one is shuffled whole, as other sources are",
+        "of a packed folder so many videos at least are shuffled together, those of some shards; "
+        "a smaller one is shuffled whole, as other sources are",
         low=1,
     )
     axes: str = knob(
         "",
-        "the axes of an array in their order, THWC or ZYXC; empty: HW, THW or THWC by their number. Of a TIFF the first "
-        "is that of its pages; empty: pages are frames",
+        "the axes of an array in their order, THWC or ZYXC; empty: HW, THW or THWC by their "
+        "number. Of a TIFF the first is that of its pages; empty: pages are frames",
     )
     array: str = knob("", "name of the array in an .npz file; empty: its only one")
     channels: tuple[int, ...] = knob(
@@ -74,8 +75,9 @@ class SourceConfig(FileConfig):
 
     source: str = knob(
         "",
-        "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, a folder of files, one "
-        "file, or a folder that `video-mae pack` made, also behind a URL (s3://..., http://...)",
+        "a list file with lines `PATH LABEL` (label optional), a folder with a folder per class, "
+        "a folder of files, one file, or a folder that `video-mae pack` made, also behind a URL "
+        "(s3://..., http://...)",
     )
 
 
@@ -94,8 +96,8 @@ class ReadConfig(FileConfig):
 
     decoder: Decoder = knob(
         "auto",
-        "the library that reads videos, one for a run; auto: the first that works here. A file that it cannot "
-        "open, or is known to read wrongly, is left to the next, and counted",
+        "the library that reads videos, one for a run; auto: the first that works here. A file "
+        "that it cannot open, or is known to read wrongly, is left to the next, and counted",
     )
     decoder_device: Literal["cpu", "cuda"] = knob(
         "cpu", "cuda: torchcodec decodes on the GPU (NVDEC)"
@@ -107,7 +109,8 @@ class ReadConfig(FileConfig):
     )
     short_side: int = knob(
         0,
-        "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: as stored",
+        "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: "
+        "as stored",
         low=0,
     )
     decode_seconds: float = knob(
@@ -138,8 +141,8 @@ class DataConfig(ReadConfig, SourceConfig):
     )
     reach_end: bool = knob(
         True,
-        "whether a clip may step to the last frame of its video; false: VideoMAE's pretraining, where a short "
-        "video, and at stride 1 any, repeats a frame instead",
+        "whether a clip may step to the last frame of its video; false: VideoMAE's pretraining, "
+        "where a short video, and at stride 1 any, repeats a frame instead",
     )
     clips_per_video: int = knob(
         1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)", low=1
@@ -198,10 +201,13 @@ class DataConfig(ReadConfig, SourceConfig):
                 remedy = "does not reach data.sources; write it into those that it is for"
                 require(value == f.default, f.name, value, remedy)
             weights = [source.weight for source in self.sources.values()]
-            is_all_or_none = None not in weights or weights == [None] * len(weights)
-            for name, weight in zip(self.sources, weights, strict=True):
-                remedy = "give every source a weight, or none"
-                require(is_all_or_none, f"sources.{name}.weight", weight, remedy)
+            name = next(iter(self.sources))
+            require(
+                None not in weights or weights == [None] * len(weights),
+                f"sources.{name}.weight",
+                weights[0],
+                "give every source a weight, or none",
+            )
 
     @property
     def by_name(self) -> Mapping[str, SourceConfig]:

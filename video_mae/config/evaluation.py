@@ -9,7 +9,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """Of activations; weights stay float32."""
 Kind = Literal["linear", "attentive", "knn"]
 """Of probes."""
-Sampling = Literal["dense", "uniform"]
+ClipSampling = Literal["dense", "uniform"]
 """How the frames of a clip are chosen."""
 
 
@@ -33,7 +33,7 @@ class EncodingConfig(Knobs):
 class TestedConfig(Knobs):
     """How a classifier is given frames, where it is not as the model says."""
 
-    sampling: Sampling | None = knob(
+    sampling: ClipSampling | None = knob(
         None,
         "how frames are chosen, where it is not as the model says: it was converted by a wrong "
         "guess",
@@ -50,17 +50,20 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
 
     output: str = knob(
         "",
-        "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the run folder",
+        "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the "
+        "run folder",
     )
     num_clips: int | None = knob(
         None,
-        "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform ones",
+        "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform "
+        "ones",
         low=1,
     )
     num_crops: int = knob(3, "crops of a clip along the longer side; 1 is the middle", low=1)
     antialias: bool | None = knob(
         None,
-        "average what resizing leaves out, or not (OpenCV); null: as the model's classifier.antialias says",
+        "average what resizing leaves out, or not (OpenCV); null: as the model's "
+        "classifier.antialias says",
     )
     skip_bad: bool = knob(
         False,
@@ -74,8 +77,8 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
     )
     batch_size: int = knob(
         1,
-        "videos that are handed over and copied at once; each goes through the model by itself, so that no figure "
-        "depends on it",
+        "videos that are handed over and copied at once; each goes through the model by itself, "
+        "so that no figure depends on it",
         low=1,
     )
 
@@ -109,7 +112,8 @@ class ProbeConfig(EncodingConfig):
     test: str = knob("", "likewise: what only the chosen ones are tried on; may be empty")
     output: str = knob(
         "",
-        "folder for metrics.json and table.txt; empty: probe/ in the run folder, probe_random/ for weights=random",
+        "folder for metrics.json and table.txt; empty: probe/ in the run folder, probe_random/ "
+        "for weights=random",
     )
     kind: Literal["linear", "attentive", "knn", "all"] = knob(
         "all",
@@ -126,7 +130,7 @@ class ProbeConfig(EncodingConfig):
         low=0,
         below=2**63,
     )
-    sampling: Sampling = knob(
+    sampling: ClipSampling = knob(
         "dense",
         "how a clip's frames are chosen: data.stride apart, or one of each part of the video",
     )
@@ -158,7 +162,8 @@ class ProbeConfig(EncodingConfig):
     temperature: float = knob(0.07, "of the neighbours' votes, exp(cosine / temperature)", above=0)
     augment: bool = knob(
         False,
-        "draw clips and crops anew in every epoch, and encode them, instead of encoding the views once",
+        "draw clips and crops anew in every epoch, and encode them, instead of encoding the views "
+        "once",
     )
     flip: bool = knob(False, "mirror half of the drawn clips")
     cache: Literal["memory", "disk"] = knob(
@@ -190,13 +195,15 @@ class ExtractConfig(EncodingConfig):
     )
     hop: int = knob(
         0,
-        "video frames from the start of a clip to that of the next; 0: as many as a clip spans, num_frames * stride",
+        "video frames from the start of a clip to that of the next; 0: as many as a clip spans, "
+        "num_frames * stride",
         low=0,
     )
-    sampling: Sampling = knob(
+    sampling: ClipSampling = knob(
         "dense",
-        "dense: clips along the video, frames a stride apart; uniform: one clip, a frame of each of as many "
-        "equal parts of the video as a clip has frames, as models of Something-Something take them",
+        "dense: clips along the video, frames a stride apart; uniform: one clip, a frame of each "
+        "of as many equal parts of the video as a clip has frames, as models of "
+        "Something-Something take them",
     )
     stride: int | None = knob(
         None, "video frames from one frame of a dense clip to the next; null: data.stride", low=1

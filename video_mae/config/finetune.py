@@ -7,8 +7,7 @@ from typing import Literal
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
 from video_mae.config.schema import Knobs, knob, require, section
-from video_mae.config.stages import RunConfig
-from video_mae.config.training import OptimConfig
+from video_mae.config.training import OptimConfig, RunConfig
 
 
 class ValidationConfig(Knobs):
@@ -25,7 +24,8 @@ class ValidationConfig(Knobs):
     list_format: ListFormat = knob("auto", "as data.list_format")
     interval: int = knob(
         0,
-        "optimizer steps from one validation to the next; 0: after each epoch; the last step always validates",
+        "optimizer steps from one validation to the next; 0: after each epoch; the last step "
+        "always validates",
         low=0,
     )
     batch: int = knob(16, "clips that a rank takes at once", low=1)
@@ -38,7 +38,8 @@ class AugmentConfig(Knobs):
 
     randaugment_ops: int = knob(
         4,
-        "operations of RandAugment (rand-m7-n4-mstd0.5-inc1), each done with probability 0.5; 0 does none",
+        "operations of RandAugment (rand-m7-n4-mstd0.5-inc1), each done with probability 0.5; 0 "
+        "does none",
         low=0,
     )
     randaugment_magnitude: float = knob(7.0, "mean strength of an operation, of 10", low=0, high=10)
@@ -48,7 +49,8 @@ class AugmentConfig(Knobs):
     )
     mixup: float = knob(
         0.8,
-        "alpha of Beta(alpha, alpha), from which the share of a clip in its mixture is drawn; 0 does no mixup",
+        "alpha of Beta(alpha, alpha), from which the share of a clip in its mixture is drawn; 0 "
+        "does no mixup",
         low=0,
     )
     cutmix: float = knob(
@@ -88,7 +90,8 @@ class FinetuneConfig(RunConfig):
     )
     checkpoint: str = knob(
         "",
-        "the pretrained model: a model folder, a run folder, or what another project wrote; empty: random weights",
+        "the pretrained model: a model folder, a run folder, or what another project wrote; "
+        "empty: random weights",
     )
     classifier: ClassifierConfig = section(
         ClassifierConfig,
@@ -123,7 +126,8 @@ class FinetuneConfig(RunConfig):
             self.data.stride in (DataConfig().stride, self.classifier.stride),
             "data.stride",
             self.data.stride,
-            f"is not used in fine-tuning: set classifier.stride (it is {self.classifier.stride}), which the model folder keeps",
+            f"is not used in fine-tuning: set classifier.stride (it is {self.classifier.stride}), "
+            "which the model folder keeps",
         )
         require(
             self.data.reach_end,

@@ -64,7 +64,7 @@ class ModelConfig(Knobs):
     num_frames=tubelet_size=1.
     """
 
-    presets = PRESETS
+    preset_values = PRESETS
 
     in_channels: int = knob(3, "channels of a pixel", low=1)
     num_frames: int = knob(16, "frames of a clip", low=1)
@@ -89,8 +89,9 @@ class ModelConfig(Knobs):
     std: tuple[float, ...] = knob(IMAGENET_STD, "channel standard deviations, likewise", above=0)
     positions: Literal["sinusoid", "sincos", "learned", "separate"] = knob(
         "sinusoid",
-        "sinusoid of the flattened index (VideoMAE); sine and cosine of row and column (MAE), and of time where there are "
-        "more frames of tokens; a learned table; or learned tables of space and of time, added (mae_st)",
+        "sinusoid of the flattened index (VideoMAE); sine and cosine of row and column (MAE), and "
+        "of time where there are more frames of tokens; a learned table; or learned tables of "
+        "space and of time, added (mae_st)",
     )
     position_grid: tuple[int, int, int] | None = knob(
         None,
@@ -105,7 +106,8 @@ class ModelConfig(Knobs):
     )
     class_tokens: int = knob(
         0,
-        "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once inflated",
+        "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once "
+        "inflated",
         low=0,
     )
     decoder_class_token: Literal["encoded", "own"] = knob(
@@ -130,7 +132,8 @@ class ModelConfig(Knobs):
     )
     encoder_norm: bool = knob(
         True,
-        "a norm after the encoder's last block in pretraining; a classifier's pooling decides for itself",
+        "a norm after the encoder's last block in pretraining; a classifier's pooling decides for "
+        "itself",
     )
     predicted_frames: int | None = knob(
         None, "frames of a clip that the decoder predicts, spread evenly (mae_st: half); null: all"
@@ -231,15 +234,16 @@ class ClassifierConfig(Knobs):
     )
     sampling: Sampling = knob(
         "dense",
-        "how a clip's frames are chosen: `stride` frames apart; one of each of num_frames equal parts of "
-        "the whole video (uniform, TSN); or of parts of whole frames, which leave out its end (parts: VideoMAE on "
-        "Something-Something; parts_v2: VideoMAE V2). In tests the last three are the same",
+        "how a clip's frames are chosen: `stride` frames apart; one of each of num_frames equal "
+        "parts of the whole video (uniform, TSN); or of parts of whole frames, which leave out "
+        "its end (parts: VideoMAE on Something-Something; parts_v2: VideoMAE V2). In tests the "
+        "last three are the same",
     )
     stride: int = knob(4, "video frames from one frame of a dense clip to the next", low=1)
     antialias: bool = knob(
         True,
-        "average what resizing leaves out, in training, validation and tests; false: as OpenCV resizes, and "
-        "so the fine-tuning and the tests of VideoMAE do",
+        "average what resizing leaves out, in training, validation and tests; false: as OpenCV "
+        "resizes, and so the fine-tuning and the tests of VideoMAE do",
     )
     head_dropout: float = knob(0.0, "dropout before the head", low=0, below=1)
     head_init_scale: float = knob(0.001, "factor of the head's first weights", low=0)

@@ -13,24 +13,26 @@ class PackConfig(Knobs):
 
     form: Form = knob(
         "video",
-        "video: H.264 that is quick to decode and to seek in; frames: uint8 pixels, ready to copy. Pictures and "
-        "arrays are packed as frames only",
+        "video: H.264 that is quick to decode and to seek in; frames: uint8 pixels, ready to "
+        "copy. Pictures and arrays are packed as frames only",
     )
     short_side: int = knob(
         224,
-        "videos whose shorter side has more pixels are scaled down to it, none is scaled up; 0: as they are",
+        "videos whose shorter side has more pixels are scaled down to it, none is scaled up; 0: "
+        "as they are",
         low=0,
     )
     fps: float | None = knob(None, "frames a second that are kept at most; null: all", above=0)
     frame_step: int = knob(
         1,
-        "form=frames: keeps every such frame; a loader that wants its frames 4 apart then takes frame_step=4 and "
-        "data.stride=1",
+        "form=frames: keeps every such frame; a loader that wants its frames 4 apart then takes "
+        "frame_step=4 and data.stride=1",
         low=1,
     )
     gop: int = knob(
         16,
-        "form=video: frames from a key frame to the next; a clip is decoded from the key frame before it",
+        "form=video: frames from a key frame to the next; a clip is decoded from the key frame "
+        "before it",
         low=1,
     )
     crf: int = knob(
@@ -49,7 +51,8 @@ class PackConfig(Knobs):
     )
     decode_seconds: float = knob(
         60.0,
-        "a video that makes no progress for so long is refused, and the process that hangs in it ended",
+        "a video that makes no progress for so long is refused, and the process that hangs in it "
+        "ended",
         above=0,
     )
     decode_memory_gb: float = knob(4.0, "memory that packing a video may take, likewise", above=0)

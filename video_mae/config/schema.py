@@ -71,7 +71,7 @@ class Knobs:
     them.
     """
 
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    preset_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """{name: {knob: value}}: what the key `preset` of a section sets that the file does not."""
 
     def __init_subclass__(cls) -> None:
@@ -82,7 +82,7 @@ class Knobs:
         for f in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, f.name)
             if f.metadata.get("filled"):
-                require(value not in ("", ()), f.name, "(empty)", "must not be empty")
+                require(value not in ("", ()), f.name, "(empty)", "must be given")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
                     require(abs(number) < math.inf, f.name, value, "must be finite")
@@ -234,7 +234,7 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
             return tuple(_typed(item, of, where) for item, of in pairs)
     if kind is Any or (kind is str and isinstance(value, str)):
         return value
-    if origin is Literal and any(type(value) is type(part) and value == part for part in parts):
+    if origin is Literal and value in parts and type(value) in map(type, parts):
         return value
     if kind is bool and value in (0, 1):
         return bool(value)
@@ -249,10 +249,10 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     prefix = f"{where}." if where else ""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must hold `key: value` lines")
-    if "preset" in values and schema.presets:
-        names = Literal[(*schema.presets, None)]
+    if "preset" in values and schema.preset_values:
+        names = Literal[(*schema.preset_values, None)]
         name = _typed(values["preset"], names, f"{prefix}preset")
-        values = {**schema.presets.get(name, {}), **values}
+        values = {**schema.preset_values.get(name, {}), **values}
         del values["preset"]
     hints = get_type_hints(schema)
     by_name = {f.name: f for f in fields(schema)}
@@ -279,9 +279,7 @@ def _near(name: str, key: str, names: Mapping[str, Any], root: Any) -> str:
 def _without_none(hint: Any) -> Any:
     """X of X | None, any other type itself."""
     parts = get_args(hint)
-    if NoneType not in parts:
-        return hint
-    return next(part for part in parts if part is not NoneType)
+    return parts[0] if NoneType in parts else hint
 
 
 def _type_of(schema: Any, names: Sequence[str]) -> Any:
@@ -329,12 +327,9 @@ def _read_override(override: str, schema: Any) -> dict[str, Any]:
     if is_text and text == "null" and hint is not str:
         value = None
     elif not is_text:
-        try:
-            value = "" if (found := load(text)) is None else found
-        except ValueError as error:
-            raise ValueError(
-                f"{key}: {text[:100]!r} cannot be read as a value ({error}); put texts in it into quotes"
-            ) from None
+        with _naming(f"{key}: {text[:100]!r} cannot be read, put texts in it into quotes: "):
+            tree = load(text)
+        value = text if tree is None else tree
     for name in reversed(names):
         value = {name: value}
     return value

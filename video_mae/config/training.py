@@ -1,8 +1,88 @@
-"""How a model is optimised, on what, and what a run writes."""
+"""What the training stages read: losses and masks, optimiser and engine, what a run writes, and
+`load_config`.
+"""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.data import DataConfig
+from video_mae.config.model import ModelConfig
+from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
+
+
+class ObjectiveConfig(Knobs):
+    """L_total = L_rec + contrastive_weight * L_con (docs/objective.md)."""
+
+    normalize: Literal["channel", "tubelet", "none"] = knob(
+        "channel",
+        "statistics that normalise a target: per channel of a "
+        "tubelet (VideoMAE), per tubelet (MAE, mae_st), or raw [0, 1] pixels",
+    )
+    pixels: Literal["unit", "normalized"] = knob(
+        "unit",
+        "what a target is made of before that: pixels in [0, 1] (VideoMAE), or as the "
+        "encoder sees them, normalised by model.mean and model.std (MAE, mae_st)",
+    )
+    contrastive_weight: float = knob(
+        0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss", low=0
+    )
+    temperature: float = knob(
+        0.1,
+        "tau of the contrastive softmax (its start value where it is learned)",
+        low=0.01,
+        high=1,
+    )
+    learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
+    negatives: Literal["clip", "batch"] = knob(
+        "clip", "which masked tubelets compete: of the same clip, or of the rank's micro-batch"
+    )
+    contrastive_memory: Literal["fast", "least"] = knob(
+        "fast",
+        "how the kernels compute it: with the similarities of some tubelets at a "
+        "time in memory, or streamed and computed twice",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_temperature:
+            require(
+                0.01 < self.temperature < 1,
+                "temperature",
+                self.temperature,
+                "must be inside (0.01, 1) to be learned",
+            )
+            require(
+                self.contrastive_weight > 0,
+                "learn_temperature",
+                self.learn_temperature,
+                "needs objective.contrastive_weight above 0",
+            )
+
+
+class MaskConfig(Knobs):
+    """Which tokens the encoder does not see, and which of those the decoder predicts."""
+
+    kind: Literal["tube", "random", "random_kept", "frame"] = knob(
+        "tube",
+        "hide the same places in every frame, any tokens, any tokens "
+        "counted by those that are kept (MAE, mae_st), or whole frames",
+    )
+    ratio: float = knob(
+        0.9,
+        "share hidden: int(ratio * tokens a frame) a frame (tube), of all (random), or of the "
+        "frames (frame); random_kept keeps int((1 - ratio) * tokens)",
+        above=0,
+        below=1,
+    )
+    decoder_mask_ratio: float = knob(
+        0.0,
+        "share of the tokens the decoder skips by a running cell (dual masking of VideoMAE V2: "
+        "0.25, 0.5 or 0.75); 0 predicts every hidden token",
+        low=0,
+        high=0.75,
+        multiple_of=0.25,
+    )
 
 
 class OptimConfig(Knobs):
@@ -29,8 +109,8 @@ class OptimConfig(Knobs):
     warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
     drop_last_batch: bool = knob(
         False,
-        "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a step may "
-        "hold videos of two epochs",
+        "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a "
+        "step may hold videos of two epochs",
     )
     weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none", low=0)
     decay_tokens: bool = knob(
@@ -41,7 +121,8 @@ class OptimConfig(Knobs):
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
     layer_decay: float = knob(
         1.0,
-        "factor of the learning rate from a layer of the encoder to the one below it; 1 is one rate for all",
+        "factor of the learning rate from a layer of the encoder to the one below it; 1 is one "
+        "rate for all",
         above=0,
         high=1,
     )
@@ -79,8 +160,8 @@ class EngineConfig(Knobs):
     )
     max_skipped_in_a_row: int = knob(
         5,
-        "the run stops, at most a step later, when so many steps in a row had a loss or gradient that "
-        "is not finite",
+        "the run stops, at most a step later, when so many steps in a row had a loss or gradient "
+        "that is not finite",
         low=1,
     )
     extra: dict[str, Any] = knob(
@@ -89,18 +170,9 @@ class EngineConfig(Knobs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.offload == "none" or self.zero_stage >= 1,
-            "offload",
-            self.offload,
-            "needs engine.zero_stage 1, 2 or 3",
-        )
-        require(
-            self.offload != "parameters" or self.zero_stage == 3,
-            "offload",
-            self.offload,
-            "needs engine.zero_stage 3",
-        )
+        stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        remedy = f"needs engine.zero_stage {stage} or more"
+        require(self.zero_stage >= stage, "offload", self.offload, remedy)
 
 
 class JournalConfig(Knobs):
@@ -113,3 +185,60 @@ class JournalConfig(Knobs):
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept", low=1)
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
+
+
+class RunConfig(Knobs):
+    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value
+    ...`.
+    """
+
+    output: str
+    seed: int = knob(
+        0,
+        "of the weights, the order of the videos, and everything that is drawn for them",
+        low=0,
+        below=2**63,
+    )
+    model: ModelConfig = section(
+        ModelConfig,
+        "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
+    )
+    data: DataConfig = section(DataConfig, "videos")
+    optim: OptimConfig = section(OptimConfig, "optimization")
+    engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
+    journal: JournalConfig = section(JournalConfig, "logs and checkpoints")
+
+
+class PretrainJournalConfig(JournalConfig):
+    """As for every stage, and pictures."""
+
+    picture_interval: int = knob(
+        500, "reconstruction pictures; the last step always draws one", low=0
+    )
+    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
+
+
+class PretrainConfig(RunConfig):
+    """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
+
+    output: str = knob(
+        "runs/pretrain", "the run folder; starting the same one again resumes it", filled=True
+    )
+    objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
+    mask: MaskConfig = section(MaskConfig, "masking")
+    journal: PretrainJournalConfig = section(
+        PretrainJournalConfig, "logs, pictures and checkpoints"
+    )
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), schema: type[Schema] = PretrainConfig
+) -> Schema:
+    """Reads a YAML file and dotted overrides (`optim.micro_batch=8`) into a dataclass, checked key
+    by key.
+
+    Precedence: defaults < `model.preset` < file < overrides.
+    Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
+    nearest valid key or the range.
+    """
+    return parse(path, overrides, schema)

@@ -25,7 +25,7 @@ class World(NamedTuple):
         contradicts another.
         """
         found = [name for name in NAMES if os.environ.get(name)]
-        world = cls(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0))
+        world = cls(_number("RANK"), _number("WORLD_SIZE", 1), _number("LOCAL_RANK"))
         if "RANK" not in found and world.size == 1:
             return cls()
         needed = NAMES if world.size > 1 else NAMES[:2]
@@ -33,16 +33,17 @@ class World(NamedTuple):
         if missing:
             there = " ".join(f"{name}={os.environ[name]}" for name in found)
             raise ValueError(
-                f"{', '.join(missing)}: not set in the environment, where {there} says that a launcher started this; start it "
-                f"with deepspeed or torchrun, or as one process: unset {' '.join(found)}"
+                f"{', '.join(missing)}: not set in the environment, where {there} says that a "
+                "launcher started this; start it with deepspeed or torchrun, or as one process: "
+                f"unset {' '.join(found)}"
             )
         if not world.rank < world.size:
             raise ValueError(
-                f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the environment, or unset both for one "
-                "process"
+                f"RANK: {world.rank} is not below WORLD_SIZE = {world.size}; correct the "
+                "environment, or unset both for one process"
             )
         if world.size > 1:
-            _number("MASTER_PORT", 0, 65535)
+            _number("MASTER_PORT", most=65535)
         return world
 
 
@@ -50,17 +51,15 @@ def ranks_here() -> int:
     """How many of the processes are on this machine, as torchrun or deepspeed calls it. Raises:
     ValueError.
     """
-    return _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or 1
+    return _number("LOCAL_WORLD_SIZE") or _number("LOCAL_SIZE") or 1
 
 
-def _number(name: str, default: int, most: int = 10**9) -> int:
-    text = os.environ.get(name) or str(default)
-    if (
-        not re.fullmatch("[0-9]{1,9}", text)
-        or int(text) > most
-        or (name == "WORLD_SIZE" and int(text) == 0)
-    ):
+def _number(name: str, least: int = 0, most: int = 10**9) -> int:
+    """A variable of the environment, `least` where it is not set."""
+    text = os.environ.get(name) or str(least)
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise ValueError(
-            f"{name}: {text[:40]} in the environment is not a number that a launcher gives; correct or unset it"
+            f"{name}: {text[:40]} in the environment is not a number that a launcher gives; "
+            "correct or unset it"
         )
     return int(text)

@@ -1,9 +1,8 @@
 """What a user may say of another project's model, and what is usual where nobody says it."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import Knobs, knob, require
 
 USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
 # of Something-Something, V1 and V2, whose models take one frame of each part of a video
@@ -12,8 +11,7 @@ SOMETHING_CLASSES = 174
 MAX_TOKENS = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
+class Facts(Knobs):
     """What a source may leave open. A clip size that it tells must agree; heads, statistics and
     normalisation given here win.
     """
@@ -21,14 +19,16 @@ class Facts:
     num_heads: int | None = knob(
         None,
         "attention heads of the encoder; null: as the source says, or as published for its width",
+        low=1,
     )
-    decoder_num_heads: int | None = knob(None, "attention heads of the decoder, likewise")
+    decoder_num_heads: int | None = knob(None, "attention heads of the decoder, likewise", low=1)
     num_frames: int | None = knob(
         None,
         f"frames of a clip; null: as the source says, or {USUAL_FRAMES} (1 for an image model)",
+        low=1,
     )
-    height: int | None = knob(None, f"pixels; null: as the source says, or {USUAL_SIDE}")
-    width: int | None = knob(None, "pixels, likewise")
+    height: int | None = knob(None, f"pixels; null: as the source says, or {USUAL_SIDE}", low=1)
+    width: int | None = knob(None, "pixels, likewise", low=1)
     sampling: Literal["dense", "uniform"] | None = knob(
         None,
         "how a classifier's frames are chosen (classifier.sampling); null: as the "
@@ -38,6 +38,7 @@ class Facts:
         None,
         "video frames from one frame of a dense clip to the next; null: as the source says, or "
         f"{USUAL_STRIDE}",
+        low=1,
     )
     mean: tuple[float, ...] = knob(
         (),
@@ -56,9 +57,7 @@ class Facts:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "decoder_num_heads", "num_frames", "height", "width", "stride"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, name, value, "must be at least 1")
+        super().__post_init__()
         require(
             len(self.mean) == len(self.std),
             "std",

@@ -64,8 +64,8 @@ def inflated(model: Model, num_frames: int, tubelet_size: int = 2) -> Model:
     c = model.config
     if (c.num_frames, c.tubelet_size) != (1, 1):
         raise ValueError(
-            f"model.num_frames: {c.num_frames} with model.tubelet_size = {c.tubelet_size} is a model of video; only one of "
-            "images (1 and 1) can be inflated"
+            f"model.num_frames: {c.num_frames} with model.tubelet_size = {c.tubelet_size} is a "
+            "model of video; only one of images (1 and 1) can be inflated"
         )
     config = replace(
         c,

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 Grid = tuple[int, int, int]
-Kind = Literal["tube", "random", "random_kept", "frame"]
+MaskKind = Literal["tube", "random", "random_kept", "frame"]
 Context = Literal["scored", "all"]
 
 CELL = 4  # places of the 2 x 2 cell that runs over time in decoder masking
@@ -124,13 +124,13 @@ MASKS = {
 
 @overload
 def token_mask(
-    seeds_B: torch.Tensor, grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0
+    seeds_B: torch.Tensor, grid: Grid, kind: MaskKind, ratio: float, decoder_mask_ratio: float = 0.0
 ) -> TokenMask: ...
 @overload
 def token_mask(
     seeds_B: torch.Tensor,
     grid: Grid,
-    kind: Kind,
+    kind: MaskKind,
     ratio: float,
     decoder_mask_ratio: float,
     decoder_context: Context,
@@ -138,7 +138,7 @@ def token_mask(
 def token_mask(
     seeds_B: torch.Tensor,
     grid: Grid,
-    kind: Kind,
+    kind: MaskKind,
     ratio: float,
     decoder_mask_ratio: float = 0.0,
     decoder_context: Context = "scored",
@@ -160,7 +160,7 @@ def token_mask(
 
 
 def mask_counts(
-    grid: Grid, kind: Kind, ratio: float, decoder_mask_ratio: float = 0.0
+    grid: Grid, kind: MaskKind, ratio: float, decoder_mask_ratio: float = 0.0
 ) -> tuple[int, int]:
     """(V, M) of every mask with these settings. Raises: ValueError for a mask that hides nothing or
     everything.

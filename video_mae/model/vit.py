@@ -42,7 +42,8 @@ class Encoder(nn.Module):
             c, c.depth, c.embed_dim, c.num_heads, c.mlp_ratio, c.drop_path, impl, checkpointing
         )
         self.norm = nn.LayerNorm(c.embed_dim, eps=c.norm_eps) if final_norm else nn.Identity()
-        _xavier(self.blocks)  # patch_embed keeps PyTorch's default, as the official Conv3d does
+        # patch_embed keeps PyTorch's default, as the official Conv3d does
+        self.blocks.apply(_xavier)
 
     def grid_of(self, clip_BTHWC: torch.Tensor) -> Grid:
         """(time, height, width) of a clip in tokens: what the mask functions take. Raises:
@@ -115,7 +116,8 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=c.head_norm_eps)
         self.head = nn.Linear(width, c.predicted_values)
-        _xavier(self.blocks, self.head)
+        self.blocks.apply(_xavier)
+        self.head.apply(_xavier)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(
@@ -296,9 +298,7 @@ def _block_macs(num_tokens: int, width: int, depth: int, mlp_ratio: float) -> fl
     return depth * (num_tokens * width**2 * (4 + 2 * mlp_ratio) + 2 * num_tokens**2 * width)
 
 
-def _xavier(*roots: nn.Module) -> None:
-    for root in roots:
-        for module in root.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+def _xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -2,7 +2,7 @@
 another's.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,6 @@ REPORT = "import.json"
 WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # of a checkpoint without ZeRO
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Facts):
     """`video-mae convert SOURCE DESTINATION key=value ...`."""
 
