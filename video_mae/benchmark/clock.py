@@ -214,10 +214,10 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def peak_growth(call: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:
+def peak_growth(call: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
     """(what the call gives, bytes that it takes beyond what was there before, results included):
     allocated by PyTorch on a GPU, resident in memory on a CPU, at the worst moment of the call;
-    None where Linux does not tell.
+    0 where Linux does not tell.
 
     What earlier calls have left in the caches of the allocators is given back first, or it would
     hide some of the growth.
@@ -230,7 +230,7 @@ def peak_growth(call: Callable[[], Result], device: torch.device) -> tuple[Resul
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     if not RESET.exists():
-        return call(), None
+        return call(), 0
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
     if trim is not None:
         trim(0)

@@ -26,13 +26,12 @@ RMS_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
 
 class Verdict(NamedTuple):
     """The largest and the root-mean-square error, the latter over the exact values' own; failure is
-    empty for a right result; bit_equal: so are its repeats.
+    empty for a right result.
     """
 
     max_error: float
     rms_error: float
     failure: str
-    bit_equal: bool = False
 
 
 def measure_operation(
@@ -66,29 +65,26 @@ def measure_operation(
     records: list[Record] = []
     resolved = operation.resolved(sets[0])
     for name, run in providers.items():
-        verdicts: dict[str, Verdict] = {}
-        reason = ""
         for mode in operation.modes:
             row = partial(record, provider=name, mode=mode)
-            if mode != "both":
-                verdicts, reason = attempt(
-                    partial(judge_results, operation, run, sets[0], mode, low, exact)
-                )
-            found, failures = {}, reason
+            judged = partial(judge_mode, operation, run, sets[0], mode, low, exact)
+            correctness, reason = attempt(judged)
+            if reason and mode == "forward":
+                records.append(row(reason=reason))
+                break
+            found = {}
             if not reason:
                 calls = partial(make_calls, operation, run, sets, mode)
-                found, failures = measure_calls(calls, clock, name not in operation.waiting)
+                found, reason = measure_calls(calls, clock, name not in operation.waiting)
             memory = {"peak_mb": found.pop("peak_mb")} if "peak_mb" in found else {}
             if not found:
-                records.append(row(reason=failures))
-                if mode == "forward" and reason:
-                    break
+                records.append(row(reason=reason))
                 continue
             work, main_ms = operation.work(mode), next(iter(found.values())).p50
             measures = {
                 **operation.facts(),
                 **memory,
-                **correctness(verdicts, mode),
+                **correctness,
                 "flops": work.flops,
                 "bytes": work.bytes,
                 "tflops": work.flops / main_ms / 1e9,
@@ -97,10 +93,8 @@ def measure_operation(
                 "is_ours": name.startswith("ours"),
                 "is_baseline": name == operation.baseline,
             }
-            if name in resolved:
-                measures["resolved"] = resolved[name]
-            if failures:
-                measures["note"] = failures
+            notes = {"resolved": resolved.get(name), "note": reason}
+            measures |= {key: text for key, text in notes.items() if text}
             records.append(row(times=found, measures=measures))
     return records
 
@@ -109,7 +103,7 @@ def checked(operation: Operation, x: Inputs, double: bool = False) -> Inputs:
     """The inputs that are checked; for float64, with pixels in [0, 1]."""
     found = {}
     for name, value in vars(x).items():
-        sample = operation.sample(value.detach())
+        sample = operation.sample(value.detach()) if value.ndim else value
         if double and value.dtype == torch.uint8:
             sample = sample.double() / 255
         elif double and value.is_floating_point():
@@ -118,18 +112,17 @@ def checked(operation: Operation, x: Inputs, double: bool = False) -> Inputs:
     return SimpleNamespace(**found)
 
 
-def gradients(
-    operation: Operation, x: Inputs, out: torch.Tensor, again: bool = False
-) -> tuple[torch.Tensor, ...]:
+def gradients(x: Inputs, out: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, ...]:
+    """Of the inputs that need one."""
     leaves = [value for value in vars(x).values() if value.requires_grad]
-    return torch.autograd.grad(out, leaves, operation.upstream(x, out), retain_graph=again)
+    return torch.autograd.grad(out, leaves, x.upstream, retain_graph=again)
 
 
 def results(operation: Operation, run: Provider, x: Inputs, mode: str) -> dict[str, torch.Tensor]:
-    """What is checked, by name: the result, and but for `forward` the gradients."""
+    """What a mode gives, by name: the result, the gradients, or both."""
     out = run(x)
-    found = {} if mode == "forward" else operation.named(gradients(operation, x, out))
-    return {"result": out.detach(), **found}
+    found = {"result": out.detach()} if mode != "backward" else {}
+    return found if mode == "forward" else found | operation.named(gradients(x, out))
 
 
 def make_calls(
@@ -139,8 +132,8 @@ def make_calls(
     if mode == "forward":
         return [partial(run, x) for x in sets]
     if mode == "backward":
-        return [partial(gradients, operation, x, run(x), again=True) for x in sets]
-    return [lambda x=x: gradients(operation, x, run(x)) for x in sets]
+        return [partial(gradients, x, run(x), again=True) for x in sets]
+    return [lambda x=x: gradients(x, run(x)) for x in sets]
 
 
 def measure_calls(
@@ -157,7 +150,8 @@ def measure_calls(
         ways = {"wall": ways["wall"]}
     elif not can_be_graphed:
         del ways["graph"]
-    found, failures = {}, []
+    found: dict[str, Any] = {}
+    failures: list[str] = []
     for way, take in ways.items():
         figure, reason = attempt(take)
         if reason:
@@ -192,26 +186,35 @@ def attempt(call: Call) -> tuple[Any, str]:
     return None, reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]}..."
 
 
-def judge_results(
+def judge_mode(
     operation: Operation,
     run: Provider,
     x: Inputs,
     mode: str,
     low: Mapping[str, torch.Tensor],
     exact: Mapping[str, torch.Tensor],
-) -> dict[str, Verdict]:
-    """Of each result by name."""
+) -> dict[str, Any]:
+    """What a mode's record says of its results: `gate` is empty where all are right; bit_equal: so
+    are repeats.
+    """
     first = results(operation, run, x, mode)
-    is_equal = dict.fromkeys(first, True)
-    for _ in range(REPEATS[operation.device.type] - 1):
-        for name, again in results(operation, run, x, mode).items():
-            is_equal[name] &= torch.equal(first[name], again)
     verdicts: dict[str, Verdict] = {}
     for name, ours in first.items():
         limit = operation.loss_limit if ours.ndim == 0 else None
-        verdict = judge(operation.sample(ours), low[name], exact[name], limit)
-        verdicts[name] = verdict._replace(bit_equal=is_equal[name])
-    return verdicts
+        verdicts[name] = judge(operation.sample(ours), low[name], exact[name], limit)
+    bit_equal = True
+    for _ in range(REPEATS[operation.device.type] - 1):
+        for name, again in results(operation, run, x, mode).items():
+            bit_equal = bit_equal and torch.equal(first[name], again)
+    errors = {
+        "max_error": max(verdict.max_error for verdict in verdicts.values()),
+        "rms_error": max(verdict.rms_error for verdict in verdicts.values()),
+    }
+    return {
+        **{name: error for name, error in errors.items() if math.isfinite(error)},
+        "gate": "; ".join(f"{name}: {v.failure}" for name, v in verdicts.items() if v.failure),
+        "bit_equal": bit_equal,
+    }
 
 
 def judge(
@@ -242,21 +245,6 @@ def judge(
         allowed = max(limit, of_low / exact.abs().item())
     failure = f"relative error {rms:.1e}, allowed {allowed:.1e}" if rms > allowed else ""
     return Verdict(error, rms, failure)
-
-
-def correctness(verdicts: Mapping[str, Verdict], mode: str) -> dict[str, Any]:
-    """What a mode's record says of its results: `gate` is empty where all are right."""
-    chosen = {name: v for name, v in verdicts.items() if mode != "backward" or name != "result"}
-    errors = {
-        "max_error": max(verdict.max_error for verdict in chosen.values()),
-        "rms_error": max(verdict.rms_error for verdict in chosen.values()),
-    }
-    failures = [f"{name}: {v.failure}" for name, v in chosen.items() if v.failure]
-    return {
-        **{name: error for name, error in errors.items() if math.isfinite(error)},
-        "gate": "; ".join(failures),
-        "bit_equal": all(verdict.bit_equal for verdict in chosen.values()),
-    }
 
 
 def matches(name: str, words: Sequence[str]) -> bool:

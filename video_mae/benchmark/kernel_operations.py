@@ -5,11 +5,12 @@ tubelet, D width of the encoder; of attention B clips, N tokens, H heads, D head
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,32 +48,50 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @dataclass
-class Operation:
-    """One operation at one shape. What each has beside `ours`, which takes the arguments of the
-    kernels: `inputs()`, random; `definition(x)`, in the precision of its inputs; `official(x)`, what
-    people run today, named `baseline`; `upstream(x, out)`, the gradient of the result, for a loss a
-    number that brings the gradients near 1; `work(mode)`, the fewest floating-point operations and
-    bytes: only what is needed counts, whatever a provider computes beside it.
-    """
+class Operation(ABC):
+    """One operation at one shape."""
 
     name: str
     dtype: torch.dtype
     device: torch.device
     batch: int
 
-    inputs: ClassVar[Any]
-    definition: ClassVar[Any]
-    official: ClassVar[Any]
-    ours: ClassVar[Any]
-    upstream: ClassVar[Any]
-    work: ClassVar[Any]
     op = kernel = ""  # here, and as dispatch.py calls it
-    baseline = "official"  # the provider that speed-ups are against
+    baseline = "official"  # the provider that speed-ups are against: what people run today
     modes = MODES
     loss_limit = 0.0  # of the relative error of a result that is one number
     # providers that CUDA cannot record: a boolean mask waits for the device
     waiting = ("official", "official compiled")
-    triton = {"triton": {}}  # our ways beside auto, and their arguments
+    triton = {"triton": {}}  # our ways beside auto, their arguments
+
+    @property
+    @abstractmethod
+    def shape(self) -> str:
+        """Its name, as the key `shapes` and the tables have it."""
+
+    @abstractmethod
+    def inputs(self) -> Inputs:
+        """Random; `upstream` is the gradient of the result, for a loss a number that brings the
+        gradients near 1.
+        """
+
+    @abstractmethod
+    def definition(self, x: Inputs) -> torch.Tensor:
+        """The operation, in the precision of its inputs."""
+
+    @abstractmethod
+    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+        """By the kernels."""
+
+    @abstractmethod
+    def work(self, mode: str) -> Work:
+        """The fewest floating-point operations and bytes; only what is needed counts, whatever a
+        provider computes beside it.
+        """
+
+    def official(self, x: Inputs) -> torch.Tensor:
+        """The baseline, where it is not the definition."""
+        return self.definition(x)
 
     def facts(self) -> dict[str, int]:
         """Figures of the shape, which plots need."""
@@ -189,11 +208,8 @@ class EmbedOperation(GatherOperation):
         x = super().inputs()
         x.weight_DP = (self.normal(self.width, VALUES) * VALUES**-0.5).requires_grad_()
         x.bias_D = self.normal(self.width).requires_grad_()
-        x.dout_BVD = self.normal(self.batch, self.count, self.width)
+        x.upstream = self.normal(self.batch, self.count, self.width)
         return x
-
-    def upstream(self, x: Inputs, out: torch.Tensor) -> torch.Tensor:
-        return x.dout_BVD
 
     def definition(self, x: Inputs) -> torch.Tensor:
         return F.linear(super().definition(x), x.weight_DP, x.bias_D)
@@ -227,12 +243,10 @@ class ReconstructionOperation(ClipOperation):
     def inputs(self) -> Inputs:
         x = super().inputs()
         x.predicted_BMP = self.normal(self.batch, self.count, VALUES).requires_grad_()
+        x.upstream = torch.tensor(float(self.num_values), device=self.device)
         return x
 
-    def upstream(self, x: Inputs, out: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(out, self.num_values)
-
-    def arguments(self, x: Inputs) -> tuple[Any, ...]:
+    def arguments(self, x: Inputs) -> Any:
         return x.predicted_BMP, x.clip_BTHWC, x.index_BN, TUBELET, "channel"
 
     def definition(self, x: Inputs) -> torch.Tensor:
@@ -310,13 +324,13 @@ class ContrastiveOperation(Operation):
 
     def inputs(self) -> Inputs:
         target_BMP, noise_BMP = (self.normal(self.batch, self.count, VALUES) for _ in range(2))
-        predicted_BMP = (0.3 * target_BMP + noise_BMP).requires_grad_()
-        return SimpleNamespace(predicted_BMP=predicted_BMP, target_BMP=target_BMP)
+        return SimpleNamespace(
+            predicted_BMP=(0.3 * target_BMP + noise_BMP).requires_grad_(),
+            target_BMP=target_BMP,
+            upstream=torch.tensor(float(self.batch * self.count), device=self.device),
+        )
 
-    def upstream(self, x: Inputs, out: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(out, self.batch * self.count)
-
-    def arguments(self, x: Inputs) -> tuple[Any, ...]:
+    def arguments(self, x: Inputs) -> Any:
         return x.predicted_BMP, x.target_BMP, TEMPERATURE, self.negatives
 
     def definition(self, x: Inputs) -> torch.Tensor:
@@ -375,14 +389,14 @@ class AttentionOperation(Operation):
 
     def inputs(self) -> Inputs:
         qkv_BN3HD = self.normal(self.batch, self.tokens, 3, self.heads, self.width)
-        dout_BNHD = self.normal(self.batch, self.tokens, self.heads, self.width)
-        return SimpleNamespace(qkv_BN3HD=qkv_BN3HD.requires_grad_(), dout_BNHD=dout_BNHD)
-
-    def upstream(self, x: Inputs, out: torch.Tensor) -> torch.Tensor:
-        return x.dout_BNHD
+        upstream = self.normal(self.batch, self.tokens, self.heads, self.width)
+        return SimpleNamespace(qkv_BN3HD=qkv_BN3HD.requires_grad_(), upstream=upstream)
 
     def definition(self, x: Inputs) -> torch.Tensor:
         return reference.packed_attention(x.qkv_BN3HD)
+
+    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+        return packed_attention(x.qkv_BN3HD, **way).contiguous()
 
     def sample(self, result: torch.Tensor) -> torch.Tensor:
         """The first and the last clip: in float64 all the scores of a batch would not fit."""
@@ -415,7 +429,7 @@ class AttentionOperation(Operation):
             "flex": lambda x: _heads_last(run_flex(*_heads_first(x.qkv_BN3HD))),
             "ours short": partial(_by_program, attention_short),
             "ours long": partial(_by_program, attention_long),
-            "ours auto": lambda x: packed_attention(x.qkv_BN3HD).contiguous(),
+            "ours auto": self.ours,
         }
 
     def resolved(self, x: Inputs) -> dict[str, str]:
@@ -426,7 +440,7 @@ class AttentionOperation(Operation):
         }
 
 
-def _heads_first(qkv_BN3HD: torch.Tensor) -> list[torch.Tensor]:
+def _heads_first(qkv_BN3HD: torch.Tensor) -> Any:
     """q, k, v [B, H, N, d] as strided views of the packed tensor; backward their gradients are
     stacked, which a provider is charged.
     """
