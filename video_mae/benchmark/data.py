@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def measure(config: DataBenchConfig) -> Iterator[Results]:
             make_demo_data(Path(workshop) / "videos", RENDERED)
             source = str(Path(workshop) / "videos" / "train.txt")
         pipelines = [pipeline for pipeline in PIPELINES if pipeline.name in (config.rows or ALL)]
-        forms = {pipeline.form for pipeline in pipelines}
+        forms: set[Form] = {pipeline.form for pipeline in pipelines}
         sources, sizes = make_forms(source, Path(workshop), config.stride, forms)
         task = ClipTask(sources, config.num_frames, config.stride, config.side, config.batch)
         name = f"videos of {one_line(Path(source).name)}"
@@ -230,16 +231,17 @@ def make_record(
     appetite: float,
 ) -> Record:
     """facts: of epoch 0, or why there is nothing; rounds: stages of all pipelines."""
-    identity = {
-        "benchmark": "data",
-        "op": "loader",
-        "shape": f"{name}, clips of {task.num_frames}x{task.side}x{task.side}, "
+    record = partial(
+        Record,
+        benchmark="data",
+        op="loader",
+        shape=f"{name}, clips of {task.num_frames}x{task.side}x{task.side}, "
         f"stride {task.stride}, batches of {task.batch}",
-        "provider": pipeline.name,
-        "mode": "clips",
-    }
+        provider=pipeline.name,
+        mode="clips",
+    )
     if isinstance(facts, str):
-        return Record(**identity, dtype=DASH, reason=facts)
+        return record(dtype=DASH, reason=facts)
     stages = rounds[pipeline.name]
     totals = {other: [sum(clip.values()) for clip in clips] for other, clips in rounds.items()}
     own = totals[pipeline.name]
@@ -256,7 +258,7 @@ def make_record(
     times = {"clip": percentiles(own)}
     for stage in STAGES:
         times[stage] = percentiles([clip[stage] for clip in stages])
-    return Record(**identity, dtype=dtype, times=times, measures=measures)
+    return record(dtype=dtype, times=times, measures=measures)
 
 
 def tables(results: Results) -> list[Table]:

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from video_mae.benchmark.clock import Call, Ceilings, Clock, peak_growth
 from video_mae.benchmark.kernel_operations import Inputs, Operation, Provider
-from video_mae.benchmark.record import Record, dtype_name
+from video_mae.benchmark.record import Record, dtype_name, reason_of
 
 INPUT_SETS = 3  # that warm calls take in turn
 REPEATS = {"cuda": 10, "cpu": 3}  # that must be equal to the bit
@@ -112,13 +113,13 @@ def checked(operation: Operation, x: Inputs, double: bool = False) -> Inputs:
     return SimpleNamespace(**found)
 
 
-def gradients(x: Inputs, out: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, ...]:
+def gradients(x: Inputs, out: Tensor, again: bool = False) -> tuple[Tensor, ...]:
     """Of the inputs that need one."""
     leaves = [value for value in vars(x).values() if value.requires_grad]
     return torch.autograd.grad(out, leaves, x.upstream, retain_graph=again)
 
 
-def results(operation: Operation, run: Provider, x: Inputs, mode: str) -> dict[str, torch.Tensor]:
+def results(operation: Operation, run: Provider, x: Inputs, mode: str) -> dict[str, Tensor]:
     """What a mode gives, by name: the result, the gradients, or both."""
     out = run(x)
     found = {"result": out.detach()} if mode != "backward" else {}
@@ -172,8 +173,7 @@ def attempt(call: Call) -> tuple[Any, str]:
             with functorch_config.patch(donated_buffer=False):
                 return call(), ""
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = f"{type(error).__name__}: {(lines or ['no message'])[0]}"
+            reason = reason_of(error)
     for warning in warned:
         # SDPA warns of what each backend does not like, those too that are switched off here
         why = str(warning.message).splitlines()[0].split(" (Triggered")[0]
@@ -191,8 +191,8 @@ def judge_mode(
     run: Provider,
     x: Inputs,
     mode: str,
-    low: Mapping[str, torch.Tensor],
-    exact: Mapping[str, torch.Tensor],
+    low: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """What a mode's record says of its results: `gate` is empty where all are right; bit_equal: so
     are repeats.
@@ -217,9 +217,7 @@ def judge_mode(
     }
 
 
-def judge(
-    ours: torch.Tensor, low: torch.Tensor, exact: torch.Tensor, limit: float | None = None
-) -> Verdict:
+def judge(ours: Tensor, low: Tensor, exact: Tensor, limit: float | None = None) -> Verdict:
     """The two-sided rule for a result in low precision.
 
     No value may be further from float64 than twice what `low`, PyTorch's own arithmetic of that
@@ -252,7 +250,7 @@ def matches(name: str, words: Sequence[str]) -> bool:
     return not words or any(word in name for word in words)
 
 
-def _rounding_noise(exact: torch.Tensor, dtype: torch.dtype) -> float:
+def _rounding_noise(exact: Tensor, dtype: torch.dtype) -> float:
     """What two roundings to the dtype do to values of this size; 16 units in the last place of
     float32, as 2 ** x is not e ** x there.
     """

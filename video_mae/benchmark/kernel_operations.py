@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -30,7 +31,7 @@ from video_mae.kernels.tubelets import gather_tubelets
 
 Inputs = Any
 """A SimpleNamespace of tensors; those that need a gradient say so."""
-Provider = Callable[[Inputs], torch.Tensor]
+Provider = Callable[[Inputs], Tensor]
 """One way to compute an operation, with an autograd graph where something needs a gradient."""
 
 MODES = ("forward", "backward", "both")
@@ -38,7 +39,7 @@ TUBELET, VALUES = (2, 16, 16), 1536
 EDGES = {"r": 2, "p": 16, "q": 16}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEMPERATURE, CONTRASTIVE_WEIGHT = 0.1, 0.1
-CONTRAST = (TEMPERATURE, "clip", CONTRASTIVE_WEIGHT)
+CONTRAST: Any = (TEMPERATURE, "clip", CONTRASTIVE_WEIGHT)
 INDEX_BYTES = 8
 
 
@@ -76,11 +77,11 @@ class Operation(ABC):
         """
 
     @abstractmethod
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         """The operation, in the precision of its inputs."""
 
     @abstractmethod
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         """By the kernels."""
 
     @abstractmethod
@@ -89,7 +90,7 @@ class Operation(ABC):
         provider computes beside it.
         """
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         """The baseline, where it is not the definition."""
         return self.definition(x)
 
@@ -97,15 +98,15 @@ class Operation(ABC):
         """Figures of the shape, which plots need."""
         return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
-    def low(self, x: Inputs) -> torch.Tensor:
+    def low(self, x: Inputs) -> Tensor:
         """What PyTorch's own arithmetic gives in the inputs' dtype: the yardstick of `judge`."""
         return self.definition(x)
 
-    def sample(self, result: torch.Tensor) -> torch.Tensor:
+    def sample(self, result: Tensor) -> Tensor:
         """The part of an input or result that is checked."""
         return result
 
-    def named(self, gradients: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    def named(self, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The gradients of the inputs, as verdicts call them."""
         return {f"gradient {i}": gradient for i, gradient in enumerate(gradients)}
 
@@ -125,7 +126,7 @@ class Operation(ABC):
         """What the name of a provider stands for here."""
         return {"ours auto": choose(self.kernel, "auto", self.device)}
 
-    def normal(self, *shape: int) -> torch.Tensor:
+    def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device).to(self.dtype)
 
 
@@ -178,19 +179,19 @@ class GatherOperation(ClipOperation):
     op, kernel, modes = "gather", "gather_tubelets", ("forward",)
     waiting = (*ClipOperation.waiting, "reference")  # which copies to the device
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         is_exact = x.clip_BTHWC.dtype == torch.float64
         dtype = torch.float64 if is_exact else self.dtype
         return reference.gather_tubelets(x.clip_BTHWC, x.index_BN, TUBELET, MEAN, STD, dtype)
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         video_BCTHW = x.video_BCTHW.to(self.dtype)
         patches_BNP = rearrange(
             video_BCTHW, "b c (t r) (h p) (w q) -> b (t h w) (c r p q)", **EDGES
         )
         return patches_BNP[x.mask_BN].reshape(self.batch, -1, VALUES)
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return gather_tubelets(x.clip_BTHWC, x.index_BN, TUBELET, MEAN, STD, self.dtype, **way)
 
     def work(self, mode: str) -> Work:
@@ -211,16 +212,16 @@ class EmbedOperation(GatherOperation):
         x.upstream = self.normal(self.batch, self.count, self.width)
         return x
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         return F.linear(super().definition(x), x.weight_DP, x.bias_D)
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         weight = x.weight_DP.unflatten(1, (3, *TUBELET))
         tokens_BDTHW = F.conv3d(x.video_BCTHW.to(self.dtype), weight, x.bias_D, stride=TUBELET)
         tokens_BND = tokens_BDTHW.flatten(2).transpose(1, 2)
         return tokens_BND[x.mask_BN].reshape(self.batch, -1, self.width)
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return F.linear(super().ours(x, **way), x.weight_DP, x.bias_D)
 
     def work(self, mode: str) -> Work:
@@ -249,13 +250,13 @@ class ReconstructionOperation(ClipOperation):
     def arguments(self, x: Inputs) -> Any:
         return x.predicted_BMP, x.clip_BTHWC, x.index_BN, TUBELET, "channel"
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         return reference.reconstruction_loss(*self.arguments(x))[0]
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         return F.mse_loss(x.predicted_BMP.float(), self.official_targets(x))
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return reconstruction_loss(*self.arguments(x), **way)
 
     def work(self, mode: str) -> Work:
@@ -266,7 +267,7 @@ class ReconstructionOperation(ClipOperation):
         return Work(0, self.read_bytes() + written)
 
     @torch.no_grad()
-    def official_targets(self, x: Inputs) -> torch.Tensor:
+    def official_targets(self, x: Inputs) -> Tensor:
         """The recipe of VideoMAE's training code: undo the normalisation of the floats, cut all
         tokens, normalise them, drop some.
         """
@@ -283,19 +284,19 @@ class JointOperation(ReconstructionOperation):
     op, loss_limit = "joint", 1e-4
     triton = {"triton": {}, "least": {"memory": "least"}}
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         return reference.joint_loss(*self.arguments(x), *CONTRAST)[0]
 
-    def low(self, x: Inputs) -> torch.Tensor:
+    def low(self, x: Inputs) -> Tensor:
         loss, target_BMP = reference.reconstruction_loss(*self.arguments(x))
         return loss + CONTRASTIVE_WEIGHT * plain_contrastive(x.predicted_BMP, target_BMP, "clip")
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         target_BMP = self.official_targets(x)
         loss = F.mse_loss(x.predicted_BMP.float(), target_BMP)
         return loss + CONTRASTIVE_WEIGHT * plain_contrastive(x.predicted_BMP, target_BMP, "clip")
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return joint_loss(*self.arguments(x), *CONTRAST, **way)[0]
 
     def work(self, mode: str) -> Work:
@@ -333,15 +334,15 @@ class ContrastiveOperation(Operation):
     def arguments(self, x: Inputs) -> Any:
         return x.predicted_BMP, x.target_BMP, TEMPERATURE, self.negatives
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         return reference.contrastive_loss(*self.arguments(x))
 
-    def official(self, x: Inputs) -> torch.Tensor:
+    def official(self, x: Inputs) -> Tensor:
         return plain_contrastive(x.predicted_BMP, x.target_BMP, self.negatives)
 
     low = official
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return contrastive_loss(*self.arguments(x), **way)
 
     def work(self, mode: str) -> Work:
@@ -356,9 +357,7 @@ class ContrastiveOperation(Operation):
         return Work(flops, tensors * rows * VALUES * self.dtype.itemsize)
 
 
-def plain_contrastive(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, negatives: Negatives
-) -> torch.Tensor:
+def plain_contrastive(predicted_BMP: Tensor, target_BMP: Tensor, negatives: Negatives) -> Tensor:
     """InfoNCE as it is usually written: normalise, multiply, cross-entropy; in the precisions that
     autocast chooses.
     """
@@ -392,17 +391,17 @@ class AttentionOperation(Operation):
         upstream = self.normal(self.batch, self.tokens, self.heads, self.width)
         return SimpleNamespace(qkv_BN3HD=qkv_BN3HD.requires_grad_(), upstream=upstream)
 
-    def definition(self, x: Inputs) -> torch.Tensor:
+    def definition(self, x: Inputs) -> Tensor:
         return reference.packed_attention(x.qkv_BN3HD)
 
-    def ours(self, x: Inputs, **way: Any) -> torch.Tensor:
+    def ours(self, x: Inputs, **way: Any) -> Tensor:
         return packed_attention(x.qkv_BN3HD, **way).contiguous()
 
-    def sample(self, result: torch.Tensor) -> torch.Tensor:
+    def sample(self, result: Tensor) -> Tensor:
         """The first and the last clip: in float64 all the scores of a batch would not fit."""
         return torch.stack([result[0], result[-1]])
 
-    def named(self, gradients: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    def named(self, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
         return dict(zip(("dq", "dk", "dv"), gradients[0].unbind(2), strict=True))
 
     def work(self, mode: str) -> Work:
@@ -440,19 +439,19 @@ class AttentionOperation(Operation):
         }
 
 
-def _heads_first(qkv_BN3HD: torch.Tensor) -> Any:
+def _heads_first(qkv_BN3HD: Tensor) -> Any:
     """q, k, v [B, H, N, d] as strided views of the packed tensor; backward their gradients are
     stacked, which a provider is charged.
     """
     return [part.transpose(1, 2) for part in qkv_BN3HD.unbind(2)]
 
 
-def _heads_last(out_BHND: torch.Tensor) -> torch.Tensor:
+def _heads_last(out_BHND: Tensor) -> Tensor:
     """The result as the next layer takes it."""
     return out_BHND.transpose(1, 2).contiguous()
 
 
-def _sdpa(backend: SDPBackend | None, x: Inputs) -> torch.Tensor:
+def _sdpa(backend: SDPBackend | None, x: Inputs) -> Tensor:
     """PyTorch's attention by one backend, or by what it picks."""
     with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
         return _heads_last(F.scaled_dot_product_attention(*_heads_first(x.qkv_BN3HD)))
@@ -462,18 +461,18 @@ class _Program(torch.autograd.Function):
     """One of our two programs, whatever `auto` would pick."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_BN3HD: torch.Tensor, program: Any) -> torch.Tensor:
+    def forward(ctx: Any, qkv_BN3HD: Tensor, program: Any) -> Tensor:
         out, lse = program.forward(qkv_BN3HD)
         ctx.save_for_backward(qkv_BN3HD, out, lse)
         ctx.program = program
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.program.backward(*ctx.saved_tensors, *gradients), None
 
 
-def _by_program(program: Any, x: Inputs) -> torch.Tensor:
+def _by_program(program: Any, x: Inputs) -> Tensor:
     qkv_BN3HD, most = x.qkv_BN3HD, attention_short.MAX_TOKENS
     pick(qkv_BN3HD.shape, qkv_BN3HD.dtype, "triton", qkv_BN3HD.device)
     fits = qkv_BN3HD.shape[1] <= most and qkv_BN3HD.dtype in HALF

@@ -192,22 +192,20 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     best_names: list[str] = []
     for mode in MODES:
         cells = [record for record in records if record.mode == mode]
-        right = [record for record in cells if not record.measures.get("gate", "reason")]
-        rivals = {"x_base": [record.main.p50 for record in right if record in baselines]}
-        others = sorted(
-            (record for record in right if not record.measures["is_ours"]),
-            key=lambda record: record.main.p50,
+        right = [record for record in cells if not record.reason and not record.measures["gate"]]
+        base = [record.main.p50 for record in right if record.measures["is_baseline"]]
+        best = sorted(
+            (record.main.p50, record.provider) for record in right if not record.measures["is_ours"]
         )
-        rivals["x_best"] = [record.main.p50 for record in others]
-        best_names += [f"{mode} {record.provider}" for record in others[:1]]
+        best_names += [f"{mode} {provider}" for _, provider in best[:1]]
         for record in cells:
             figures, m = record.figures(), record.measures
             if "resolved" in m:
                 figures["provider"] += f" ({m['resolved']})"
-            if record in right:
-                for ratio, times in rivals.items():
-                    if times:
-                        figures[ratio] = times[0] / record.main.p50
+            if record in right and base:
+                figures["x_base"] = base[0] / record.main.p50
+            if record in right and best:
+                figures["x_best"] = best[0][0] / record.main.p50
             if not record.reason:
                 if not m["flops"]:
                     del figures["tflops"]

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from video_mae.benchmark.clock import Stopwatch, peak_growth, peak_of_children
-from video_mae.benchmark.record import dtype_name
+from video_mae.benchmark.record import dtype_name, reason_of
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
 from video_mae.data.augment import crop_box
@@ -295,4 +295,4 @@ def run_epoch(pipeline: Pipeline, task: ClipTask, epoch: int) -> dict[str, Any] 
             facts["peak_mb"] = (peak_bytes + peak_of_children()) / 1e6
         return facts
     except Exception as error:  # whatever a competitor raises is its row's problem
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return reason_of(error)

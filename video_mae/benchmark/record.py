@@ -84,6 +84,12 @@ class Results(NamedTuple):
     records: list[Record]
 
 
+def reason_of(error: Exception) -> str:
+    """What became of a cell that an error has kept from being measured."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0].strip()}"
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """E.g. bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -52,16 +52,15 @@ def publish(
     """
     # all of it now: it may be the very file that these results are added to
     older = read(Path(config.baseline)) if config.baseline else []
-    whole = None
+    file, whole = Path(), Results({}, [])
     for part in parts:
-        file = results_file(config.output, part.header, name)
-        if whole is None:
+        if not whole.header:
+            file = results_file(config.output, part.header, name)
             whole = Results(part.header, [])
             print(about(part), *notes, sep="\n")
         whole.records.extend(part.records)
         append(file, part)
         print(*(f"\n{table.text()}" for table in tables(part)), sep="\n", flush=True)
-    assert whole is not None
     made = [f"made {path}" for path in write_page(file, tables, notes)]
     print(f"\nrecords {file}", *made, sep="\n")
     if config.baseline:
@@ -71,12 +70,12 @@ def publish(
 
 def about(results: Results) -> str:
     """The header of results in a line."""
-    shown = []
-    for key, value in results.header.items():
+    facts, shown = dict(results.header), []
+    for key, value in facts.pop("ceilings", {}).items():
+        facts[key] = f"{value / 1e12:.4g} T"
+    for key, value in facts.items():
         if value is not None and not isinstance(value, dict):
             shown.append(f"{key.replace('_', ' ')} {value}")
-    for key, value in results.header.get("ceilings", {}).items():
-        shown.append(f"{key.replace('_', ' ')} {value / 1e12:.4g} T")
     return "; ".join(shown)
 
 

@@ -25,6 +25,7 @@ from video_mae.benchmark.record import (
     environment,
     make_table,
     percentiles,
+    reason_of,
 )
 from video_mae.benchmark.report import BenchConfig, publish, words
 from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer
@@ -205,21 +206,25 @@ class StepBench:
         }
         ours = VideoMAE(c).to(self.device)
         records: list[Record] = []
+
+        def built(provider: str, package: str, build: Call) -> Any:
+            """None and a row that says why, where it cannot be."""
+            try:
+                return build()
+            except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+                remedy = f"; pip install {package}" if isinstance(error, ImportError) else ""
+                reason = f"{reason_of(error)}{remedy}"
+                records.append(self.record("step", provider, "full", reason=reason))
+
+        by_engine = built(
+            OURS_BY_ENGINE,
+            "deepspeed",
+            partial(EngineTrainer, ours, self.device, self.dtype, self.batch),
+        )
+        theirs = built(THEIRS, "transformers", partial(step_models.hugging_face_model, ours))
         gate = ""
-        by_engine = theirs = None
-        try:
-            by_engine = EngineTrainer(ours, self.device, self.dtype, self.batch)
-        except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-            remedy = "; pip install deepspeed" if isinstance(error, ImportError) else ""
-            reason = f"{str(error).strip().splitlines()[0]}{remedy}"
-            records.append(self.record("step", OURS_BY_ENGINE, "full", reason=reason))
-        try:
-            theirs = step_models.hugging_face_model(ours)
-        except ImportError as error:
-            reason = f"{error}; pip install transformers"
-            records.append(self.record("step", THEIRS, "full", reason=reason))
         if theirs is not None:
-            torch.nn.Module.to(theirs, self.device)
+            theirs.to(self.device)
             loss = self.compare_losses(ours, theirs, clip_BTHWC, masks["full"])
             gate = loss.measures["gate"]
             records += [loss, *self.measure_preparation(clip_BTHWC)]
@@ -298,8 +303,7 @@ class StepBench:
                     memory[name] = growth and growth + step_models.kept_bytes(step.trainer)
                 except RuntimeError as error:  # out of memory, or the compiler's
                     calls.pop(name, None)
-                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-                    failed.append(self.record("step", *name, reason=reason))
+                    failed.append(self.record("step", *name, reason=reason_of(error)))
                     step.trainer.model.zero_grad(set_to_none=True)
                     torch.cuda.empty_cache()
         samples = self.clock.in_turn(calls, self.rounds)
@@ -313,8 +317,8 @@ class StepBench:
                     measures[f"x {theirs}"] = ratio(samples[theirs, "full"], times)
             spread = {"step": percentiles(times)}
             records.append(self.record("step", provider, mode, times=spread, measures=measures))
-        eager = {name: step for name, step in steps.items() if name[0] in (OURS, THEIRS)}
-        return records + failed + self.measure_parts({n: s for n, s in eager.items() if n in calls})
+        eager = {name: steps[name] for name in calls if name[0] in (OURS, THEIRS)}
+        return records + failed + self.measure_parts(eager)
 
     def rates(self, mask: TokenMask, times: Sequence[float]) -> dict[str, float]:
         seconds = statistics.median(times) / 1e3
@@ -335,16 +339,16 @@ class StepBench:
 
     def measure_parts(self, steps: Mapping[Name, Step]) -> list[Record]:
         """Each marked step follows one without marks, in turn."""
-        found: dict[Name, list[dict[str, float]]] = {name: [] for name in steps}
-        excess: dict[Name, list[float]] = {name: [] for name in steps}
+        samples: dict[Name, list[tuple[float, dict[str, float]]]] = {name: [] for name in steps}
         for name in turns(steps, PART_ROUNDS):
             plain = self.clock.milliseconds([steps[name]])
-            found[name].append(steps[name].parts())
-            excess[name].append(sum(found[name][-1].values()) / plain)
+            samples[name].append((plain, steps[name].parts()))
         records: list[Record] = []
-        for name, rounds in found.items():
-            times = {part: percentiles([parts[part] for parts in rounds]) for part in rounds[0]}
-            measures = {"marked_over_step": statistics.median(excess[name])}
+        for name, rounds in samples.items():
+            plain, marked = zip(*rounds, strict=True)
+            times = {part: percentiles([parts[part] for parts in marked]) for part in marked[0]}
+            excess = ratio([sum(parts.values()) for parts in marked], plain)
+            measures = {"marked_over_step": excess}
             records.append(self.record("parts", *name, times=times, measures=measures))
         return records
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from video_mae.benchmark.clock import Stopwatch
@@ -41,7 +41,7 @@ class Trainer:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device = model.to(device), device
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self._masters: list[torch.Tensor] = []
+        self._masters: list[Tensor] = []
         groups = parameter_groups(self.model, weight_decay=0.05)
         if dtype != torch.float32:
             masters = {weight: weight.detach().clone() for weight in self._weights}
@@ -55,7 +55,7 @@ class Trainer:
             groups, lr=1e-5, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
         )
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Fills the gradients."""
         loss.backward()
 
@@ -89,7 +89,7 @@ class EngineTrainer:
         self.model, self.device = self.engine.deepspeed.module, device
         self.optimizer: Any = self.engine.optimizer
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Fills the gradients."""
         self.engine.backward(loss, last=True)
 
@@ -104,7 +104,7 @@ def kept_bytes(trainer: Trainer | EngineTrainer) -> int:
     kept: list[Any] = [*trainer.model.parameters(), *trainer.model.buffers()]
     for weight, moments in trainer.optimizer.state.items():
         kept += [weight, weight.grad, *moments.values()]
-    tensors = {id(tensor): tensor for tensor in kept if isinstance(tensor, torch.Tensor)}
+    tensors = {id(tensor): tensor for tensor in kept if isinstance(tensor, Tensor)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -119,9 +119,9 @@ class Step:
     def __init__(
         self,
         trainer: Trainer | EngineTrainer,
-        clip: torch.Tensor,
-        loss: Callable[[torch.Tensor], torch.Tensor],
-        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        clip: Tensor,
+        loss: Callable[[Tensor], Tensor],
+        prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.trainer, self._loss, self._prepare = trainer, loss, prepare
         self._clip = clip.pin_memory() if trainer.device.type == "cuda" else clip
@@ -158,7 +158,7 @@ class Step:
 
         return replay
 
-    def _run(self, clip: torch.Tensor, lap: Callable[[str], None]) -> None:
+    def _run(self, clip: Tensor, lap: Callable[[str], None]) -> None:
         if self._prepare is not None:
             clip = self._prepare(clip)
             lap("preparation")
@@ -233,7 +233,7 @@ def marked(borders: Sequence[Border], watch: Stopwatch) -> Iterator[None]:
 
 class _Mark(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, watch: Stopwatch, border: Border) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, watch: Stopwatch, border: Border) -> Tensor:
         ctx.watch, ctx.border = watch, border
         watch.lap(border.before)
         return x.view_as(x)
@@ -268,9 +268,7 @@ def hugging_face_model(model: VideoMAE) -> "VideoMAEForPreTraining":
     return theirs.train()
 
 
-def prepare(
-    clip_BTHWC: torch.Tensor, config: ModelConfig, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def prepare(clip_BTHWC: Tensor, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Tensor:
     """What their model wants of a uint8 clip: (B, T, C, H, W), normalised, in two passes over it.
 
     The cheapest way that we know; scaling to [0, 1] is folded into the normalisation, as their own
@@ -294,7 +292,7 @@ def processor(config: ModelConfig) -> Any:
     )
 
 
-def boolean_mask(mask: TokenMask, num_tokens: int) -> torch.Tensor:
+def boolean_mask(mask: TokenMask, num_tokens: int) -> Tensor:
     """Their mask [B, N]: True where a token is hidden. The mask must predict everything that it
     hides.
     """
