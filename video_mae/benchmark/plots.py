@@ -1,31 +1,36 @@
 """The plots of the kernels' results: the roofline, and attention over its tokens."""
 
-from collections import Counter
+import statistics
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from video_mae.benchmark.record import Record, Results
+from video_mae.benchmark.record import Results
 
 COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
 MARKERS = "osD^v<>P*Xph"
+PANELS = {"ms": "p50", "TFLOP/s": "tflops", "peak MB": "peak_mb"}
+
+Figures = dict[str, Any]
+"""Of a record (see `Record.figures`)."""
 
 
 def draw_plots(found: Sequence[Results], file: Path) -> list[Path]:
     """NAME_roofline.png and NAME_tokens.png beside NAME.jsonl, each where there are right results
     of kernels for it. found: newest first.
     """
-    dtype = found[0].header.get("dtype")
-    points: list[Record] = []
+    header = found[0].header
+    points: list[Figures] = []
     for results in found:
-        for r in results.records:
-            if r.benchmark == "kernels" and r.times and not r.measures["gate"]:
-                points.append(r)
-    computing = [r for r in points if r.dtype == dtype and r.measures["flops"]]
-    attention = [r for r in points if r.op == "attention"]
-    drawn = {"roofline": _roofline(found[0].header, computing), "tokens": _over_tokens(attention)}
+        for record in results.records:
+            if record.benchmark == "kernels" and record.times and not record.measures["gate"]:
+                points.append(record.figures())
+    computing = [p for p in points if p["dtype"] == header.get("dtype") and p["flops"]]
+    attention = [p for p in points if p["op"] == "attention"]
+    drawn = {"roofline": _roofline(header, computing), "tokens": _over_tokens(attention)}
     paths: list[Path] = []
     for noun, figure in drawn.items():
         if figure is not None:
@@ -34,34 +39,30 @@ def draw_plots(found: Sequence[Results], file: Path) -> list[Path]:
     return paths
 
 
-def _roofline(header: dict[str, Any], points: Sequence[Record]) -> Figure | None:
+def _roofline(header: Figures, points: Sequence[Figures]) -> Figure | None:
     """TFLOP/s over operations a byte, under the ceilings that the newest run measured; every right
     result in its dtype.
     """
     if not points:
         return None
     flops, bytes_ = (header["ceilings"][f"{noun}_per_second"] for noun in ("flops", "bytes"))
-
-    def intensity(record: Record) -> float:
-        return record.measures["flops"] / record.measures["bytes"]
-
     corner = flops / bytes_
-    intensities = [corner, *map(intensity, points)]
+    intensities = [corner, *(p["flops"] / p["bytes"] for p in points)]
     edges = [min(intensities) / 2, corner, max(intensities) * 2]
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
     roof = [min(flops, x * bytes_) / 1e12 for x in edges]
     label = f"measured ceilings: {flops / 1e12:.4g} TFLOP/s, {bytes_ / 1e12:.3g} TB/s"
     axes.plot(edges, roof, color="black", label=label)
-    for color, op in zip(COLORS, dict.fromkeys(r.op for r in points), strict=False):
+    for color, op in zip(COLORS, dict.fromkeys(p["op"] for p in points), strict=False):
         for is_ours, whose, marker, fill in (
             (True, "ours", "D", "full"),
             (False, "others", "o", "none"),
         ):
-            chosen = [r for r in points if r.op == op and r.measures["is_ours"] == is_ours]
+            chosen = [p for p in points if p["op"] == op and p["is_ours"] == is_ours]
             axes.plot(
-                [intensity(r) for r in chosen],
-                [r.measures["flops"] / r.main.p50 / 1e9 for r in chosen],
+                [p["flops"] / p["bytes"] for p in chosen],
+                [p["tflops"] for p in chosen],
                 marker,
                 color=color,
                 fillstyle=fill,
@@ -70,7 +71,7 @@ def _roofline(header: dict[str, Any], points: Sequence[Record]) -> Figure | None
                 label=f"{op}, {whose}",
             )
     axes.set(
-        title=f"{header['device']}, {points[0].dtype}",
+        title=f"{header['device']}, {header['dtype']}",
         xscale="log",
         yscale="log",
         xlabel="least operations a least byte",
@@ -80,39 +81,34 @@ def _roofline(header: dict[str, Any], points: Sequence[Record]) -> Figure | None
     return figure
 
 
-def _over_tokens(points: Sequence[Record]) -> Figure | None:
+def _over_tokens(points: Sequence[Figures]) -> Figure | None:
     """Milliseconds, TFLOP/s and peak memory of attention over its tokens, for the heads and batch
     that were measured at most lengths.
     """
-
-    def family(record: Record) -> tuple[Any, ...]:
-        m = record.measures
-        return m["batch"], m["heads"], m["width"], record.dtype
-
-    lengths_of = Counter(
-        member for member, _ in {(family(r), r.measures["tokens"]) for r in points}
-    )
-    if not lengths_of or max(lengths_of.values()) < 2:
+    for p in points:
+        p["family"] = f"batch {p['batch']}, {p['heads']} heads of {p['width']}, {p['dtype']}"
+    families = [family for family, _ in dict.fromkeys((p["family"], p["tokens"]) for p in points)]
+    if len(families) < 2:
         return None
-    chosen = lengths_of.most_common(1)[0][0]
-    points = sorted((r for r in points if family(r) == chosen), key=lambda r: r.measures["tokens"])
-    lengths = list(dict.fromkeys(r.measures["tokens"] for r in points))
-    modes = list(dict.fromkeys(r.mode for r in points))
-    providers = list(dict.fromkeys(r.provider for r in points))
-    shown: dict[str, str] = {"ms": "p50", "TFLOP/s": "tflops", "peak MB": "peak_mb"}
-    if not any("peak_mb" in r.measures for r in points):
-        del shown["peak MB"]
+    chosen = statistics.mode(families)
+    points = sorted((p for p in points if p["family"] == chosen), key=itemgetter("tokens"))
+    lengths = list(dict.fromkeys(p["tokens"] for p in points))
+    if len(lengths) < 2:
+        return None
+    modes = list(dict.fromkeys(p["mode"] for p in points))
+    providers = list(dict.fromkeys(p["provider"] for p in points))
+    shown = {label: key for label, key in PANELS.items() if any(key in p for p in points)}
     figure = Figure(figsize=(4.5 * len(modes), 3.2 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(modes), squeeze=False)
     for (label, key), line in zip(shown.items(), panels, strict=True):
         for mode, axes in zip(modes, line, strict=True):
             for provider, color, marker in zip(providers, COLORS, MARKERS, strict=False):
                 # a line a provider; ours are thick
-                figures = [r.figures() for r in points if (r.mode, r.provider) == (mode, provider)]
-                figures = [values for values in figures if key in values]
+                of_mode = [p for p in points if p["mode"] == mode and p["provider"] == provider]
+                measured = [p for p in of_mode if key in p]
                 axes.plot(
-                    [values["tokens"] for values in figures],
-                    [values[key] for values in figures],
+                    [p["tokens"] for p in measured],
+                    [p[key] for p in measured],
                     color=color,
                     marker=marker,
                     markersize=3,
@@ -120,11 +116,7 @@ def _over_tokens(points: Sequence[Record]) -> Figure | None:
                     linewidth=2.2 if provider.startswith("ours") else 1.0,
                 )
             axes.set(
-                title=f"{mode}, batch {chosen[0]}, {chosen[1]} heads of {chosen[2]}, {chosen[3]}",
-                ylabel=label,
-                xlabel="tokens",
-                xscale="log",
-                yscale="log",
+                title=f"{mode}, {chosen}", ylabel=label, xlabel="tokens", xscale="log", yscale="log"
             )
             axes.set_xticks(lengths, [str(length) for length in lengths], fontsize=6)
             axes.minorticks_off()
