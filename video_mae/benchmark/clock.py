@@ -1,4 +1,4 @@
-"""How benchmarks measure: the time of calls and of their parts, memory, the ceilings of the machine.
+"""How benchmarks measure: the time of calls and of their parts, memory, a machine's ceilings.
 
 Three times of a call, in milliseconds. cold: of the device alone, its cache flushed before each
 call, and the queue kept full, so that no launch is waited for. graph: of the device alone, calls
@@ -54,7 +54,7 @@ class Ceilings(NamedTuple):
 
 
 class Clock:
-    """Takes times on one device, each in about `budget_ms` milliseconds (and at least five calls)."""
+    """Takes times on one device, each in about `budget_ms` milliseconds, at least five calls."""
 
     def __init__(self, device: torch.device, budget_ms: float = 100.0) -> None:
         self.device, self.budget_ms, self.on_gpu = device, budget_ms, device.type == "cuda"
@@ -93,11 +93,11 @@ class Clock:
         calls: the host runs ahead.
         """
         self.milliseconds(calls)  # all are warm then
-        estimate = self.milliseconds(calls)
+        estimate = min(self.milliseconds([call]) for call in calls)
         if not self.on_gpu:
-            rounds = math.ceil(self._num_samples(estimate / len(calls)) / len(calls))
+            rounds = math.ceil(self._num_samples(estimate) / len(calls))
             return percentiles([self.milliseconds([call]) for call in calls * rounds])
-        many = calls * math.ceil(self.budget_ms / WALL_SAMPLES / estimate)
+        many = calls * math.ceil(self.budget_ms / WALL_SAMPLES / (estimate * len(calls)))
         return percentiles([self.milliseconds(many) / len(many) for _ in range(WALL_SAMPLES)])
 
     def cold(self, call: Call) -> Percentiles:
@@ -131,7 +131,7 @@ class Clock:
         return percentiles([self._device_ms([graph.replay]) / len(many) for _ in range(samples)])
 
     def ceilings(self, dtype: torch.dtype) -> Ceilings:
-        """Both ceilings of the roofline, with random data: zeros take less power, and are faster."""
+        """Both ceilings of the roofline, with random data: zeros take less power, are faster."""
         side, count = (8192, 1 << 30) if self.on_gpu else (2048, 1 << 27)
         a, b = (torch.randn(side, side, dtype=dtype, device=self.device) for _ in range(2))
         source = torch.randint(0, 256, (count,), dtype=torch.uint8, device=self.device)
@@ -210,7 +210,7 @@ def turns(names: Iterable[Name], num_rounds: int) -> Iterator[Name]:
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
-    """How many times as fast ours is: the median over rounds, each of which has a sample of both."""
+    """How many times as fast ours is: the median over rounds, each with a sample of both."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 

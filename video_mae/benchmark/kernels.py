@@ -1,5 +1,6 @@
-"""`video-mae bench`: each operation against everything else that computes it: right or wrong, times,
-distance from the roofline, memory.
+"""`video-mae bench`: each operation against everything else that computes it.
+
+Right or wrong, times, distance from the roofline, memory.
 
 On a CPU the shapes are small and ours are the references, labelled so.
 """

@@ -72,7 +72,7 @@ class Trainer:
 
 
 class EngineTrainer:
-    """The same as a training run has it: a copy of the model under `Engine`, ZeRO 1 in one process."""
+    """The same as in training: a copy of the model under `Engine`, ZeRO 1 in one process."""
 
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int
