@@ -300,7 +300,8 @@ class StepBench:
                         calls[name], growth = step, peak_growth(step, self.device)[1]
                     else:  # what a graph takes, it takes when it is captured
                         calls[name], growth = peak_growth(step.graphed, self.device)
-                    memory[name] = growth and growth + step_models.kept_bytes(step.trainer)
+                    kept = step_models.kept_bytes(step.trainer)
+                    memory[name] = growth + kept if growth else 0
                 except RuntimeError as error:  # out of memory, or the compiler's
                     calls.pop(name, None)
                     failed.append(self.record("step", *name, reason=reason_of(error)))
