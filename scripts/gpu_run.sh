@@ -49,7 +49,7 @@ part() { # NAME MOST_SECONDS COMMAND ...: runs it, unless it is done
 tests() { # arguments of pytest, for the tests that want a GPU
     "$python" -m pytest -m gpu -p no:cacheprovider $limit "$@"
 }
-bench() { "$python" -m video_mae.benchmark.kernel_tables --output "$out/results" "$@"; }
+bench() { "$python" -m video_mae bench kernels "output=$out/results" "$@"; }
 step() { "$python" -m video_mae bench step "output=$out/results" "$@"; }
 facts() { nvidia-smi 2>&1 || true; "$python" -m torch.utils.collect_env; }
 # The shell's own functions have to run under `timeout`, which starts programs.
@@ -62,20 +62,20 @@ processes=()
 has xdist && processes=(-n 8)
 # What is measured where; without a GPU the smallest of each.
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    at_presets=(--shapes encoder "decoder base" "decoder dual base" --providers sdpa ours) losses=()
-    lengths=(--shapes length --providers sdpa ours) others_of_attention=(--shapes fine-tune decoder --providers sdpa ours)
+    at_presets=("shapes=encoder,decoder base,decoder dual base" providers=sdpa,ours) losses=()
+    lengths=(shapes=length providers=sdpa,ours) others_of_attention=(shapes=fine-tune,decoder providers=sdpa,ours)
     base=(presets=base compiled=base) others=(presets=small,large,huge compiled=)
 else
     echo "no GPU: a rehearsal"
-    at_presets=(--quick --providers ours) losses=("${at_presets[@]}") lengths=("${at_presets[@]}") others_of_attention=("${at_presets[@]}")
+    at_presets=(quick=true providers=ours) losses=("${at_presets[@]}") lengths=("${at_presets[@]}") others_of_attention=("${at_presets[@]}")
     base=(presets=small batch=1 side=32 rounds=2) others=()
 fi
 
 run facts 60 facts
 kernel_tests=(tests/gpu/test_attention.py tests/gpu/test_tubelets.py tests/gpu/test_reconstruction.py tests/gpu/test_contrastive.py)
 run kernels_right 300 tests "${processes[@]}" "${kernel_tests[@]}" -k "not more_than"
-run attention 150 bench --ops attention "${at_presets[@]}"
-run losses 180 bench --ops gather embed reconstruction contrastive joint "${losses[@]}"
+run attention 150 bench ops=attention "${at_presets[@]}"
+run losses 180 bench ops=gather,embed,reconstruction,contrastive,joint "${losses[@]}"
 if has safetensors; then
     run step 200 step "${base[@]}"
 else
@@ -83,8 +83,8 @@ else
     unfinished=1
 fi
 run training 240 tests tests/gpu/test_training.py tests/gpu/test_loading.py tests/gpu/test_benchmark.py
-run lengths 150 bench --ops attention "${lengths[@]}"
-run other_attention 180 bench --ops attention "${others_of_attention[@]}"
+run lengths 150 bench ops=attention "${lengths[@]}"
+run other_attention 180 bench ops=attention "${others_of_attention[@]}"
 ((${#others[@]})) && has safetensors && run step_of_others 240 step "${others[@]}"
 run large_inputs 120 tests "${kernel_tests[@]}" -k more_than
 if command -v compute-sanitizer >/dev/null; then

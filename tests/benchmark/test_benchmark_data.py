@@ -6,41 +6,48 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import Pipe
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from video_mae.benchmark import data, pipelines
-from video_mae.benchmark.data import DataBenchConfig, measure, measure_job, tables
+from video_mae.benchmark.clock import Stopwatch
+from video_mae.benchmark.data import (
+    DataBenchConfig,
+    ask,
+    make_record,
+    measure,
+    measure_task,
+    tables,
+)
 from video_mae.benchmark.pipelines import (
-    CONTENDERS,
+    PIPELINES,
     STAGES,
-    Contender,
-    Found,
-    Job,
-    Stopwatch,
+    ClipTask,
+    Pipeline,
     bare,
     ours,
+    run_epoch,
 )
-from video_mae.benchmark.records import Run
+from video_mae.benchmark.record import Results
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
 from video_mae.data import ClipDataset, decode, read_annotations
 from video_mae.data.augment import crop_clip
 from video_mae.decoding import decoders
 from video_mae.tools.demo import DemoConfig, make_demo_data
 
-BY_NAME = {contender.name: contender for contender in CONTENDERS}
-OURS, (*_, OFFICIAL, PYTORCHVIDEO) = CONTENDERS[0], CONTENDERS
-HERE = [contender for contender in CONTENDERS if not decoders.problem(contender.decoder)]
+BY_NAME = {pipeline.name: pipeline for pipeline in PIPELINES}
+OURS, (*_, OFFICIAL, PYTORCHVIDEO) = PIPELINES[0], PIPELINES
+HERE = [pipeline for pipeline in PIPELINES if not decoders.problem(pipeline.decoder)]
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def task(tmp_path_factory: pytest.TempPathFactory) -> ClipTask:
     """7 videos in batches of 4: the last one is not full. 64 pixels wide: at 48 decord mistakes the
     padding of rows for a channel.
     """
@@ -50,54 +57,52 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     )
     lines = (folder / "train.txt").read_text().splitlines()[::8]  # of seven photographs
     (folder / "seven.txt").write_text("".join(f"{line}\n" for line in lines))
-    sources, _ = data._sources(str(folder / "seven.txt"), folder.parent, 3, ("video", "frames"))
-    return Job(sources, num_frames=4, stride=3, side=32, batch=4)
+    sources, _ = data.make_forms(str(folder / "seven.txt"), folder.parent, 3, ("video", "frames"))
+    return ClipTask(sources, num_frames=4, stride=3, side=32, batch=4)
 
 
-def clips_of(contender: Contender, job: Job, epoch: int = 1) -> torch.Tensor:
-    batches = list(contender.pipeline(contender, job, epoch, Stopwatch()))
-    expected = (
-        [1] * 7 if contender.pipeline is bare else [4] * 7 if contender.crops == 4 else [4, 3]
-    )
-    assert [batch.num_clips for batch in batches] == expected
-    pixels = [batch.pixels for batch in batches]
-    return torch.stack(pixels) if contender.pipeline is bare else torch.cat(pixels)
+def clips_of(pipeline: Pipeline, task: ClipTask, epoch: int = 1) -> torch.Tensor:
+    batches = list(pipeline.make(pipeline, task, epoch, Stopwatch()))
+    expected = [1] * 7 if pipeline.make is bare else [4] * 7 if pipeline.crops == 4 else [4, 3]
+    assert [num_clips for _, num_clips in batches] == expected
+    pixels = [clips for clips, _ in batches]
+    return torch.stack(pixels) if pipeline.make is bare else torch.cat(pixels)
 
 
 @pytest.mark.parametrize(
-    "contender",
-    [row for row in HERE if row.pipeline is ours and row.crop_where == "worker"],
+    "pipeline",
+    [row for row in HERE if row.make is ours and row.crop_where == "worker"],
     ids=lambda row: row.name,
 )
-def test_ours_is_the_data_set_that_trains(job, contender):
-    config = contender.data(job)
-    assert (config.source, config.clips_per_video) == (job.sources[contender.form], contender.crops)
+def test_ours_is_the_data_set_that_trains(task, pipeline):
+    config = pipeline.data(task)
+    assert (config.source, config.clips_per_video) == (task.sources[pipeline.form], pipeline.crops)
     dataset = ClipDataset(read_annotations(config), config, 4, 32, 32, seed=0)
-    clips = clips_of(contender, job, epoch=2)
+    clips = clips_of(pipeline, task, epoch=2)
     assert torch.equal(clips, torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]))
-    if contender.form != "frames":  # of which other frames can be chosen
-        plain = ClipDataset(read_annotations(OURS.data(job)), OURS.data(job), 4, 32, 32, seed=0)
+    if pipeline.form != "frames":  # of which other frames can be chosen
+        plain = ClipDataset(read_annotations(OURS.data(task)), OURS.data(task), 4, 32, 32, seed=0)
         alike = torch.cat([plain[2, index].clip_RTHWC for index in range(7)])
         # packing is a second compression
-        assert (clips[:: contender.crops].float() - alike.float()).abs().mean() < 4
+        assert (clips[:: pipeline.crops].float() - alike.float()).abs().mean() < 4
 
 
 @pytest.mark.parametrize(
-    "contender",
-    [contender for contender in HERE if contender.pipeline is bare],
+    "pipeline",
+    [pipeline for pipeline in HERE if pipeline.make is bare],
     ids=lambda row: row.name,
 )
-def test_decoding_alone_reads_the_frames_that_ours_does(job, contender):
-    frames = clips_of(contender, job, epoch=2)
-    config = replace(OURS.data(job), crop="center")
+def test_decoding_alone_reads_the_frames_that_ours_does(task, pipeline):
+    frames = clips_of(pipeline, task, epoch=2)
+    config = replace(OURS.data(task), crop="center")
     dataset = ClipDataset(read_annotations(config), config, 4, 48, 64, seed=0)
     assert (
         frames.float() - torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]).float()
     ).abs().mean() < 0.1
 
 
-def test_the_official_pipeline_makes_our_clips_as_normalised_floats(job):
-    ours, theirs = clips_of(OURS, job), clips_of(OFFICIAL, job)
+def test_the_official_pipeline_makes_our_clips_as_normalised_floats(task):
+    ours, theirs = clips_of(OURS, task), clips_of(OFFICIAL, task)
     assert theirs.shape == (7, 3, 4, 32, 32)
     assert theirs.dtype == torch.float32
     mean, std = (
@@ -109,17 +114,17 @@ def test_the_official_pipeline_makes_our_clips_as_normalised_floats(job):
     assert difference.max() <= 3  # two ways to round the weights of a resize
     assert difference.mean() < 0.3
     # other frames, other boxes
-    assert (clips_of(OFFICIAL, job, epoch=3) - theirs).abs().max() > 0.5
+    assert (clips_of(OFFICIAL, task, epoch=3) - theirs).abs().max() > 0.5
 
 
 def test_pytorchvideo_clips_are_normalised_frames_of_their_videos_in_order_of_time(
-    job, monkeypatch
+    task, monkeypatch
 ):
-    clips = clips_of(PYTORCHVIDEO, job)
+    clips = clips_of(PYTORCHVIDEO, task)
     assert clips.shape == (7, 3, 4, 32, 32)
     assert clips.dtype == torch.float32
     # other frames, other boxes
-    assert (clips_of(PYTORCHVIDEO, job, epoch=2) - clips).abs().max() > 0.5
+    assert (clips_of(PYTORCHVIDEO, task, epoch=2) - clips).abs().max() > 0.5
     monkeypatch.setattr(
         pipelines.v2,
         "RandomResizedCrop",
@@ -128,8 +133,8 @@ def test_pytorchvideo_clips_are_normalised_frames_of_their_videos_in_order_of_ti
     mean, std = (
         torch.tensor(values)[:, None, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
     )
-    values = ((clips_of(PYTORCHVIDEO, job) * std + mean) * 255).permute(0, 2, 3, 4, 1)
-    videos = read_annotations(OURS.data(job))
+    values = ((clips_of(PYTORCHVIDEO, task) * std + mean) * 255).permute(0, 2, 3, 4, 1)
+    videos = read_annotations(OURS.data(task))
     for index, clip_THWC in enumerate(values):
         frames_THWC = crop_clip(
             torch.from_numpy(decode(videos[index][0], np.arange)),
@@ -146,25 +151,25 @@ def test_pytorchvideo_clips_are_normalised_frames_of_their_videos_in_order_of_ti
 
 
 @pytest.mark.parametrize(
-    "contender",
+    "pipeline",
     [OURS, BY_NAME["ours, packed frames, 4 crops"], BY_NAME["pyav alone"], OFFICIAL, PYTORCHVIDEO],
     ids=lambda row: row.name,
 )
-def test_stages_are_all_of_the_time(job, contender):
+def test_stages_are_all_of_the_time(task, pipeline):
     shares = []
     for epoch in range(5):  # other processes may take the core between two laps
         start, watch = time.perf_counter(), Stopwatch()
-        list(contender.pipeline(contender, job, epoch, watch))
-        shares.append(sum(watch.seconds.values()) / (time.perf_counter() - start))
-        assert tuple(watch.seconds) == STAGES
+        list(pipeline.make(pipeline, task, epoch, watch))
+        parts = watch.parts()
+        shares.append(sum(parts.values()) / 1e3 / (time.perf_counter() - start))
         made = {ours: {"decode", "crop", "collate"}, bare: {"decode"}}.get(
-            contender.pipeline, set(STAGES)
+            pipeline.make, set(STAGES)
         )
-        assert {stage for stage, seconds in watch.seconds.items() if seconds > 0} == made
+        assert {stage for stage, milliseconds in parts.items() if milliseconds > 0} == made
     assert 0.85 < max(shares) <= 1
 
 
-def test_all_are_measured_in_turn_in_processes_of_their_own(job):
+def test_all_are_measured_in_turn_in_processes_of_their_own(task):
     rows = [
         OURS,
         BY_NAME["ours, decord"],
@@ -173,7 +178,7 @@ def test_all_are_measured_in_turn_in_processes_of_their_own(job):
         OFFICIAL,
         PYTORCHVIDEO,
     ]
-    records = measure_job(job, rows, 2, "7 videos", appetite=1000)
+    records = measure_task(task, rows, 2, "7 videos", appetite=1000)
     assert [record.provider for record in records] == [row.name for row in rows]
     for record, row in zip(records, rows, strict=True):
         assert record.reason == ""
@@ -187,7 +192,7 @@ def test_all_are_measured_in_turn_in_processes_of_their_own(job):
         assert "x official" in record.measures
         # pyav alone was not measured
         assert ("x alone" in record.measures) == (row.name == "ours, decord")
-        assert row.pipeline is bare or record.measures["gpu_cores"] == pytest.approx(
+        assert row.make is bare or record.measures["gpu_cores"] == pytest.approx(
             record.times["clip"].p50
         )
     assert records[4].measures["x official"] == 1
@@ -203,57 +208,46 @@ def test_all_are_measured_in_turn_in_processes_of_their_own(job):
             32 * 32 * 3 * 4,
         )
     ]
-    (table,) = tables(Run({}, records))
+    (table,) = tables(Results({}, records))
     assert [row[0] for row in table.rows] == [row.name for row in rows]
     assert all(len(row) == len(table.columns) for row in table.rows)
 
 
-def answer_of(contender: Contender, job: Job, monkeypatch: pytest.MonkeyPatch) -> Found:
-    here: Any
-    there: Any
-    # it is this process that serves here
-    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)
-    here, there = Pipe()
-    pipelines.serve(contender, job, 0, there)
-    assert here.poll(0)
-    return here.recv()
-
-
 @pytest.mark.usefixtures("quiet_process")
 def test_a_library_that_is_missing_and_a_broken_video_are_rows_that_say_so(
-    job, tmp_path, monkeypatch
+    task, tmp_path, monkeypatch
 ):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"\x00\x00\x00\x20ftypisom" + bytes(100))
     (tmp_path / "list.txt").write_text(f"{broken}\n")
-    assert answer_of(
-        OFFICIAL, Job({"plain": str(tmp_path / "list.txt")}, 4, 3, 32, 4), monkeypatch
-    ).reason
+    unreadable = ClipTask({"plain": str(tmp_path / "list.txt")}, 4, 3, 32, 4)
+    assert isinstance(run_epoch(OFFICIAL, unreadable, 0), str)
     monkeypatch.setitem(sys.modules, "pytorchvideo.data", None)
-    found = answer_of(PYTORCHVIDEO, job, monkeypatch)
-    assert "pytorchvideo.data" in found.reason
-    record = data._record("7 videos", job, PYTORCHVIDEO, found, [], {}, 1000)
-    (table,) = tables(Run({}, [record]))
-    assert f"not available: {found.reason}" in table.text()
+    reason = run_epoch(PYTORCHVIDEO, task, 0)
+    assert isinstance(reason, str)
+    assert "pytorchvideo.data" in reason
+    record = make_record("7 videos", task, PYTORCHVIDEO, reason, {}, 1000)
+    (table,) = tables(Results({}, [record]))
+    assert f"not available: {reason}" in table.text()
 
 
 def test_a_process_that_dies_or_hangs_is_a_row_that_says_so(monkeypatch):
-    here, there = Pipe()
-    there.close()
-    assert data._answer(here).reason == "its process died"
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        assert ask(pool, os._exit, 1) == "its process died"
     monkeypatch.setattr(data, "PATIENCE_SECONDS", 0.01)
-    here, there = Pipe()
-    assert data._answer(here).reason == "no answer for 0.01 seconds"
+    with ProcessPoolExecutor(1, context) as pool:
+        assert ask(pool, time.sleep, 0.5) == "no answer for 0.01 seconds"
 
 
 def test_a_source_may_be_named_and_without_one_videos_are_rendered(
     demo_folder, tmp_path, monkeypatch
 ):
-    seen: list[tuple[Job, str]] = []
+    seen: list[tuple[ClipTask, str]] = []
     monkeypatch.setattr(
         data,
-        "measure_job",
-        lambda job, contenders, rounds, name, appetite: seen.append((job, name)) or [],
+        "measure_task",
+        lambda task, pipelines, rounds, name, appetite: seen.append((task, name)) or [],
     )
     rendered: list[Path] = []
 

@@ -2,6 +2,7 @@
 pages, plots; and its command.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,21 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from video_mae.benchmark import kernel_losses as benchmark_losses
-from video_mae.benchmark import kernel_tables as benchmark
-from video_mae.benchmark import report
+from video_mae.benchmark import kernel_operations, kernels, report
+from video_mae.benchmark.clock import Ceilings
 from video_mae.benchmark.kernels import KernelBenchConfig
-from video_mae.benchmark.measure import Ceilings
-from video_mae.benchmark.records import (
+from video_mae.benchmark.record import (
+    Percentiles,
     Record,
-    Run,
+    Results,
     Table,
-    Times,
     append,
-    compare,
     environment,
     read,
     results_file,
+    slower_table,
 )
 from video_mae.cli import main
 
@@ -49,7 +48,7 @@ def cell(
         dtype="bfloat16",
         provider=provider,
         mode=mode,
-        times={"cold": Times(ms, 0.9 * ms, 1.1 * ms), "wall": Times(9.0, 8.0, 10.0)},
+        times={"cold": Percentiles(ms, 0.9 * ms, 1.1 * ms), "wall": Percentiles(9.0, 8.0, 10.0)},
         measures={
             "gate": gate,
             "is_ours": ours,
@@ -73,11 +72,11 @@ def cell(
 
 def test_files_only_grow_and_give_back_what_was_written(tmp_path: Path) -> None:
     file = results_file(str(tmp_path / "results"), environment(CPU), "kernels")
-    first = Run(
+    first = Results(
         {**environment(CPU), "ceilings": CEILINGS._asdict()},
         [cell("reference", 8.0), cell("ours", 1.0, ours=True)],
     )
-    part = Run(
+    part = Results(
         first.header,
         [
             Record(
@@ -91,14 +90,14 @@ def test_files_only_grow_and_give_back_what_was_written(tmp_path: Path) -> None:
             )
         ],
     )
-    other = Run({**first.header, "date": "2031-01-01"}, [cell("reference", 7.0)])
+    other = Results({**first.header, "date": "2031-01-01"}, [cell("reference", 7.0)])
     before = b""
     for run in (first, part, other):
         append(file, run)
         assert file.read_bytes().startswith(before)
         assert len(file.read_bytes()) > len(before)
         before = file.read_bytes()
-    assert read(file) == [Run(first.header, first.records + part.records), other]
+    assert read(file) == [Results(first.header, first.records + part.records), other]
     assert {
         "device",
         "driver",
@@ -117,20 +116,20 @@ def test_files_only_grow_and_give_back_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_slow_down_is_found_on_an_equal_device_only() -> None:
-    old = Run(
+    old = Results(
         {"device": "one"}, [cell("a", 1.0), cell("b", 1.0), cell("c", 1.0), cell("wide", 1.0)]
     )
     wide = cell("wide", 1.08)  # slower, but within what its calls vary
-    now = Run({"device": "one"}, [cell("a", 1.5), cell("b", 0.5), cell("new", 9.0), wide])
-    changes, compared = compare(now, [old])
-    assert [
-        (change.record.provider, change.way, change.before.p50, change.now.p50)
-        for change in changes
-    ] == [("a", "cold", 1.0, 1.5)]
-    assert compared == 6
-    assert compare(now, [Run({"device": "two"}, old.records)]) == ([], 0)
+    now = Results({"device": "one"}, [cell("a", 1.5), cell("b", 0.5), cell("new", 9.0), wide])
+    table = slower_table(now, [old], "old")
+    assert [row[3:] for row in table.rows] == [["a", "forward", "cold", "1", "1.5", "1.50"]]
+    assert table.notes == ["1 of 6 times are longer"]
+    elsewhere = slower_table(now, [Results({"device": "two"}, old.records)], "old")
+    assert elsewhere.rows == []
+    assert elsewhere.notes == ["nothing to compare: old has no equal cell of one"]
     # the newest counts
-    assert compare(now, [old, Run({"device": "one"}, [cell("a", 1.5)])])[0] == []
+    newer = Results({"device": "one"}, [cell("a", 1.5)])
+    assert slower_table(now, [old, newer], "old").rows == []
 
 
 def test_a_page_and_plots_are_made_from_records_alone(tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_page_and_plots_are_made_from_records_alone(tmp_path: Path) -> None:
     ):
         append(
             file,
-            Run(
+            Results(
                 {**header, "date": date},
                 [
                     cell(
@@ -158,7 +157,7 @@ def test_a_page_and_plots_are_made_from_records_alone(tmp_path: Path) -> None:
                 ],
             ),
         )
-    made = report.write_page(file, benchmark.tables, ["how to read"])
+    made = report.write_page(file, kernels.tables, ["how to read"])
     assert [path.name for path in made] == [
         "kernels.md",
         "kernels_roofline.png",
@@ -183,7 +182,7 @@ def test_a_page_and_plots_are_made_from_records_alone(tmp_path: Path) -> None:
     assert "- how to read" in page
     for path in made:
         path.unlink()
-    assert [path.read_bytes()[:4] for path in report.write_page(file, benchmark.tables)][1:] == [
+    assert [path.read_bytes()[:4] for path in report.write_page(file, kernels.tables)][1:] == [
         b"\x89PNG"
     ] * 2
 
@@ -196,10 +195,11 @@ def test_another_benchmark_has_a_page_without_plots(tmp_path: Path) -> None:
         dtype="bfloat16",
         provider="ours",
         mode="full",
-        times={"step": Times(1, 1, 1)},
+        times={"step": Percentiles(1, 1, 1)},
     )
     append(
-        tmp_path / "step.jsonl", Run({**environment(CPU), "ceilings": CEILINGS._asdict()}, [step])
+        tmp_path / "step.jsonl",
+        Results({**environment(CPU), "ceilings": CEILINGS._asdict()}, [step]),
     )
     made = report.write_page(
         tmp_path / "step.jsonl",
@@ -236,7 +236,7 @@ def test_the_command_measures_writes_and_compares(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # compiling takes long
-    monkeypatch.setattr(benchmark_losses, "compiled", lambda function: function)
+    monkeypatch.setattr(kernel_operations, "compiled", lambda function: function)
     command = ["bench", "ops=gather", "quick=true", f"output={tmp_path}"]
     assert status(*command) == 0
     (file,) = tmp_path.rglob("kernels.jsonl")
@@ -254,14 +254,14 @@ def test_the_command_measures_writes_and_compares(
     slow = tmp_path / "old.jsonl"
     append(
         slow,
-        Run(
+        Results(
             run.header,
             [
                 Record(
                     **{
                         **vars(record),
                         "times": {
-                            way: Times(*(ms / 1e3 for ms in times))
+                            way: Percentiles(*(ms / 1e3 for ms in times))
                             for way, times in record.times.items()
                         },
                     }
@@ -326,21 +326,44 @@ def test_the_compile_check_is_an_option_of_the_command(monkeypatch: pytest.Monke
     assert calls == [[], []]
 
 
+LACKING = (
+    "av",
+    "decord",
+    "deepspeed",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "torchcodec",
+    "torchvision",
+    "tqdm",
+    "transformers",
+)
+
+
 def test_the_module_runs_alone(tmp_path: Path) -> None:
+    """With torch, triton, einops, NumPy and PyYAML."""
+    blocks = "".join(f"sys.modules[{name!r}] = None\n" for name in LACKING)
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\n{blocks}")
     command = [
         "-m",
-        "video_mae.benchmark.kernel_tables",
-        "--quick",
-        "--ops",
-        "gather",
-        "--providers",
-        "ours",
-        "--output",
-        str(tmp_path),
+        "video_mae",
+        "bench",
+        "kernels",
+        "quick=true",
+        "ops=gather",
+        "providers=ours",
+        f"output={tmp_path}",
     ]
-    finished = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    finished = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
     assert finished.returncode == 0, finished.stderr
     assert "gather: small" in finished.stdout
-    assert [
-        record.op for run in read(next(tmp_path.rglob("kernels.jsonl"))) for record in run.records
-    ] == ["gather"] * 2
+    assert "no plots: " in finished.stdout
+    (file,) = tmp_path.rglob("kernels.jsonl")
+    assert "gather: small" in file.with_suffix(".md").read_text()
+    assert [record.op for results in read(file) for record in results.records] == ["gather"] * 2

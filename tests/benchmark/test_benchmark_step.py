@@ -14,12 +14,19 @@ import torch
 from torch import nn
 
 from video_mae import ModelConfig, VideoMAE, tube_mask
-from video_mae.benchmark import hugging_face, step, timeline
-from video_mae.benchmark.contender import EngineTrainer, Step, Trainer, ratio, time_in_turn
-from video_mae.benchmark.memory import peak_growth
-from video_mae.benchmark.records import Record, Run
-from video_mae.benchmark.step import Case, StepBenchConfig, compare_losses, measure_case
-from video_mae.benchmark.step_tables import OURS_BY_ENGINE, PARTS, THEIRS, THEIRS_PREPARED, tables
+from video_mae.benchmark import step_models
+from video_mae.benchmark.clock import Clock, Stopwatch, peak_growth, ratio
+from video_mae.benchmark.record import Record, Results
+from video_mae.benchmark.step import (
+    OURS_BY_ENGINE,
+    PARTS,
+    THEIRS,
+    THEIRS_PREPARED,
+    StepBench,
+    StepBenchConfig,
+    tables,
+)
+from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer, kept_bytes
 from video_mae.model.vit import pretraining_macs
 
 CPU = torch.device("cpu")
@@ -35,13 +42,13 @@ TINY = ModelConfig(
     decoder_depth=2,
     decoder_num_heads=4,
 )
-CASE = Case(
+CASE = StepBench(
     preset="tiny",
     model=TINY,
     batch=2,
     rounds=2,
-    compiled=False,
-    device=CPU,
+    is_compiled=False,
+    clock=Clock(CPU),
     dtype=torch.float32,
     ceiling=1e9,
 )
@@ -64,7 +71,7 @@ def some_clip(config: ModelConfig = TINY, batch: int = 2) -> torch.Tensor:
 def records() -> list[Record]:
     """Of a whole small case."""
     pytest.importorskip("transformers")
-    return measure_case(CASE)
+    return CASE.measure()
 
 
 def of(records: list[Record], op: str) -> dict[tuple[str, str], Record]:
@@ -80,11 +87,11 @@ def test_hugging_face_computes_our_loss_and_our_gradients_with_our_weights():
     ours = VideoMAE(replace(TINY, norm_eps=0.02, head_norm_eps=0.05))  # so large that they count
     for parameter in ours.parameters():  # also biases and norms, which start at 0 and 1
         parameter.data += 0.05 * torch.randn_like(parameter)
-    theirs = hugging_face.hugging_face_model(ours)
+    theirs = step_models.hugging_face_model(ours)
     clip, mask = some_clip(), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
     our_loss = ours(clip, mask).loss
     their_loss = theirs(
-        hugging_face.prepare(clip, TINY), hugging_face.boolean_mask(mask, TINY.num_tokens)
+        step_models.prepare(clip, TINY), step_models.boolean_mask(mask, TINY.num_tokens)
     ).loss
     assert their_loss.item() == pytest.approx(our_loss.item(), abs=1e-5)
     our_loss.backward()
@@ -109,8 +116,8 @@ def test_hugging_face_computes_our_loss_and_our_gradients_with_our_weights():
 def test_their_input_is_what_their_own_processor_makes():
     pytest.importorskip("transformers")
     clip = some_clip()
-    prepared = hugging_face.prepare(clip, TINY)
-    theirs = hugging_face.processor(TINY)(list(clip.permute(0, 1, 4, 2, 3)), return_tensors="pt")[
+    prepared = step_models.prepare(clip, TINY)
+    theirs = step_models.processor(TINY)(list(clip.permute(0, 1, 4, 2, 3)), return_tensors="pt")[
         "pixel_values"
     ]
     assert prepared.shape == (2, 8, 3, 32, 48)
@@ -122,40 +129,40 @@ def test_their_input_is_what_their_own_processor_makes():
 
 def test_their_mask_hides_what_ours_hides():
     mask = tube_mask(torch.tensor([1, 2, 3]), TINY.grid, 0.6)
-    hidden = hugging_face.boolean_mask(mask, TINY.num_tokens)
+    hidden = step_models.boolean_mask(mask, TINY.num_tokens)
     for b in range(3):
         assert hidden[b].nonzero().flatten().tolist() == mask.masked_BM[b].tolist()
 
 
 def test_nothing_is_compared_where_the_losses_differ(monkeypatch):
     pytest.importorskip("transformers")
-    build = hugging_face.hugging_face_model
+    build = step_models.hugging_face_model
 
     def wrong(model: VideoMAE) -> nn.Module:
         theirs: Any = build(model)
         theirs.decoder.head.bias.data += 0.5
         return theirs
 
-    monkeypatch.setattr(hugging_face, "hugging_face_model", wrong)
-    found = measure_case(CASE)
+    monkeypatch.setattr(step_models, "hugging_face_model", wrong)
+    found = CASE.measure()
     assert "differ" in str(of(found, "loss")[THEIRS, "full"].measures["gate"])
     assert [key for record in found for key in record.measures if key.startswith("x ")] == []
-    assert "NOT COMPARED" in tables(Run({}, found))[0].text()
+    assert "NOT COMPARED" in tables(Results({}, found))[0].text()
 
 
 def test_without_transformers_ours_is_measured_and_a_row_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    found = measure_case(CASE)
+    found = CASE.measure()
     assert "pip install transformers" in of(found, "step")[THEIRS, "full"].reason
     assert of(found, "step")["ours eager", "full"].times["step"].p50 > 0
-    assert f"{THEIRS} " in tables(Run({}, found))[0].text()
-    assert "not available" in tables(Run({}, found))[0].text()
+    assert f"{THEIRS} " in tables(Results({}, found))[0].text()
+    assert "not available" in tables(Results({}, found))[0].text()
 
 
 def test_without_deepspeed_a_row_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    found = of(measure_case(CASE), "step")
+    found = of(CASE.measure(), "step")
     assert found[OURS_BY_ENGINE, "full"].reason.endswith("; pip install deepspeed")
     assert found["ours eager", "full"].times["step"].p50 > 0
 
@@ -191,7 +198,7 @@ def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
         apart += (our_way - their_way).abs().sum().item()
     assert apart < 0.05 * moved  # AdamW makes much of the last bits of a small gradient
     assert {parameter.dtype for parameter in by_engine.model.parameters()} == {dtype}
-    assert by_engine.kept_bytes() >= 12 * sum(parameter.numel() for parameter in model.parameters())
+    assert kept_bytes(by_engine) >= 12 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_case_has_a_record_for_every_step_with_all_its_figures(records):
@@ -240,26 +247,32 @@ def test_dual_masking_counts_less_work_than_full_decoding(records):
 
 
 def test_a_step_that_fails_is_a_row_that_says_why(monkeypatch):
+    pytest.importorskip("transformers")
+    build = step_models.hugging_face_model
+
     def no_memory(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("out of memory\nand a long story")
 
-    monkeypatch.setattr(step, "_their_loss", no_memory)
+    def large(model: VideoMAE) -> nn.Module:
+        theirs: Any = build(model)
+        theirs.forward = no_memory
+        return theirs
+
+    losses = {"ours": 1.0, "theirs": 1.0, "gate": ""}
+    monkeypatch.setattr(step_models, "hugging_face_model", large)
     monkeypatch.setattr(
-        step,
+        StepBench,
         "compare_losses",
-        lambda case, *_: case.record(
-            "loss", THEIRS, "full", measures={"ours": 1.0, "theirs": 1.0, "gate": ""}
-        ),
+        lambda bench, *_: bench.record("loss", THEIRS, "full", measures=losses),
     )
-    pytest.importorskip("transformers")
-    found = measure_case(CASE)
+    found = CASE.measure()
     assert of(found, "step")[THEIRS, "full"].reason == "OutOfMemoryError: out of memory"
     assert of(found, "step")["ours eager", "full"].times["step"].p50 > 0
-    assert "OutOfMemoryError: out of memory" in tables(Run({}, found))[0].text()
+    assert "OutOfMemoryError: out of memory" in tables(Results({}, found))[0].text()
 
 
 def test_tables_show_steps_and_parts(records):
-    shown = tables(Run({"device": "x"}, records))
+    shown = tables(Results({"device": "x"}, records))
     assert [table.title for table in shown] == [
         "step tiny, 2 x 8x32x48 float32",
         "parts of the step tiny, 2 x 8x32x48 float32, ms",
@@ -317,16 +330,16 @@ class SlowModule(nn.Module):
 def test_time_goes_to_the_part_that_took_it_forward_and_backward():
     model = nn.Sequential(SlowModule(0.02, 0.05), SlowModule(0.03, 0.01), SlowModule(0.01, 0.06))
     borders = [
-        timeline.Border(model[1], "input", "first", "second"),
-        timeline.Border(model[1], "output", "second", "first"),
+        step_models.Border(model[1], "input", "first", "second"),
+        step_models.Border(model[1], "output", "second", "first"),
     ]
-    line = timeline.Timeline(CPU)
-    with timeline.marked(borders, line):
-        line.begin("first")
+    watch = Stopwatch()
+    with step_models.marked(borders, watch):
         model(torch.zeros(3, requires_grad=True)).sum().backward()
-        line.begin("end of step")
+        watch.lap("first")
         time.sleep(0.02)
-        parts = line.milliseconds()
+        watch.lap("end of step")
+    parts = watch.parts()
     for part, expected in {
         "first": 20 + 10 + 60 + 50,
         "second": 30 + 10,
@@ -345,14 +358,7 @@ def test_parts_of_both_models_are_all_there_and_add_up_to_the_step(records):
     model = VideoMAE(TINY)
     trainer = Trainer(model, CPU, torch.float32)
     mask = tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
-    borders = timeline.borders_of(model)
-    whole = Step(
-        trainer,
-        some_clip(),
-        lambda clip: model(clip, mask).loss,
-        borders=borders,
-        first_part="gather",
-    )
+    whole = Step(trainer, some_clip(), lambda clip: model(clip, mask).loss)
     whole()
     shares = []
     for _ in range(5):
@@ -370,7 +376,7 @@ def test_marks_change_no_gradient():
         tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75),
     )
     plain = torch.autograd.grad(model(clip, mask).loss, list(model.parameters()))
-    with timeline.marked(timeline.borders_of(model), timeline.Timeline(CPU)):
+    with step_models.marked(step_models.borders_of(model), Stopwatch()):
         marked = torch.autograd.grad(model(clip, mask).loss, list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, marked, strict=True))
 
@@ -380,7 +386,8 @@ def test_marks_change_no_gradient():
 
 def test_calls_take_turns_back_and_forth():
     order: list[str] = []
-    samples = time_in_turn({name: (lambda name=name: order.append(name)) for name in "abc"}, CPU, 3)
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    samples = Clock(CPU).in_turn(calls, 3)
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"  # warm-up, then rounds
     assert [len(times) for times in samples.values()] == [3, 3, 3]
 
@@ -407,8 +414,8 @@ def test_bfloat16_trains_a_float32_master_copy():
         assert layer.weight.grad is None
     assert torch.equal(layer.weight, exact.weight.bfloat16())
     # weights, masters, their gradients, two moments; a counter a tensor
-    assert trainer.kept_bytes() == 24 * (2 + 4 + 4 + 8) + 2 * 4
-    assert optimizer.kept_bytes() == 24 * (4 + 8) + 2 * 4
+    assert kept_bytes(trainer) == 24 * (2 + 4 + 4 + 8) + 2 * 4
+    assert kept_bytes(optimizer) == 24 * (4 + 8) + 2 * 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -421,17 +428,16 @@ def test_peak_memory_is_that_of_the_worst_moment():
         del first
         torch.ones(4_000_000)
 
-    growth = peak_growth(call, CPU)
-    assert growth is not None
+    _, growth = peak_growth(call, CPU)
     assert 92e6 < growth < 110e6
 
 
 def test_the_gate_is_closed_for_other_weights():
     pytest.importorskip("transformers")
     ours, mask = VideoMAE(TINY), tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
-    theirs = hugging_face.hugging_face_model(ours)
+    theirs = step_models.hugging_face_model(ours)
     right, wrong = (
-        compare_losses(CASE, model, theirs, some_clip(), mask).measures
+        CASE.compare_losses(model, theirs, some_clip(), mask).measures
         for model in (ours, VideoMAE(TINY))
     )
     assert right["gate"] == ""

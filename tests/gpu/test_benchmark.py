@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from video_mae.benchmark import kernel_cells as benchmark_cells
-from video_mae.benchmark import kernel_tables as benchmark
-from video_mae.benchmark.kernel_losses import Contrastive, Embed, Gather, Joint, Reconstruction
-from video_mae.benchmark.kernel_problems import Attention, Problem
-from video_mae.benchmark.measure import Ceilings, Clock
-from video_mae.benchmark.records_base import Run, append, environment
+from video_mae.benchmark import kernels
+from video_mae.benchmark.clock import Ceilings, Clock, peak_growth
+from video_mae.benchmark.kernel_measurement import measure_operation
+from video_mae.benchmark.kernel_operations import (
+    AttentionOperation,
+    ContrastiveOperation,
+    EmbedOperation,
+    GatherOperation,
+    JointOperation,
+    Operation,
+    ReconstructionOperation,
+)
+from video_mae.benchmark.record import Results, append, environment
 from video_mae.benchmark.report import write_page
 
 pytestmark = [
@@ -24,15 +31,15 @@ GPU, BF16 = torch.device("cuda"), torch.bfloat16
 SIZE = (4, 96, 96)  # 72 tokens
 
 
-def problem_of(number: int) -> Problem:
+def problem_of(number: int) -> Operation:
     return [
-        lambda: Attention("short", 3, 160, 4, 64, BF16, GPU),
-        lambda: Attention("long", 3, 785, 2, 80, BF16, GPU),
-        lambda: Gather("small", 3, SIZE, 11, 64, BF16, GPU),
-        lambda: Embed("small", 3, SIZE, 11, 64, BF16, GPU),
-        lambda: Reconstruction("small", 3, SIZE, 61, 64, BF16, GPU),
-        lambda: Contrastive("small", 3, 61, "batch", BF16, GPU),
-        lambda: Joint("small", 3, SIZE, 61, 64, BF16, GPU),
+        lambda: AttentionOperation("short", BF16, GPU, 3, 160, 4, 64),
+        lambda: AttentionOperation("long", BF16, GPU, 3, 785, 2, 80),
+        lambda: GatherOperation("small", BF16, GPU, 3, SIZE, 11, 64),
+        lambda: EmbedOperation("small", BF16, GPU, 3, SIZE, 11, 64),
+        lambda: ReconstructionOperation("small", BF16, GPU, 3, SIZE, 61, 64),
+        lambda: ContrastiveOperation("small", BF16, GPU, 3, 61, "batch"),
+        lambda: JointOperation("small", BF16, GPU, 3, SIZE, 61, 64),
     ][number]()
 
 
@@ -44,7 +51,7 @@ def clock() -> Clock:
 @pytest.mark.parametrize("number", range(7))
 def test_our_kernels_are_right_and_measured_in_every_way(number: int, clock: Clock) -> None:
     problem = problem_of(number)
-    records = benchmark_cells.measure_problem(problem, clock, Ceilings(1e15, 1e13))
+    records = measure_operation(problem, clock, Ceilings(1e15, 1e13))
     ours = [
         record
         for record in records
@@ -73,7 +80,7 @@ def test_our_kernels_are_right_and_measured_in_every_way(number: int, clock: Clo
 
 
 def test_every_sdpa_backend_is_told_by_name(clock: Clock) -> None:
-    records = benchmark_cells.measure_problem(problem_of(0), clock, Ceilings(1e15, 1e13), ["sdpa"])
+    records = measure_operation(problem_of(0), clock, Ceilings(1e15, 1e13), ["sdpa"])
     forward = {record.provider: record for record in records if record.mode == "forward"}
     assert {"sdpa flash", "sdpa efficient", "sdpa math", "sdpa cudnn", "sdpa default"} <= set(
         forward
@@ -99,9 +106,9 @@ def test_a_cold_time_finds_an_empty_cache(clock: Clock) -> None:
     assert clock.cold(x.sum).p50 > warm.p50
 
 
-def test_peak_memory_is_what_a_call_takes(clock: Clock) -> None:
+def test_peak_memory_is_what_a_call_takes() -> None:
     x = torch.zeros(10_000_000, dtype=torch.uint8, device=GPU)
-    assert clock.peak_mb(lambda: x + 1) == pytest.approx(10, rel=0.1)
+    assert peak_growth(lambda: x + 1, GPU)[1] / 1e6 == pytest.approx(10, rel=0.1)
 
 
 def test_ceilings_are_those_of_a_gpu(clock: Clock, tmp_path: Path) -> None:
@@ -113,12 +120,12 @@ def test_ceilings_are_those_of_a_gpu(clock: Clock, tmp_path: Path) -> None:
     assert header["device"] == torch.cuda.get_device_name()
     append(
         tmp_path / "kernels.jsonl",
-        Run(
+        Results(
             header,
-            benchmark_cells.measure_problem(problem_of(0), clock, ceilings, ["ours", "reference"]),
+            measure_operation(problem_of(0), clock, ceilings, ["ours", "reference"]),
         ),
     )
-    assert [path.name for path in write_page(tmp_path / "kernels.jsonl", benchmark.tables)] == [
+    assert [path.name for path in write_page(tmp_path / "kernels.jsonl", kernels.tables)] == [
         "kernels.md",
         "kernels_roofline.png",
     ]

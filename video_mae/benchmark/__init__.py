@@ -1,7 +1,7 @@
-"""Benchmarks: `video-mae bench`, `bench step` and `bench data`, one module each: kernels.py,
-step.py, data.py.
+"""Benchmarks: `video-mae bench`, `bench step` and `bench data`.
 
-Each has a schema of its keys (with `output` and `baseline`), `tables(run) -> list[Table]`, and a
-`start(config)` that measures and hands its run to `report.publish`. What they share is in
-records.py.
+kernels.py (with kernel_operations.py, kernel_measurement.py), step.py (with step_models.py) and
+data.py (with pipelines.py) each have their keys, `start(config)`, `measure(config)`, which gives
+parts of `Results`, and `tables(results)`. What they share: clock.py, record.py, and report.py (with
+plots.py), whose `publish` does the rest.
 """

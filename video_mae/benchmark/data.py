@@ -7,39 +7,48 @@ import os
 import statistics
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from video_mae.benchmark.contender import ratio
-from video_mae.benchmark.measure import quantiles
+from video_mae.benchmark.clock import ratio, turns
 from video_mae.benchmark.pipelines import (
-    CONTENDERS,
+    PIPELINES,
     STAGES,
-    Contender,
+    ClipTask,
     Form,
-    Found,
-    Job,
+    Pipeline,
     bare,
+    begin,
     official,
     ours,
-    serve,
+    run_epoch,
 )
-from video_mae.benchmark.records import DASH, Record, Run, Table, environment
-from video_mae.benchmark.report import OUTPUT, publish
+from video_mae.benchmark.record import (
+    DASH,
+    Record,
+    Results,
+    Table,
+    environment,
+    make_table,
+    percentiles,
+)
+from video_mae.benchmark.report import BenchConfig, publish
 from video_mae.config.data import SourceConfig
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import knob, require
 from video_mae.data import read_annotations
 from video_mae.files import one_line
 from video_mae.tools.demo import DemoConfig, make_demo_data
 from video_mae.tools.pack import PackConfig
 from video_mae.tools.pack import start as pack
 
-BENCHMARK = "data"
-OFFICIAL = next(contender.name for contender in CONTENDERS if contender.pipeline is official)
-ALL = [contender.name for contender in CONTENDERS]
+ALL = [pipeline.name for pipeline in PIPELINES]
+OFFICIAL = next(pipeline.name for pipeline in PIPELINES if pipeline.make is official)
 PATIENCE_SECONDS = 300  # a decoder can hang
 RENDERED = DemoConfig(
     train_clips=8,
@@ -51,26 +60,42 @@ RENDERED = DemoConfig(
     difficulty="hard",
 )
 NOTES = (
-    "A pipeline is a process with one thread on one core (ours with the process that decodes for it, on the same core); all are measured "
-    "in turn, on the same core and files, a clip or the crops of each file in a round. ms: of one clip, medians over the rounds; ratios "
-    "are medians over the rounds of two times in the same round.",
-    "x alone: the time over that of the same library decoding the same frames with nothing around it. x official: the official "
-    "pipeline's time over this one's. GPU cores: how many such cores feed a device that takes `appetite` clips a second.",
-    "Ours, the official pipeline and decoding alone read the same frames; ours and the official one cut the same boxes. Packed frames lie "
-    "`stride` apart in the file. pytorchvideo decodes every frame of a clip's time; audio is off. Ours ends with uint8, four times fewer "
-    "bytes to copy to a GPU, which normalises the tenth that the encoder sees.",
-    "peak MB: resident memory that the first pass over the files adds to what the process has after its imports, batch included; of ours "
-    "also all of the process that decodes.",
+    "A pipeline is a process with one thread on one core (ours with the process that decodes for "
+    "it, on the same core); all are measured in turn, on the same core and files, a clip or the "
+    "crops of each file in a round. ms: of one clip, medians over the rounds; ratios are medians "
+    "over the rounds of two times in the same round.",
+    "x alone: the time over that of the same library decoding the same frames with nothing around "
+    "it. x official: the official pipeline's time over this one's. GPU cores: how many such cores "
+    "feed a device that takes `appetite` clips a second.",
+    "Ours, the official pipeline and decoding alone read the same frames; ours and the official "
+    "one cut the same boxes. Packed frames lie `stride` apart in the file. pytorchvideo decodes "
+    "every frame of a clip's time; audio is off. Ours ends with uint8, four times fewer bytes to "
+    "copy to a GPU, which normalises the tenth that the encoder sees.",
+    "peak MB: resident memory that the first pass over the files adds to what the process has "
+    "after its imports, batch included; of ours also all of the process that decodes.",
 )
+COLUMNS = {
+    "pipeline": "{provider}",
+    "clips/s of a core": "{clips_per_second:.1f}",
+    "ms a clip": "{p50:.1f}",
+    "p20-p80": "{p20:.1f}-{p80:.1f}",
+    **{stage: f"{{{stage}:.1f}}" for stage in STAGES},
+    "x alone": "{x alone:.2f}",
+    "x official": "{x official:.2f}",
+    "GPU cores": "{gpu_cores:.0f}",
+    "peak MB": "{peak_mb:.0f}",
+    "MB a clip": "{mb_a_clip:.1f}",
+    "clips": "{dtype}",
+}
 
 
-class DataBenchConfig(Knobs):
+class DataBenchConfig(BenchConfig):
     """`video-mae bench data key=value ...`."""
 
     source: str = knob(
         "",
-        "a list file with lines `PATH LABEL`, or a folder with a folder per class; empty: 8 videos of 340 x 256 pixels, "
-        "rendered into a temporary folder",
+        "a list file with lines `PATH LABEL`, or a folder with a folder per class; empty: 8 videos "
+        "of 340 x 256 pixels, rendered into a temporary folder",
     )
     num_frames: int = knob(16, "frames of a clip", low=1)
     stride: int = knob(4, "video frames from one frame of a clip to the next", low=1)
@@ -82,16 +107,9 @@ class DataBenchConfig(Knobs):
     rows: tuple[str, ...] = knob((), "only these rows, by their names; empty: all")
     appetite: float = knob(
         1600.0,
-        "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its peak: 1600",
+        "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its "
+        "peak: 1600",
         above=0,
-    )
-    output: str = knob(
-        OUTPUT,
-        "a folder: DEVICE/data.jsonl in it is appended to, its page is made anew",
-        filled=True,
-    )
-    baseline: str = knob(
-        "", "an older file of records: prints what became slower since (also --baseline FILE)"
     )
 
     def __post_init__(self) -> None:
@@ -104,41 +122,40 @@ def start(config: DataBenchConfig) -> int:
     """The stage as the command line starts it. Raises: ValueError or FileNotFoundError for a source
     that is none.
     """
-    return publish(BENCHMARK, measure(config), tables, config.output, config.baseline, NOTES)
+    return publish("data", measure(config), tables, config, NOTES)
 
 
-def measure(config: DataBenchConfig) -> Iterator[Run]:
+def measure(config: DataBenchConfig) -> Iterator[Results]:
     """Packs the videos both ways, and measures all pipelines in turn: one run."""
     with tempfile.TemporaryDirectory() as workshop:
         source = config.source
         if not source:
             make_demo_data(Path(workshop) / "videos", RENDERED)
             source = str(Path(workshop) / "videos" / "train.txt")
-        contenders = [
-            contender for contender in CONTENDERS if contender.name in (config.rows or ALL)
-        ]
-        sources, sizes = _sources(
-            source, Path(workshop), config.stride, {contender.form for contender in contenders}
-        )
-        job = Job(sources, config.num_frames, config.stride, config.side, config.batch)
-        videos = read_annotations(SourceConfig(source=source))
-        name = f"{len(videos)} {'videos of ' + one_line(Path(source).name) if config.source else 'rendered videos of 340x256'}"
+        pipelines = [pipeline for pipeline in PIPELINES if pipeline.name in (config.rows or ALL)]
+        forms: set[Form] = {pipeline.form for pipeline in pipelines}
+        sources, sizes = make_forms(source, Path(workshop), config.stride, forms)
+        task = ClipTask(sources, config.num_frames, config.stride, config.side, config.batch)
+        name = f"videos of {one_line(Path(source).name)}"
+        if not config.source:
+            name = "rendered videos of 340x256"
+        name = f"{len(read_annotations(SourceConfig(source=source)))} {name}"
         header = {
             **environment(torch.device("cpu")),
-            "benchmark": BENCHMARK,
+            "benchmark": "data",
             "source": name,
             "appetite": config.appetite,
             "bytes": sizes,
         }
-        yield Run(header, measure_job(job, contenders, config.rounds, name, config.appetite))
+        yield Results(header, measure_task(task, pipelines, config.rounds, name, config.appetite))
 
 
-def _sources(
+def make_forms(
     source: str, workshop: Path, stride: int, forms: Collection[Form]
 ) -> tuple[dict[Form, str], dict[str, int]]:
     """The videos in the forms that are asked for, and the bytes of each form."""
-    sources: dict[Form, str] = {"plain": source}
     videos = read_annotations(SourceConfig(source=source))
+    sources: dict[Form, str] = {"plain": source}
     sizes = {"plain": sum(os.path.getsize(videos[i][0]) for i in range(len(videos)))}
     settings: dict[Form, PackConfig] = {
         "video": PackConfig(form="video"),
@@ -153,149 +170,100 @@ def _sources(
     return sources, sizes
 
 
-def measure_job(
-    job: Job, contenders: Sequence[Contender], num_rounds: int, name: str, appetite: float
+def measure_task(
+    task: ClipTask, pipelines: Sequence[Pipeline], num_rounds: int, name: str, appetite: float
 ) -> list[Record]:
-    """A record a contender."""
+    """A record a pipeline."""
     # a clean process: decord's bridge is global, and memory is to be measured
     context = multiprocessing.get_context("spawn")
     core = max(os.sched_getaffinity(0))
+    others = multiprocessing.active_children()
+    rounds: dict[str, list[dict[str, Any]]] = {pipeline.name: [] for pipeline in pipelines}
     with ExitStack() as stack:
-        connections: dict[str, Any] = {}
-        found: dict[str, Found] = {}
-        for contender in contenders:
-            connections[contender.name], there = context.Pipe()
-            process = context.Process(target=serve, args=(contender, job, core, there), daemon=True)
-            process.start()
-            stack.callback(process.kill)
-            there.close()
-            found[contender.name] = _answer(connections[contender.name])
-        clips: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
-        for i in range(1, num_rounds + 1):
-            for contender in reversed(contenders) if i % 2 else contenders:
-                if found[contender.name].reason:
-                    continue
-                connections[contender.name].send(i)
-                answer = _answer(connections[contender.name])
-                if isinstance(answer, Found):
-                    found[contender.name] = answer
-                else:
-                    clips[contender.name].append(answer)
-    total = {name: [sum(stages.values()) for stages in rounds] for name, rounds in clips.items()}
+        pools = {
+            pipeline.name: stack.enter_context(ProcessPoolExecutor(1, context, begin, (core,)))
+            for pipeline in pipelines
+        }
+        stack.callback(_kill_all_but, others)
+        facts = {p.name: ask(pools[p.name], run_epoch, p, task, 0) for p in pipelines}
+        for pipeline in turns(pipelines, num_rounds):
+            done = rounds[pipeline.name]
+            if isinstance(facts[pipeline.name], str):
+                continue
+            answer = ask(pools[pipeline.name], run_epoch, pipeline, task, len(done) + 1)
+            if isinstance(answer, str):
+                facts[pipeline.name] = answer
+            else:
+                done.append(answer)
     return [
-        _record(name, job, contender, found[contender.name], clips[contender.name], total, appetite)
-        for contender in contenders
+        make_record(name, task, pipeline, facts[pipeline.name], rounds, appetite)
+        for pipeline in pipelines
     ]
 
 
-def _answer(connection: Any) -> Any:
+def ask(pool: ProcessPoolExecutor, function: Any, *arguments: Any) -> Any:
+    """What the process of a pipeline answers; a text says why it does not."""
     try:
-        return (
-            connection.recv()
-            if connection.poll(PATIENCE_SECONDS)
-            else Found(reason=f"no answer for {PATIENCE_SECONDS} seconds")
-        )
-    except EOFError:
-        return Found(reason="its process died")
+        return pool.submit(function, *arguments).result(PATIENCE_SECONDS)
+    except TimeoutError:
+        return f"no answer for {PATIENCE_SECONDS} seconds"
+    except BrokenProcessPool:
+        return "its process died"
 
 
-def _record(
+def _kill_all_but(others: Collection[Any]) -> None:
+    """Also what hangs."""
+    for process in multiprocessing.active_children():
+        if process not in others:
+            process.kill()
+
+
+def make_record(
     name: str,
-    job: Job,
-    contender: Contender,
-    found: Found,
-    clips: Sequence[dict[str, float]],
-    total: Mapping[str, Sequence[float]],
+    task: ClipTask,
+    pipeline: Pipeline,
+    facts: dict[str, Any] | str,
+    rounds: Mapping[str, Sequence[Mapping[str, float]]],
     appetite: float,
 ) -> Record:
-    shape = f"{name}, clips of {job.num_frames}x{job.side}x{job.side}, stride {job.stride}, batches of {job.batch}"
-    provider = contender.name
-    if found.reason:
-        return Record(
-            benchmark=BENCHMARK,
-            op="loader",
-            shape=shape,
-            dtype=DASH,
-            provider=provider,
-            mode="clips",
-            reason=found.reason,
-        )
-    own = total[provider]
-    clips_per_second = 1e3 / statistics.median(own)
-    measures: dict[str, float | bool | str] = {
-        "clips_per_second": clips_per_second,
-        "bytes_a_clip": found.bytes_a_clip,
-    }
-    if found.peak_bytes is not None:
-        measures["peak_mb"] = found.peak_bytes / 1e6
-    if contender.pipeline is not bare:
-        measures["gpu_cores"] = appetite / clips_per_second
-    alone = total.get(f"{contender.decoder} alone", ())
-    if contender.pipeline is ours and contender.form == "plain" and len(alone) == len(own):
-        measures["x alone"] = ratio(own, alone)
-    if len(total.get(OFFICIAL, ())) == len(own):
-        measures["x official"] = ratio(total[OFFICIAL], own)
-    times = {
-        "clip": quantiles(list(own)),
-        **{stage: quantiles([stages[stage] for stages in clips]) for stage in STAGES},
-    }
-    return Record(
-        benchmark=BENCHMARK,
+    """facts: of epoch 0, or why there is nothing; rounds: stages of all pipelines."""
+    record = partial(
+        Record,
+        benchmark="data",
         op="loader",
-        shape=shape,
-        dtype=found.dtype,
-        provider=provider,
+        shape=f"{name}, clips of {task.num_frames}x{task.side}x{task.side}, "
+        f"stride {task.stride}, batches of {task.batch}",
+        provider=pipeline.name,
         mode="clips",
-        times=times,
-        measures=measures,
     )
+    if isinstance(facts, str):
+        return record(dtype=DASH, reason=facts)
+    stages = rounds[pipeline.name]
+    totals = {other: [sum(clip.values()) for clip in clips] for other, clips in rounds.items()}
+    own = totals[pipeline.name]
+    clips_per_second = 1e3 / statistics.median(own)
+    measures = {"clips_per_second": clips_per_second, **facts}
+    dtype = measures.pop("dtype")
+    if pipeline.make is not bare:
+        measures["gpu_cores"] = appetite / clips_per_second
+    alone = totals.get(f"{pipeline.decoder} alone", ())
+    if pipeline.make is ours and pipeline.form == "plain" and len(alone) == len(own):
+        measures["x alone"] = ratio(own, alone)
+    if len(totals.get(OFFICIAL, ())) == len(own):
+        measures["x official"] = ratio(totals[OFFICIAL], own)
+    times = {"clip": percentiles(own)}
+    for stage in STAGES:
+        times[stage] = percentiles([clip[stage] for clip in stages])
+    return record(dtype=dtype, times=times, measures=measures)
 
 
-def tables(run: Run) -> list[Table]:
-    """One table: a row a pipeline, its stages in columns."""
-    columns = [
-        "pipeline",
-        "clips/s of a core",
-        "ms a clip",
-        "p20-p80",
-        *STAGES,
-        "x alone",
-        "x official",
-        "GPU cores",
-        "peak MB",
-        "MB a clip",
-        "clips",
-    ]
-    return [
-        Table(
-            f"loader {shape}",
-            columns,
-            [_row(record) for record in run.records if record.shape == shape],
-        )
-        for shape in dict.fromkeys(record.shape for record in run.records)
-    ]
-
-
-def _row(record: Record) -> list[str]:
-    if record.reason:
-        return [record.provider, *[DASH] * (len(STAGES) + 8), f"not available: {record.reason}"]
-    m, clip = record.measures, record.times["clip"]
-    shown = [
-        f"{float(m[key]):{form}}" if key in m else DASH
-        for key, form in (
-            ("x alone", ".2f"),
-            ("x official", ".2f"),
-            ("gpu_cores", ".0f"),
-            ("peak_mb", ".0f"),
-        )
-    ]
-    return [
-        record.provider,
-        f"{m['clips_per_second']:.1f}",
-        f"{clip.p50:.1f}",
-        f"{clip.p20:.1f}-{clip.p80:.1f}",
-        *(f"{record.times[stage].p50:.1f}" for stage in STAGES),
-        *shown,
-        f"{float(m['bytes_a_clip']) / 1e6:.1f}",
-        record.dtype,
-    ]
+def tables(results: Results) -> list[Table]:
+    """A row a pipeline, its stages in columns."""
+    found: list[Table] = []
+    for shape in dict.fromkeys(record.shape for record in results.records):
+        rows = [record.figures() for record in results.records if record.shape == shape]
+        for figures in rows:
+            if not figures["reason"]:
+                figures["mb_a_clip"] = figures["bytes_a_clip"] / 1e6
+        found.append(make_table(f"loader {shape}", COLUMNS, rows))
+    return found

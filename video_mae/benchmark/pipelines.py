@@ -1,8 +1,6 @@
 """Ways from video files to batches of clips: ours in all its forms, the official code's,
 pytorchvideo's, and decoding alone.
 
-Each is measured in a process of its own, on one core.
-
 Ours, the official one and decoding alone read the same frames; ours and the official one cut the
 same boxes out of them. Theirs are written from the descriptions of their projects.
 Letters: B clips, T frames, H W pixels, C channels.
@@ -10,18 +8,17 @@ Letters: B clips, T frames, H W pixels, C channels.
 
 import os
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from video_mae.benchmark.memory import peak_growth, peak_of_children
+from video_mae.benchmark.clock import Stopwatch, peak_growth, peak_of_children
+from video_mae.benchmark.record import dtype_name, reason_of
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from video_mae.data import ClipDataset, clip_indices, collate, read_annotations, sample_rng
 from video_mae.data.augment import crop_box
@@ -33,10 +30,12 @@ from video_mae.decoding import Choose, Decoded, resolve_decoder
 STAGES = ("decode", "crop", "floats", "collate")
 SEED = 0
 Form = Literal["plain", "video", "frames"]
+Batches = Iterator[tuple[torch.Tensor, int]]
+"""Clips, or the bytes of which the device makes them, and how many clips they are."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ClipTask:
     """The same videos as plain files, as packed videos and as packed frames (as data.source names
     them), and the clips to be made.
     """
@@ -48,48 +47,24 @@ class Job:
     batch: int
 
 
-class Stopwatch:
-    """Seconds of each stage: a lap goes to a stage and begins where the last one ended."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] += now - self._last
-        self._last = now
-
-
-class Made(NamedTuple):
-    """A batch: its clips, or the bytes of which the device makes them, and how many clips they are."""
-
-    pixels: torch.Tensor
-    num_clips: int
-
-
-Pipeline = Callable[["Contender", Job, int, Stopwatch], Iterator[Made]]
-"""Batches of clips, of each video as many as the contender has crops, in one epoch; all the time of
-their making goes to the stopwatch.
-"""
-
-
 @dataclass(frozen=True)
-class Contender:
-    """A row of the benchmark."""
+class Pipeline:
+    """A row of the benchmark. `make` gives the batches of one epoch, of each video as many clips as
+    there are crops; all the time of their making goes to the stopwatch.
+    """
 
     name: str
-    pipeline: Pipeline
+    make: Callable[["Pipeline", ClipTask, int, Stopwatch], Batches]
     form: Form = "plain"
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
     crops: int = 1
     crop_where: Literal["worker", "device"] = "worker"
 
-    def data(self, job: Job) -> DataConfig:
+    def data(self, task: ClipTask) -> DataConfig:
         """The configuration of the loader; packed frames lie `stride` apart already."""
         return DataConfig(
-            source=job.sources[self.form],
-            stride=1 if self.form == "frames" else job.stride,
+            source=task.sources[self.form],
+            stride=1 if self.form == "frames" else task.stride,
             decoder=self.decoder,
             clips_per_video=self.crops,
             crop_where=self.crop_where,
@@ -97,9 +72,7 @@ class Contender:
 
 
 class _Watched(ClipDataset):
-    def __init__(self, data: DataConfig, job: Job, watch: Stopwatch) -> None:
-        super().__init__(read_annotations(data), data, job.num_frames, job.side, job.side, SEED)
-        self.watch = watch
+    watch: Stopwatch
 
     def read(self, index: int, choose: Choose) -> Decoded:
         decoded = super().read(index, choose)
@@ -107,12 +80,14 @@ class _Watched(ClipDataset):
         return decoded
 
 
-def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
+def ours(pipeline: Pipeline, task: ClipTask, epoch: int, watch: Stopwatch) -> Batches:
     """Our data set and collation: clip_BTHWC, uint8, or whole frames where the device cuts. It
     makes floats of what the model needs.
     """
-    dataset = _Watched(contender.data(job), job, watch)
-    for indices in _batches(len(dataset), max(job.batch // contender.crops, 1)):
+    data, side = pipeline.data(task), task.side
+    dataset = _Watched(read_annotations(data), data, task.num_frames, side, side, SEED)
+    dataset.watch = watch
+    for indices in _batches(len(dataset), max(task.batch // pipeline.crops, 1)):
         samples = []
         for index in indices:
             samples.append(dataset[epoch, index])
@@ -120,25 +95,26 @@ def ours(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterat
         batch = collate(samples)
         clips: Any = batch.clip_BTHWC
         watch.lap("collate")
-        yield Made(
-            clips.bytes_N if isinstance(clips, UncutClips) else clips,
-            len(batch.seeds_B),
-        )
+        pixels = clips.bytes_N if isinstance(clips, UncutClips) else clips
+        yield pixels, len(batch.seeds_B)
 
 
-def bare(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
+def bare(pipeline: Pipeline, task: ClipTask, epoch: int, watch: Stopwatch) -> Batches:
     """Decoding alone, as the library's own documentation does it: the same frames, whole,
     frames_THWC of one video at a time.
     """
-    videos = read_annotations(contender.data(job))
+    videos = read_annotations(pipeline.data(task))
     for index in range(len(videos)):
-        rng = sample_rng(SEED, epoch, index, FIRST_ATTEMPT)
-        frames_THWC = BARE[contender.decoder](
-            videos[index][0],
-            lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng),
-        )
+        choose = _choice(task, epoch, index)
+        frames_THWC = BARE[pipeline.decoder](videos[index][0], choose)
         watch.lap("decode")
-        yield Made(torch.from_numpy(frames_THWC), 1)
+        yield torch.from_numpy(frames_THWC), 1
+
+
+def _choice(task: ClipTask, epoch: int, index: int) -> Choose:
+    """The frames that ours reads."""
+    rng = sample_rng(SEED, epoch, index, FIRST_ATTEMPT)
+    return lambda total: clip_indices(total, task.num_frames, task.stride, rng)
 
 
 def _bare_decord(path: str, choose: Choose) -> np.ndarray:
@@ -183,46 +159,39 @@ BARE: dict[str, Callable[[str, Choose], np.ndarray]] = {
 }
 
 
-def official(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
+def official(pipeline: Pipeline, task: ClipTask, epoch: int, watch: Stopwatch) -> Batches:
     """The official pretraining data set's: the clip's frames by decord, whole, one PIL image a
     frame, multi-scale crop and bilinear resize of each, a stack along the channels, which becomes
     float32, is divided by 255 and normalised channel by channel: video_BCTHW. Source: VideoMAE
     (Tong et al., 2022).
     """
-    data, videos = contender.data(job), read_annotations(contender.data(job))
-    for indices in _batches(len(videos), job.batch):
+    data, side = pipeline.data(task), task.side
+    videos = read_annotations(data)
+    for indices in _batches(len(videos), task.batch):
         clips = []
         for index in indices:
-            rng = sample_rng(SEED, epoch, index, FIRST_ATTEMPT)
-            frames_THWC = _bare_decord(
-                videos[index][0],
-                lambda total, rng=rng: clip_indices(total, job.num_frames, job.stride, rng),
-            )
+            frames_THWC = _bare_decord(videos[index][0], _choice(task, epoch, index))
             watch.lap("decode")
             _, height, width, _ = frames_THWC.shape
-            top, left, rows, columns = crop_box(
-                data, height, width, job.side, job.side, sample_rng(SEED, epoch, index, 0)
-            )
+            rng = sample_rng(SEED, epoch, index, 0)
+            top, left, rows, columns = crop_box(data, height, width, side, side, rng)
             images = [Image.fromarray(frame_HWC).convert("RGB") for frame_HWC in frames_THWC]
             images = [image.crop((left, top, left + columns, top + rows)) for image in images]
-            images = [
-                image.resize((job.side, job.side), Image.Resampling.BILINEAR) for image in images
-            ]
+            images = [image.resize((side, side), Image.Resampling.BILINEAR) for image in images]
             watch.lap("crop")
             stack_HWS = np.concatenate([np.asarray(image) for image in images], axis=2)
             values_SHW = torch.from_numpy(stack_HWS).permute(2, 0, 1).contiguous().float().div(255)
-            for channel, mean, std in zip(
-                values_SHW, IMAGENET_MEAN * len(images), IMAGENET_STD * len(images), strict=True
-            ):
+            means, stds = IMAGENET_MEAN * len(images), IMAGENET_STD * len(images)
+            for channel, mean, std in zip(values_SHW, means, stds, strict=True):
                 channel.sub_(mean).div_(std)
-            clips.append(values_SHW.view(len(images), 3, job.side, job.side).transpose(0, 1))
+            clips.append(values_SHW.view(len(images), 3, side, side).transpose(0, 1))
             watch.lap("floats")
         video_BCTHW = torch.stack(clips)
         watch.lap("collate")
-        yield Made(video_BCTHW, len(video_BCTHW))
+        yield video_BCTHW, len(video_BCTHW)
 
 
-def pytorchvideo(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -> Iterator[Made]:
+def pytorchvideo(pipeline: Pipeline, task: ClipTask, epoch: int, watch: Stopwatch) -> Batches:
     """LabeledVideoDataset with random clips, without audio, decord, and torchvision's transforms
     (its own cannot be imported any more): 16 frames of each clip, a random resized crop, ImageNet
     normalisation: video_BCTHW, float32.
@@ -230,127 +199,102 @@ def pytorchvideo(contender: Contender, job: Job, epoch: int, watch: Stopwatch) -
     import decord
     from pytorchvideo.data import LabeledVideoDataset, RandomClipSampler
 
-    videos = read_annotations(contender.data(job))
+    videos = read_annotations(pipeline.data(task))
     random.seed(epoch)
     torch.manual_seed(epoch)
-    seconds = (
-        job.num_frames * job.stride / decord.VideoReader(videos[0][0], num_threads=1).get_avg_fps()
-    )
-    crop, normalize = (
-        v2.RandomResizedCrop(job.side, antialias=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True),
-    )
+    fps = decord.VideoReader(videos[0][0], num_threads=1).get_avg_fps()
+    seconds = task.num_frames * task.stride / fps
+    crop = v2.RandomResizedCrop(task.side, antialias=True)
+    normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
     def transform(sample: dict[str, Any]) -> torch.Tensor:
         watch.lap("decode")
         video_CTHW = sample["video"]
-        wanted = torch.linspace(0, video_CTHW.shape[1] - 1, job.num_frames).long()
+        wanted = torch.linspace(0, video_CTHW.shape[1] - 1, task.num_frames).long()
         video_TCHW = crop(video_CTHW[:, wanted].transpose(0, 1))
         watch.lap("crop")
         video_CTHW = normalize(video_TCHW.div_(255)).transpose(0, 1)
         watch.lap("floats")
         return video_CTHW
 
-    dataset = iter(
-        LabeledVideoDataset(
-            videos,  # pyright: ignore[reportArgumentType]
-            RandomClipSampler(clip_duration=seconds),  # pyright: ignore[reportArgumentType]
-            torch.utils.data.SequentialSampler,
-            transform,
-            decode_audio=False,
-            decoder="decord",
-        )
+    dataset: Any = LabeledVideoDataset(
+        videos,  # pyright: ignore[reportArgumentType]
+        RandomClipSampler(clip_duration=seconds),  # pyright: ignore[reportArgumentType]
+        torch.utils.data.SequentialSampler,
+        transform,
+        decode_audio=False,
+        decoder="decord",
     )
+    clips = iter(dataset)
     decord.bridge.set_bridge("torch")  # for the whole process, which is how it wants its frames
     try:
-        for indices in _batches(len(videos), job.batch):
-            video_BCTHW = torch.stack([next(dataset) for _ in indices])  # pyright: ignore[reportArgumentType]
+        for indices in _batches(len(videos), task.batch):
+            video_BCTHW = torch.stack([next(clips) for _ in indices])
             watch.lap("collate")
-            yield Made(video_BCTHW, len(video_BCTHW))
+            yield video_BCTHW, len(video_BCTHW)
     finally:
         decord.bridge.set_bridge("native")
 
 
-CONTENDERS = (
-    Contender("ours", ours),
-    Contender("ours, 4 crops", ours, crops=4),
-    Contender("ours, decord", ours, decoder="decord"),
-    Contender("ours, decord, 4 crops", ours, decoder="decord", crops=4),
-    Contender("ours, torchcodec", ours, decoder="torchcodec"),
-    Contender("ours, packed video", ours, "video"),
-    Contender("ours, packed video, 4 crops", ours, "video", crops=4),
-    Contender(
+def _batches(num_videos: int, batch: int) -> list[range]:
+    """The indices of the videos of each batch."""
+    return [range(num_videos)[first : first + batch] for first in range(0, num_videos, batch)]
+
+
+PIPELINES = (
+    Pipeline("ours", ours),
+    Pipeline("ours, 4 crops", ours, crops=4),
+    Pipeline("ours, decord", ours, decoder="decord"),
+    Pipeline("ours, decord, 4 crops", ours, decoder="decord", crops=4),
+    Pipeline("ours, torchcodec", ours, decoder="torchcodec"),
+    Pipeline("ours, packed video", ours, "video"),
+    Pipeline("ours, packed video, 4 crops", ours, "video", crops=4),
+    Pipeline(
         "ours, packed video, 4 crops on the device", ours, "video", crops=4, crop_where="device"
     ),
-    Contender("ours, packed video, decord", ours, "video", "decord"),
-    Contender("ours, packed frames", ours, "frames"),
-    Contender("ours, packed frames, 4 crops", ours, "frames", crops=4),
-    Contender("ours, packed frames, crop on the device", ours, "frames", crop_where="device"),
-    Contender("pyav alone", bare),
-    Contender("decord alone", bare, decoder="decord"),
-    Contender("torchcodec alone", bare, decoder="torchcodec"),
-    Contender("official (decord, PIL, floats)", official, decoder="decord"),
-    Contender("pytorchvideo LabeledVideoDataset", pytorchvideo, decoder="decord"),
+    Pipeline("ours, packed video, decord", ours, "video", "decord"),
+    Pipeline("ours, packed frames", ours, "frames"),
+    Pipeline("ours, packed frames, 4 crops", ours, "frames", crops=4),
+    Pipeline("ours, packed frames, crop on the device", ours, "frames", crop_where="device"),
+    Pipeline("pyav alone", bare),
+    Pipeline("decord alone", bare, decoder="decord"),
+    Pipeline("torchcodec alone", bare, decoder="torchcodec"),
+    Pipeline("official (decord, PIL, floats)", official, decoder="decord"),
+    Pipeline("pytorchvideo LabeledVideoDataset", pytorchvideo, decoder="decord"),
 )
 """All rows; the first is what training does where nothing is set."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a pipeline says of itself: its clips, the memory of one epoch, or why it has none."""
-
-    dtype: str = ""
-    bytes_a_clip: int = 0
-    peak_bytes: int | None = None
-    reason: str = ""
-
-
-def serve(contender: Contender, job: Job, core: int, connection: Connection) -> None:
-    """The process of a pipeline, on one core: sends what it has `Found` in a first epoch, then for
-    every epoch that it receives the milliseconds a clip of its stages. A `Found` with a reason is
-    its last word.
-    """
+def begin(core: int) -> None:
+    """What a pipeline's process does first: it stays on one core, with one thread."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    if contender.pipeline is ours:
-        keep_memory()  # as a worker does
+
+
+def run_epoch(pipeline: Pipeline, task: ClipTask, epoch: int) -> dict[str, Any] | str:
+    """Milliseconds a clip of each stage; of epoch 0, which is the first of a process, what its
+    clips are and the memory that it takes. A text says why there is nothing.
+    """
+    watch = Stopwatch()
+
+    def passed() -> list[tuple[torch.dtype, int, int]]:
+        batches = pipeline.make(pipeline, task, epoch, watch)
+        return [(pixels.dtype, pixels.nbytes, num_clips) for pixels, num_clips in batches]
+
     try:
-        for answer in _answers(contender, job, connection):
-            connection.send(answer)
+        if epoch > 0:
+            total = sum(num_clips for _, _, num_clips in passed())
+            parts = watch.parts()
+            return {stage: parts.get(stage, 0.0) / total for stage in STAGES}
+        if pipeline.make is ours:
+            keep_memory()  # as a worker does
+        if pipeline.make is not pytorchvideo:
+            resolve_decoder(pipeline.decoder)
+        batches, peak_bytes = peak_growth(passed, torch.device("cpu"))
+        dtype, num_bytes, num_clips = batches[0]
+        facts = {"dtype": dtype_name(dtype), "bytes_a_clip": num_bytes // num_clips}
+        if peak_bytes:
+            facts["peak_mb"] = (peak_bytes + peak_of_children()) / 1e6
+        return facts
     except Exception as error:  # whatever a competitor raises is its row's problem
-        connection.send(
-            Found(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        )
-
-
-def _answers(
-    contender: Contender, job: Job, connection: Connection
-) -> Iterator[Found | dict[str, float]]:
-    batches: list[Found] = []
-
-    def first_epoch() -> None:
-        for batch in contender.pipeline(contender, job, 0, Stopwatch()):
-            batches.append(
-                Found(
-                    str(batch.pixels.dtype).removeprefix("torch."),
-                    batch.pixels.nbytes // batch.num_clips,
-                )
-            )
-
-    if contender.pipeline is not pytorchvideo:
-        resolve_decoder(contender.decoder)
-    peak_bytes = peak_growth(first_epoch, torch.device("cpu"))
-    yield replace(
-        batches[0], peak_bytes=None if peak_bytes is None else peak_bytes + peak_of_children()
-    )
-    while True:
-        epoch, watch = connection.recv(), Stopwatch()
-        num_clips = sum(
-            batch.num_clips for batch in contender.pipeline(contender, job, epoch, watch)
-        )
-        yield {stage: 1e3 * seconds / num_clips for stage, seconds in watch.seconds.items()}
-
-
-def _batches(num_videos: int, batch: int) -> Iterator[Sequence[int]]:
-    for first in range(0, num_videos, batch):
-        yield range(first, min(first + batch, num_videos))
+        return reason_of(error)

@@ -9,36 +9,28 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 
-from video_mae.benchmark import hugging_face, timeline
-from video_mae.benchmark.contender import (
-    EngineTrainer,
-    Step,
-    Trainer,
-    ratio,
-    time_call,
-    time_in_turn,
+from video_mae.benchmark import step_models
+from video_mae.benchmark.clock import Call, Clock, peak_growth, ratio, turns
+from video_mae.benchmark.kernels import default_device, default_dtype
+from video_mae.benchmark.record import (
+    Record,
+    Results,
+    Table,
+    dtype_name,
+    environment,
+    make_table,
+    percentiles,
+    reason_of,
 )
-from video_mae.benchmark.kernel_cells import dtype_name
-from video_mae.benchmark.kernel_tables import default_device, default_dtype
-from video_mae.benchmark.measure import Clock, quantiles
-from video_mae.benchmark.memory import peak_growth
-from video_mae.benchmark.records import Record, Run, environment
-from video_mae.benchmark.report import OUTPUT, publish
-from video_mae.benchmark.step_tables import (
-    BENCHMARK,
-    NOTES,
-    OURS_BY_ENGINE,
-    THEIRS,
-    THEIRS_COMPILED,
-    THEIRS_PREPARED,
-    tables,
-)
+from video_mae.benchmark.report import BenchConfig, publish, words
+from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer
 from video_mae.config import PRESETS, ModelConfig
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import knob, require
 from video_mae.kernels.dispatch import describe
 from video_mae.model.masking import TokenMask, token_mask
 from video_mae.model.vit import VideoMAE, pretraining_macs
@@ -48,23 +40,58 @@ from video_mae.training.journal import peak_flops
 Name = tuple[str, str]
 """(provider, mode) of a step."""
 
+OURS, OURS_BY_ENGINE = "ours eager", "ours by Engine"
+THEIRS = "Hugging Face eager"
+THEIRS_PREPARED = "Hugging Face eager, input prepared"
+THEIRS_COMPILED = "Hugging Face compiled"
 MASKS = {"full": 0.0, "dual": 0.5}  # mode: share of the tokens that the decoder leaves out
 HIDDEN = 0.9
 SAME_LOSS = 1e-4
 PART_ROUNDS = 5
+PARTS = (
+    "data copy",
+    "preparation",
+    "gather",
+    "embed",
+    "encoder attention",
+    "encoder rest",
+    "decoder attention",
+    "decoder rest",
+    "losses",
+    "optimizer",
+)
+NOTES = (
+    "A step: copy of the clips to the device, forward, backward, AdamW (fused; float32 master "
+    "weights under bfloat16). The steps take turns, back and forth; ms are medians; x HF: the "
+    "median over the rounds of Hugging Face's time over ours in the same round.",
+    "ours by Engine: as a training run takes it, through DeepSpeed (ZeRO 1, one process). What it "
+    "takes beyond `ours eager` is DeepSpeed's.",
+    "full: 90 % tube masking, every hidden token is decoded. dual: the decoder leaves half of all "
+    "tokens out (VideoMAE V2). Hugging Face's model cannot; its full step is what dual is compared "
+    "with.",
+    "Hugging Face: VideoMAEForPreTraining with SDPA, our weights, clips and masks. Its input is "
+    "made of uint8 clips on the device in two passes, the cheapest way that we know; this is part "
+    "of its step, but for `input prepared`.",
+    "% ceiling: of the FLOP/s of a large matrix product, measured in this run; MFU: of the data "
+    "sheet's. Both count 6 operations for each multiply-accumulate that a forward pass needs.",
+    "Parts: eager steps with marks on the tensors between the parts, in the forward and the "
+    "backward pass; a mark takes the time of the clock on a CPU, and of an event in the stream on "
+    "a GPU. attention is softmax(q k^T) v alone, its projections are in rest.",
+)
 
 
-class StepBenchConfig(Knobs):
+class StepBenchConfig(BenchConfig):
     """`video-mae bench step key=value ...`."""
 
     presets: str = knob(
         "auto",
-        "comma-separated, of small, base, large, huge, giant; auto: small on a CPU, small to huge on a GPU",
+        "comma-separated, of small, base, large, huge, giant; auto: small on a CPU, small to huge "
+        "on a GPU",
     )
     compiled: str = knob(
         "auto",
-        "presets that are also compiled, which takes minutes; auto: small and base on a GPU, none on a CPU; "
-        "empty: none",
+        "presets that are also compiled, which takes minutes; auto: small and base on a GPU, none "
+        "on a CPU; empty: none",
     )
     batch: int = knob(0, "clips of a step; 0: 8 on a CPU, 32 on a GPU", low=0)
     side: int = knob(
@@ -72,81 +99,43 @@ class StepBenchConfig(Knobs):
     )
     rounds: int = knob(9, "samples of every step", low=2)
     precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-    output: str = knob(
-        OUTPUT,
-        "a folder: DEVICE/step.jsonl in it is appended to, its page is made anew",
-        filled=True,
-    )
-    baseline: str = knob(
-        "", "an older file of records: prints what became slower since (also --baseline FILE)"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(words(self.presets) != [], "presets", "(empty)", "must name at least one")
         for key in ("presets", "compiled"):
-            for name in _words(getattr(self, key)):
-                require(
-                    name in PRESETS or name == "auto",
-                    key,
-                    name,
-                    f"is not one of {', '.join(PRESETS)}",
-                )
-        require(_words(self.presets) != [], "presets", "(empty)", "must name at least one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One model, its batch and its place. ceiling: FLOP/s of the device, as measured."""
-
-    preset: str
-    model: ModelConfig
-    batch: int
-    rounds: int
-    compiled: bool
-    device: torch.device
-    dtype: torch.dtype
-    ceiling: float
-
-    def record(self, op: str, provider: str, mode: str, **what: Any) -> Record:
-        c = self.model
-        shape = f"{self.preset}, {self.batch} x {c.num_frames}x{c.height}x{c.width}"
-        return Record(
-            benchmark=BENCHMARK,
-            op=op,
-            shape=shape,
-            dtype=dtype_name(self.dtype),
-            provider=provider,
-            mode=mode,
-            **what,
-        )
+            for name in words(getattr(self, key)):
+                remedy = f"is not one of {', '.join(PRESETS)}"
+                require(name in (*PRESETS, "auto"), key, name, remedy)
 
 
 def start(config: StepBenchConfig) -> int:
     """The stage as the command line starts it. Raises: ValueError for a clip that a preset cannot
     cut.
     """
-    status = publish(BENCHMARK, measure(config), tables, config.output, config.baseline, NOTES)
+    status = publish("step", measure(config), tables, config, NOTES)
     leave()
     return status
 
 
-def measure(config: StepBenchConfig) -> Iterator[Run]:
+def measure(config: StepBenchConfig) -> Iterator[Results]:
     """Measures preset after preset; each gives a part of one run."""
     device = default_device()
-    on_gpu = device.type == "cuda"
-    dtype = {"auto": default_dtype(device), "fp32": torch.float32, "bf16": torch.bfloat16}[
-        config.precision
-    ]
-    side = config.side or (224 if on_gpu else 112)
-    presets = _words(
-        config.presets.replace("auto", "small, base, large, huge" if on_gpu else "small")
-    )
-    compiled = _words(config.compiled.replace("auto", "small, base" if on_gpu else ""))
-    models = {preset: ModelConfig.preset(preset, height=side, width=side) for preset in presets}
-    ceilings = Clock(device).ceilings(dtype)
+    side, batch, presets, compiled = 112, 8, "small", ""
+    if device.type == "cuda":
+        side, batch, presets, compiled = 224, 32, "small, base, large, huge", "small, base"
+    side = config.side or side
+    precisions = {"auto": default_dtype(device), "fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = precisions[config.precision]
+    models = {
+        preset: ModelConfig.preset(preset, height=side, width=side)
+        for preset in words(config.presets.replace("auto", presets))
+    }
+    clock = Clock(device)
+    ceilings = clock.ceilings(dtype)
     header = {
         **environment(device),
-        "benchmark": BENCHMARK,
+        "benchmark": "step",
         "dtype": dtype_name(dtype),
         "kernels": describe("auto", device),
         "ceilings": ceilings._asdict(),
@@ -156,289 +145,278 @@ def measure(config: StepBenchConfig) -> Iterator[Run]:
         # else the models of one class would be too many for the compiler, and it would quietly run
         # them eagerly
         torch.compiler.reset()
-        case = Case(
+        bench = StepBench(
             preset=preset,
             model=model,
-            batch=config.batch or (32 if on_gpu else 8),
+            batch=config.batch or batch,
             rounds=config.rounds,
-            compiled=preset in compiled,
-            device=device,
+            is_compiled=preset in words(config.compiled.replace("auto", compiled)),
+            clock=clock,
             dtype=dtype,
             ceiling=ceilings.flops_per_second,
         )
-        yield Run(header, measure_case(case))
+        yield Results(header, bench.measure())
 
 
-def measure_case(case: Case) -> list[Record]:
-    """Everything about one model: the losses, the steps, the preparation of the competitor's input,
-    the parts.
-    """
-    c = case.model
-    generator = torch.Generator().manual_seed(0)
-    clip_BTHWC = torch.randint(
-        0,
-        256,
-        (case.batch, c.num_frames, c.height, c.width, c.in_channels),
-        dtype=torch.uint8,
-        generator=generator,
-    )
-    seeds_B = torch.arange(case.batch, device=case.device)
-    masks = {
-        mode: token_mask(seeds_B, c.grid, "tube", HIDDEN, skipped)
-        for mode, skipped in MASKS.items()
-    }
-    ours = VideoMAE(c).to(case.device)
-    missing: list[Record] = []
-    try:
-        ours_by_engine = _engine_steps(case, ours, clip_BTHWC, masks)
-    except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-        ours_by_engine, remedy = (
-            {},
-            "; pip install deepspeed" if isinstance(error, ImportError) else "",
+@dataclass(frozen=True, kw_only=True)
+class StepBench:
+    """One model, its batch and its place, measured. ceiling: FLOP/s of the device, as measured."""
+
+    preset: str
+    model: ModelConfig
+    batch: int
+    rounds: int
+    is_compiled: bool
+    clock: Clock
+    dtype: torch.dtype
+    ceiling: float
+
+    @property
+    def device(self) -> torch.device:
+        return self.clock.device
+
+    def record(self, op: str, provider: str, mode: str, **what: Any) -> Record:
+        c = self.model
+        return Record(
+            benchmark="step",
+            op=op,
+            shape=f"{self.preset}, {self.batch} x {c.num_frames}x{c.height}x{c.width}",
+            dtype=dtype_name(self.dtype),
+            provider=provider,
+            mode=mode,
+            **what,
         )
-        missing = [
-            case.record(
-                "step",
-                OURS_BY_ENGINE,
-                "full",
-                reason=f"{str(error).strip().splitlines()[0]}{remedy}",
-            )
-        ]
-    try:
-        theirs = hugging_face.hugging_face_model(ours)
-    except ImportError as error:
-        missing.append(
-            case.record("step", THEIRS, "full", reason=f"{error}; pip install transformers")
+
+    def measure(self) -> list[Record]:
+        """Everything about one model: the losses, the steps, the preparation of the competitor's
+        input, the parts.
+        """
+        c = self.model
+        clip_BTHWC = torch.randint(
+            0,
+            256,
+            (self.batch, c.num_frames, c.height, c.width, c.in_channels),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(0),
         )
-        steps = _our_steps(case, ours, clip_BTHWC, masks) | ours_by_engine
-        return missing + _measure_steps(case, masks, steps, "there is nothing to compare with")
-    torch.nn.Module.to(theirs, case.device)
-    hidden_BN = hugging_face.boolean_mask(masks["full"], c.num_tokens)
-    loss = compare_losses(case, ours, theirs, clip_BTHWC, masks["full"])
-    steps = (
-        _our_steps(case, ours, clip_BTHWC, masks)
-        | ours_by_engine
-        | _their_steps(case, theirs, clip_BTHWC, hidden_BN)
-    )
-    return [
-        *missing,
-        loss,
-        *_measure_preparation(case, clip_BTHWC),
-        *_measure_steps(case, masks, steps, str(loss.measures["gate"])),
-    ]
+        seeds_B = torch.arange(self.batch, device=self.device)
+        masks = {
+            mode: token_mask(seeds_B, c.grid, "tube", HIDDEN, skipped)
+            for mode, skipped in MASKS.items()
+        }
+        ours = VideoMAE(c).to(self.device)
+        records: list[Record] = []
 
+        def built(provider: str, package: str, build: Call) -> Any:
+            """None and a row that says why, where it cannot be."""
+            try:
+                return build()
+            except (ImportError, ValueError, torch.OutOfMemoryError) as error:
+                remedy = f"; pip install {package}" if isinstance(error, ImportError) else ""
+                reason = f"{reason_of(error)}{remedy}"
+                records.append(self.record("step", provider, "full", reason=reason))
 
-@torch.no_grad()
-def compare_losses(
-    case: Case, ours: VideoMAE, theirs: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
-) -> Record:
-    """The losses of both models in float32; measure `gate` says what is wrong, and is empty where
-    they are the same.
-    """
-    clip_BTHWC = clip_BTHWC.to(case.device)
-    our_loss = _our_loss(ours, mask, clip_BTHWC).item()
-    hidden_BN = hugging_face.boolean_mask(mask, case.model.num_tokens)
-    their_loss = _their_loss(theirs, hidden_BN, hugging_face.prepare(clip_BTHWC, case.model)).item()
-    gate = (
-        ""
-        if abs(our_loss - their_loss) <= SAME_LOSS
-        else f"the losses differ: ours is {our_loss:.6f}, theirs {their_loss:.6f}"
-    )
-    return case.record(
-        "loss", THEIRS, "full", measures={"ours": our_loss, "theirs": their_loss, "gate": gate}
-    )
-
-
-def _our_steps(
-    case: Case, model: VideoMAE, clip_BTHWC: torch.Tensor, masks: Mapping[str, TokenMask]
-) -> dict[Name, Step]:
-    trainer = Trainer(model, case.device, case.dtype)
-    borders = timeline.borders_of(model)
-    steps = {
-        ("ours eager", mode): Step(
-            trainer,
-            clip_BTHWC,
-            partial(_our_loss, model, mask),
-            borders=borders,
-            first_part="gather",
+        by_engine = built(
+            OURS_BY_ENGINE,
+            "deepspeed",
+            partial(EngineTrainer, ours, self.device, self.dtype, self.batch),
         )
-        for mode, mask in masks.items()
-    }
-    if case.compiled:
-        compiled = torch.compile(model, dynamic=False)
-        steps |= {
-            ("ours compiled", mode): Step(trainer, clip_BTHWC, partial(_our_loss, compiled, mask))
+        theirs = built(THEIRS, "transformers", partial(step_models.hugging_face_model, ours))
+        gate = ""
+        if theirs is not None:
+            theirs.to(self.device)
+            loss = self.compare_losses(ours, theirs, clip_BTHWC, masks["full"])
+            gate = loss.measures["gate"]
+            records += [loss, *self.measure_preparation(clip_BTHWC)]
+        trainer = Trainer(ours, self.device, self.dtype)
+        models: dict[str, tuple[Any, Any]] = {OURS: (trainer, ours)}
+        if self.is_compiled:
+            models["ours compiled"] = (trainer, torch.compile(ours, dynamic=False))
+        if by_engine is not None:
+            models[OURS_BY_ENGINE] = (by_engine, by_engine.engine)
+        steps = {
+            (provider, mode): Step(trainer, clip_BTHWC, partial(loss_of, model, mask))
+            for provider, (trainer, model) in models.items()
             for mode, mask in masks.items()
         }
-    return steps
+        if theirs is not None:
+            steps |= self.their_steps(theirs, clip_BTHWC, masks["full"])
+        return records + self.measure_steps(masks, steps, gate)
 
+    @torch.no_grad()
+    def compare_losses(
+        self, ours: VideoMAE, theirs: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
+    ) -> Record:
+        """The losses of both models in float32; measure `gate` says what is wrong, and is empty
+        where they are the same.
+        """
+        clip_BTHWC = clip_BTHWC.to(self.device)
+        hidden_BN = step_models.boolean_mask(mask, self.model.num_tokens)
+        video_BTCHW = step_models.prepare(clip_BTHWC, self.model)
+        our_loss = loss_of(ours, mask, clip_BTHWC).item()
+        their_loss = loss_of(theirs, hidden_BN, video_BTCHW).item()
+        gate = ""
+        if abs(our_loss - their_loss) > SAME_LOSS:
+            gate = f"the losses differ: ours is {our_loss:.6f}, theirs {their_loss:.6f}"
+        measures = {"ours": our_loss, "theirs": their_loss, "gate": gate}
+        return self.record("loss", THEIRS, "full", measures=measures)
 
-def _engine_steps(
-    case: Case, model: VideoMAE, clip_BTHWC: torch.Tensor, masks: Mapping[str, TokenMask]
-) -> dict[Name, Step]:
-    trainer = EngineTrainer(model, case.device, case.dtype, case.batch)
-    return {
-        (OURS_BY_ENGINE, mode): Step(trainer, clip_BTHWC, partial(_our_loss, trainer.engine, mask))
-        for mode, mask in masks.items()
-    }
+    def their_steps(
+        self, model: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
+    ) -> dict[Name, Step]:
+        prepare = partial(step_models.prepare, config=self.model, dtype=self.dtype)
+        hidden_BN = step_models.boolean_mask(mask, self.model.num_tokens)
+        trainer = Trainer(model, self.device, self.dtype)
+        loss = partial(loss_of, model, hidden_BN)
+        prepared = prepare(clip_BTHWC.to(self.device))
+        steps = {
+            (THEIRS, "full"): Step(trainer, clip_BTHWC, loss, prepare),
+            (THEIRS_PREPARED, "full"): Step(trainer, clip_BTHWC, lambda _: loss(prepared)),
+        }
+        if self.is_compiled:
+            loss = partial(loss_of, torch.compile(model), hidden_BN)
+            steps[THEIRS_COMPILED, "full"] = Step(trainer, clip_BTHWC, loss, prepare)
+        return steps
 
+    def measure_steps(
+        self, masks: Mapping[str, TokenMask], steps: Mapping[Name, Step], gate: str
+    ) -> list[Record]:
+        """A record a step, and one for the parts of each eager one; ratios only where `gate` is
+        empty.
+        """
+        calls: dict[Name, Call] = {}
+        memory: dict[Name, int] = {}
+        failed: list[Record] = []
+        for (provider, mode), step in steps.items():
+            names = [(provider, mode)]
+            is_ours = provider.startswith("ours")
+            # the host only launches, then
+            if self.clock.on_gpu and is_ours and isinstance(step.trainer, Trainer):
+                names.append((f"{provider}, graphed", mode))
+            for name in names:
+                try:
+                    if name[0] == provider:
+                        step()
+                        calls[name], growth = step, peak_growth(step, self.device)[1]
+                    else:  # what a graph takes, it takes when it is captured
+                        calls[name], growth = peak_growth(step.graphed, self.device)
+                    kept = step_models.kept_bytes(step.trainer)
+                    memory[name] = growth + kept if growth else 0
+                except RuntimeError as error:  # out of memory, or the compiler's
+                    calls.pop(name, None)
+                    failed.append(self.record("step", *name, reason=reason_of(error)))
+                    step.trainer.model.zero_grad(set_to_none=True)
+                    torch.cuda.empty_cache()
+        samples = self.clock.in_turn(calls, self.rounds)
+        records: list[Record] = []
+        for (provider, mode), times in samples.items():
+            measures = self.rates(masks[mode], times)
+            if memory[provider, mode]:
+                measures["peak_mb"] = memory[provider, mode] / 1e6
+            for theirs in (THEIRS, THEIRS_PREPARED, THEIRS_COMPILED):
+                if provider.startswith("ours") and not gate and (theirs, "full") in samples:
+                    measures[f"x {theirs}"] = ratio(samples[theirs, "full"], times)
+            spread = {"step": percentiles(times)}
+            records.append(self.record("step", provider, mode, times=spread, measures=measures))
+        eager = {name: steps[name] for name in calls if name[0] in (OURS, THEIRS)}
+        return records + failed + self.measure_parts(eager)
 
-def _their_steps(
-    case: Case, model: Any, clip_BTHWC: torch.Tensor, hidden_BN: torch.Tensor
-) -> dict[Name, Step]:
-    prepare = partial(hugging_face.prepare, config=case.model, dtype=case.dtype)
-    trainer, loss = Trainer(model, case.device, case.dtype), partial(_their_loss, model, hidden_BN)
-    prepared = prepare(clip_BTHWC.to(case.device))
-    steps = {
-        (THEIRS, "full"): Step(
-            trainer, clip_BTHWC, loss, prepare, hugging_face.borders_of(model), "embed"
-        ),
-        (THEIRS_PREPARED, "full"): Step(trainer, clip_BTHWC, lambda _: loss(prepared)),
-    }
-    if case.compiled:
-        steps[THEIRS_COMPILED, "full"] = Step(
-            trainer, clip_BTHWC, partial(_their_loss, torch.compile(model), hidden_BN), prepare
-        )
-    return steps
+    def rates(self, mask: TokenMask, times: Sequence[float]) -> dict[str, float]:
+        seconds = statistics.median(times) / 1e3
+        num_visible, num_masked = mask.visible_BV.shape[1], mask.masked_BM.shape[1]
+        macs = pretraining_macs(self.model, num_visible, num_masked)
+        flops_per_second = 6 * self.batch * macs / seconds
+        rates = {
+            "clips_per_second": self.batch / seconds,
+            "tflops": flops_per_second / 1e12,
+            "ceiling_percent": 100 * flops_per_second / self.ceiling,
+        }
+        if self.clock.on_gpu:
+            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+            peak = peak_flops(torch.cuda.get_device_name(self.device), precision)
+            if peak is not None:
+                rates["mfu"] = flops_per_second / peak
+        return rates
 
+    def measure_parts(self, steps: Mapping[Name, Step]) -> list[Record]:
+        """Each marked step follows one without marks, in turn."""
+        samples: dict[Name, list[tuple[float, dict[str, float]]]] = {name: [] for name in steps}
+        for name in turns(steps, PART_ROUNDS):
+            plain = self.clock.milliseconds([steps[name]])
+            samples[name].append((plain, steps[name].parts()))
+        records: list[Record] = []
+        for name, rounds in samples.items():
+            plain, marked = zip(*rounds, strict=True)
+            times = {part: percentiles([parts[part] for parts in marked]) for part in marked[0]}
+            excess = ratio([sum(parts.values()) for parts in marked], plain)
+            measures = {"marked_over_step": excess}
+            records.append(self.record("parts", *name, times=times, measures=measures))
+        return records
 
-def _measure_steps(
-    case: Case, masks: Mapping[str, TokenMask], steps: Mapping[Name, Step], gate: str
-) -> list[Record]:
-    """A record a step, and one for the parts of each that has any; ratios only where `gate` is
-    empty.
-    """
-    calls: dict[Name, Callable[[], object]] = {}
-    memory: dict[Name, int | None] = {}
-    failed: list[Record] = []
-    for (provider, mode), step in steps.items():
-        graphed = case.device.type == "cuda" and provider.startswith("ours") and step.can_be_graphed
-        for name, is_graph in (
-            ((provider, mode), False),
-            *([((f"{provider}, graphed", mode), True)] if graphed else []),
-        ):
-            try:
-                calls[name], growth = _make_ready(step, is_graph, case.device)
-            except RuntimeError as error:  # out of memory, or the compiler's
-                failed.append(
-                    case.record(
-                        "step",
-                        *name,
-                        reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                    )
-                )
-                step.trainer.model.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-            else:
-                memory[name] = None if growth is None else growth + step.trainer.kept_bytes()
-    samples = time_in_turn(calls, case.device, case.rounds)
-    records: list[Record] = []
-    for name, times in samples.items():
-        provider, mode = name
-        measures = _rates(case, masks[mode], times)
-        peak = memory[name]
-        if peak is not None:
-            measures["peak_mb"] = peak / 1e6
-        if provider.startswith("ours") and not gate:
-            measures |= {
-                f"x {theirs}": ratio(samples[theirs, "full"], times)
-                for theirs in (THEIRS, THEIRS_PREPARED, THEIRS_COMPILED)
-                if (theirs, "full") in samples
-            }
-        records.append(
-            case.record("step", provider, mode, times={"step": quantiles(times)}, measures=measures)
-        )
-    return [
-        *records,
-        *failed,
-        *_measure_parts(
-            case, {name: steps[name] for name in steps if name in samples and steps[name].has_parts}
-        ),
-    ]
-
-
-def _make_ready(
-    step: Step, is_graph: bool, device: torch.device
-) -> tuple[Callable[[], object], int | None]:
-    """(the warm call, bytes that it takes). What a graph takes, it takes when it is captured."""
-    if not is_graph:
-        step()
-        return step, peak_growth(step, device)
-    captured: list[Callable[[], None]] = []
-    growth = peak_growth(lambda: captured.append(step.graphed()), device)
-    return captured[0], growth
-
-
-def _rates(case: Case, mask: TokenMask, times: Sequence[float]) -> dict[str, float | bool | str]:
-    seconds = statistics.median(times) / 1e3
-    flops = (
-        6
-        * case.batch
-        * pretraining_macs(case.model, mask.visible_BV.shape[1], mask.masked_BM.shape[1])
-    )
-    rates: dict[str, float | bool | str] = {
-        "clips_per_second": case.batch / seconds,
-        "tflops": flops / seconds / 1e12,
-        "ceiling_percent": 100 * flops / seconds / case.ceiling,
-    }
-    if case.device.type == "cuda":
-        peak = peak_flops(
-            torch.cuda.get_device_name(case.device),
-            "bf16" if case.dtype == torch.bfloat16 else "fp32",
-        )
-        rates |= {} if peak is None else {"mfu": flops / seconds / peak}
-    return rates
-
-
-def _measure_parts(case: Case, steps: Mapping[Name, Step]) -> list[Record]:
-    """Each marked step follows one without marks, in turn."""
-    found: dict[Name, list[dict[str, float]]] = {name: [] for name in steps}
-    excess: dict[Name, list[float]] = {name: [] for name in steps}
-    for _ in range(PART_ROUNDS):
-        for name, step in steps.items():
-            plain = time_call(step, case.device)
-            found[name].append(step.parts())
-            excess[name].append(sum(found[name][-1].values()) / plain)
-    return [
-        case.record(
-            "parts",
-            *name,
-            times={part: quantiles([parts[part] for parts in rounds]) for part in rounds[0]},
-            measures={"marked_over_step": statistics.median(excess[name])},
-        )
-        for name, rounds in found.items()
-    ]
-
-
-def _measure_preparation(case: Case, clip_BTHWC: torch.Tensor) -> list[Record]:
-    """What the input of their model takes on its way from uint8: the cheapest that we know, and
-    their own processor.
-    """
-    clip_BTHWC = clip_BTHWC.to(case.device)
-    processor, videos = hugging_face.processor(case.model), list(clip_BTHWC.permute(0, 1, 4, 2, 3))
-    samples = time_in_turn(
-        {
-            "in two passes": partial(hugging_face.prepare, clip_BTHWC, case.model),
+    def measure_preparation(self, clip_BTHWC: torch.Tensor) -> list[Record]:
+        """What the input of their model takes on its way from uint8: the cheapest that we know, and
+        their own processor.
+        """
+        clip_BTHWC = clip_BTHWC.to(self.device)
+        videos = list(clip_BTHWC.permute(0, 1, 4, 2, 3))
+        processor = step_models.processor(self.model)
+        calls: dict[str, Call] = {
+            "in two passes": partial(step_models.prepare, clip_BTHWC, self.model),
             "by VideoMAEVideoProcessor": partial(processor, videos, return_tensors="pt"),
-        },
-        case.device,
-        PART_ROUNDS,
-    )
-    return [
-        case.record("preparation", provider, "full", times={"step": quantiles(times)})
-        for provider, times in samples.items()
-    ]
+        }
+        samples = self.clock.in_turn(calls, PART_ROUNDS)
+        return [
+            self.record("preparation", provider, "full", times={"step": percentiles(times)})
+            for provider, times in samples.items()
+        ]
 
 
-def _our_loss(model: Callable[..., Any], mask: TokenMask, clip_BTHWC: torch.Tensor) -> torch.Tensor:
-    return model(clip_BTHWC, mask).loss
+def loss_of(model: Callable[..., Any], mask: Any, clip: torch.Tensor) -> torch.Tensor:
+    """Of our model or of Hugging Face's, each with the mask and clip that it takes."""
+    return model(clip, mask).loss
 
 
-def _their_loss(
-    model: Callable[..., Any], hidden_BN: torch.Tensor, video_BTCHW: torch.Tensor
-) -> torch.Tensor:
-    return model(video_BTCHW, hidden_BN).loss
-
-
-def _words(value: str) -> list[str]:
-    return [word.strip() for word in value.split(",") if word.strip()]
+def tables(results: Results) -> list[Table]:
+    """For each model the steps, and the parts of those that are not compiled."""
+    found: list[Table] = []
+    for (shape, dtype), group in groupby(results.records, lambda record: record.name[2:4]):
+        of: dict[str, list[Record]] = {"loss": [], "preparation": [], "step": [], "parts": []}
+        for record in group:
+            of[record.op].append(record)
+        notes: list[str] = []
+        for m in (record.measures for record in of["loss"]):
+            closed = f"; NOT COMPARED: {m['gate']}" if m["gate"] else ""
+            notes.append(f"loss: ours {m['ours']:.6f}, theirs {m['theirs']:.6f}{closed}")
+        for record in of["preparation"]:
+            notes.append(f"preparing their input {record.provider}: {record.main.p50:.4g} ms")
+        columns = {
+            "mode": "{mode}",
+            "step": "{provider}",
+            "ms": "{p50:.5g}",
+            "p20-p80": "{p20:.5g}-{p80:.5g}",
+            "clips/s": "{clips_per_second:.4g}",
+            "TFLOP/s": "{tflops:.3g}",
+            "% ceiling": "{ceiling_percent:.1f}",
+            "MFU": "{mfu:.1%}",
+            "peak MB": "{peak_mb:.4g}",
+            "x HF": f"{{x {THEIRS}:.2f}}",
+            "x HF prepared": f"{{x {THEIRS_PREPARED}:.2f}}",
+            "x HF compiled": f"{{x {THEIRS_COMPILED}:.2f}}",
+        }
+        rows = [record.figures() for record in of["step"]]
+        found.append(make_table(f"step {shape} {dtype}", columns, rows, notes))
+        if of["parts"]:
+            parts = {part: f"{{{part}:.3g}}" for part in PARTS}
+            columns = {
+                "part": "{provider} {mode}",
+                **parts,
+                "sum": "{sum:.4g}",
+                "marked over unmarked step": "{marked_over_step:.3f}",
+            }
+            rows = [record.figures() for record in of["parts"]]
+            for figures, record in zip(rows, of["parts"], strict=True):
+                figures["sum"] = sum(time.p50 for time in record.times.values())
+            table = make_table("", columns, rows)
+            titles, *lines = zip(table.columns, *table.rows, strict=True)  # a column a step
+            found.append(Table(f"parts of the step {shape} {dtype}, ms", titles, lines))
+    return found

@@ -5,33 +5,39 @@ mode.
 import pytest
 import torch
 
-from video_mae.benchmark import kernel_cells as benchmark_cells
-from video_mae.benchmark import kernel_losses as benchmark_losses
-from video_mae.benchmark.kernel_losses import Contrastive, Embed, Gather, Joint, Reconstruction
-from video_mae.benchmark.kernel_problems import Attention, Problem
-from video_mae.benchmark.measure import Call, Ceilings, Clock
-from video_mae.benchmark.records_base import Times
+from video_mae.benchmark import kernel_measurement, kernel_operations
+from video_mae.benchmark.clock import Call, Ceilings, Clock
+from video_mae.benchmark.kernel_operations import (
+    AttentionOperation,
+    ContrastiveOperation,
+    EmbedOperation,
+    GatherOperation,
+    JointOperation,
+    Operation,
+    ReconstructionOperation,
+)
+from video_mae.benchmark.record import Percentiles
 
 CPU = torch.device("cpu")
 SIZE = (2, 16, 48)  # 3 tokens
 PROBLEMS = {
     "triton": [
-        kind("tiny", 1, SIZE, 2, 8, torch.float32, CPU)
-        for kind in (Gather, Embed, Reconstruction, Joint)
+        kind("tiny", torch.float32, CPU, 1, SIZE, 2, 8)
+        for kind in (GatherOperation, EmbedOperation, ReconstructionOperation, JointOperation)
     ],
-    "least": [Contrastive("tiny", 1, 3, "clip", torch.float32, CPU)],
-    "fast": [Contrastive("tiny", 1, 5, "batch", torch.float32, CPU)],
-    "short": [Attention("tiny", 1, 17, 1, 16, torch.float16, CPU)],
-    "long": [Attention("tiny", 1, 17, 1, 24, torch.float32, CPU)],
+    "least": [ContrastiveOperation("tiny", torch.float32, CPU, 1, 3, "clip")],
+    "fast": [ContrastiveOperation("tiny", torch.float32, CPU, 1, 5, "batch")],
+    "short": [AttentionOperation("tiny", torch.float16, CPU, 1, 17, 1, 16)],
+    "long": [AttentionOperation("tiny", torch.float32, CPU, 1, 17, 1, 24)],
 }
 
 
 class OneCall(Clock):
     """Runs what it is given once: the interpreter is no place to take times."""
 
-    def wall(self, calls: list[Call]) -> Times:
+    def wall(self, calls: list[Call]) -> Percentiles:
         calls[0]()
-        return Times(1.0, 1.0, 1.0)
+        return Percentiles(1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +46,14 @@ class OneCall(Clock):
     ids=lambda value: value if isinstance(value, str) else value.op,
 )
 def test_rows_of_our_kernels_are_right(
-    word: str, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    word: str, problem: Operation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(benchmark_cells.REPEATS, "cpu", 2)
-    if isinstance(problem, Contrastive):
-        monkeypatch.setattr(benchmark_losses, "VALUES", 24)
-    records = benchmark_cells.measure_problem(problem, OneCall(CPU), Ceilings(1e11, 1e10), [word])
+    monkeypatch.setitem(kernel_measurement.REPEATS, "cpu", 2)
+    if isinstance(problem, ContrastiveOperation):
+        monkeypatch.setattr(kernel_operations, "VALUES", 24)
+    records = kernel_measurement.measure_operation(
+        problem, OneCall(CPU), Ceilings(1e11, 1e10), [word]
+    )
     assert {record.mode for record in records} == set(problem.modes)
     for record in records:
         assert (record.reason, record.measures.get("gate"), record.measures.get("bit_equal")) == (
