@@ -223,9 +223,9 @@ def test_the_best_model_is_kept_beside_the_last(
     tiny_finetune: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.25, 0.75, 0.5, float("nan")])
-    original = finetune._Finetuning._validate
+    original = finetune.Finetuning._validate
     monkeypatch.setattr(
-        finetune._Finetuning,
+        finetune.Finetuning,
         "_validate",
         lambda self, videos: {**original(self, videos), "val_top1": next(scores)},
     )
@@ -527,10 +527,8 @@ def losses_of(
             shown.append(clip_BTHWC)
             return logits_BK
 
-    plan = prepare(config)
-    stage = finetune._Finetuning(
-        plan, plan.run, Engine(device=torch.device("cpu"), rank=0, world_size=1), None, None, {}
-    )
+    stage: Any = prepare(config)
+    stage.engine = Engine(rank=0)
     clip_BTHWC = (
         torch.arange(len(label_B), dtype=torch.uint8)[:, None, None, None, None].expand(
             -1, 4, 32, 32, 3

@@ -518,14 +518,7 @@ def test_extra_reaches_deepspeed_and_defaults_are_written_out(tiny: Tiny) -> Non
         "optim.accumulation=3",
         "data.clips_per_video=2",
     )
-    made = deepspeed_config(
-        config.engine,
-        config.optim,
-        config.journal,
-        clips_per_video=2,
-        world_size=4,
-        run_folder=Path("runs/x"),
-    )
+    made = deepspeed_config(config, 4)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 12345}
     assert made["prescale_gradients"] is True
     assert (

@@ -8,15 +8,14 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from video_mae.benchmark.timeline import Border, Timeline, marked
-from video_mae.config import EngineConfig, JournalConfig, OptimConfig
-from video_mae.training.engine import Engine, deepspeed_config
+from video_mae.config import EngineConfig, OptimConfig, RunConfig
+from video_mae.training.engine import Engine
 from video_mae.training.optim import parameter_groups
 
 Name = TypeVar("Name")
@@ -85,14 +84,12 @@ class EngineTrainer:
     def __init__(
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int
     ) -> None:
-        config, optim = (
-            EngineConfig(zero_stage=1, precision="fp32" if dtype == torch.float32 else "bf16"),
-            OptimConfig(micro_batch=batch),
+        precision = "fp32" if dtype == torch.float32 else "bf16"
+        config = RunConfig(
+            engine=EngineConfig(zero_stage=1, precision=precision),
+            optim=OptimConfig(micro_batch=batch),
         )
-        dictionary = deepspeed_config(
-            config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path()
-        )
-        self.engine = Engine(copy.deepcopy(model), config, optim, dictionary, Path())
+        self.engine = Engine(copy.deepcopy(model), config)
         self.model, self.device = self.engine.deepspeed.module, device
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -102,7 +99,7 @@ class EngineTrainer:
     def update(self) -> None:
         """The optimizer's part of a step, and what the host reads of the step before."""
         self.engine.step(1e-5)
-        self.engine.reports.take(of_all=False)
+        self.engine.statuses.take(of_all=False)
 
     def kept_bytes(self) -> int:
         """What weights, master weights and optimizer state take between steps."""

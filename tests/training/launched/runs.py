@@ -20,7 +20,7 @@ import yaml
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.training import device_step, finetune, pretrain
 from video_mae.training.checkpoint import step_name
-from video_mae.training.engine import Engine, StepResult, leave, world_from_environment
+from video_mae.training.engine import Engine, leave, world_from_environment
 
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
 
@@ -52,14 +52,12 @@ def poisoned() -> Iterator[None]:
         )
         healthy_backward(self, loss * float("nan") if is_bad else loss, last=last)
 
-    def step(self: Engine, lr: float) -> StepResult:
-        number, stage = self.deepspeed.global_steps + 1, self.facts["zero_stage"]
+    def step(self: Engine, lr: float) -> torch.Tensor | float:
+        number, stage = self.deepspeed.global_steps + 1, self.config.engine.zero_stage
         before = self.full_state()
         # in stage 0 ranks have the same gradients
         if number == 4 and (stage == 0 or self.rank == self.world_size - 1):
-            gradients = device_step.gradients(
-                self.deepspeed.optimizer, list(self.deepspeed.module.parameters()), stage
-            )
+            gradients = device_step.gradients(self.deepspeed)
             next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("inf")
         result = healthy_step(self, lr)
         is_same = all(torch.equal(before[name], value) for name, value in self.full_state().items())
