@@ -164,12 +164,7 @@ class Engine:
             self.deepspeed.compile()
         self.is_guarded = device_step.is_possible(self.dictionary)
         self.statuses = StatusQueue(self.device)
-        self._begin_at(0)
-
-    def _begin_at(self, skipped_steps: int) -> None:
-        self.skipped_steps = filled(skipped_steps, self.device)
-        if self.is_guarded:
-            device_step.relieve(self.deepspeed)
+        self.skipped_steps = filled(0, self.device)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -196,6 +191,9 @@ class Engine:
                 partitioned=self.config.engine.zero_stage > 0,
             )
             self.skipped_steps = self.skipped_steps + self.optimizer.found_inf
+            # Not once at the start: a checkpoint that is resumed brings its own settings, and is
+            # refused by a wrapper without them.
+            device_step.relieve(self.deepspeed)
             self.deepspeed.step()
         else:
             self.deepspeed.step()
@@ -301,7 +299,7 @@ class Engine:
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
         _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
-        self._begin_at(self.deepspeed.skipped_steps)
+        self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         return manifest["step"], state.get("memory", {})  # earlier versions wrote none
 
 
