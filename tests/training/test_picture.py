@@ -209,6 +209,7 @@ def test_small_frames_are_enlarged_pixel_by_pixel(tmp_path: Path):
         torch.zeros(1, 12, 1536),
         (2, 16, 16),
         "channel",
+        titles=["dog.mp4"],
     )
     pixels = np.asarray(Image.open(tmp_path / "p.png"))
     twice = clip_BTHWC[0, 0].numpy().repeat(2, axis=0).repeat(2, axis=1)
