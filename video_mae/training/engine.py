@@ -9,7 +9,6 @@ import io
 import math
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -361,11 +360,8 @@ def prepare_environment() -> None:
     given = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
     if "RANK" not in given:
         os.environ["LOCAL_WORLD_SIZE"] = "1"
-    if len(given) < 3:  # one process, then
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if len(given) < 3:  # one process, then: on any port that is free
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update(
         RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
     )

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.loop import Training, is_due, run_and_leave
+from video_mae.training.loop import Training, is_due
 
 # Fields of a model that fine-tuning may change, or that its encoder does not have.
 FREE_FIELDS = (
@@ -48,7 +47,7 @@ def start(config: FinetuneConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return partial(run_and_leave, prepare(config))
+    return prepare(config).run_and_leave
 
 
 def prepare(config: FinetuneConfig) -> "Finetuning":

@@ -42,6 +42,18 @@ PEAK_FLOPS = {
     "A10": 125e12,
 }
 
+# How the console names and writes what every line of metrics has.
+FORMS = {
+    "lr": ("lr", ".2e"),
+    "grad_norm": ("grad norm", ".3g"),
+    "clips_per_second": ("clips/s", ".1f"),
+    "data_wait": ("data wait", ".0%"),
+    "memory_gb": ("memory in GB", ".1f"),
+    "mfu": ("MFU", ".1%"),
+    "skipped_steps": ("skipped steps", "d"),
+    "bad_videos": ("bad videos", "d"),
+}
+
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
     """Dense FLOP/s that a GPU's data sheet promises; None where it is unknown (fp32 runs without
@@ -236,14 +248,13 @@ class Journal:
 
     def _stack(self, *values: torch.Tensor | float) -> torch.Tensor:
         """Numbers of the device and of the host as one tensor on the device."""
-        device, scalars = self.engine.device, list[torch.Tensor]()
-        for value in values:
-            # full() fills on the device; as_tensor() would copy from the host and wait for the
-            # stream
-            if not isinstance(value, torch.Tensor):
-                value = torch.full((), value, dtype=torch.float64, device=device)
-            scalars.append(value.detach().to(device, torch.float64).reshape(()))
-        return torch.stack(scalars)
+        place: dict[str, Any] = {"device": self.engine.device, "dtype": torch.float64}
+        # full() fills on the device; as_tensor() would copy from the host and wait for the stream
+        tensors = [
+            value if isinstance(value, torch.Tensor) else torch.full((), value, **place)
+            for value in values
+        ]
+        return torch.stack([tensor.detach().to(**place).reshape(()) for tensor in tensors])
 
     def _memory_gb(self) -> float:
         """Peak so far in 10^9 bytes: allocated by PyTorch on a GPU, resident on a CPU."""
@@ -277,21 +288,15 @@ def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:
     """The console's words for a line of metrics; what is zero, unknown, or the loss again is left
     out.
     """
-    parts = {"epoch": number(line["epoch"], ".2f"), "loss": number(line["loss"], ".4f")}
+    forms = {"epoch": ("epoch", ".2f"), "loss": ("loss", ".4f")}
     for name in measures:
         if name != "loss" and line[name] not in (0.0, line["loss"]):
-            parts[name.removesuffix("_loss").replace("_", " ")] = number(line[name], ".4f")
-    parts["lr"] = number(line["lr"], ".2e")
-    parts["grad norm"] = number(line["grad_norm"], ".3g")
-    parts["clips/s"] = number(line["clips_per_second"], ".1f")
-    parts["data wait"] = number(line["data_wait"], ".0%")
-    parts["memory"] = f"{line['memory_gb']:.1f} GB"
-    if line["mfu"] is not None:
-        parts["MFU"] = number(line["mfu"], ".1%")
-    for key in ("skipped_steps", "bad_videos"):
-        if line[key]:
-            parts[key.replace("_", " ")] = str(line[key])
-    return parts
+            forms[name] = (name.removesuffix("_loss").replace("_", " "), ".4f")
+    forms |= FORMS
+    for key in ("mfu", "skipped_steps", "bad_videos"):
+        if not line[key]:
+            del forms[key]
+    return {name: number(line[key], form) for key, (name, form) in forms.items()}
 
 
 def number(value: float | None, form: str) -> str:

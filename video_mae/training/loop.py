@@ -149,6 +149,12 @@ class Training(ABC, Generic[Config]):
                 self._conclude()
         return DONE
 
+    def run_and_leave(self) -> int:
+        """Trains as the command line does: at its end the process leaves its group."""
+        status = self.run()
+        leave()
+        return status
+
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
         config, engine, journal = self.config, self.engine, self.journal
@@ -329,13 +335,6 @@ class Training(ABC, Generic[Config]):
         state = self.engine.full_state()
         if self.engine.rank == 0:
             save_model_folder(self.folder / name, self.model, state)
-
-
-def run_and_leave(training: Training[Any]) -> int:
-    """Trains as the command line does: at its end the process leaves its group."""
-    status = training.run()
-    leave()
-    return status
 
 
 def is_due(done: int, interval: int) -> bool:

@@ -16,7 +16,7 @@ from video_mae.files import draw_or_tell
 from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
-from video_mae.training.loop import Training, is_due, run_and_leave
+from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction
 
 
@@ -24,7 +24,7 @@ def start(config: PretrainConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return partial(run_and_leave, prepare(config))
+    return prepare(config).run_and_leave
 
 
 def prepare(config: PretrainConfig) -> "Pretraining":
