@@ -22,6 +22,7 @@ import torch
 from video_mae.config import DataConfig
 from video_mae.config.frozen import Kind, ProbeConfig
 from video_mae.config.schema import flatten, require
+from video_mae.config.world import World
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset
 from video_mae.data.labels import LabeledVideos, read_labeled
@@ -48,7 +49,6 @@ from video_mae.evaluation.ranks import Ranks
 from video_mae.evaluation.scores import Scores
 from video_mae.files import LIST_DIGEST, check_results, choose_folder, write_metrics, write_text
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.engine import world_from_environment
 
 DONE, NO_FIGURES = 0, 3
 CHOICE = "the settings of each probe were chosen on the validation list, so its figures flatter; those of the test list do not"
@@ -97,7 +97,7 @@ def prepare(model: str, config: ProbeConfig) -> Plan:
     """Checks model, lists, classes and output before anything is decoded. Raises: ValueError or
     FileNotFoundError with one line.
     """
-    if world_from_environment()[1] > 1:
+    if World.from_environment().size > 1:
         raise ValueError("probe: runs in one process; start it without the launcher")
     check_precision(config.precision)
     model_folder = find_model_folder(model)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from video_mae.training.engine import leave, prepare_environment, world_from_environment
+from video_mae.config.world import World
+from video_mae.training.engine import leave, prepare_environment
 
 TIMEOUT = timedelta(days=1)
 """How long a rank that is done waits for the others: theirs may be the long videos."""
@@ -23,7 +24,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.rank, self.size = world_from_environment()
+        self.rank, self.size, _ = World.from_environment()
         prepare_environment()
         self.device = torch.device("cpu")
         if torch.cuda.is_available():

@@ -122,14 +122,6 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
             )
 
 
-def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher tells it; (0, 1) without one. Raises: ValueError for half
-    an environment.
-    """
-    world = World.from_environment()
-    return world.rank, world.size
-
-
 class Engine:
     """A model under DeepSpeed, with or without its launcher.
 
@@ -324,22 +316,23 @@ def leave() -> None:
 
 def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
     """What a checkpoint and the start that reads it have to agree about."""
-    engine = config.engine
-    return {
-        "world_size": world_size,
-        "zero_stage": engine.zero_stage,
-        "precision": engine.precision,
-        "offload": engine.offload,
-    }
+    keys = ("zero_stage", "precision", "offload")
+    return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
 
 
-def check_resumable(config: RunConfig, world_size: int) -> None:
-    """Raises: ValueError where the newest checkpoint was written by another number of ranks, stage
-    or precision.
+def check_start(config: RunConfig) -> int:
+    """Checks what the engine of a run will need; returns the number of ranks.
+
+    Raises: ValueError for what this machine or DeepSpeed cannot do, and where the newest checkpoint
+    was written by another number of ranks, stage or precision.
     """
+    world_size = World.from_environment().size
+    if config.engine.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
+    deepspeed_config(config, world_size)
     found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
-        return
+        return world_size
     folder, manifest = found
     for key, value in _facts(config, world_size).items():
         if manifest[key] != value:
@@ -350,6 +343,7 @@ def check_resumable(config: RunConfig, world_size: int) -> None:
                 f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; "
                 f"{remedy}, or choose another output folder"
             )
+    return world_size
 
 
 def prepare_environment() -> None:

@@ -1,5 +1,6 @@
 """The fine-tuning stage: a pretrained encoder learns to name actions, validated while it trains."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -183,20 +184,21 @@ class Finetuning(Training[FinetuneConfig]):
                 for clip_THWC, seed in zip(clip_BTHWC, batch.host_seeds_B.tolist(), strict=True)
             ]
             clip_BTHWC = torch.stack(clips)
-        if not augment.mixes:
-            logits_BK = self.engine(clip_BTHWC).float()
-            loss = F.cross_entropy(logits_BK, label_B, label_smoothing=smoothing)
-            return {"loss": loss, "accuracy": (logits_BK.argmax(dim=1) == label_B).float().mean()}
-        # Neighbours are mixed: the clips of one video come apart first.
-        clip_BTHWC, label_B = (
-            rearrange(x, "(videos r) ... -> (r videos) ...", r=config.data.clips_per_video)
-            for x in (clip_BTHWC, label_B)
-        )
-        target_BK = F.one_hot(label_B, config.classifier.num_classes).float()
-        seed = sample_seed(config.seed, step, self.engine.rank, 1 + micro)
-        clip_BTHWC, target_BK = mix_batch(clip_BTHWC, target_BK, augment, seed)
+        target = label_B
+        if augment.mixes:
+            # Neighbours are mixed: the clips of one video come apart first.
+            clip_BTHWC, label_B = (
+                rearrange(x, "(videos r) ... -> (r videos) ...", r=config.data.clips_per_video)
+                for x in (clip_BTHWC, label_B)
+            )
+            target = F.one_hot(label_B, config.classifier.num_classes).float()
+            seed = sample_seed(config.seed, step, self.engine.rank, 1 + micro)
+            clip_BTHWC, target = mix_batch(clip_BTHWC, target, augment, seed)
         logits_BK = self.engine(clip_BTHWC).float()
-        return {"loss": F.cross_entropy(logits_BK, target_BK, label_smoothing=smoothing)}
+        values = {"loss": F.cross_entropy(logits_BK, target, label_smoothing=smoothing)}
+        if not augment.mixes:
+            values["accuracy"] = (logits_BK.argmax(dim=1) == label_B).float().mean()
+        return values
 
     def after(self, done: int, *, ending: bool) -> None:
         if self.validation is None:
@@ -222,13 +224,11 @@ class Finetuning(Training[FinetuneConfig]):
             logits_BK, label_B = engine.evaluate(batch.clip_BTHWC).float(), batch.label_B
             hits_BR = logits_BK.topk(min(5, logits_BK.shape[1])).indices == label_B[:, None]
             loss_B = F.cross_entropy(logits_BK, label_B, reduction="none")
-            scores = torch.stack(
-                [loss_B, hits_BR[:, 0], hits_BR.any(dim=1), torch.ones_like(loss_B)]
-            ).double()
             counts_B = (batch.index_B >= 0).to(device)
+            scores = torch.stack([loss_B, hits_BR[:, 0], hits_BR.any(dim=1), counts_B]).double()
             sums += scores.where(counts_B, 0.0).sum(dim=1)
         loss, top1, top5, count = engine.sum(sums).tolist()
-        for failure in [failure for part in engine.gather(failures) for failure in part]:
+        for failure in itertools.chain(*engine.gather(failures)):
             self.journal.say(
                 f"validation: {failure.path} does not count: {failure.decoder}: {failure.reason}"
             )

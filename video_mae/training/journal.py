@@ -107,27 +107,24 @@ class Journal:
         self._has_begun = False
         self._clear(time.perf_counter())
         run_folder.mkdir(parents=True, exist_ok=True)
-        self._bar: tqdm[Any] | None = None
         if engine.rank == 0:
             cut_after(self.metrics_file, resumed_step)
-            if sys.stdout.isatty():
-                self._bar = tqdm(
-                    total=total_steps,
-                    initial=resumed_step,
-                    file=sys.stdout,
-                    dynamic_ncols=True,
-                    unit="step",
-                )
+        self._bar: Any = tqdm(
+            total=total_steps,
+            initial=resumed_step,
+            file=sys.stdout,
+            dynamic_ncols=True,
+            unit="step",
+            disable=None if engine.rank == 0 else True,  # None: where nobody watches
+        )
 
     def say(self, message: str) -> None:
         """Prints a message once, on the main rank, and keeps it in log.txt."""
         if self.engine.rank != 0:
             return
         message = one_line(message)  # it may name files
-        if self._bar is None:
-            print(message, flush=True)
-        else:
-            self._bar.write(message, file=sys.stdout)
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
         self._log(message)
 
     @contextmanager
@@ -178,8 +175,7 @@ class Journal:
         """
         self._sums = self._sums + self._stack(*values.values(), grad_norm)
         self._num_steps += 1
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+        self._bar.update(step - self._bar.n)
         if step % self.engine.config.journal.log_interval != 0 and step != self.total_steps:
             return
         others = self._stack(skipped_steps, self._wait_seconds, *self._stage_seconds)
@@ -214,7 +210,7 @@ class Journal:
         }
         parts = _describe(line, values)
         text = self._write(line, parts, "train")
-        if self._bar is None:
+        if self._bar.disable:
             self.say(f"{text}  ETA {timedelta(seconds=round(seconds_left))}")
         else:
             self._bar.set_postfix(parts)
@@ -237,9 +233,7 @@ class Journal:
 
     def close(self) -> None:
         """Ends the progress bar; the files are complete after every line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0

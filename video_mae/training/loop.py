@@ -24,13 +24,7 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import read_jsonl, write_json
 from video_mae.kernels.dispatch import describe
-from video_mae.training.engine import (
-    Engine,
-    check_resumable,
-    deepspeed_config,
-    leave,
-    world_from_environment,
-)
+from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
@@ -62,17 +56,14 @@ class Training(ABC, Generic[Config]):
         """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
         remedy.
         """
-        _, world_size = world_from_environment()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.engine.precision == "fp16" and device.type == "cpu":
-            raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            describe(config.engine.kernels, device)
+            describe(config.engine.kernels, torch.device(device))
         except ValueError as error:
             raise ValueError(f"engine.kernels: {error}") from None
         self.config = config = settled(config)
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
-        check_resumable(config, world_size)
+        world_size = check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
             lists["validation.source"] = validation
@@ -86,7 +77,6 @@ class Training(ABC, Generic[Config]):
         self.introduction = [*notes, *changed, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
-        deepspeed_config(config, world_size)
 
     @abstractmethod
     def make_model(self) -> tuple[Model, float]:

@@ -185,7 +185,9 @@ def draw_reconstruction(
         write(MARGIN, 8 + i * LINE, line)
     for b, title in enumerate(titles):
         top = len(header) * LINE + b * strips.shape[1]
-        write(MARGIN, top + 2, _fit(one_line(title), font, canvas.width - MARGIN))
+        # of a path that is too long the end tells most: its beginning is left of the picture
+        text = one_line(title)
+        write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
         for i, name in enumerate(Frames._fields):
             write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
     write_whole(path, partial(canvas.save, format="PNG"))
@@ -208,12 +210,3 @@ def _weights(
     squares_BMV = (masked[:, :, None] - visible[:, None]).square().sum(dim=3)
     weight_BMV = squares_BMV**-2
     return weight_BMV / weight_BMV.sum(dim=2, keepdim=True)
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The end of a text that is too long: of a path it tells most."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"...{text}") > width:
-        text = text[1:]
-    return f"...{text}"

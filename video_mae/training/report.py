@@ -3,7 +3,6 @@ alone.
 """
 
 import math
-import re
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -62,7 +61,9 @@ def write_report(run_folder: Path, say: Callable[[str], None] = print) -> Path:
     config_file, config = run_folder / "config.yaml", "(no config.yaml in this folder)"
     if config_file.exists():
         config = config_file.read_text(encoding="utf-8", errors="replace")
-    pictures = sorted((run_folder / "reconstructions").glob("*.png"), key=_step_of, reverse=True)
+    pictures = list((run_folder / "reconstructions").glob("*.png"))
+    # by step: a longer number is a larger one
+    pictures.sort(key=lambda picture: (len(picture.name), picture.name), reverse=True)
     name = escape(run_folder.resolve().name)
     body = [
         f"<h1>{name}</h1>",
@@ -211,9 +212,3 @@ def _measured(lines: Lines) -> set[str]:
 def _table(rows: list[tuple[str, str]]) -> str:
     lines = [f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows]
     return "\n".join(["<table>", *lines, "</table>"])
-
-
-def _step_of(picture: Path) -> tuple[int, str]:
-    """Orders pictures by the number in their name, however many zeros it has."""
-    number_in_name = re.search(r"\d+", picture.stem)
-    return int(number_in_name[0]) if number_in_name else -1, picture.name

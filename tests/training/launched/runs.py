@@ -18,9 +18,10 @@ import torch
 import yaml
 
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.config.world import World
 from video_mae.training import device_step, finetune, pretrain
 from video_mae.training.checkpoint import step_name
-from video_mae.training.engine import Engine, leave, world_from_environment
+from video_mae.training.engine import Engine, leave
 
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
 
@@ -35,7 +36,7 @@ def main() -> None:
         with poisoned() if spec.get("poison") else nullcontext():
             assert stage.run(stage.prepare(start)) == 0
         if spec.get("crash_after"):
-            if world_from_environment()[0] == 0:
+            if World.from_environment().rank == 0:
                 forget_after(output, spec["crash_after"])
             torch.distributed.barrier()
             assert stage.run(stage.prepare(start)) == 0
