@@ -372,7 +372,8 @@ def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(
         (["data.source=LIST"], "the list is empty"),
         (
             ["data.source=LIST VIDEO 8"],
-            r"data\.source: .* has the label 8, classifier\.num_classes = 8 allows 0 to 7; .*num_classes=9",
+            r"data\.source: .* has the label 8, classifier\.num_classes = 8 allows 0 to "
+            r"7; .*num_classes=9",
         ),
         (["data.source=LIST VIDEO"], r"data\.source: .* has no label"),
         (
@@ -390,7 +391,8 @@ def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(
         (["checkpoint=/no/model"], r"checkpoint: /no/model: "),
         (
             ["checkpoint=MODEL", "model.depth=3", "model.qkv_bias=none"],
-            r"checkpoint: .* has another architecture than model of this run; model\.depth=2 model\.qkv_bias=qv would be the same",
+            r"checkpoint: .* has another architecture than model of this run; "
+            r"model\.depth=2 model\.qkv_bias=qv would be the same",
         ),
         (
             ["output=OTHER"],

@@ -276,8 +276,10 @@ def test_a_report_of_a_fine_tuning_run_shows_its_accuracies(tmp_path: Path):
     for row in (
         "<th>steps</th><td>3</td>",
         "<th>final training accuracy</th><td>37.5%</td>",
-        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 videos, one view</td>",
-        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 videos, one view</td>",
+        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 "
+        "videos, one view</td>",
+        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 "
+        "videos, one view</td>",
     ):
         assert row in text
 

@@ -109,8 +109,8 @@ def make_schedule(
         warmup = int(config.warmup_epochs * epoch_videos / videos)
     if total < 1:
         raise ValueError(
-            f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step of "
-            f"{videos} videos; raise it, or lower optim.micro_batch or optim.accumulation"
+            f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step "
+            f"of {videos} videos; raise it, or lower optim.micro_batch or optim.accumulation"
         )
     peak_lr, final_lr = config.base_lr * batch / 256, config.min_lr * batch / 256
     line = (

@@ -35,7 +35,8 @@ MARGIN, GAP, LINE = 84, 2, 20
 
 NOTES = {
     "visible": "normalisation undone with statistics of the visible tubelets",
-    "truth": "normalisation undone with statistics of the true hidden tubelets (not available to a model)",
+    "truth": "normalisation undone with statistics of the true hidden tubelets "
+    "(not available to a model)",
     "raw": "raw pixels predicted: nothing undone",
 }
 

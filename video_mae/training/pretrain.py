@@ -43,7 +43,7 @@ def run(training: "Pretraining") -> int:
 
 
 class Pretraining(Training[PretrainConfig]):
-    """A pretraining run: num_visible of the tokens of a clip are seen by the encoder, num_masked are
+    """A pretraining run: the encoder sees num_visible of the tokens of a clip, num_masked are
     predicted, num_context are in the decoder besides.
     """
 
@@ -60,8 +60,8 @@ class Pretraining(Training[PretrainConfig]):
         has_contrast = objective.contrastive_weight > 0 and objective.negatives == "clip"
         if has_contrast and self.num_masked < 2:
             raise ValueError(
-                "objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to contrast; "
-                "raise mask.ratio"
+                "objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to "
+                "contrast; raise mask.ratio"
             )
         super().__init__(config, read_sources(config.data, model.in_channels))
 

@@ -37,9 +37,11 @@ PANELS = {
     "throughput (clips/s)": ("clips_per_second",),
 }
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; }
+body { max-width: 1100px; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; } th { font-weight: 600; }
-th, td { text-align: left; vertical-align: top; padding: .2em 1.2em .2em 0; border-bottom: 1px solid #ddd; }
+th, td { text-align: left; vertical-align: top; padding: .2em 1.2em .2em 0; }
+th, td { border-bottom: 1px solid #ddd; }
 img { max-width: 100%; height: auto; } td { overflow-wrap: anywhere; }
 pre { background: #f5f5f5; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
