@@ -453,7 +453,7 @@ def test_training_ends_well_and_writes_json(
     tiny, tiny_finetune, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("video_mae.training.report.Figure", None)  # and without pictures
-    monkeypatch.setattr("video_mae.training.picture.Image.new", None)
+    monkeypatch.setattr("video_mae.training.picture.Image.fromarray", None)
     output = tmp_path / "$r\udce4n_"
     config = tiny(
         f"output={output}", f"data.source={data}", "optim.steps=7", "data.max_bad_share=1"

@@ -42,11 +42,14 @@ NOTES = {
 
 
 class Frames(NamedTuple):
-    """The rows of a picture by their names, uint8 [B, T, H, W, C] each."""
+    """The rows of a picture by their names, uint8 [B, T, H, W, C] each, and two lines that tell
+    whose statistics were used, and how much is hidden.
+    """
 
     original: torch.Tensor
     visible: torch.Tensor
     predicted: torch.Tensor
+    notes: str
 
 
 def tokenize(clip_BTHWC: torch.Tensor, tubelet: Tubelet) -> torch.Tensor:
@@ -120,52 +123,32 @@ def reconstruction_frames(
     shown_BNP[batch_B1, visible_BV] = true_BNP[batch_B1, visible_BV]
     visible_BTHWC = untokenize(shown_BNP, grid, tubelet)
     shown_BNP[batch_B1, masked_BM] = pixels_BMP.round().clamp(0, 255).to(torch.uint8)
-    return Frames(clip_BTHWC, visible_BTHWC, untokenize(shown_BNP, grid, tubelet))
-
-
-def draw_reconstruction(
-    path: Path,
-    clip_BTHWC: torch.Tensor,
-    visible_BV: torch.Tensor,
-    masked_BM: torch.Tensor,
-    predicted_BMP: torch.Tensor,
-    tubelet: Tubelet,
-    normalize: Normalize,
-    titles: Sequence[str],
-    statistics: Statistics = "visible",
-    pixel_scale: PixelScale | None = None,
-) -> None:
-    """Writes a PNG with three rows of frames a clip: original, visible, predicted (see
-    `reconstruction_frames`).
-
-    clip_BTHWC: uint8; indices int64. Frames are shown pixel for pixel or enlarged by a whole
-    factor: at most 8 a clip, evenly chosen, fewer where they would be wider than about 1,600
-    pixels. The first line says whose statistics were used.
-    """
-    frames = reconstruction_frames(
-        clip_BTHWC,
-        visible_BV,
-        masked_BM,
-        predicted_BMP,
-        tubelet,
-        normalize,
-        statistics,
-        pixel_scale,
+    note = NOTES["raw" if normalize == "none" else statistics]
+    counts = (
+        f"{visible_BV.shape[1]} of {math.prod(grid)} tubelets visible, "
+        f"{masked_BM.shape[1]} predicted"
     )
-    _, T, H, W, C = clip_BTHWC.shape
+    predicted_BTHWC = untokenize(shown_BNP, grid, tubelet)
+    return Frames(clip_BTHWC, visible_BTHWC, predicted_BTHWC, f"{note}\n{counts}")
+
+
+def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> None:
+    """Writes a PNG with three rows of frames a clip, original, visible and predicted, under the
+    title of the clip.
+
+    Frames are shown pixel for pixel or enlarged by a whole factor: at most 8 a clip, evenly chosen,
+    fewer where they would be wider than about 1,600 pixels.
+    """
+    *rows_BTHWC, notes = frames
+    _, T, H, W, C = frames.original.shape
     scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
     count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (W * scale + GAP)))
     # the middles of `count` equal parts of the clip
     shown = [(2 * i + 1) * T // (2 * count) for i in range(count)]
-    num_tokens = math.prod(size // side for size, side in zip((T, H, W), tubelet, strict=True))
+    numbers = ", ".join(str(frame) for frame in shown)
+    header = [*f"{notes}, frames {numbers} of {T}".splitlines(), ""]
     font = ImageFont.load_default(13)
-    header = [
-        NOTES["raw" if normalize == "none" else statistics],
-        f"{visible_BV.shape[1]} of {num_tokens} tubelets visible, {masked_BM.shape[1]} predicted, "
-        f"frames {', '.join(str(frame) for frame in shown)} of {T}",
-        "",
-    ]
-    rows = torch.stack(frames)[:, :, shown, ..., : 3 if C >= 3 else 1]
+    rows = torch.stack(rows_BTHWC)[:, :, shown, ..., : 3 if C >= 3 else 1]
     # what is not colour is grey
     tiles = repeat(
         rows, "r b n h w c -> r b n (h y) (w x) (c k)", y=scale, x=scale, k=3 // rows.shape[-1]
@@ -189,7 +172,7 @@ def draw_reconstruction(
         # of a path that is too long the end tells most: its beginning is left of the picture
         text = one_line(title)
         write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
-        for i, name in enumerate(Frames._fields):
+        for i, name in enumerate(Frames._fields[:3]):
             write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
     write_whole(path, partial(canvas.save, format="PNG"))
 

@@ -17,7 +17,7 @@ from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
 from video_mae.training.loop import Training, is_due
-from video_mae.training.picture import draw_reconstruction
+from video_mae.training.picture import draw_reconstruction, reconstruction_frames
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -125,15 +125,15 @@ class Pretraining(Training[PretrainConfig]):
         if self.engine.rank != 0:
             return
         videos = [self.videos[index] for index in self._examples.index_B.tolist()]
-        draw = partial(
-            draw_reconstruction,
-            clip_BTHWC=predicted_clip(clip_BTHWC, model),
-            visible_BV=mask.visible_BV,
-            masked_BM=mask.masked_BM,
-            predicted_BMP=predicted_BMP,
-            tubelet=model.predicted_tubelet,
-            normalize=self.config.objective.normalize,
-            titles=[Path(str(place)).name for place, _ in videos],
+        frames = reconstruction_frames(
+            predicted_clip(clip_BTHWC, model),
+            mask.visible_BV,
+            mask.masked_BM,
+            predicted_BMP,
+            model.predicted_tubelet,
+            self.config.objective.normalize,
             pixel_scale=pixel_scale(model, self.config.objective),
         )
+        titles = [Path(str(place)).name for place, _ in videos]
+        draw = partial(draw_reconstruction, frames=frames, titles=titles)
         draw_or_tell(picture, draw, self.journal.say)
