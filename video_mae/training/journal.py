@@ -109,6 +109,7 @@ class Journal:
         run_folder.mkdir(parents=True, exist_ok=True)
         if engine.rank == 0:
             cut_after(self.metrics_file, resumed_step)
+        tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked from here
         self._bar: Any = tqdm(
             total=total_steps,
             initial=resumed_step,
