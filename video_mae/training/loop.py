@@ -132,18 +132,18 @@ class Training(ABC, Generic[Config]):
         )
         with closing(self.journal), closing(self._batches(first_step)) as batches:
             for step in range(first_step, total_steps):
-                status = self._step(batches, step)
-                if status is not None:
-                    return status
+                exit_status = self._step(batches, step)
+                if exit_status is not None:
+                    return exit_status
             if engine.rank == 0:
                 self._conclude()
         return DONE
 
     def run_and_leave(self) -> int:
         """Trains as the command line does: at its end the process leaves its group."""
-        status = self.run()
+        exit_status = self.run()
         leave()
-        return status
+        return exit_status
 
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
