@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from video_mae import (
     save_model_folder,
 )
 from video_mae.cli import main
-from video_mae.config import DataConfig, FinetuneConfig
+from video_mae.config import DataConfig, FinetuneConfig, RunConfig
 from video_mae.data import read_annotations
 from video_mae.data.lists import format_line
 from video_mae.data.videos import class_file, read_labeled
@@ -368,17 +369,10 @@ def test_registers_and_journals_hold_any_name(tmp_path):
     assert [row["path"] for row in strict(tmp_path / "quarantine.jsonl", lines=True)] == [
         unicode_text(name) for name in names
     ]
-    journal = Journal(
-        tmp_path,
-        is_main=True,
-        total_steps=1,
-        log_interval=1,
-        clips_per_step=1,
-        flops_per_clip=None,
-        num_devices=1,
-        device=torch.device("cpu"),
-        precision="fp32",
+    engine: Any = SimpleNamespace(
+        config=RunConfig(output=str(tmp_path)), rank=0, device=torch.device("cpu")
     )
+    journal = Journal(engine, total_steps=1, clips_per_step=1, flops_per_clip=0.0)
     for name in names:
         journal.say(f"validation: {name}")
     assert len((tmp_path / "log.txt").read_bytes().decode("utf-8").splitlines()) == len(names)
@@ -454,7 +448,7 @@ def test_training_ends_well_and_writes_json(
     tiny, tiny_finetune, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("video_mae.training.report.Figure", None)  # and without pictures
-    monkeypatch.setattr("video_mae.training.picture.Image.new", None)
+    monkeypatch.setattr("video_mae.training.picture.Image.fromarray", None)
     output = tmp_path / "$r\udce4n_"
     config = tiny(
         f"output={output}", f"data.source={data}", "optim.steps=7", "data.max_bad_share=1"

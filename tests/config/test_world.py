@@ -12,7 +12,7 @@ import torch
 from video_mae.cli import main
 from video_mae.config.world import NAMES, World, ranks_here
 from video_mae.data.workers import plan_workers
-from video_mae.training.engine import prepare_environment, world_from_environment
+from video_mae.training.engine import prepare_environment
 
 WHOLE = {
     "RANK": "1",
@@ -52,7 +52,6 @@ def set_all(monkeypatch: pytest.MonkeyPatch, values: dict[str, str]) -> None:
 def test_one_process_is_one_whatever_a_job_script_has_left(monkeypatch, left):
     set_all(monkeypatch, left)
     assert World.from_environment() == World(0, 1, 0)
-    assert world_from_environment() == (0, 1)
     threads = torch.get_num_threads()
     try:
         prepare_environment()
@@ -61,13 +60,12 @@ def test_one_process_is_one_whatever_a_job_script_has_left(monkeypatch, left):
     assert [os.environ[name] for name in NAMES[:4]] == ["0", "1", "0", "127.0.0.1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
-    assert world_from_environment() == (0, 1)  # also when it is asked again
+    assert World.from_environment() == World(0, 1, 0)  # also when it is asked again
 
 
 def test_a_launcher_is_believed(monkeypatch):
     set_all(monkeypatch, WHOLE)
     assert World.from_environment() == World(1, 4, 1)
-    assert world_from_environment() == (1, 4)
 
 
 HALF = [

@@ -194,7 +194,7 @@ def test_a_video_in_the_place_of_a_list_is_that_video(
     assert pack(video, str(tmp_path / "packed"), PackConfig(num_workers=1)) == 0
     assert "1 videos" in capsys.readouterr().out
     plan = prepare(tiny(f"data.source={video}"))
-    assert list(plan.run.videos.by_key["data.source"]) == [(video, {"label": -1})]  # pyright: ignore[reportAttributeAccessIssue]
+    assert list(plan.videos.by_key["data.source"]) == [(video, {"label": -1})]  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match=r"has no label in .*, write lines `PATH LABEL`"):
         read_labeled("LIST", video)
 

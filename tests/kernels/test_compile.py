@@ -13,8 +13,8 @@ from torch import nn
 from torch._subclasses import fake_tensor
 
 from video_mae import ModelConfig, ObjectiveConfig, VideoClassifier, VideoMAE, token_mask
-from video_mae.config import EngineConfig, JournalConfig, OptimConfig
-from video_mae.training.engine import Engine, deepspeed_config
+from video_mae.config import EngineConfig, OptimConfig, RunConfig
+from video_mae.training.engine import Engine
 
 MODEL = ModelConfig(
     num_frames=4,
@@ -51,15 +51,13 @@ def losses(case: str, folder: Path, **engine: object) -> list[float]:
     """Of three steps of two micro-batches, by an engine of one process."""
     make, skipped = CASES[case]
     torch.manual_seed(0)
-    engine_config, optim = (
-        EngineConfig(**engine),  # pyright: ignore[reportArgumentType]
-        OptimConfig(micro_batch=2, accumulation=2, clip_grad=1.0),
-    )  # pyright: ignore[reportArgumentType]
-    config = deepspeed_config(
-        engine_config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=folder
+    config = RunConfig(
+        output=str(folder),
+        engine=EngineConfig(**engine),  # pyright: ignore[reportArgumentType]
+        optim=OptimConfig(micro_batch=2, accumulation=2, clip_grad=1.0),
     )
     model = make()
-    started = Engine(model, engine_config, optim, config, folder)
+    started = Engine(model, config)
     started.deepspeed.train()
     found: list[float] = []
     for number in range(6):

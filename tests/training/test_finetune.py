@@ -223,9 +223,9 @@ def test_the_best_model_is_kept_beside_the_last(
     tiny_finetune: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.25, 0.75, 0.5, float("nan")])
-    original = finetune._Finetuning._validate
+    original = finetune.Finetuning._validate
     monkeypatch.setattr(
-        finetune._Finetuning,
+        finetune.Finetuning,
         "_validate",
         lambda self, videos: {**original(self, videos), "val_top1": next(scores)},
     )
@@ -372,7 +372,8 @@ def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(
         (["data.source=LIST"], "the list is empty"),
         (
             ["data.source=LIST VIDEO 8"],
-            r"data\.source: .* has the label 8, classifier\.num_classes = 8 allows 0 to 7; .*num_classes=9",
+            r"data\.source: .* has the label 8, classifier\.num_classes = 8 allows 0 to "
+            r"7; .*num_classes=9",
         ),
         (["data.source=LIST VIDEO"], r"data\.source: .* has no label"),
         (
@@ -390,7 +391,8 @@ def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(
         (["checkpoint=/no/model"], r"checkpoint: /no/model: "),
         (
             ["checkpoint=MODEL", "model.depth=3", "model.qkv_bias=none"],
-            r"checkpoint: .* has another architecture than model of this run; model\.depth=2 model\.qkv_bias=qv would be the same",
+            r"checkpoint: .* has another architecture than model of this run; "
+            r"model\.depth=2 model\.qkv_bias=qv would be the same",
         ),
         (
             ["output=OTHER"],
@@ -527,10 +529,8 @@ def losses_of(
             shown.append(clip_BTHWC)
             return logits_BK
 
-    plan = prepare(config)
-    stage = finetune._Finetuning(
-        plan, plan.run, Engine(device=torch.device("cpu"), rank=0, world_size=1), None, None, {}
-    )
+    stage: Any = prepare(config)
+    stage.engine = Engine(rank=0)
     clip_BTHWC = (
         torch.arange(len(label_B), dtype=torch.uint8)[:, None, None, None, None].expand(
             -1, 4, 32, 32, 3

@@ -6,13 +6,15 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from video_mae.config import EngineConfig, JournalConfig, RunConfig
 from video_mae.files import Register, read_jsonl
-from video_mae.training.journal import Event, Journal, peak_flops
+from video_mae.training.journal import Journal, peak_flops
 from video_mae.training.report import write_report
 
 STAGES = ("decoding", "copying")
@@ -64,19 +66,27 @@ class CountingTensor(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def make_journal(folder: Path, **changes: Any) -> Journal:
-    settings: dict[str, Any] = {
-        "is_main": True,
-        "total_steps": 10,
-        "log_interval": 4,
-        "clips_per_step": 8,
-        "flops_per_clip": 1e9,
-        "num_devices": 1,
-        "device": torch.device("cpu"),
-        "precision": "fp32",
-        "stages": STAGES,
-    }
-    return Journal(folder, **{**settings, **changes})
+def make_journal(
+    folder: Path, *, log_interval: int = 4, precision: Any = "fp32", **changes: Any
+) -> Journal:
+    """changes: of the engine (rank, world_size, device, mean, write_events), or of the journal."""
+    config = RunConfig(
+        output=str(folder),
+        engine=EngineConfig(precision=precision),
+        journal=JournalConfig(log_interval=log_interval),
+    )
+    engine: Any = SimpleNamespace(
+        config=config,
+        rank=0,
+        world_size=1,
+        device=torch.device("cpu"),
+        mean=lambda values: values,
+        write_events=lambda events: None,
+    )
+    for name in changes.keys() & vars(engine).keys():
+        setattr(engine, name, changes.pop(name))
+    settings = {"total_steps": 10, "clips_per_step": 8, "flops_per_clip": 1e9, "stages": STAGES}
+    return Journal(engine, **{**settings, **changes})
 
 
 def losses(
@@ -141,16 +151,16 @@ def test_a_value_that_is_not_finite_is_null_in_valid_json(tmp_path: Path):
 def test_values_are_averaged_over_ranks_and_only_the_main_rank_writes(tmp_path: Path):
     sent: list[torch.Tensor] = []
 
-    def reduce_mean(values: torch.Tensor) -> torch.Tensor:
+    def mean(values: torch.Tensor) -> torch.Tensor:
         sent.append(values)
         return values + 1
 
-    other = make_journal(tmp_path, is_main=False, reduce_mean=reduce_mean)
+    other = make_journal(tmp_path, rank=1, mean=mean)
     take_steps(other, 1, 10)
     other.say("from the other rank")
     assert len(sent) == 3  # at the same steps as the main rank
     assert list(tmp_path.iterdir()) == []
-    take_steps(make_journal(tmp_path, reduce_mean=reduce_mean), 1, 4)
+    take_steps(make_journal(tmp_path, mean=mean), 1, 4)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["loss"] == 3.5
 
 
@@ -170,7 +180,7 @@ def test_throughput_and_data_wait_are_shares_of_the_time_from_the_first_batch_on
 
 
 def test_the_stages_of_loading_are_milliseconds_of_a_clip_over_all_ranks(tmp_path: Path):
-    journal = make_journal(tmp_path, total_steps=4, num_devices=2)  # 8 clips a step: 4 on this rank
+    journal = make_journal(tmp_path, total_steps=4, world_size=2)  # 8 clips a step: 4 on this rank
     for step in range(1, 5):
         journal.spent((0.2, 0.01))
         journal.spent((0.04, 0.0))
@@ -225,10 +235,10 @@ def test_any_measures_are_averaged_and_shown_under_their_names(
 def test_a_record_is_a_line_of_its_own_and_goes_to_the_monitors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    events: list[Event] = []
+    events: list[tuple[str, float, int]] = []
     journal = make_journal(tmp_path, write_events=events.extend)
     journal.record(3, 1.5, {"val_loss": float("nan"), "val_top1": 0.75, "val_videos": 8})
-    make_journal(tmp_path / "other", is_main=False).record(3, 1.5, {"val_loss": 1.0})
+    make_journal(tmp_path / "other", rank=1).record(3, 1.5, {"val_loss": 1.0})
     (line,) = read_jsonl(tmp_path / "metrics.jsonl")
     assert line.pop("time") == pytest.approx(time.time(), abs=60)
     assert line == {"step": 3, "epoch": 1.5, "val_loss": None, "val_top1": 0.75, "val_videos": 8}
@@ -266,8 +276,10 @@ def test_a_report_of_a_fine_tuning_run_shows_its_accuracies(tmp_path: Path):
     for row in (
         "<th>steps</th><td>3</td>",
         "<th>final training accuracy</th><td>37.5%</td>",
-        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 videos, one view</td>",
-        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 videos, one view</td>",
+        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 "
+        "videos, one view</td>",
+        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 "
+        "videos, one view</td>",
     ):
         assert row in text
 
@@ -277,7 +289,7 @@ def test_resuming_cuts_the_lines_of_lost_work_and_a_torn_line(tmp_path: Path):
     metrics = tmp_path / "metrics.jsonl"
     first, second = metrics.read_bytes().splitlines(keepends=True)[:2]
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 12, "lo')
-    make_journal(tmp_path, is_main=False, resumed_step=4)
+    make_journal(tmp_path, rank=1, resumed_step=4)
     assert metrics.read_bytes().endswith(b'"lo')  # only the main rank touches it
     journal = make_journal(tmp_path, resumed_step=9)
     assert metrics.read_bytes() == first + second
@@ -331,7 +343,7 @@ def test_on_a_terminal_a_bar_shows_the_values(
 
 
 def test_monitors_receive_the_finite_values_of_each_line(tmp_path: Path):
-    events: list[Event] = []
+    events: list[tuple[str, float, int]] = []
     take_steps(make_journal(tmp_path, write_events=events.extend), 1, 4)
     assert ("train/loss", 2.5, 4) in events
     assert {name for name, _, _ in events} == {f"train/{key}" for key in KEYS} - {
@@ -370,11 +382,11 @@ def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_w
 ):
     monkeypatch.setattr("video_mae.training.journal.peak_flops", lambda name, precision: 1e12)
     device = torch.device("cuda")
-    journal = make_journal(tmp_path, device=device, num_devices=2)
+    journal = make_journal(tmp_path, device=device, world_size=2)
     value = torch.tensor(2.0, device=device, dtype=torch.bfloat16)
     monkeypatch.setattr(
-        journal,
-        "reduce_mean",
+        journal.engine,
+        "mean",
         lambda values: (torch.cuda.set_sync_debug_mode("default"), values)[1],
     )
     torch.cuda.set_sync_debug_mode("error")

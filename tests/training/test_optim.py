@@ -148,7 +148,8 @@ def test_whole_steps_an_epoch_make_the_steps_of_the_sources(
         == (epochs * per_epoch, warmup_epochs * per_epoch)
     )
     assert line.endswith(
-        f"; an epoch is {per_epoch} steps, {videos - per_epoch * batch * ranks} of its videos are left out"
+        f"; an epoch is {per_epoch} steps, {videos - per_epoch * batch * ranks} of "
+        f"its videos are left out"
     )
 
 

@@ -183,16 +183,11 @@ def test_a_picture_of_any_shape_fits_a_screen_and_leaves_no_other_file(
     clip_BTHWC = make_clip(shape)
     visible_BV, masked_BM = split(clip_BTHWC, tubelet, 2)
     path = tmp_path / "reconstructions" / "step_00000010.png"
-    draw_reconstruction(
-        path,
-        clip_BTHWC,
-        visible_BV,
-        masked_BM,
-        targets(clip_BTHWC, masked_BM, tubelet, "channel"),
-        tubelet,
-        "channel",
-        titles=["a very long title / " * 30] * shape[0],
+    predicted_BMP = targets(clip_BTHWC, masked_BM, tubelet, "channel")
+    frames = reconstruction_frames(
+        clip_BTHWC, visible_BV, masked_BM, predicted_BMP, tubelet, "channel"
     )
+    draw_reconstruction(path, frames, ["a very long title / " * 30] * shape[0])
     assert list(path.parent.iterdir()) == [path]
     with Image.open(path) as picture:
         assert 100 < picture.width <= 1600
@@ -201,15 +196,10 @@ def test_a_picture_of_any_shape_fits_a_screen_and_leaves_no_other_file(
 def test_small_frames_are_enlarged_pixel_by_pixel(tmp_path: Path):
     clip_BTHWC = make_clip((1, 2, 64, 64, 3))
     visible_BV, masked_BM = split(clip_BTHWC, (2, 16, 16), 4)
-    draw_reconstruction(
-        tmp_path / "p.png",
-        clip_BTHWC,
-        visible_BV,
-        masked_BM,
-        torch.zeros(1, 12, 1536),
-        (2, 16, 16),
-        "channel",
+    frames = reconstruction_frames(
+        clip_BTHWC, visible_BV, masked_BM, torch.zeros(1, 12, 1536), (2, 16, 16), "channel"
     )
+    draw_reconstruction(tmp_path / "p.png", frames, ["dog.mp4"])
     pixels = np.asarray(Image.open(tmp_path / "p.png"))
     twice = clip_BTHWC[0, 0].numpy().repeat(2, axis=0).repeat(2, axis=1)
     windows = np.lib.stride_tricks.sliding_window_view(pixels[:, :, 0], twice.shape[:2])
@@ -230,16 +220,15 @@ def test_a_picture_says_whose_statistics_were_used(
     )
     clip_BTHWC = make_clip((1, 2, 32, 32, 3))
     visible_BV, masked_BM = split(clip_BTHWC, (2, 16, 16), 1)
-    draw_reconstruction(
-        tmp_path / "p.png",
+    frames = reconstruction_frames(
         clip_BTHWC,
         visible_BV,
         masked_BM,
         torch.zeros(1, 3, 1536),
         (2, 16, 16),
         normalize,
-        titles=["dog.mp4"],
-        statistics=statistics,
+        statistics,
     )
+    draw_reconstruction(tmp_path / "p.png", frames, ["dog.mp4"])
     assert texts[0] == NOTES[note]
     assert {"dog.mp4", "original", "visible", "predicted"} <= set(texts)

@@ -117,8 +117,8 @@ def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_ke
     assert run(plan) == DONE
     visible = plan.num_visible
     assert (
-        f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} more in the decoder"
-        in (Path(config.output) / "log.txt").read_text()
+        f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} "
+        f"more in the decoder" in (Path(config.output) / "log.txt").read_text()
     )
     assert load_pretrained(Path(config.output) / "model").config.decoder_context == "all"
 
@@ -423,7 +423,8 @@ def test_another_number_of_ranks_cannot_resume_and_says_so(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ValueError,
-        match=r"step_00000002: was written with world_size = 1, this start has 2; start it with as many ranks",
+        match=r"step_00000002: was written with world_size = 1, this start has 2; start it "
+        r"with as many ranks",
     ):
         prepare(tiny("engine.zero_stage=1", "optim.steps=2"))
 
@@ -490,7 +491,8 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
         ),
         (
             "journal.wandb_project=mine",
-            "journal.wandb_project: mine needs Weights & Biases, which is not installed; pip install wandb",
+            "journal.wandb_project: mine needs Weights & Biases, which is not "
+            "installed; pip install wandb",
         ),
         (
             "engine.extra={gradient_clipping: 1.0}",
@@ -518,14 +520,7 @@ def test_extra_reaches_deepspeed_and_defaults_are_written_out(tiny: Tiny) -> Non
         "optim.accumulation=3",
         "data.clips_per_video=2",
     )
-    made = deepspeed_config(
-        config.engine,
-        config.optim,
-        config.journal,
-        clips_per_video=2,
-        world_size=4,
-        run_folder=Path("runs/x"),
-    )
+    made = deepspeed_config(config, 4)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 12345}
     assert made["prescale_gradients"] is True
     assert (

@@ -428,7 +428,8 @@ def test_the_objective_document_names_keys_that_exist() -> None:
 
 def test_the_objective_document_counts_tokens_as_the_masks_do() -> None:
     rows = re.findall(
-        r"^\| (\d+) x (\d+) x (\d+) \| (\d+) x (\d+) x \d+ \| (\w+) ([\d.]+)(?:, decoder ([\d.]+))? "
+        r"^\| (\d+) x (\d+) x (\d+) \| (\d+) x (\d+) x \d+ \| (\w+) ([\d.]+)(?:, "
+        r"decoder ([\d.]+))? "
         r"\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
         (REPOSITORY / "docs" / "objective.md").read_text(),
         re.MULTILINE,

@@ -9,7 +9,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from video_mae.benchmark.clock import Stopwatch
-from video_mae.config import EngineConfig, JournalConfig, ModelConfig, OptimConfig
+from video_mae.config import EngineConfig, ModelConfig, OptimConfig
 from video_mae.convert.export import export_hugging_face
 from video_mae.model.masking import TokenMask
 from video_mae.model.vit import VideoMAE
-from video_mae.training.engine import Engine, deepspeed_config
+from video_mae.training.engine import Engine
 from video_mae.training.optim import parameter_groups
 
 if TYPE_CHECKING:
@@ -78,14 +77,12 @@ class EngineTrainer:
         self, model: nn.Module, device: torch.device, dtype: torch.dtype, batch: int
     ) -> None:
         precision = "fp32" if dtype == torch.float32 else "bf16"
-        config, optim = (
-            EngineConfig(zero_stage=1, precision=precision),
-            OptimConfig(micro_batch=batch),
+        config = RunConfig(
+            output=".",  # nothing is written
+            engine=EngineConfig(zero_stage=1, precision=precision),
+            optim=OptimConfig(micro_batch=batch),
         )
-        dictionary = deepspeed_config(
-            config, optim, JournalConfig(), clips_per_video=1, world_size=1, run_folder=Path()
-        )
-        self.engine = Engine(copy.deepcopy(model), config, optim, dictionary, Path())
+        self.engine = Engine(copy.deepcopy(model), config)
         self.model, self.device = self.engine.deepspeed.module, device
         self.optimizer: Any = self.engine.optimizer
 
@@ -96,7 +93,7 @@ class EngineTrainer:
     def update(self) -> None:
         """The optimizer's part of a step, and what the host reads of the step before."""
         self.engine.step(1e-5)
-        self.engine.reports.take(of_all=False)
+        self.engine.statuses.take(of_all=False)
 
 
 def kept_bytes(trainer: Trainer | EngineTrainer) -> int:

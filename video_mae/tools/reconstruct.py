@@ -16,7 +16,7 @@ from video_mae.decoding import VideoDecodeError, decode
 from video_mae.model.masking import mask_counts, token_mask
 from video_mae.model.objective import pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
-from video_mae.training.picture import Statistics, draw_reconstruction
+from video_mae.training.picture import Statistics, draw_reconstruction, reconstruction_frames
 
 
 class ReconstructConfig(Knobs):
@@ -77,17 +77,16 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
     with torch.no_grad():
         predicted_BMP = model.predict(clip_BTHWC, mask)
     titles = [f"{Path(video).name}, clip {draw + 1}" for draw in range(config.num_clips)]
-    draw_reconstruction(
-        Path(picture),
+    frames = reconstruction_frames(
         predicted_clip(clip_BTHWC, model.config),
         mask.visible_BV,
         mask.masked_BM,
         predicted_BMP,
         model.config.predicted_tubelet,
         model.objective_config.normalize,
-        titles,
         config.statistics,
         pixel_scale(model.config, model.objective_config),
     )
+    draw_reconstruction(Path(picture), frames, titles)
     print(f"picture {picture}")
     return 0

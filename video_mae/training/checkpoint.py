@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from video_mae.files import write_json, write_text
+
 MANIFEST = "MANIFEST.json"
 
 
@@ -50,17 +52,13 @@ def publish(
     An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a
     later step.
     """
-    (building / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=2) + "\n")
-    fsync(building / MANIFEST)
+    write_json(building / MANIFEST, {**facts, "files": files})
     fsync(building)
     if final.exists():  # an incomplete one that resuming passed over
         shutil.rmtree(final)
     os.replace(building, final)
     fsync(final.parent)
-    pointer = final.parent / ".latest"
-    pointer.write_text(final.name + "\n")
-    fsync(pointer)
-    os.replace(pointer, final.parent / "latest")
+    write_text(final.parent / "latest", final.name + "\n")
     folders = sorted(final.parent.glob("step_*"), reverse=True)
     kept = [folder for folder in folders if read_manifest(folder) is not None][:keep]
     for folder in folders:

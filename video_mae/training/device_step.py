@@ -19,9 +19,11 @@ def check_version() -> None:
     where there is none.
     """
     found = version("deepspeed")
-    if not (0, 19, 8) <= tuple(int(number) for number in re.findall(r"\d+", found)[:3]) < (0, 20):
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:3])
+    if not (0, 19, 8) <= numbers < (0, 20):
         raise ValueError(
-            f"deepspeed: {found} is installed, whose training step is not known here; pip install 'deepspeed>=0.19.8,<0.20'"
+            f"deepspeed: {found} is installed, whose training step is not known here; "
+            "pip install 'deepspeed>=0.19.8,<0.20'"
         )
 
 
@@ -29,24 +31,28 @@ def is_possible(config: dict[str, Any]) -> bool:
     """Whether DeepSpeed's dictionary leaves gradients on the device, finite unless something is
     wrong, and in wrappers known here.
     """
-    elsewhere = {"offload_optimizer", "offload_param", "zenflow"} & config[
-        "zero_optimization"
-    ].keys()
-    return not (config["fp16"]["enabled"] or elsewhere or "data_types" in config)
+    elsewhere = {"offload_optimizer", "offload_param", "zenflow"}
+    return not (
+        config["fp16"]["enabled"]
+        or elsewhere & config["zero_optimization"].keys()
+        or "data_types" in config
+    )
 
 
-def gradients(wrapper: Any, parameters: list[torch.nn.Parameter], stage: int) -> list[torch.Tensor]:
+def gradients(deepspeed: Any) -> list[torch.Tensor]:
     """What this rank updates the weights by, after the last backward pass of a step: in ZeRO 1 to 3
     its share of it.
     """
-    if stage == 0:
-        return [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [gradient for share in wrapper.averaged_gradients.values() for gradient in share]
+    if deepspeed.zero_optimization_stage() == 0:
+        return [p.grad for p in deepspeed.module.parameters() if p.grad is not None]
+    shares = deepspeed.optimizer.averaged_gradients.values()
+    return [gradient for share in shares for gradient in share]
 
 
-def relieve(wrapper: Any, stage: int, *, low_precision: bool) -> None:
+def relieve(deepspeed: Any) -> None:
     """Takes norm, clipping and checks out of the step of DeepSpeed's wrapper of the optimizer."""
-    if stage == 0 and low_precision:
+    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
+    if stage == 0 and deepspeed.bfloat16_enabled():
         wrapper.step = partial(_step_of_masters, wrapper)
     elif stage in (1, 2):
         # Not by the dictionary, in which it would refuse the checkpoints of runs that DeepSpeed
@@ -73,7 +79,9 @@ def _step_of_masters(wrapper: Any) -> None:
 
 @torch.no_grad()
 def _step_of_partitions(wrapper: Any) -> None:
-    """ZeRO 3: DeepSpeedZeroOptimizer_Stage3.step, whose norm no key of the dictionary switches off."""
+    """ZeRO 3: DeepSpeedZeroOptimizer_Stage3.step, whose norm no key of the dictionary can switch
+    off.
+    """
     wrapper._pre_step()
     wrapper._partition_all_parameters()
     wrapper.zero_grad(set_to_none=True)

@@ -6,21 +6,21 @@ import contextlib
 import difflib
 import importlib.util
 import io
+import math
 import os
 import shutil
-import socket
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from video_mae.config import EngineConfig, JournalConfig, OptimConfig
+from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
 from video_mae.training import checkpoint, device_step
 from video_mae.training.optim import guard, make_optimizer
-from video_mae.training.reports import Reports, filled
+from video_mae.training.step_status import StatusQueue, filled
 
 # DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it
 # documents.
@@ -51,26 +51,20 @@ EXTRA_KEYS = frozenset(
 )
 
 
-def deepspeed_config(
-    engine: EngineConfig,
-    optim: OptimConfig,
-    journal: JournalConfig,
-    *,
-    clips_per_video: int,
-    world_size: int,
-    run_folder: Path,
-) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one
     that DeepSpeed does not know, and for a DeepSpeed of another version.
     """
     device_step.check_version()
-    micro_batch = optim.micro_batch * clips_per_video
+    engine, optim, journal = config.engine, config.optim, config.journal
+    micro_batch = optim.micro_batch * config.data.clips_per_video
     zero: dict[str, Any] = {"stage": engine.zero_stage}
+    on_the_host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if engine.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {**on_the_host}
     if engine.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    config: dict[str, Any] = {
+        zero["offload_param"] = {**on_the_host}
+    made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": optim.accumulation,
         "train_batch_size": micro_batch * optim.accumulation * world_size,
@@ -82,41 +76,37 @@ def deepspeed_config(
         "fp16": {"enabled": engine.precision == "fp16"},
     }
     if journal.tensorboard:
-        config["tensorboard"] = {
+        made["tensorboard"] = {
             "enabled": True,
-            "output_path": str(run_folder),
+            "output_path": config.output,
             "job_name": "tensorboard",
         }
-    if journal.wandb_project:
-        if importlib.util.find_spec("wandb") is None:
-            raise ValueError(
-                f"journal.wandb_project: {journal.wandb_project} needs Weights & Biases, which is not installed; "
-                "pip install wandb"
-            )
-        config["wandb"] = {
-            "enabled": True,
-            "project": journal.wandb_project,
-            "group": run_folder.name,
-        }
+    project = journal.wandb_project
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"journal.wandb_project: {project} needs Weights & Biases, which is not installed; "
+            "pip install wandb"
+        )
+    if project:
+        group = Path(config.output).name
+        made["wandb"] = {"enabled": True, "project": project, "group": group}
     for key in engine.extra:
-        if key not in EXTRA_KEYS and key not in config:
+        if key not in EXTRA_KEYS and key not in made:
             near = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
-            raise ValueError(
-                f"engine.extra.{key}: DeepSpeed has no such key"
-                + (f" (did you mean {near[0]}?)" if near else "")
-            )
-    _merge(config, engine.extra, "engine.extra")
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"engine.extra.{key}: DeepSpeed has no such key{hint}")
+    _merge(made, engine.extra, "engine.extra")
     if zero.get("round_robin_gradients"):
         raise ValueError(
-            "engine.extra.zero_optimization.round_robin_gradients: DeepSpeed then mixes up the names of weights, "
-            "and saved models would be wrong; leave it out"
+            "engine.extra.zero_optimization.round_robin_gradients: DeepSpeed then mixes up the "
+            "names of weights, and saved models would be wrong; leave it out"
         )
     # it would wait for the device twice a micro-batch
-    config.setdefault("timers", {"throughput": {"enabled": False}})
-    if device_step.is_possible(config):
-        config["gradient_clipping"] = 0.0
-        config["bf16"]["check_grad_overflow"] = False
-    return config
+    made.setdefault("timers", {"throughput": {"enabled": False}})
+    if device_step.is_possible(made):
+        made["gradient_clipping"] = 0.0
+        made["bf16"]["check_grad_overflow"] = False
+    return made
 
 
 def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
@@ -127,79 +117,45 @@ def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:
             _merge(ours[key], value, f"{where}.{key}")
         else:
             raise ValueError(
-                f"{where}.{key}: is set by this program; use the keys of engine, optim or journal for it"
+                f"{where}.{key}: is set by this program; use the keys of engine, optim or journal "
+                "for it"
             )
-
-
-def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as the launcher tells it; (0, 1) without one. Raises: ValueError for half
-    an environment.
-    """
-    world = World.from_environment()
-    return world.rank, world.size
-
-
-class StepResult(NamedTuple):
-    """Of a step, on the device: the gradient norm before clipping, and how many steps were skipped
-    since the start.
-    """
-
-    grad_norm: torch.Tensor | float
-    skipped_steps: torch.Tensor
 
 
 class Engine:
     """A model under DeepSpeed, with or without its launcher.
 
     Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then
-    `engine.step(lr)` once a step, and `engine.reports.take()` for what the host is to know of it.
+    `engine.step(lr)` once a step, and `engine.statuses.take()` for what the host is to know of it.
+    skipped_steps: how many since the start, on the device.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        engine: EngineConfig,
-        optim: OptimConfig,
-        config: dict[str, Any],
-        run_folder: Path,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
         prepare_environment()
         import deepspeed
 
-        self.checkpoints = run_folder / "checkpoints"
-        self.facts = {
-            "world_size": world_from_environment()[1],
-            "zero_stage": engine.zero_stage,
-            "precision": engine.precision,
-            "offload": engine.offload,
-        }
-        on_cuda = torch.cuda.is_available()
-        if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
-        )
-        self.optimizer: Any = make_optimizer(model, optim, fused=engine.offload == "none")
+        world = World.from_environment()
+        self.config, self.checkpoints = config, Path(config.output) / "checkpoints"
+        self.dictionary = deepspeed_config(config, world.size)
+        self.device, backend = torch.device("cpu"), "gloo"
+        if torch.cuda.is_available():
+            self.device, backend = torch.device("cuda", world.local_rank), "nccl"
+            torch.cuda.set_device(self.device)
+        fused = config.engine.offload == "none"
+        self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
         # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(backend, verbose=False)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deepspeed: Any = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=config
+            model=model, optimizer=self.optimizer, config=self.dictionary
         )[0]
-        if engine.compile:
+        if config.engine.compile:
             self.deepspeed.compile()
-        self.is_guarded, self.clip_grad = device_step.is_possible(config), optim.clip_grad
+        self.is_guarded = device_step.is_possible(self.dictionary)
+        self.statuses = StatusQueue(self.device)
         self.skipped_steps = filled(0, self.device)
-        self.reports = Reports(self.device)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank()
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size()
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -212,27 +168,30 @@ class Engine:
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
-    def step(self, lr: float) -> StepResult:
-        """Updates the weights, unless a gradient of any rank is not finite. Waits for the device
-        only where DeepSpeed has to.
+    def step(self, lr: float) -> torch.Tensor | float:
+        """Updates the weights, unless a gradient of any rank is not finite; returns the gradient
+        norm before clipping. Waits for the device only where DeepSpeed has to.
         """
-        wrapper, stage = self.deepspeed.optimizer, self.facts["zero_stage"]
-        for group in wrapper.param_groups:
+        for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         if self.is_guarded:
-            gradients = device_step.gradients(
-                wrapper, list(self.deepspeed.module.parameters()), stage
+            norm = guard(
+                self.optimizer,
+                device_step.gradients(self.deepspeed),
+                self.config.optim.clip_grad,
+                partitioned=self.config.engine.zero_stage > 0,
             )
-            norm = guard(self.optimizer, gradients, self.clip_grad, partitioned=stage > 0)
             self.skipped_steps = self.skipped_steps + self.optimizer.found_inf
-            device_step.relieve(wrapper, stage, low_precision=self.facts["precision"] != "fp32")
+            # Not once at the start: a checkpoint that is resumed brings its own settings, and is
+            # refused by a wrapper without them.
+            device_step.relieve(self.deepspeed)
             self.deepspeed.step()
         else:
             self.deepspeed.step()
             norm = self.deepspeed.get_global_grad_norm()
             self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        self.reports.send(self.deepspeed.global_steps, self.skipped_steps)
-        return StepResult(float("nan") if norm is None else norm, self.skipped_steps)
+        self.statuses.send(self.deepspeed.global_steps, self.skipped_steps)
+        return math.nan if norm is None else norm
 
     def evaluate(self, *inputs: Any) -> Any:
         """The model's output without gradients; every rank must call it (ZeRO 3 gathers
@@ -271,19 +230,17 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        optimizer, state = self.deepspeed.optimizer, {}
         masters: dict[int, torch.Tensor] = {}
         # the one wrapper that DeepSpeed's function overlooks
-        if self.facts["zero_stage"] == 0 and self.facts["precision"] != "fp32":
-            for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        if self.config.engine.zero_stage == 0 and self.config.engine.precision != "fp32":
+            wrapper = self.deepspeed.optimizer
+            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
+        state: dict[str, torch.Tensor] = {}
         for name, parameter in self.deepspeed.module.named_parameters():
-            is_partitioned = hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-            value = (
-                safe_get_full_fp32_param(parameter)
-                if is_partitioned
-                else masters.get(id(parameter), parameter)
-            )
+            value = masters.get(id(parameter), parameter)
+            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # partitioned
+                value = safe_get_full_fp32_param(parameter)
             assert value is not None
             if self.rank == 0:
                 state[name] = value.detach().float().cpu().clone()
@@ -293,7 +250,8 @@ class Engine:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
         `resume` gives `memory` back.
         """
-        building = self.checkpoints / f".{checkpoint.step_name(step)}"
+        final = self.checkpoints / checkpoint.step_name(step)
+        building = self.checkpoints / f".{final.name}"
         if self.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -307,40 +265,33 @@ class Engine:
             exclude_frozen_parameters=False,
         )
         dist.barrier()
-        mine = checkpoint.files_of(building)[self.rank :: self.world_size]
-        for path in mine:
+        mine: dict[str, Any] = {}
+        for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
             checkpoint.fsync(path)
-        files = {str(path.relative_to(building)): checkpoint.digest(path) for path in mine}
-        gathered = self.gather(files)
+            mine[str(path.relative_to(building))] = checkpoint.digest(path)
+        files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
         if self.rank == 0:
-            everything = {name: facts for part in gathered for name, facts in part.items()}
-            checkpoint.publish(
-                building,
-                self.checkpoints / checkpoint.step_name(step),
-                everything,
-                {"step": step, **self.facts},
-                keep,
-            )
+            facts = {"step": step, **_facts(self.config, self.world_size)}
+            checkpoint.publish(building, final, files, facts, keep)
         dist.barrier()
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Loads the newest complete checkpoint; returns the number of steps it has done and its
         memory, (0, {}) where there is none.
         """
-        found = checkpoint.newest(self.checkpoints)
-        found = self.gather(found)[0]  # all ranks follow rank 0
-        while found is not None:
+        while True:
+            found = self.gather(checkpoint.newest(self.checkpoints))[0]  # all ranks follow rank 0
+            if found is None:
+                return 0, {}
             folder, manifest = found
             mine = sorted(manifest["files"])[self.rank :: self.world_size]
-            if not any(self.gather(bool(checkpoint.damaged_files(folder, manifest, mine)))):
-                _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
-                self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-                return manifest["step"], state.get("memory", {})  # earlier versions wrote none
+            if not any(self.gather(checkpoint.damaged_files(folder, manifest, mine))):
+                break
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
-            dist.barrier()
-            found = self.gather(checkpoint.newest(self.checkpoints))[0]
-        return 0, {}
+        _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+        self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
+        return manifest["step"], state.get("memory", {})  # earlier versions wrote none
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -363,25 +314,36 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def check_resumable(run_folder: Path, engine: EngineConfig, world_size: int) -> None:
-    """Raises: ValueError where the newest checkpoint was written by another number of ranks, stage
-    or precision.
+def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """What a checkpoint and the start that reads it have to agree about."""
+    keys = ("zero_stage", "precision", "offload")
+    return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
+
+
+def check_start(config: RunConfig) -> int:
+    """Checks what the engine of a run will need; returns the number of ranks.
+
+    Raises: ValueError for what this machine or DeepSpeed cannot do, and where the newest checkpoint
+    was written by another number of ranks, stage or precision.
     """
-    found = checkpoint.newest(run_folder / "checkpoints")
+    world_size = World.from_environment().size
+    if config.engine.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
+    deepspeed_config(config, world_size)
+    found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
-        return
+        return world_size
     folder, manifest = found
-    for key, value, remedy in (
-        ("world_size", world_size, "start it with as many ranks as before"),
-        ("zero_stage", engine.zero_stage, "set engine.zero_stage back"),
-        ("precision", engine.precision, "set engine.precision back"),
-        ("offload", engine.offload, "set engine.offload back"),
-    ):
+    for key, value in _facts(config, world_size).items():
         if manifest[key] != value:
+            remedy = f"set engine.{key} back"
+            if key == "world_size":
+                remedy = "start it with as many ranks as before"
             raise ValueError(
-                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; {remedy}, or choose another "
-                "output folder"
+                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; "
+                f"{remedy}, or choose another output folder"
             )
+    return world_size
 
 
 def prepare_environment() -> None:
@@ -389,24 +351,20 @@ def prepare_environment() -> None:
     cores. Raises: ValueError.
     """
     world = World.from_environment()
-    if not os.environ.get("RANK"):
-        os.environ.update(LOCAL_WORLD_SIZE="1")
-    # one process, then
-    if not os.environ.get("RANK") or not (
-        os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
-    ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    given = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
+    if "RANK" not in given:
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+    if len(given) < 3:  # one process, then: on any port that is free
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update(
         RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
     )
-    if torch.cuda.is_available() and world.local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} here; start as many processes"
-        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
+    elif world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} "
+            "here; start as many processes"
+        )

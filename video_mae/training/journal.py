@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from video_mae.files import Register, cut_after, json_line, one_line
+from video_mae.training.engine import Engine
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Event = tuple[str, float, int]
 Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
 """From the data wait, the milliseconds of a clip in each stage of loading and clips/s to the stage
 that limits the run, and one line.
@@ -42,6 +42,18 @@ PEAK_FLOPS = {
     "A10": 125e12,
 }
 
+# How the console names and writes what every line of metrics has.
+FORMS = {
+    "lr": ("lr", ".2e"),
+    "grad_norm": ("grad norm", ".3g"),
+    "clips_per_second": ("clips/s", ".1f"),
+    "data_wait": ("data wait", ".0%"),
+    "memory_gb": ("memory in GB", ".1f"),
+    "mfu": ("MFU", ".1%"),
+    "skipped_steps": ("skipped steps", "d"),
+    "bad_videos": ("bad videos", "d"),
+}
+
 
 def peak_flops(device_name: str, precision: Precision) -> float | None:
     """Dense FLOP/s that a GPU's data sheet promises; None where it is unknown (fp32 runs without
@@ -49,10 +61,10 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     """
     if precision == "fp32" or (precision == "bf16" and "V100" in device_name):
         return None
-    return next(
-        (flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)),
-        None,
-    )
+    for name, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return flops
+    return None
 
 
 class Journal:
@@ -61,81 +73,59 @@ class Journal:
 
     Every rank makes one and calls `step`; the main rank alone writes. clips_per_step counts all
     ranks, flops_per_clip is a forward and backward pass. With resumed_step = k, lines of later
-    steps are cut off metrics.jsonl: that work was lost. reduce_mean averages a tensor over ranks;
-    every rank calls it at the same steps. stages: of loading, whose costs are measured.
-    `quarantine` names the videos that could not be decoded, `fallbacks` those that another decoder
-    had to read. `advise` is asked after each line but the first, in which workers start; what it
-    says of a stage is told once.
+    steps are cut off metrics.jsonl: that work was lost. stages: of loading, whose costs are
+    measured. `quarantine` names the videos that could not be decoded, `fallbacks` those that
+    another decoder had to read. `advise` is asked after each line but the first, in which workers
+    start; what it says of a stage is told once.
     """
 
     def __init__(
         self,
-        run_folder: Path,
+        engine: Engine,
         *,
-        is_main: bool,
         total_steps: int,
-        log_interval: int,
         clips_per_step: int,
-        flops_per_clip: float | None,
-        num_devices: int,
-        device: torch.device,
-        precision: Precision,
-        write_events: Callable[[list[Event]], None] | None = None,
-        reduce_mean: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        flops_per_clip: float,
         resumed_step: int = 0,
         stages: Sequence[str] = (),
     ) -> None:
-        self.is_main, self.total_steps, self.log_interval, self.clips_per_step = (
-            is_main,
-            total_steps,
-            log_interval,
-            clips_per_step,
-        )
-        self.device, self.write_events, self.reduce_mean = device, write_events, reduce_mean
+        self.engine, self.total_steps = engine, total_steps
+        self.clips_per_step, self.stages = clips_per_step, stages
+        run_folder = Path(engine.config.output)
         self.metrics_file, self.log_file = run_folder / "metrics.jsonl", run_folder / "log.txt"
-        self.quarantine, self.fallbacks = (
-            Register(run_folder / "quarantine.jsonl"),
-            Register(run_folder / "fallbacks.jsonl"),
-        )
-        self._num_ranks, self._stages = num_devices, tuple(stages)
+        self.quarantine = Register(run_folder / "quarantine.jsonl")
+        self.fallbacks = Register(run_folder / "fallbacks.jsonl")
         self.advise: Advise = lambda data_wait, milliseconds, clips_per_second: None
         # the stages that were told, and whether workers are past their start
         self._told, self._has_line = set[str](), False
-        peak = (
-            peak_flops(torch.cuda.get_device_name(device), precision)
-            if device.type == "cuda"
-            else None
-        )
-        # of one clip/s
-        self._flops_share = (
-            None
-            if peak is None or flops_per_clip is None
-            else flops_per_clip / (peak * num_devices)
-        )
-        self._bar: tqdm[Any] | None = None
+        self._mfu_of_clip: float | None = None  # that of one clip/s
+        if engine.device.type == "cuda":
+            name = torch.cuda.get_device_name(engine.device)
+            peak = peak_flops(name, engine.config.engine.precision)
+            if peak is not None:
+                self._mfu_of_clip = flops_per_clip / (peak * engine.world_size)
         self._has_begun = False
         self._clear(time.perf_counter())
         run_folder.mkdir(parents=True, exist_ok=True)
-        if is_main:
+        if engine.rank == 0:
             cut_after(self.metrics_file, resumed_step)
-            if sys.stdout.isatty():
-                self._bar = tqdm(
-                    total=total_steps,
-                    initial=resumed_step,
-                    file=sys.stdout,
-                    dynamic_ncols=True,
-                    unit="step",
-                )
+        tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked from here
+        self._bar: Any = tqdm(
+            total=total_steps,
+            initial=resumed_step,
+            file=sys.stdout,
+            dynamic_ncols=True,
+            unit="step",
+            disable=None if engine.rank == 0 else True,  # None: where nobody watches
+        )
 
     def say(self, message: str) -> None:
         """Prints a message once, on the main rank, and keeps it in log.txt."""
-        if not self.is_main:
+        if self.engine.rank != 0:
             return
         message = one_line(message)  # it may name files
-        if self._bar is None:
-            print(message, flush=True)
-        else:
-            self._bar.write(message, file=sys.stdout)
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
         self._log(message)
 
     @contextmanager
@@ -184,161 +174,128 @@ class Journal:
         means over its steps (NaN in one step makes the mean null), but lr and skipped_steps (a
         count since the start) of the step itself.
         """
-        self._sums = self._sums + torch.stack(
-            [self._scalar(value) for value in (*values.values(), grad_norm)]
-        )
+        self._sums = self._sums + self._stack(*values.values(), grad_norm)
         self._num_steps += 1
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-        if step % self.log_interval != 0 and step != self.total_steps:
+        self._bar.update(step - self._bar.n)
+        if step % self.engine.config.journal.log_interval != 0 and step != self.total_steps:
             return
-        others = torch.stack(
-            [
-                self._scalar(value)
-                for value in (skipped_steps, self._wait_seconds, *self._stage_seconds)
-            ]
-        )
+        others = self._stack(skipped_steps, self._wait_seconds, *self._stage_seconds)
         # the only host sync of an interval
-        reduced = self.reduce_mean(torch.cat([self._sums / self._num_steps, others])).tolist()
-        means, (grad_norm, skipped_steps, wait_seconds, *stage_seconds) = (
-            reduced[: len(values)],
-            reduced[len(values) :],
-        )
-        now = time.perf_counter()
-        if self.is_main:
-            seconds = max(now - self._begin, 1e-9)
-            clips = self.clips_per_step * self._num_steps
-            clips_per_second, data_wait = clips / seconds, min(1.0, wait_seconds / seconds)
-            milliseconds = {
-                stage: 1e3 * spent * self._num_ranks / clips
-                for stage, spent in zip(self._stages, stage_seconds, strict=True)
-            }
-            line = {
-                "step": step,
-                "epoch": epoch,
-                **dict(zip(values, means, strict=True)),
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "clips_per_second": clips_per_second,
-                "data_wait": data_wait,
-                **{f"{stage}_ms": spent for stage, spent in milliseconds.items()},
-                "mfu": None if self._flops_share is None else clips_per_second * self._flops_share,
-                "memory_gb": self._memory_gb(),
-                "skipped_steps": int(skipped_steps),
-                "bad_videos": len(self.quarantine),
-                "time": time.time(),
-            }
-            self._write(line, _describe(line, values), "train", seconds / self._num_steps)
-            advice = (
-                self.advise(data_wait, milliseconds, clips_per_second) if self._has_line else None
-            )
+        reduced = self.engine.mean(torch.cat([self._sums / self._num_steps, others])).tolist()
+        grad_norm, skipped_steps, wait_seconds, *stage_seconds = reduced[len(values) :]
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        clips = self.clips_per_step * self._num_steps
+        seconds_left = (self.total_steps - step) * seconds / self._num_steps
+        self._clear(self._begin + seconds)
+        if self.engine.rank != 0:
+            return
+        clips_per_second, data_wait = clips / seconds, min(1.0, wait_seconds / seconds)
+        milliseconds = {
+            stage: 1e3 * spent * self.engine.world_size / clips
+            for stage, spent in zip(self.stages, stage_seconds, strict=True)
+        }
+        line = {
+            "step": step,
+            "epoch": epoch,
+            **dict(zip(values, reduced, strict=False)),  # the rest is what comes after them
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "clips_per_second": clips_per_second,
+            "data_wait": data_wait,
+            **{f"{stage}_ms": spent for stage, spent in milliseconds.items()},
+            "mfu": None if self._mfu_of_clip is None else clips_per_second * self._mfu_of_clip,
+            "memory_gb": self._memory_gb(),
+            "skipped_steps": int(skipped_steps),
+            "bad_videos": len(self.quarantine),
+            "time": time.time(),
+        }
+        parts = _describe(line, values)
+        text = self._write(line, parts, "train")
+        if self._bar.disable:
+            self.say(f"{text}  ETA {timedelta(seconds=round(seconds_left))}")
+        else:
+            self._bar.set_postfix(parts)
+            self._log(text)
+        if self._has_line:
+            advice = self.advise(data_wait, milliseconds, clips_per_second)
             if advice is not None and advice[0] not in self._told:
                 self._told.add(advice[0])
                 self.say(advice[1])
-            self._has_line = True
-        self._clear(now)
+        self._has_line = True
 
     def record(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """Writes a line of its own about the model as it is after a step, such as its validation;
         the values are those of all ranks.
         """
-        if self.is_main:
-            parts = {
-                name.replace("_", " "): _number(value, ".6g") for name, value in values.items()
-            }
-            self._write(
-                {"step": step, "epoch": epoch, **values, "time": time.time()}, parts, "validation"
-            )
+        if self.engine.rank == 0:
+            line = {"step": step, "epoch": epoch, **values, "time": time.time()}
+            parts = {name.replace("_", " "): number(value, ".6g") for name, value in values.items()}
+            self.say(self._write(line, parts, "validation"))
 
     def close(self) -> None:
         """Ends the progress bar; the files are complete after every line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bar.close()
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
-        self._stage_seconds = [0.0] * len(self._stages)
-        self._sums = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._stage_seconds = [0.0] * len(self.stages)
+        self._sums = torch.zeros((), dtype=torch.float64, device=self.engine.device)
 
-    def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
+    def _stack(self, *values: torch.Tensor | float) -> torch.Tensor:
+        """Numbers of the device and of the host as one tensor on the device."""
+        place: dict[str, Any] = {"device": self.engine.device, "dtype": torch.float64}
         # full() fills on the device; as_tensor() would copy from the host and wait for the stream
-        if not isinstance(value, torch.Tensor):
-            return torch.full((), value, dtype=torch.float64, device=self.device)
-        return value.detach().to(self.device, torch.float64).reshape(())
+        tensors = [
+            value if isinstance(value, torch.Tensor) else torch.full((), value, **place)
+            for value in values
+        ]
+        return torch.stack([tensor.detach().to(**place).reshape(()) for tensor in tensors])
 
     def _memory_gb(self) -> float:
         """Peak so far in 10^9 bytes: allocated by PyTorch on a GPU, resident on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 1e9
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        if self.engine.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.engine.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    def _write(
-        self,
-        line: dict[str, Any],
-        parts: dict[str, str],
-        kind: str,
-        seconds_per_step: float | None = None,
-    ) -> None:
-        line = {
-            key: value if isinstance(value, int) or _is_finite(value) else None
-            for key, value in line.items()
-        }
+    def _write(self, line: dict[str, Any], parts: dict[str, str], kind: str) -> str:
+        """Writes a line of metrics and gives it to the monitors; returns it as a text."""
+        line = {key: value if _is_finite(value) else None for key, value in line.items()}
+        step = line["step"]
         with self.metrics_file.open("ab") as stream:
             stream.write(json_line(line))
-        text = f"step {line['step']}/{self.total_steps}  " + "  ".join(
-            f"{name} {value}" for name, value in parts.items()
+        self.engine.write_events(
+            [
+                (f"{kind}/{key}", float(value), step)
+                for key, value in line.items()
+                if value is not None and key not in ("step", "time")
+            ]
         )
-        if seconds_per_step is None:
-            self.say(text)
-        elif self._bar is None:
-            self.say(
-                f"{text}  ETA {timedelta(seconds=round((self.total_steps - line['step']) * seconds_per_step))}"
-            )
-        else:
-            self._bar.set_postfix(parts)
-            self._log(text)
-        if self.write_events is not None:
-            self.write_events(
-                [
-                    (f"{kind}/{key}", float(value), line["step"])
-                    for key, value in line.items()
-                    if value is not None and key not in ("step", "time")
-                ]
-            )
+        words = [f"step {step}/{self.total_steps}"]
+        words += [f"{name} {value}" for name, value in parts.items()]
+        return "  ".join(words)
 
     def _log(self, message: str) -> None:
         with self.log_file.open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
 
-def _describe(line: dict[str, Any], values: Iterable[str]) -> dict[str, str]:
+def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:
     """The console's words for a line of metrics; what is zero, unknown, or the loss again is left
     out.
     """
-    parts = {"epoch": _number(line["epoch"], ".2f"), "loss": _number(line["loss"], ".4f")}
-    parts |= {
-        name.removesuffix("_loss").replace("_", " "): _number(line[name], ".4f")
-        for name in values
-        if name != "loss" and line[name] not in (0.0, line["loss"])
-    }
-    parts |= {
-        "lr": _number(line["lr"], ".2e"),
-        "grad norm": _number(line["grad_norm"], ".3g"),
-        "clips/s": _number(line["clips_per_second"], ".1f"),
-        "data wait": _number(line["data_wait"], ".0%"),
-        "memory": f"{line['memory_gb']:.1f} GB",
-    }
-    if line["mfu"] is not None:
-        parts["MFU"] = format(line["mfu"], ".1%")
-    for key in ("skipped_steps", "bad_videos"):
-        if line[key]:
-            parts[key.replace("_", " ")] = str(line[key])
-    return parts
+    forms = {"epoch": ("epoch", ".2f"), "loss": ("loss", ".4f")}
+    for name in measures:
+        if name != "loss" and line[name] not in (0.0, line["loss"]):
+            forms[name] = (name.removesuffix("_loss").replace("_", " "), ".4f")
+    forms |= FORMS
+    for key in ("mfu", "skipped_steps", "bad_videos"):
+        if not line[key]:
+            del forms[key]
+    return {name: number(line[key], form) for key, (name, form) in forms.items()}
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A value of a line of metrics, where null is what was not finite."""
     return format(value, form) if _is_finite(value) else "not finite"
 
 

@@ -1,18 +1,17 @@
-"""What the training stages share: the checks before a run, and the loop with its checkpoints, stop
-reasons and journal.
+"""The loop of training: what a run checks before it starts, and then step after step, with the
+lines, the checkpoints and the reasons to stop that all stages share.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
-from video_mae.config import RunConfig
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
 from video_mae.data.dataset import Batch, ClipDataset
@@ -22,67 +21,68 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
-from video_mae.files import json_text, read_jsonl, write_text
+from video_mae.files import read_jsonl, write_json
 from video_mae.kernels.dispatch import describe
-from video_mae.training.engine import (
-    Engine,
-    check_resumable,
-    deepspeed_config,
-    leave,
-    world_from_environment,
-)
+from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
-from video_mae.training.optim import Schedule, make_schedule, videos_of_epoch
+from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.reports import Report
-from video_mae.training.run_folder import ListFacts, check_lists, settled, write_lists
+from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, settled
 
 DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
 
-@dataclass(frozen=True)
-class Run:
-    """A checked run: its folder, its videos, its learning rates, DeepSpeed's dictionary.
-    data.decoder names a decoder, not auto.
+class Training(ABC, Generic[Config]):
+    """A run of a training stage. To make one checks all that can be wrong and starts nothing; `run`
+    trains. A stage says what is learned, from which clips, and what follows a step.
 
-    lists: facts of each list by its key; notes: what is to be told about them.
-    """
-
-    config: RunConfig
-    folder: Path
-    videos: VideoList | Sources
-    schedule: Schedule
-    schedule_line: str
-    deepspeed: dict[str, Any]
-    lists: dict[str, ListFacts]
-    notes: tuple[str, ...]
-
-
-class Stage(ABC):
-    """What a training stage adds to the loop. `memory` is saved with each checkpoint and given back
-    when the run goes on.
+    config: as it holds for the whole run, data.decoder names a decoder. memory: what a stage
+    remembers; it is saved with each checkpoint and given back when the run goes on.
     """
 
     augments_in_workers = False
     """Whether workers do more to the pixels of a clip than to crop it."""
 
+    model: Model
+    engine: Engine
+    journal: Journal
+    memory: dict[str, Any]
+
     def __init__(
-        self, run: Run, engine: Engine, journal: Journal, model: Model, memory: dict[str, Any]
+        self, config: Config, videos: Sources, validation: VideoList | None = None
     ) -> None:
-        self.run, self.engine, self.journal, self.model, self.memory = (
-            run,
-            engine,
-            journal,
-            model,
-            memory,
-        )
-        optim = run.config.optim
-        self.videos_per_step = optim.micro_batch * optim.accumulation * engine.world_size
-        self.videos_per_epoch = videos_of_epoch(optim, len(run.videos), engine.world_size)
+        """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
+        remedy.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            describe(config.engine.kernels, torch.device(device))
+        except ValueError as error:
+            raise ValueError(f"engine.kernels: {error}") from None
+        self.config = config = settled(config)
+        self.folder, self.videos, self.validation = Path(config.output), videos, validation
+        world_size = check_start(config)
+        lists = dict(videos.by_key)
+        if validation is not None:
+            lists["validation.source"] = validation
+        self.lists = {
+            key: {"digest": one.digest(), "videos": len(one)} for key, one in lists.items()
+        }
+        changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
+        notes = [note for one in lists.values() for note in one.notes]
+        optim, clips_per_video = config.optim, config.data.clips_per_video
+        self.schedule, line = make_schedule(optim, len(videos), world_size, clips_per_video)
+        self.introduction = [*notes, *changed, line]
+        self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
+        self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
     @abstractmethod
-    def dataset(self) -> ClipDataset:
+    def make_model(self) -> tuple[Model, float]:
+        """The model, and the multiply-accumulates of its forward pass for a clip."""
+
+    @abstractmethod
+    def make_dataset(self) -> ClipDataset:
         """Samples by (epoch, index)."""
 
     @abstractmethod
@@ -101,236 +101,87 @@ class Stage(ABC):
         Every rank calls it.
         """
 
-    def results(self) -> list[tuple[str, Path]]:
-        """What a finished run leaves besides model, curves and report."""
-        return []
+    def run(self) -> int:
+        """Trains from the newest checkpoint of the run folder to the last step; returns the exit
+        status.
 
-    def epoch(self, done: int) -> float:
-        """Passes over the list after `done` steps."""
-        return done * self.videos_per_step / self.videos_per_epoch
-
-    def save_model(self, name: str) -> None:
-        """Writes the model folder RUN/name; every rank must call it."""
-        state = self.engine.full_state()
-        if self.engine.rank == 0:
-            save_model_folder(self.run.folder / name, self.model, state)
-
-
-MakeStage = Callable[[Run, Engine, Journal, Any, dict[str, Any]], Stage]
-
-
-def check_run(
-    config: RunConfig,
-    videos: Callable[[], VideoList | Sources],
-    others: Mapping[str, VideoList] | None = None,
-) -> Run:
-    """Checks what all training stages have in common, without starting anything; `videos` reads the
-    list when its turn comes.
-
-    others: further lists that the run depends on, by their keys.
-    Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
-    """
-    _, world_size = world_from_environment()
-    folder = Path(config.output)
-    if config.engine.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
-    try:
-        describe(
-            config.engine.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
-    except ValueError as error:
-        raise ValueError(f"engine.kernels: {error}") from None
-    config = settled(config, folder)
-    check_resumable(folder, config.engine, world_size)
-    paths = videos()
-    sources = paths.by_key if isinstance(paths, Sources) else {"data.source": paths}
-    every = {**sources, **(others or {})}
-    lists = {key: ListFacts(videos.digest(), len(videos)) for key, videos in every.items()}
-    changed = check_lists(folder, lists, allow_changed=config.data.allow_changed_list)
-    notes = [note for videos in every.values() for note in videos.notes]
-    clips = config.data.clips_per_video
-    schedule, line = make_schedule(config.optim, len(paths), world_size, clips)
-    deepspeed = deepspeed_config(
-        config.engine,
-        config.optim,
-        config.journal,
-        clips_per_video=clips,
-        world_size=world_size,
-        run_folder=folder,
-    )
-    return Run(
-        config, folder, paths, schedule, line, deepspeed, lists, (*notes, *filter(None, [changed]))
-    )
-
-
-def run_and_leave(train: Callable[[], int]) -> Callable[[], int]:
-    """The training as the command line calls it: at its end the process leaves its group."""
-
-    def run() -> int:
-        status = train()
-        leave()
-        return status
-
-    return run
-
-
-def train(run: Run, model: Model, macs_per_clip: float, make_stage: MakeStage) -> int:
-    """Trains from the newest checkpoint of the run folder to the last step; returns the exit
-    status.
-
-    0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by a signal,
-    with a checkpoint. macs_per_clip: multiply-accumulates of a forward pass, of which a training
-    step costs three.
-    """
-    config, folder = run.config, run.folder
-    engine = Engine(model, config.engine, config.optim, run.deepspeed, folder)
-    engine.reports.listen()
-    if engine.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        write_text(folder / "deepspeed.json", json_text(run.deepspeed, indent=2) + "\n")
-        write_lists(folder, run.lists)
-    first_step, memory = engine.resume()
-    decoder = f"{config.data.decoder} {decoder_version(config.data.decoder)}"
-    # earlier versions wrote none
-    earlier, memory["decoder"] = memory.get("decoder", decoder), decoder
-    clips = (
-        config.optim.micro_batch
-        * config.data.clips_per_video
-        * config.optim.accumulation
-        * engine.world_size
-    )
-    journal = Journal(
-        folder,
-        is_main=engine.rank == 0,
-        total_steps=run.schedule.total_steps,
-        log_interval=config.journal.log_interval,
-        clips_per_step=clips,
-        flops_per_clip=6 * macs_per_clip,
-        num_devices=engine.world_size,
-        device=engine.device,
-        precision=config.engine.precision,
-        write_events=engine.write_events,
-        reduce_mean=engine.mean,
-        resumed_step=first_step,
-        stages=Costs._fields,
-    )
-    if earlier != decoder:
-        journal.say(
-            f"videos are read by {decoder}, up to step {first_step} they were by {earlier}: pixels may differ"
-        )
-    try:
-        return _Loop(run, engine, journal, make_stage(run, engine, journal, model, memory)).train(
-            first_step
-        )
-    finally:
-        journal.close()
-
-
-def is_due(done: int, interval: int) -> bool:
-    """Whether something that is done every `interval` steps (0: never) follows step number `done`."""
-    return interval > 0 and done % interval == 0
-
-
-class _Loop:
-    """Step after step."""
-
-    def __init__(self, run: Run, engine: Engine, journal: Journal, stage: Stage) -> None:
-        self.plan, self.config, self.engine, self.journal, self.stage = (
-            run,
-            run.config,
-            engine,
-            journal,
-            stage,
-        )
-        self.skipped, self.skipped_in_a_row, self.signal, self.has_told_fallbacks = (
-            engine.deepspeed.skipped_steps,
-            0,
-            0,
-            False,
-        )
-        self.dataset = stage.dataset()
-        self.workers = plan_workers(run.config.data.num_workers, run.config.data.decoder_threads)
-        place = self.dataset.paths[0][0]
-        packed = ("video" if is_video(place) else "frames") if isinstance(place, Member) else ""
-        journal.advise = partial(
-            advise,
-            data=run.config.data,
-            workers=self.workers,
-            world_size=engine.world_size,
-            packed=packed,
-            augments_in_workers=stage.augments_in_workers,
-        )
-
-    def train(self, first_step: int) -> int:
-        """Steps from first_step on; returns the exit status."""
-        self._introduce(first_step)
-        batches = DevicePrefetcher(
-            self._loader(first_step, self.plan.schedule.total_steps), self.engine.device
-        )
-        try:
-            return self._steps(batches, first_step)
-        finally:
-            batches.close()
-
-    def _steps(self, batches: Iterator[Batch], first_step: int) -> int:
-        config, engine, journal, total = (
-            self.config,
-            self.engine,
-            self.journal,
-            self.plan.schedule.total_steps,
-        )
-        for step in range(first_step, total):
-            # stateless as the rest: a resumed run drops the same paths
-            torch.manual_seed(sample_seed(config.seed, step, engine.rank, 0))
-            values = self._accumulate(batches, step)
-            lr = self.plan.schedule.lr(step)
-            result = engine.step(lr)
-            done = step + 1
-            journal.step(
-                done, self.stage.epoch(done), values, lr, result.grad_norm, result.skipped_steps
-            )
-            # A line has waited for the device, a checkpoint will: to know all costs nothing then.
-            # Else the host is a step behind.
-            of_all = (
-                done == total
-                or is_due(done, config.journal.log_interval)
-                or is_due(done, config.journal.checkpoint_interval)
-            )
-            self._take_in(engine.reports.take(of_all=of_all))
-            if self.signal:
-                self._take_in(engine.reports.take(of_all=True))
-            reason = self._reason_to_stop(done)
-            if reason:
-                journal.say(f"stopped at step {done}: {reason}")
-                return STOPPED_BY_POLICY
-            ending = done == total or self.signal != 0
-            if ending or is_due(done, config.journal.log_interval):
-                self._tell_fallbacks(ending=ending)
-            self.stage.after(done, ending=ending)
-            if ending or is_due(done, config.journal.checkpoint_interval):
-                engine.save(done, config.journal.keep_checkpoints, self.stage.memory)
-                self.stage.save_model("model")
-            if self.signal and done < total:
-                journal.say(
-                    f"stopped by signal {self.signal} after step {done}; start the same command again to go on"
-                )
-                return 128 + self.signal
+        0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by a
+        signal, with a checkpoint.
+        """
+        config, total_steps = self.config, self.schedule.total_steps
+        torch.manual_seed(config.seed)
+        self.model, macs_per_clip = self.make_model()
+        self.engine = engine = Engine(self.model, config)
+        engine.statuses.listen()
         if engine.rank == 0:
-            self._conclude(write_report(self.plan.folder, journal.say))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "config.yaml")
+            write_json(self.folder / "deepspeed.json", engine.dictionary)
+            write_json(self.folder / LISTS_FILE, self.lists)
+        first_step, self.memory = engine.resume()
+        self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
+        self.signal, self.has_told_fallbacks = 0, False
+        self.journal = Journal(
+            engine,
+            total_steps=total_steps,
+            clips_per_step=self.videos_per_step * config.data.clips_per_video,
+            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
+            resumed_step=first_step,
+            stages=Costs._fields,
+        )
+        with closing(self.journal), closing(self._batches(first_step)) as batches:
+            for step in range(first_step, total_steps):
+                exit_status = self._step(batches, step)
+                if exit_status is not None:
+                    return exit_status
+            if engine.rank == 0:
+                self._conclude()
         return DONE
 
-    def _take_in(self, reports: Iterable[Report]) -> None:
-        for report in reports:
-            self.signal = report.signal
-            self.skipped_in_a_row = (
-                self.skipped_in_a_row + 1 if report.skipped_steps > self.skipped else 0
+    def run_and_leave(self) -> int:
+        """Trains as the command line does: at its end the process leaves its group."""
+        exit_status = self.run()
+        leave()
+        return exit_status
+
+    def _step(self, batches: Iterator[Batch], step: int) -> int | None:
+        """One step of the optimizer and what follows it; the exit status where it is the last."""
+        config, engine, journal = self.config, self.engine, self.journal
+        # stateless as the rest: a resumed run drops the same paths
+        torch.manual_seed(sample_seed(config.seed, step, engine.rank, 0))
+        values = self._accumulate(batches, step)
+        lr = self.schedule.lr(step)
+        grad_norm = engine.step(lr)
+        done = step + 1
+        journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps)
+
+        is_last = done == self.schedule.total_steps
+        is_logged = is_last or is_due(done, config.journal.log_interval)
+        is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
+        # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
+        # the host is a step behind.
+        self._learn_of_steps(of_all=is_logged or is_saved)
+        if self.signal:
+            self._learn_of_steps(of_all=True)
+        reason = self._reason_to_stop(done, is_logged)
+        if reason:
+            journal.say(f"stopped at step {done}: {reason}")
+            return STOPPED_BY_POLICY
+
+        ending = is_last or self.signal != 0
+        if ending or is_logged:
+            self._tell_fallbacks(ending)
+        self.after(done, ending=ending)
+        if ending or is_saved:
+            engine.save(done, config.journal.keep_checkpoints, self.memory)
+            self.save_model("model")
+        if self.signal and not is_last:
+            journal.say(
+                f"stopped by signal {self.signal} after step {done}; start the same command again "
+                "to go on"
             )
-            self.skipped = report.skipped_steps
-            if self.skipped_in_a_row:
-                self.journal.say(
-                    f"step {report.step}: skipped, a loss or gradient was not finite ({self.skipped_in_a_row} in a row)"
-                )
+            return 128 + self.signal
+        return None
 
     def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one step's micro-batches; returns the means of what the stage
@@ -344,95 +195,141 @@ class _Loop:
             self.journal.spent(batch.costs)
             self.journal.quarantine.add(batch.failures)
             self.journal.fallbacks.add(batch.fallbacks)
-            values = self.stage.losses(batch, step, micro)
+            values = self.losses(batch, step, micro)
             self.engine.backward(values["loss"], last=micro == num - 1)
             for name, value in values.items():
                 means[name] = value.detach() / num + means.get(name, 0.0)
         return means
 
-    def _loader(self, first_step: int, last_step: int) -> Any:
-        optim, dataset = self.config.optim, self.dataset
-        sampler = StepSampler(
-            len(dataset),
-            optim.micro_batch,
-            optim.accumulation,
-            self.engine.rank,
-            self.engine.world_size,
-            self.config.seed,
-            first_step,
-            last_step,
-            dataset.paths.stream(self.config.seed),
-            self.stage.videos_per_epoch,
-        )
-        return make_loader(
-            dataset,
-            sampler,
-            self.config.data,
-            say=self.journal.say if self.engine.rank == 0 else print,
-        )
+    def _learn_of_steps(self, *, of_all: bool) -> None:
+        """Takes in what is known by now of the steps before: a signal, and which were skipped."""
+        for status in self.engine.statuses.take(of_all=of_all):
+            self.signal = status.signal
+            is_skipped = status.skipped_steps > self.skipped
+            self.skipped = status.skipped_steps
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
+            if is_skipped:
+                self.journal.say(
+                    f"step {status.step}: skipped, a loss or gradient was not finite "
+                    f"({self.skipped_in_a_row} in a row)"
+                )
 
-    def _reason_to_stop(self, done: int) -> str:
-        if self.skipped_in_a_row >= self.config.engine.max_skipped_in_a_row:
+    def _reason_to_stop(self, done: int, is_logged: bool) -> str:
+        config = self.config
+        if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
             return (
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is from before them: lower "
-                "optim.base_lr, set optim.clip_grad or use another engine.precision"
+                f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is "
+                "from before them: lower optim.base_lr, set optim.clip_grad or use another "
+                "engine.precision"
             )
-        if done % self.config.journal.log_interval and done != self.plan.schedule.total_steps:
+        if not is_logged:
             return ""
-        videos = len(self.plan.videos)
+        num_videos = len(self.videos)
         bad = self.engine.gather(len(self.journal.quarantine))[0]
-        tried = min(done * self.stage.videos_per_step + bad, videos)
-        if bad <= self.config.data.max_bad_share * tried or tried < min(FIRST_VERDICT, videos):
+        tried = min(done * self.videos_per_step + bad, num_videos)
+        most = config.data.max_bad_share
+        if bad <= most * tried or tried < min(FIRST_VERDICT, num_videos):
             return ""
         return (
-            f"{bad} of about {tried} videos tried could not be decoded, more than data.max_bad_share = "
-            f"{self.config.data.max_bad_share}; they are named in {self.plan.folder / 'quarantine.jsonl'}"
+            f"{bad} of about {tried} videos tried could not be decoded, more than "
+            f"data.max_bad_share = {most}; they are named in {self.journal.quarantine.file}"
         )
 
-    def _tell_fallbacks(self, *, ending: bool) -> None:
+    def _tell_fallbacks(self, ending: bool) -> None:
         """Once as soon as there are some, and at the end."""
-        if (
-            self.engine.rank != 0
-            or (self.has_told_fallbacks and not ending)
-            or not len(self.journal.fallbacks)
-        ):
+        if self.engine.rank != 0 or (self.has_told_fallbacks and not ending):
+            return
+        found = read_jsonl(self.journal.fallbacks.file)
+        if not found:
             return
         self.has_told_fallbacks = True
-        first, num = read_jsonl(self.journal.fallbacks.file)[0], len(self.journal.fallbacks)
+        first, reason = found[0], found[0]["reason"].split(";")[0]
         self.journal.say(
-            f"{num} of the videos so far were read by another decoder, the first {first['path']} by {first['decoder']}, as "
-            f"{first['reason'].split(';')[0]}; {self.journal.fallbacks.file} names them, `video-mae pack` cures them"
+            f"{len(found)} of the videos so far were read by another decoder, the first "
+            f"{first['path']} by {first['decoder']}, as {reason}; {self.journal.fallbacks.file} "
+            "names them, `video-mae pack` cures them"
         )
 
-    def _introduce(self, first_step: int) -> None:
-        config, run, say = self.config, self.plan, self.journal.say
-        parameters = sum(
-            math.prod(getattr(p, "ds_shape", p.shape)) for p in self.stage.model.parameters()
+    def _batches(self, first_step: int) -> DevicePrefetcher:
+        """Introduces the run, and starts what loads its batches."""
+        config, engine, journal = self.config, self.engine, self.journal
+        workers = plan_workers(config.data.num_workers, config.data.decoder_threads)
+        self._introduce(first_step, workers.describe())
+        if workers.told:
+            journal.say(workers.told)
+        packed, place = "", self.videos[0][0]
+        if isinstance(place, Member):
+            packed = "video" if is_video(place) else "frames"
+        journal.advise = partial(
+            advise,
+            data=config.data,
+            workers=workers,
+            world_size=engine.world_size,
+            packed=packed,
+            augments_in_workers=self.augments_in_workers,
         )
-        say(
-            f"run folder {run.folder}: "
-            + (f"resumed after step {first_step}" if first_step else "new")
+        sampler = StepSampler(
+            len(self.videos),
+            config.optim.micro_batch,
+            config.optim.accumulation,
+            engine.rank,
+            engine.world_size,
+            config.seed,
+            first_step,
+            self.schedule.total_steps,
+            self.videos.stream(config.seed),
+            self.videos_per_epoch,
         )
-        say(
-            f"{len(run.videos)} videos, {parameters / 1e6:.1f} million parameters, {self.stage.introduce()}"
-        )
-        for note in run.notes:
-            say(note)
-        say(run.schedule_line)
-        say(
-            f"kernels: {describe(config.engine.kernels, self.engine.device)}; device {self.engine.device}, {config.engine.precision}, "
-            f"ZeRO stage {config.engine.zero_stage}"
-        )
-        say(f"videos are read by {self.stage.memory['decoder']}; {self.workers.describe()}")
-        if self.workers.told:
-            say(self.workers.told)
+        say = journal.say if engine.rank == 0 else print
+        loader = make_loader(self.make_dataset(), sampler, config.data, say)
+        return DevicePrefetcher(loader, engine.device)
 
-    def _conclude(self, report: Path) -> None:
-        folder = self.plan.folder
-        for what, where in (
-            ("model", folder / "model"),
-            *self.stage.results(),
-            ("curves", folder / "curves.png"),
-            ("report", report),
+    def _introduce(self, first_step: int, loading: str) -> None:
+        config, engine, say = self.config, self.engine, self.journal.say
+        decoder = f"{config.data.decoder} {decoder_version(config.data.decoder)}"
+        earlier = self.memory.get("decoder", decoder)  # earlier versions wrote none
+        self.memory["decoder"] = decoder
+        if earlier != decoder:
+            say(
+                f"videos are read by {decoder}, up to step {first_step} they were by {earlier}: "
+                "pixels may differ"
+            )
+        shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
+        millions = sum(math.prod(shape) for shape in shapes) / 1e6
+        state = f"resumed after step {first_step}" if first_step else "new"
+        say(f"run folder {self.folder}: {state}")
+        say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
+        for line in self.introduction:
+            say(line)
+        say(
+            f"kernels: {describe(config.engine.kernels, engine.device)}; device {engine.device}, "
+            f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
+        )
+        say(f"videos are read by {decoder}; {loading}")
+
+    def _conclude(self) -> None:
+        write_report(self.folder, self.journal.say)
+        for what, name in (
+            ("model", "model"),
+            ("pictures", "reconstructions"),
+            ("best", "best"),
+            ("curves", "curves.png"),
+            ("report", "report.html"),
         ):
-            self.journal.say(f"{what:9}{where}")
+            if (self.folder / name).exists():
+                self.journal.say(f"{what:9}{self.folder / name}")
+
+    def epoch(self, done: int) -> float:
+        """Passes over the list after `done` steps."""
+        return done * self.videos_per_step / self.videos_per_epoch
+
+    def save_model(self, name: str) -> None:
+        """Writes the model folder RUN/name; every rank must call it."""
+        state = self.engine.full_state()
+        if self.engine.rank == 0:
+            save_model_folder(self.folder / name, self.model, state)
+
+
+def is_due(done: int, interval: int) -> bool:
+    """Whether something that is done every `interval` steps (0: never) follows step `done`."""
+    return interval > 0 and done % interval == 0

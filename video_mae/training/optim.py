@@ -25,26 +25,22 @@ def parameter_groups(
     embedding is layer 0, block i is layer i + 1, what comes after the blocks L + 1. Source: BEiT
     (Bao et al., 2021), as MAE and VideoMAE fine-tune.
     """
-    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    named = [
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    ]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     top = max((_layer(name, 0) for name, _ in named), default=0) + 1
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         layer = top if layer_decay == 1 else _layer(name, top)
-        is_token = name.endswith((".class_token", ".mask_token")) or ".positions." in name
-        members.setdefault((layer, decay_tokens if is_token else parameter.ndim >= 2), []).append(
-            parameter
-        )
+        decays = parameter.ndim >= 2
+        if name.endswith((".class_token", ".mask_token")) or ".positions." in name:
+            decays = decay_tokens
+        members.setdefault((layer, not decays), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
+            "weight_decay": 0.0 if is_free else weight_decay,
             "lr_scale": layer_decay ** (top - layer),
         }
-        for (layer, decays), parameters in sorted(
-            members.items(), key=lambda item: (item[0][0], not item[0][1])
-        )
+        for (layer, is_free), parameters in sorted(members.items())
     ]
 
 
@@ -77,9 +73,8 @@ class Schedule:
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * (
-            1 + math.cos(math.pi * min(1.0, progress))
-        )
+        cosine = 1 + math.cos(math.pi * min(1.0, progress))
+        return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * cosine
 
 
 def videos_of_epoch(config: OptimConfig, num_videos: int, world_size: int) -> int:
@@ -93,8 +88,8 @@ def videos_of_epoch(config: OptimConfig, num_videos: int, world_size: int) -> in
     videos = config.micro_batch * config.accumulation * world_size
     if num_videos < videos:
         raise ValueError(
-            f"optim.drop_last_batch: {num_videos} videos do not fill one step of {videos}; lower optim.micro_batch or "
-            "optim.accumulation, or set optim.drop_last_batch=false"
+            f"optim.drop_last_batch: {num_videos} videos do not fill one step of {videos}; lower "
+            "optim.micro_batch or optim.accumulation, or set optim.drop_last_batch=false"
         )
     return num_videos // videos * videos
 
@@ -104,30 +99,32 @@ def make_schedule(
 ) -> tuple[Schedule, str]:
     """The schedule, and one line that tells its factors: lr = base_lr * global batch / 256."""
     videos = config.micro_batch * config.accumulation * world_size
-    counted = videos * (clips_per_video if config.lr_counts_clips else 1)
+    batch, clips = videos, ""
+    if config.lr_counts_clips:
+        batch, clips = videos * clips_per_video, f" x {clips_per_video} clips a video"
     epoch_videos = videos_of_epoch(config, num_videos, world_size)
-    total = config.steps if config.steps is not None else int(config.epochs * epoch_videos / videos)
-    warmup = (
-        config.warmup_steps
-        if config.steps is not None
-        else int(config.warmup_epochs * epoch_videos / videos)
-    )
+    total, warmup = config.steps, config.warmup_steps
+    if total is None:
+        total = int(config.epochs * epoch_videos / videos)
+        warmup = int(config.warmup_epochs * epoch_videos / videos)
     if total < 1:
         raise ValueError(
-            f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step of {videos} videos; "
-            "raise it, or lower optim.micro_batch or optim.accumulation"
+            f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step "
+            f"of {videos} videos; raise it, or lower optim.micro_batch or optim.accumulation"
         )
-    schedule = Schedule(
-        config.base_lr * counted / 256, config.min_lr * counted / 256, warmup, total
+    peak_lr, final_lr = config.base_lr * batch / 256, config.min_lr * batch / 256
+    line = (
+        f"learning rate {peak_lr:.4g} = {config.base_lr:.4g} x global batch {batch} / 256; "
+        f"global batch = micro-batch {config.micro_batch} x {world_size} ranks x "
+        f"{config.accumulation} accumulated{clips}; {warmup} warm-up steps of {total}, then a "
+        f"cosine to {final_lr:.4g}"
     )
-    clips = f" x {clips_per_video} clips a video" if config.lr_counts_clips else ""
-    dropped = f"; an epoch is {epoch_videos // videos} steps, {num_videos - epoch_videos} of its videos are left out"
-    return schedule, (
-        f"learning rate {schedule.peak_lr:.4g} = {config.base_lr:.4g} x global batch {counted} / 256; global batch = "
-        f"micro-batch {config.micro_batch} x {world_size} ranks x {config.accumulation} accumulated{clips}; "
-        f"{warmup} warm-up steps of {total}, then a cosine to {schedule.final_lr:.4g}"
-        f"{dropped if config.drop_last_batch else ''}"
-    )
+    if config.drop_last_batch:
+        line += (
+            f"; an epoch is {epoch_videos // videos} steps, {num_videos - epoch_videos} of its "
+            "videos are left out"
+        )
+    return Schedule(peak_lr, final_lr, warmup, total), line
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:

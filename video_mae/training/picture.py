@@ -7,19 +7,20 @@ of values that share a mean and a deviation.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 from video_mae.files import one_line, write_whole
+from video_mae.kernels.reference import EPSILON, Normalize
 
 Tubelet = tuple[int, int, int]
-Normalize = Literal["channel", "tubelet", "none"]
 Statistics = Literal["visible", "truth"]
 # (mean, std) of the channels, where a model predicts pixels normalised by them
 PixelScale = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,17 +35,21 @@ MARGIN, GAP, LINE = 84, 2, 20
 
 NOTES = {
     "visible": "normalisation undone with statistics of the visible tubelets",
-    "truth": "normalisation undone with statistics of the true hidden tubelets (not available to a model)",
+    "truth": "normalisation undone with statistics of the true hidden tubelets "
+    "(not available to a model)",
     "raw": "raw pixels predicted: nothing undone",
 }
 
 
 class Frames(NamedTuple):
-    """The three rows of a picture, uint8 [B, T, H, W, C] each."""
+    """The rows of a picture by their names, uint8 [B, T, H, W, C] each, and two lines that tell
+    whose statistics were used, and how much is hidden.
+    """
 
     original: torch.Tensor
     visible: torch.Tensor
     predicted: torch.Tensor
+    notes: str
 
 
 def tokenize(clip_BTHWC: torch.Tensor, tubelet: Tubelet) -> torch.Tensor:
@@ -89,123 +94,87 @@ def reconstruction_frames(
     clip_BTHWC, visible_BV, masked_BM = clip_BTHWC.cpu(), visible_BV.cpu(), masked_BM.cpu()
     if clip_BTHWC.dtype == torch.uint16:  # a picture has 8 bits
         clip_BTHWC = (clip_BTHWC.float() / 257).round().to(torch.uint8)
-    _, T, H, W, C = clip_BTHWC.shape
+    B, T, H, W, C = clip_BTHWC.shape
     grid = T // tubelet[0], H // tubelet[1], W // tubelet[2]
-    true_BNP = tokenize(clip_BTHWC, tubelet)
+    true_BNP, batch_B1 = tokenize(clip_BTHWC, tubelet), torch.arange(B)[:, None]
     pixels_BMP = predicted_BMP.detach().double().cpu()
     mean_P, std_P = (
         torch.tensor(values, dtype=torch.float64).expand(C).repeat(math.prod(tubelet))
         for values in pixel_scale or ((0.0,), (1.0,))
     )
     if normalize != "none":
+        known = masked_BM if statistics == "truth" else visible_BV
+        pixels = (true_BNP[batch_B1, known].double() / 255 - mean_P) / std_P
+        # as the losses define them
         num_groups = C if normalize == "channel" else 1
-        if statistics == "truth":
-            mean_BMG, deviation_BMG = _statistics(
-                (_take(true_BNP, masked_BM).double() / 255 - mean_P) / std_P, num_groups, normalize
-            )
-        else:
+        values = rearrange(pixels, "B V (S G) -> B V S G", G=num_groups)
+        variance_G, mean_G = torch.var_mean(values, dim=2)
+        deviation_G = (variance_G + EPSILON).sqrt()
+        if normalize == "channel":
+            deviation_G = variance_G.sqrt() + EPSILON
+        if statistics == "visible":
             weight_BMV = _weights(visible_BV, masked_BM, grid)
-            mean_BMG, deviation_BMG = (
-                weight_BMV @ of_visible
-                for of_visible in _statistics(
-                    (_take(true_BNP, visible_BV).double() / 255 - mean_P) / std_P,
-                    num_groups,
-                    normalize,
-                )
-            )
+            mean_G, deviation_G = weight_BMV @ mean_G, weight_BMV @ deviation_G
         grouped = rearrange(pixels_BMP, "B M (S G) -> B M S G", G=num_groups)
-        pixels_BMP = (grouped * deviation_BMG[:, :, None] + mean_BMG[:, :, None]).flatten(2)
-    pixels_BMP = pixels_BMP * std_P + mean_P
+        pixels_BMP = (grouped * deviation_G[:, :, None] + mean_G[:, :, None]).flatten(2)
     # a prediction that is not finite has no colour: black
-    bytes_BMP = (pixels_BMP.nan_to_num(0) * 255).round().clamp(0, 255).to(torch.uint8)
-    seen_BNP = _put(torch.full_like(true_BNP, GREY), visible_BV, _take(true_BNP, visible_BV))
-    return Frames(
-        clip_BTHWC,
-        untokenize(seen_BNP, grid, tubelet),
-        untokenize(_put(seen_BNP, masked_BM, bytes_BMP), grid, tubelet),
+    pixels_BMP = (pixels_BMP * std_P + mean_P).nan_to_num(0) * 255
+    shown_BNP = torch.full_like(true_BNP, GREY)
+    shown_BNP[batch_B1, visible_BV] = true_BNP[batch_B1, visible_BV]
+    visible_BTHWC = untokenize(shown_BNP, grid, tubelet)
+    shown_BNP[batch_B1, masked_BM] = pixels_BMP.round().clamp(0, 255).to(torch.uint8)
+    note = NOTES["raw" if normalize == "none" else statistics]
+    counts = (
+        f"{visible_BV.shape[1]} of {math.prod(grid)} tubelets visible, "
+        f"{masked_BM.shape[1]} predicted"
     )
+    predicted_BTHWC = untokenize(shown_BNP, grid, tubelet)
+    return Frames(clip_BTHWC, visible_BTHWC, predicted_BTHWC, f"{note}\n{counts}")
 
 
-def draw_reconstruction(
-    path: Path,
-    clip_BTHWC: torch.Tensor,
-    visible_BV: torch.Tensor,
-    masked_BM: torch.Tensor,
-    predicted_BMP: torch.Tensor,
-    tubelet: Tubelet,
-    normalize: Normalize,
-    titles: list[str] | None = None,
-    statistics: Statistics = "visible",
-    pixel_scale: PixelScale | None = None,
-) -> None:
-    """Writes a PNG with three rows of frames a clip: original, visible, predicted (see
-    `reconstruction_frames`).
+def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> None:
+    """Writes a PNG with three rows of frames a clip, original, visible and predicted, under the
+    title of the clip.
 
-    clip_BTHWC: uint8; indices int64. Frames are shown pixel for pixel or enlarged by a whole
-    factor: at most 8 a clip, evenly chosen, fewer where they would be wider than about 1,600
-    pixels. The first line says whose statistics were used.
+    Frames are shown pixel for pixel or enlarged by a whole factor: at most 8 a clip, evenly chosen,
+    fewer where they would be wider than about 1,600 pixels.
     """
-    frames = reconstruction_frames(
-        clip_BTHWC,
-        visible_BV,
-        masked_BM,
-        predicted_BMP,
-        tubelet,
-        normalize,
-        statistics,
-        pixel_scale,
-    )
-    B, T, H, W, _ = clip_BTHWC.shape
+    *rows_BTHWC, notes = frames
+    _, T, H, W, C = frames.original.shape
     scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
-    tile_width, tile_height = W * scale, H * scale
-    count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (tile_width + GAP)))
+    count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (W * scale + GAP)))
     # the middles of `count` equal parts of the clip
     shown = [(2 * i + 1) * T // (2 * count) for i in range(count)]
-    clip_height = LINE + 3 * (tile_height + GAP)
-    num_tokens = math.prod(size // side for size, side in zip((T, H, W), tubelet, strict=True))
-    header = [
-        NOTES["raw" if normalize == "none" else statistics],
-        f"{visible_BV.shape[1]} of {num_tokens} tubelets visible, {masked_BM.shape[1]} predicted, "
-        f"frames {', '.join(str(frame) for frame in shown)} of {T}",
-    ]
+    numbers = ", ".join(str(frame) for frame in shown)
+    header = [*f"{notes}, frames {numbers} of {T}".splitlines(), ""]
     font = ImageFont.load_default(13)
-    width = MARGIN + max(
-        [count * (tile_width + GAP), *(math.ceil(font.getlength(line)) for line in header)]
+    rows = torch.stack(rows_BTHWC)[:, :, shown, ..., : 3 if C >= 3 else 1]
+    # what is not colour is grey
+    tiles = repeat(
+        rows, "r b n h w c -> r b n (h y) (w x) (c k)", y=scale, x=scale, k=3 // rows.shape[-1]
     )
-    canvas = Image.new("RGB", (width, (len(header) + 1) * LINE + B * clip_height), "white")
+    tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=255)
+    strips = rearrange(tiles, "r b n h w c -> b (r h) (n w) c")
+    strips = F.pad(strips, (0, 0, MARGIN, 0, LINE, 0), value=255)
+    texts = max(math.ceil(font.getlength(line)) for line in header)
+    space = max(0, MARGIN + texts - strips.shape[2])
+    pixels = F.pad(strips.flatten(0, 1), (0, 0, 0, space, len(header) * LINE, 0), value=255)
+    canvas = Image.fromarray(pixels.numpy())
     pen = ImageDraw.Draw(canvas)
+
+    def write(x: int, y: int, text: str) -> None:
+        pen.text((x, y), text, fill="black", font=font)
+
     for i, line in enumerate(header):
-        pen.text((MARGIN, 8 + i * LINE), line, fill="black", font=font)
-    for b in range(B):
-        top = (len(header) + 1) * LINE + b * clip_height
-        pen.text(
-            (MARGIN, top + 2),
-            _fit(one_line(titles[b]) if titles else f"clip {b}", font, width - MARGIN),
-            fill="black",
-            font=font,
-        )
-        for row, (name, row_BTHWC) in enumerate(
-            zip(("original", "visible", "predicted"), frames, strict=True)
-        ):
-            y = top + LINE + row * (tile_height + GAP)
-            pen.text((8, y + tile_height // 2 - 8), name, fill="black", font=font)
-            for column, frame in enumerate(shown):
-                tile = Image.fromarray(_rgb(row_BTHWC[b, frame])).resize(
-                    (tile_width, tile_height), Image.Resampling.NEAREST
-                )
-                canvas.paste(tile, (MARGIN + column * (tile_width + GAP), y))
+        write(MARGIN, 8 + i * LINE, line)
+    for b, title in enumerate(titles):
+        top = len(header) * LINE + b * strips.shape[1]
+        # of a path that is too long the end tells most: its beginning is left of the picture
+        text = one_line(title)
+        write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
+        for i, name in enumerate(Frames._fields[:3]):
+            write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
     write_whole(path, partial(canvas.save, format="PNG"))
-
-
-def _statistics(
-    tubelets_BMP: torch.Tensor, num_groups: int, normalize: Normalize
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and divisor [B, M, G] of each tubelet's target, as the losses define them."""
-    values = rearrange(tubelets_BMP, "B M (S G) -> B M S G", G=num_groups)
-    variance = values.var(dim=2, unbiased=True)
-    return values.mean(dim=2), variance.sqrt() + 1e-6 if normalize == "channel" else (
-        variance + 1e-6
-    ).sqrt()
 
 
 def _weights(
@@ -217,46 +186,11 @@ def _weights(
     The power and TIME_SHARE were the best of a small search over tube and random masks of real
     clips (powers 2, 3, 4, 6).
     """
-    squares_BMV = torch.zeros(())
-    for index_V, index_M, share in zip(
-        _places(visible_BV, grid), _places(masked_BM, grid), (TIME_SHARE, 1.0, 1.0), strict=True
-    ):
-        squares_BMV = squares_BMV + ((index_M[:, :, None] - index_V[:, None]) * share) ** 2
+    scale = torch.tensor([TIME_SHARE, 1, 1], dtype=torch.float64)
+    visible, masked = (
+        torch.stack(torch.unravel_index(index, grid), dim=2) * scale
+        for index in (visible_BV, masked_BM)
+    )
+    squares_BMV = (masked[:, :, None] - visible[:, None]).square().sum(dim=3)
     weight_BMV = squares_BMV**-2
     return weight_BMV / weight_BMV.sum(dim=2, keepdim=True)
-
-
-def _places(index_BV: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
-    _, h, w = grid
-    return tuple(place.double() for place in (index_BV // (h * w), index_BV // w % h, index_BV % w))
-
-
-def _take(tubelets_BNP: torch.Tensor, index_BV: torch.Tensor) -> torch.Tensor:
-    return tubelets_BNP.gather(1, index_BV[:, :, None].expand(-1, -1, tubelets_BNP.shape[2]))
-
-
-def _put(
-    tubelets_BNP: torch.Tensor, index_BV: torch.Tensor, values_BVP: torch.Tensor
-) -> torch.Tensor:
-    return tubelets_BNP.scatter(
-        1, index_BV[:, :, None].expand(-1, -1, tubelets_BNP.shape[2]), values_BVP
-    )
-
-
-def _rgb(frame_HWC: torch.Tensor) -> np.ndarray:
-    """Three channels to look at: the first three, or the first one as grey."""
-    C = frame_HWC.shape[2]
-    return (
-        (frame_HWC[:, :, :3] if C >= 3 else frame_HWC[:, :, :1].expand(-1, -1, 3))
-        .contiguous()
-        .numpy()
-    )
-
-
-def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The end of a text that is too long: of a path it tells most."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"...{text}") > width:
-        text = text[1:]
-    return f"...{text}"

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
-from video_mae.files import write_whole
+
+Config = TypeVar("Config", bound=RunConfig)
 
 # What may change when a run folder is started again; anything else would silently make it another
 # run.
@@ -35,18 +36,9 @@ FREE_KEYS = (
 LISTS_FILE = "lists.json"
 
 
-class ListFacts(NamedTuple):
-    """What is known of a list, or of a packed folder: a digest of all its paths and labels in their
-    order, and how many there are.
-    """
-
-    digest: str
-    videos: int
-
-
-def check_lists(folder: Path, lists: Mapping[str, ListFacts], *, allow_changed: bool) -> str:
-    """Compares the lists, by their keys, with those of the run in the folder; returns a line about
-    the others, where they are allowed.
+def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: bool) -> list[str]:
+    """Compares lists, {"digest", "videos"} by their keys, with those of the run in the folder;
+    returns a line about each that is another, where `allow` lets it in.
 
     What is not recorded (earlier versions did not), and the lists of a run without a checkpoint, is
     not compared.
@@ -55,87 +47,77 @@ def check_lists(folder: Path, lists: Mapping[str, ListFacts], *, allow_changed: 
     """
     file = folder / LISTS_FILE
     if not file.is_file() or not any((folder / "checkpoints").glob("step_*")):
-        return ""
+        return []
     try:
-        before = {key: ListFacts(**facts) for key, facts in json.loads(file.read_bytes()).items()}
-    except (ValueError, TypeError, AttributeError):
+        before = json.loads(file.read_bytes())
+        changed = [
+            f"{key} is another list than that of this run (it had {before[key]['videos']} videos, "
+            f"and has {facts['videos']}, of other paths, labels or order)"
+            for key, facts in lists.items()
+            if key in before and before[key]["digest"] != facts["digest"]
+        ]
+    except (ValueError, TypeError, KeyError):
         raise ValueError(
             f"{file}: is not readable; remove it, and see that the lists are those of the run"
         ) from None
-    changed = [
-        f"{key} is another list than that of this run (it had {before[key].videos} videos, and has {facts.videos}, of other paths, "
-        "labels or order)"
-        for key, facts in lists.items()
-        if key in before and before[key].digest != facts.digest
-    ]
-    if changed and not allow_changed:
+    if changed and not allow:
         raise ValueError(
-            f"{folder}: {changed[0]}; put the list back, set data.allow_changed_list=true to go on with this one, or choose "
-            "another output"
+            f"{folder}: {changed[0]}; put the list back, set data.allow_changed_list=true to go on "
+            "with this one, or choose another output"
         )
-    return "; ".join(changed)
+    return changed
 
 
-def write_lists(folder: Path, lists: Mapping[str, ListFacts]) -> None:
-    """Records which lists a run reads."""
-    text = json.dumps({key: facts._asdict() for key, facts in lists.items()}, indent=2) + "\n"
-
-    def write(unfinished: Path) -> None:
-        unfinished.write_text(text)
-
-    write_whole(folder / LISTS_FILE, write)
-
-
-def settled(config: RunConfig, folder: Path) -> RunConfig:
+def settled(config: Config) -> Config:
     """The configuration with the decoder that auto means: that of the run in the folder, or the
     first that works here.
 
     Raises: ValueError where the folder holds anything but this very run, or its decoder is not
     there any more.
     """
+    folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
     before = _run_in(folder, type(config))
-    recorded = before.data.decoder if before is not None else "auto"  # earlier versions wrote auto
-    wanted = recorded if config.data.decoder == "auto" else config.data.decoder
     if before is not None:
-        before = replace(
-            before, data=replace(before.data, decoder=wanted if recorded == "auto" else recorded)
-        )
-        _check_same(before, replace(config, data=replace(config.data, decoder=wanted)), folder)
+        recorded = before.data.decoder  # earlier versions wrote auto
+        if wanted == "auto":
+            wanted = recorded
+        was, now = flatten(before), flatten(config)
+        now["data.decoder"] = wanted
+        if recorded == "auto":
+            was["data.decoder"] = wanted
+        for key, value in now.items():
+            if value != was[key] and not key.startswith(FREE_KEYS):
+                raise ValueError(
+                    f"{folder}: this run was started with {key} = {was[key]}, now it is {value}; "
+                    "set it back, or choose another output"
+                )
     try:
-        found = resolve_decoder(wanted)
+        decoder = resolve_decoder(wanted)
     except ValueError as error:
         if recorded == "auto":
             raise
+        reason = str(error).removeprefix("data.decoder: ").split(";")[0]
         raise ValueError(
-            f"{folder}: this run reads videos with {recorded}: {str(error).removeprefix('data.decoder: ').split(';')[0]}; "
-            "install it, or choose another output"
+            f"{folder}: this run reads videos with {recorded}: {reason}; install it, or choose "
+            "another output"
         ) from None
-    return replace(config, data=replace(config.data, decoder=found))
+    return replace(config, data=replace(config.data, decoder=decoder))
 
 
-def _run_in(folder: Path, schema: type[RunConfig]) -> RunConfig | None:
+def _run_in(folder: Path, schema: type[Config]) -> Config | None:
     """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
     for any other folder.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return None
-    if not (folder / "config.yaml").is_file():
+    file = folder / "config.yaml"
+    if not file.is_file():
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
     try:
-        return load_config(folder / "config.yaml", schema=schema)
+        return load_config(file, schema=schema)
     except ValueError as error:
         raise ValueError(
             f"{error}: the folder holds a run of another kind; choose another output"
         ) from None
-
-
-def _check_same(before: RunConfig, config: RunConfig, folder: Path) -> None:
-    flat = flatten(before)
-    for key, value in flatten(config).items():
-        if value != flat[key] and not key.startswith(FREE_KEYS):
-            raise ValueError(
-                f"{folder}: this run was started with {key} = {flat[key]}, now it is {value}; set it back, or choose "
-                "another output"
-            )

@@ -18,9 +18,10 @@ import torch
 import yaml
 
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.config.world import World
 from video_mae.training import device_step, finetune, pretrain
 from video_mae.training.checkpoint import step_name
-from video_mae.training.engine import Engine, StepResult, leave, world_from_environment
+from video_mae.training.engine import Engine, leave
 
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
 
@@ -35,7 +36,7 @@ def main() -> None:
         with poisoned() if spec.get("poison") else nullcontext():
             assert stage.run(stage.prepare(start)) == 0
         if spec.get("crash_after"):
-            if world_from_environment()[0] == 0:
+            if World.from_environment().rank == 0:
                 forget_after(output, spec["crash_after"])
             torch.distributed.barrier()
             assert stage.run(stage.prepare(start)) == 0
@@ -52,14 +53,12 @@ def poisoned() -> Iterator[None]:
         )
         healthy_backward(self, loss * float("nan") if is_bad else loss, last=last)
 
-    def step(self: Engine, lr: float) -> StepResult:
-        number, stage = self.deepspeed.global_steps + 1, self.facts["zero_stage"]
+    def step(self: Engine, lr: float) -> torch.Tensor | float:
+        number, stage = self.deepspeed.global_steps + 1, self.config.engine.zero_stage
         before = self.full_state()
         # in stage 0 ranks have the same gradients
         if number == 4 and (stage == 0 or self.rank == self.world_size - 1):
-            gradients = device_step.gradients(
-                self.deepspeed.optimizer, list(self.deepspeed.module.parameters()), stage
-            )
+            gradients = device_step.gradients(self.deepspeed)
             next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("inf")
         result = healthy_step(self, lr)
         is_same = all(torch.equal(before[name], value) for name, value in self.full_state().items())

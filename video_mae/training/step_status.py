@@ -1,5 +1,5 @@
-"""What the host learns of a step without waiting for it: how many were skipped, and whether a
-signal asks the run to stop.
+"""What the host learns of a step without waiting for it: how many steps were skipped, and whether
+a signal asks the run to stop.
 """
 
 import signal
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 
-class Report(NamedTuple):
+class StepStatus(NamedTuple):
     """Of step number `step`, the same on every rank: how many steps were skipped since the start,
     and a signal of any rank or 0.
     """
@@ -26,9 +26,9 @@ def filled(value: float, device: torch.device) -> torch.Tensor:
     return torch.full((), float(value), device=device)
 
 
-class Reports:
-    """Sends what all ranks agree on from the device to the host, a copy a step, which is read once
-    the next step is under way.
+class StatusQueue:
+    """Statuses on their way from the device to the host, a copy a step, which is read once the
+    next step is under way.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,15 +55,15 @@ class Reports:
         arrival = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
         self._under_way.append((step, copy, arrival))
 
-    def take(self, *, of_all: bool) -> list[Report]:
+    def take(self, *, of_all: bool) -> list[StepStatus]:
         """Those not taken yet: of all steps, or of all but the last, which the device may be busy
         with. Every rank takes alike.
         """
-        taken: list[Report] = []
+        taken: list[StepStatus] = []
         while len(self._under_way) > (0 if of_all else 1):
             step, copy, arrival = self._under_way.popleft()
             if arrival is not None:
                 arrival.synchronize()
             skipped_steps, received = copy.tolist()
-            taken.append(Report(step, int(skipped_steps), int(received)))
+            taken.append(StepStatus(step, int(skipped_steps), int(received)))
         return taken
