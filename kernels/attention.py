@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
-from .attention_tiles import WIDTH_CLASSES, has_hopper_products, split
+from .attention_tiles import WIDTH_CLASSES, empty_results, has_hopper_products, parts
 from .dispatch import attention_limit, choose
 from .launch import register
 
@@ -57,31 +57,11 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
     if qkv_BN3HD.numel() == 0:
         return qkv_BN3HD[:, :, 0]
     if chosen == "triton":
-        return PackedAttention.apply(qkv_BN3HD)[0]
+        return _forward(qkv_BN3HD)[0]
     if chosen == "reference":
         return reference.packed_attention(qkv_BN3HD)
     q, k, v = (x.transpose(1, 2) for x in qkv_BN3HD.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-class PackedAttention(torch.autograd.Function):
-    """(out_BNHD, lse_BHN) by the Triton kernels; what backward needs is these two and qkv."""
-
-    @staticmethod
-    def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _forward(qkv_BN3HD)
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        ctx.set_materialize_grads(False)  # else zeros are made for lse
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, dout_BNHD: torch.Tensor, _: None) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(*ctx.saved_tensors, dout_BNHD)
 
 
 def kernels(qkv_BN3HD: torch.Tensor) -> Any:
@@ -91,23 +71,22 @@ def kernels(qkv_BN3HD: torch.Tensor) -> Any:
     tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
     limit = (
         attention_short.MAX_TOKENS
-        if split(width)[1] == 0 or has_hopper_products(qkv_BN3HD.device)
+        if len(parts(width)) == 1 or has_hopper_products(qkv_BN3HD.device)
         else 192
     )
     return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
-def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, _, heads, width = qkv_BN3HD.shape
-    return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(
-        batch, heads, tokens, dtype=torch.float32
-    )
+def _gradient(ctx: Any, dout_BNHD: torch.Tensor) -> tuple[torch.Tensor]:
+    return (_backward(*ctx.saved_tensors, dout_BNHD),)
 
 
 _forward = register(
     "packed_attention(Tensor qkv) -> (Tensor, Tensor)",
     lambda qkv: kernels(qkv).forward(qkv),
-    _empty_forward,
+    empty_results,
+    lambda inputs, results: (*inputs, *results),
+    _gradient,
 )
 _backward = register(
     "packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",

@@ -10,14 +10,13 @@ columns, BM BN BK BP lengths of a tile along rows, columns, P (of a similarity) 
 gradient).
 """
 
-import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import dot, on_device, register
+from .launch import dot, floats, in_units, launch, precision, register
 from .reference import NORM_FLOOR
 
 LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
@@ -25,7 +24,6 @@ LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
 # subnormal
 GRADIENT_SCALE = 32.0
 COMBINE_BLOCK = 128
-VECTOR = 8  # values: rows are read in units of so many where they can be, 16 bytes of a 16-bit type
 # the columns of a row tile are split between programs until there are so many: several waves of any
 # GPU
 ENOUGH_PROGRAMS = 1024
@@ -37,33 +35,10 @@ SHORT = tl.constexpr(0.9999 / NORM_FLOOR)
 ROWS, ROW_BLOCK = 8, 256
 
 
-class Tiles(NamedTuple):
-    """Launch options of the two product kernels: (BM, BN, BK, warps, stages) forward, (BM, BN, BK,
-    BP, warps, stages) backward.
-    """
-
-    forward: tuple[int, int, int, int, int]
-    backward: tuple[int, int, int, int, int, int]
-
-
-# By bytes a value. From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
-TILES = {
-    2: Tiles((128, 128, 64, 8, 3), (64, 64, 64, 256, 8, 2)),
-    4: Tiles((64, 64, 16, 8, 1), (32, 32, 32, 64, 8, 1)),
-}
-
-
-def in_units(P: int) -> tuple[int, int]:
-    """P as (units, unit): Triton knows by itself of multiples of 16 alone, and P = 1176 (giant)
-    would be read value by value.
-    """
-    unit = math.gcd(P, VECTOR)
-    return P // unit, unit
-
-
-def precision(x: torch.Tensor) -> str:
-    """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+# By bytes a value: (BM, BN, BK, warps, stages) forward, (BM, BN, BK, BP, warps, stages) backward.
+# From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
+FORWARD_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 1)}
+BACKWARD_TILES = {2: (64, 64, 64, 256, 8, 2), 4: (32, 32, 32, 64, 8, 1)}
 
 
 @triton.jit(do_not_specialize=["N", "units"])
@@ -106,17 +81,22 @@ def inverse_norms(
     """
     found = []
     for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
-        inverse_N = torch.empty(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
-        inverse_norm_kernel[(triton.cdiv(inverse_N.numel(), ROWS),)](
+        B, M, P = x.shape
+        unit, units = in_units(P)
+        inverse_N = floats(x, B * M)
+        launch(
+            inverse_norm_kernel,
+            triton.cdiv(B * M, ROWS),
             x,
             inverse_N,
-            inverse_N.numel(),
-            *in_units(x.shape[2]),
+            B * M,
+            units,
+            unit,
             of_zero,
             ROWS,
             ROW_BLOCK,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
+            num_warps=4,
+        )
         found.append(inverse_N)
     return found[0], found[1]
 
@@ -139,30 +119,46 @@ def mean_of_terms(
 
 @triton.jit
 def logits(
-    x,
-    t,  # [BM, P], [BN, P], pointers to the first row of a tile: offsets inside of it fit 32 bits
-    # how many of them exist; those beyond are copies of the last one, which need no mask, for the
-    # caller to ignore
-    rows,
-    columns,
-    row_scale_BM,
-    column_scale_BN,
+    predicted,  # [B, M, P]
+    target,  # [B, M, P]
+    inverse_target,  # [N] float32
+    row_scale_BM,  # inverse norms of the rows, over tau
+    first,  # row of the N where the clip begins
+    top,  # the tile's first row in the clip
+    start,  # its first column
+    M,
     P,
-    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of logits [BM, BN] to the base 2: products of rows and columns, times both scales."""
-    row, column = tl.minimum(tl.arange(0, BM), rows - 1), tl.minimum(tl.arange(0, BN), columns - 1)
+    """(logits [BM, BN] to the base 2, inverse norms of the columns) of a tile.
+
+    Rows and columns beyond the clip are copies of its last one, which need no mask; the caller
+    ignores them.
+    """
+    BM: tl.constexpr = row_scale_BM.shape[0]
+    row, column = tl.arange(0, BM), tl.arange(0, BN)
+    scale_BN = tl.load(inverse_target + first + start + column, mask=start + column < M, other=0.0)
+    row, column = tl.minimum(row, M - top - 1), tl.minimum(column, M - start - 1)
     k = tl.arange(0, BK)
-    x_at, t_at = x + (row[:, None] * P + k[None, :]), t + (column[None, :] * P + k[:, None])
+    # from the first row of a tile on: offsets inside of it fit 32 bits
+    x_at = predicted + (first + top) * P + (row[:, None] * P + k[None, :])
+    t_at = target + (first + start) * P + (column[None, :] * P + k[:, None])
     product = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, P, BK):
-        x_tile = tl.load(x_at + start, mask=(start + k < P)[None, :], other=0.0)
-        t_tile = tl.load(t_at + start, mask=(start + k < P)[:, None], other=0.0)
+    for part in range(0, P, BK):
+        x_tile = tl.load(x_at + part, mask=(part + k < P)[None, :], other=0.0)
+        t_tile = tl.load(t_at + part, mask=(part + k < P)[:, None], other=0.0)
         product = dot(x_tile, t_tile, product, PRECISION)
-    return product * row_scale_BM[:, None] * column_scale_BN[None, :]
+    return product * row_scale_BM[:, None] * scale_BN[None, :], scale_BN
+
+
+@triton.jit
+def store_terms(terms, row, N, has_term, largest, own_logit, total, pull, inside):
+    """Writes to terms [2, N] a row's loss and `pull`, 0 where there is no term."""
+    loss = LN2 * (largest - own_logit + tl.math.log2(total))
+    tl.store(terms + row, tl.where(has_term, loss, 0.0), mask=inside)
+    tl.store(terms + N + row, tl.where(has_term, pull, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "N", "units", "splits", "tiles_per_split"])
@@ -204,21 +200,21 @@ def partial_softmax_kernel(
     for start in range(
         split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN
     ):
-        column = start + tl.arange(0, BN)
-        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(
-            predicted + (first + top) * P,
-            target + (first + start) * P,
-            M - top,
-            M - start,
+        logit, _ = logits(
+            predicted,
+            target,
+            inverse_target,
             row_scale,
-            column_scale,
+            first,
+            top,
+            start,
+            M,
             P,
-            BM,
             BN,
             BK,
             PRECISION,
         )
+        column = start + tl.arange(0, BN)
         is_own = row[:, None] == column[None, :]
         tl.store(
             own + first + row,
@@ -280,13 +276,8 @@ def combine_kernel(
     has_term = tl.load(inverse_target + row, mask=inside, other=0.0) > 0
     tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
     tl.store(own_weight + row, -rivals / total, mask=inside)
-    tl.store(
-        terms + row,
-        tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0),
-        mask=inside,
-    )
-    pull = (weighted + rivals * (largest - own_logit)) / total
-    tl.store(terms + N + row, tl.where(has_term, LN2 * pull, 0.0), mask=inside)
+    pull = LN2 * ((weighted + rivals * (largest - own_logit)) / total)
+    store_terms(terms, row, N, has_term, largest, own_logit, total, pull, inside)
 
 
 @triton.jit(do_not_specialize=["M", "units"])
@@ -332,21 +323,21 @@ def streamed_gradient_kernel(
     )
     sum_BMBP = tl.zeros([BM, BP], tl.float32)
     for start in range(0, M, BN):
-        column = start + tl.arange(0, BN)
-        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(
-            predicted + (first + top) * P,
-            target + (first + start) * P,
-            M - top,
-            M - start,
+        logit, column_scale = logits(
+            predicted,
+            target,
+            inverse_target,
             row_scale,
-            column_scale,
+            first,
+            top,
+            start,
+            M,
             P,
-            BM,
             BN,
             BK,
             PRECISION,
         )
+        column = start + tl.arange(0, BN)
         share = tl.where(
             row[:, None] == column[None, :],
             row_own[:, None],
@@ -376,59 +367,57 @@ def streamed_gradient_kernel(
 def _forward(
     predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
+    """(loss, its derivative by tau, the clips' weights, and more that backward takes)."""
     B, M, P = predicted_BMP.shape
-    BM, BN, BK, warps, stages = TILES[predicted_BMP.element_size()].forward
+    BM, BN, BK, warps, stages = FORWARD_TILES[predicted_BMP.element_size()]
     row_tiles, column_tiles = B * triton.cdiv(M, BM), triton.cdiv(M, BN)
-    tiles_per_split = triton.cdiv(
-        column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles))
-    )
+    wanted = min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles))
+    tiles_per_split = triton.cdiv(column_tiles, wanted)
     splits = triton.cdiv(column_tiles, tiles_per_split)
-    units, unit = in_units(P)
-    empty = {"dtype": torch.float32, "device": predicted_BMP.device}
-    partial_3SN, own_N = torch.empty(3, splits, B * M, **empty), torch.empty(B * M, **empty)
-    lse_N, own_weight_N, terms_2N = (
-        torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,))
+    unit, units = in_units(P)
+    partial_3SN, terms_2N = floats(predicted_BMP, 3, splits, B * M), floats(predicted_BMP, 2, B * M)
+    own_N, lse_N, own_weight_N = (floats(predicted_BMP, B * M) for _ in range(3))
+    inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
+    launch(
+        partial_softmax_kernel,
+        row_tiles * splits,
+        predicted_BMP,
+        target_BMP,
+        inverse_predicted_N,
+        inverse_target_N,
+        temperature_1,
+        partial_3SN,
+        own_N,
+        M,
+        B * M,
+        units,
+        splits,
+        tiles_per_split,
+        unit,
+        BM,
+        BN,
+        BK,
+        precision(predicted_BMP),
+        num_warps=warps,
+        num_stages=stages,
     )
-    with on_device(predicted_BMP):
-        inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
-        partial_softmax_kernel[(row_tiles * splits,)](
-            predicted_BMP,
-            target_BMP,
-            inverse_predicted_N,
-            inverse_target_N,
-            temperature_1,
-            partial_3SN,
-            own_N,
-            M,
-            B * M,
-            units,
-            splits,
-            tiles_per_split,
-            unit,
-            BM,
-            BN,
-            BK,
-            precision(predicted_BMP),
-            num_warps=warps,  # pyright: ignore[reportCallIssue]
-            num_stages=stages,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
-        combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
-            partial_3SN,
-            own_N,
-            inverse_target_N,
-            lse_N,
-            own_weight_N,
-            terms_2N,
-            B * M,
-            splits,
-            COMBINE_BLOCK,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
+    launch(
+        combine_kernel,
+        triton.cdiv(B * M, COMBINE_BLOCK),
+        partial_3SN,
+        own_N,
+        inverse_target_N,
+        lse_N,
+        own_weight_N,
+        terms_2N,
+        B * M,
+        splits,
+        COMBINE_BLOCK,
+        num_warps=4,
+    )
     share_B = shares(inverse_target_N, B)
-    loss, dtemperature_1 = mean_of_terms(terms_2N, share_B, temperature_1)
     return (
-        loss,
-        dtemperature_1,
+        *mean_of_terms(terms_2N, share_B, temperature_1),
         share_B / temperature_1,
         inverse_predicted_N,
         inverse_target_N,
@@ -438,68 +427,61 @@ def _forward(
     )
 
 
-def _forward_fake(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    B = predicted_BMP.shape[0]
-    N = B * predicted_BMP.shape[1]
-    return tuple(
-        torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device)
-        for shape in ((), 1, B, N, N, N, N, N)
-    )
-
-
 def _backward(
     predicted_BMP: torch.Tensor,
     target_BMP: torch.Tensor,
     temperature_1: torch.Tensor,
     weight_B: torch.Tensor,
-    inverse_predicted_N: torch.Tensor,
-    inverse_target_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    own_weight_N: torch.Tensor,
-    pull_N: torch.Tensor,
+    *rows_N: torch.Tensor,
 ) -> torch.Tensor:
+    """rows_N: what `_forward` returns after weight_B."""
     B, M, P = predicted_BMP.shape
-    BM, BN, BK, BP, warps, stages = TILES[predicted_BMP.element_size()].backward
-    units, unit = in_units(P)
+    BM, BN, BK, BP, warps, stages = BACKWARD_TILES[predicted_BMP.element_size()]
+    unit, units = in_units(P)
     gradient_BMP = torch.empty_like(predicted_BMP)
-    with on_device(predicted_BMP):
-        streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
-            predicted_BMP,
-            target_BMP,
-            inverse_predicted_N,
-            inverse_target_N,
-            lse_N,
-            own_weight_N,
-            pull_N,
-            temperature_1,
-            weight_B,
-            gradient_BMP,
-            M,
-            units,
-            GRADIENT_SCALE,
-            unit,
-            BM,
-            BN,
-            BK,
-            BP,
-            precision(predicted_BMP),
-            num_warps=warps,  # pyright: ignore[reportCallIssue]
-            num_stages=stages,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
+    launch(
+        streamed_gradient_kernel,
+        B * triton.cdiv(M, BM) * triton.cdiv(P, BP),
+        predicted_BMP,
+        target_BMP,
+        *rows_N,
+        temperature_1,
+        weight_B,
+        gradient_BMP,
+        M,
+        units,
+        GRADIENT_SCALE,
+        unit,
+        BM,
+        BN,
+        BK,
+        BP,
+        precision(predicted_BMP),
+        num_warps=warps,
+        num_stages=stages,
+    )
     return gradient_BMP
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows_N = ctx.saved_tensors
+    dpredicted_BMP = None
+    if ctx.needs_input_grad[0]:
+        weight_B = gradient * weight_B
+        dpredicted_BMP = backward(predicted_BMP, target_BMP, temperature_1, weight_B, *rows_N)
+    return dpredicted_BMP, None, gradient * dtemperature_1
 
 
 forward = register(
     "contrastive_streaming(Tensor predicted, Tensor target, Tensor temperature) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    keeps=lambda inputs, results: (*inputs, *results[1:]),
+    backward=_gradients,
 )
 backward = register(
-    "contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
-    "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor",
+    "contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, "
+    "Tensor weight, Tensor inverse_predicted, Tensor inverse_target, Tensor lse, "
+    "Tensor own_weight, Tensor pull) -> Tensor",
     _backward,
-    lambda predicted, *_: torch.empty_like(predicted),
 )

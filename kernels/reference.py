@@ -144,19 +144,9 @@ def squared_length(x: torch.Tensor) -> torch.Tensor:
     return _SquaredLength.apply(x)  # pyright: ignore[reportReturnType]
 
 
-def weighted_mean(error_BM: torch.Tensor, weight_BM: torch.Tensor | None) -> torch.Tensor:
-    """sum(w * e) / sum(w), the mean where no weights are given, and 0 where nothing counts."""
-    if weight_BM is None:
-        return error_BM.sum() / max(error_BM.numel(), 1)
-    return (weight_BM * error_BM).sum() / total_weight(weight_BM)
-
-
-def total_weight(weight_BM: torch.Tensor) -> torch.Tensor:
-    """The sum of the weights, 1 where it is 0: a batch in which no token counts has loss 0, not
-    NaN.
-    """
-    total = weight_BM.sum()
-    return torch.where(total == 0, 1.0, total)
+def mean_error(error_BM: torch.Tensor) -> torch.Tensor:
+    """The mean, 0 where there is nothing."""
+    return error_BM.sum() / max(error_BM.numel(), 1)
 
 
 def reconstruction_loss(
@@ -165,14 +155,13 @@ def reconstruction_loss(
     index_BM: torch.Tensor,
     tubelet: tuple[int, int, int],
     normalize: Normalize,
-    weight_BM: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean squared error, targets_BMP)."""
     targets_BMP = tubelet_targets(clip_BTHWC, index_BM, tubelet, normalize)
     error_BM = (
         squared_length(predicted_BMP.to(targets_BMP.dtype) - targets_BMP) / targets_BMP.shape[-1]
     )
-    return weighted_mean(error_BM, weight_BM), targets_BMP
+    return mean_error(error_BM), targets_BMP
 
 
 def joint_loss(
