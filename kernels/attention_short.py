@@ -99,10 +99,12 @@ def forward_kernel(
             top = tl.maximum(top, tl.max(scores[i], 1))
         top *= scale
         acc = zero_tile(HEAD, BM)
-        total = tl.zeros([BM], tl.float32)
         for i in tl.static_range(len(SIZES)):
             weights = tl.math.exp2(scores[i] * scale - top[:, None])
-            total += tl.sum(weights, 1)
+            if i == 0:
+                total = tl.sum(weights, 1)
+            else:
+                total += tl.sum(weights, 1)
             acc = accumulate(weights, values[i], acc, HEAD)
         store_queries(out, lse, head, start_row, acc, top, total, N, HEAD, BM)
 

@@ -246,10 +246,9 @@ def store_queries(out, lse, head, start, acc, top, total, N, HEAD: tl.constexpr,
 
 
 @triton.jit
-def query_step(
-    q, dout, lse_M, delta_M, k, v, start, N, scale, dq, HEAD: tl.constexpr, MASKED: tl.constexpr
-):
+def query_step(rows, k, v, start, N, scale, dq, HEAD: tl.constexpr, MASKED: tl.constexpr):
     """dq (before its scale) of a query tile plus what the key tile from `start` adds to it."""
+    q, dout, lse_M, delta_M = rows
     weights = tl.math.exp2(inner(q, k, HEAD) * scale - lse_M[:, None])
     if MASKED:
         exists = start + tl.arange(0, k[0].shape[0]) < N
@@ -276,32 +275,22 @@ def query_gradient(
     PEEL: only the last tile needs masks, and a loop without them pays where it runs often; a second
     copy of the loop costs registers.
     """
-    rows = start + tl.arange(0, BM)
+    row = start + tl.arange(0, BM)
     q = load_tile(of.q, start, HEAD.qkv_n, N, HEAD, BM, True)
     dout = load_tile(of.dout, start, HEAD.dout_n, N, HEAD, BM, True)
     out = load_tile(of.out, start, HEAD.H * HEAD.D, N, HEAD, BM, True)
-    lse_M = tl.load(of.lse + rows, mask=rows < N, other=float("inf"))
+    lse_M = tl.load(of.lse + row, mask=row < N, other=float("inf"))
     delta_M = tl.sum(out[0].to(tl.float32) * dout[0].to(tl.float32), 1)
     for i in tl.static_range(1, len(out)):
         delta_M += tl.sum(out[i].to(tl.float32) * dout[i].to(tl.float32), 1)
-    tl.store(of.delta + rows, delta_M, mask=rows < N)
+    tl.store(of.delta + row, delta_M, mask=row < N)
+    rows = q, dout, lse_M, delta_M
     dq = zero_tile(HEAD, BM)
     if len(keys) > 0:
         for i in tl.static_range(len(keys)):
-            dq = query_step(
-                q,
-                dout,
-                lse_M,
-                delta_M,
-                keys[i],
-                values[i],
-                i * keys[0][0].shape[0],
-                N,
-                scale,
-                dq,
-                HEAD,
-                i == len(keys) - 1,
-            )
+            at = i * keys[0][0].shape[0]
+            is_last = i == len(keys) - 1
+            dq = query_step(rows, keys[i], values[i], at, N, scale, dq, HEAD, is_last)
     else:
         last = 0
         if PEEL:
@@ -309,11 +298,11 @@ def query_gradient(
             for first in range(0, last, BN):
                 k = load_tile(of.k, first, HEAD.qkv_n, N, HEAD, BN, False)
                 v = load_tile(of.v, first, HEAD.qkv_n, N, HEAD, BN, False)
-                dq = query_step(q, dout, lse_M, delta_M, k, v, first, N, scale, dq, HEAD, False)
+                dq = query_step(rows, k, v, first, N, scale, dq, HEAD, False)
         for first in range(last, N, BN):
             k = load_tile(of.k, first, HEAD.qkv_n, N, HEAD, BN, True)
             v = load_tile(of.v, first, HEAD.qkv_n, N, HEAD, BN, True)
-            dq = query_step(q, dout, lse_M, delta_M, k, v, first, N, scale, dq, HEAD, True)
+            dq = query_step(rows, k, v, first, N, scale, dq, HEAD, True)
     natural = scale * 0.6931471805599453  # 1 / sqrt(D)
     store_tile(of.dq, start, 3 * HEAD.H * HEAD.D, N, times(dq, natural), HEAD)
 

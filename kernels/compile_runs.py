@@ -4,6 +4,7 @@ and what else has tiles of its own.
 Letters: B clips, N tokens, H heads, D head width.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -18,12 +19,12 @@ from .compile_check import Run
 from .contrastive import contrastive_loss
 from .joint import joint_loss
 from .preset_shapes import ENCODER_TOKENS, attention_shapes
-from .reconstruction import reconstruction_loss, reconstruction_loss_and_targets
+from .reconstruction import reconstruction_loss_and_targets
 from .scaling import scale_tokens
 from .tubelets import CLIP_TYPES, FLOAT_TYPES, gather_tubelets
 
 BATCH, VISIBLE, MASKED, VALUES = 32, 160, 1408, 1536
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BF16, FP16, FP32, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 ANY = -1  # of the instructions that move 1 or 2 bytes
 Tubelet = tuple[int, int, int]
 # of presets, and of images
@@ -40,9 +41,7 @@ def _clip(tubelet: Tubelet, channels: int, dtype: torch.dtype) -> torch.Tensor:
     return _empty(BATCH, 8 * t, 14 * p, 14 * q, channels, dtype=dtype)
 
 
-def _gather(
-    clip: torch.dtype, out: torch.dtype, tubelet: Tubelet = BASE, channels: int = 3
-) -> None:
+def _gather(clip: torch.dtype, out: torch.dtype, tubelet: Tubelet, channels: int) -> None:
     index_BV = _empty(BATCH, VISIBLE, dtype=torch.int64)
     mean, std = (0.5,) * channels, (0.25,) * channels
     gather_tubelets(_clip(tubelet, channels, clip), index_BV, tubelet, mean, std, out)
@@ -52,14 +51,13 @@ def _compare(
     loss: Callable[..., Any],
     clip: torch.dtype,
     predicted: torch.dtype,
+    tubelet: Tubelet,
+    channels: int,
     *arguments: Any,
-    tubelet: Tubelet = BASE,
-    channels: int = 3,
     gradient: bool = True,
 ) -> None:
     """A loss of predictions and a clip."""
-    t, p, q = tubelet
-    values = t * p * q * channels
+    values = math.prod(tubelet) * channels
     predicted_BMP = _empty(BATCH, MASKED, values, dtype=predicted, gradient=gradient)
     index_BM = _empty(BATCH, MASKED, dtype=torch.int64)
     loss(predicted_BMP, _clip(tubelet, channels, clip), index_BM, tubelet, *arguments)
@@ -105,44 +103,35 @@ def _attention_runs(arch: int) -> list[Run]:
         for shape in attention_shapes()
     }
     shapes = [(shape.tokens, shape.heads, shape.width, BF16) for shape in by_code.values()]
-    shapes += [
-        (256, 16, 64, BF16),
-        (256, 16, 80, BF16),
-        (197, 3, 88, BF16),
-        (197, 3, 40, BF16),
-        (160, 8, 128, BF16),
-        (1568, 8, 128, BF16),
-        (1568, 6, 64, FP32),
-    ]
+    others = [(256, 16, 64), (256, 16, 80), (197, 3, 88), (197, 3, 40), (160, 8, 128)]
+    shapes += [(*other, BF16) for other in (*others, (1568, 8, 128))]
+    shapes.append((1568, 6, 64, FP32))
     if arch == 90:
         shapes += [(tokens, 16, 64, BF16) for tokens in (16, *ENCODER_TOKENS, 192)]
         shapes += [(160, 16, 64, FP16), (1568, 16, 64, FP16)]
     return [
         Run(
-            f"attention {_name(shape[3])} N={shape[0]} {shape[1]}x{shape[2]}",
-            partial(_attend, *shape),
+            f"attention {_name(dtype)} N={tokens} {heads}x{width}",
+            partial(_attend, tokens, heads, width, dtype),
         )
-        for shape in dict.fromkeys(shapes)
+        for tokens, heads, width, dtype in dict.fromkeys(shapes)
     ]
 
 
 def _gather_runs(arch: int) -> list[Run]:
-    runs = [
-        Run(
-            f"gather {_name(clip)} to {_name(out)} {_cut(BASE, 3)}",
-            partial(_gather, clip, out),
-            ANY,
-        )
+    ways = [
+        (clip, out, BASE, 3)
         for clip, out in product(CLIP_TYPES, FLOAT_TYPES)
-        if out == BF16 or (arch == 90 and clip == torch.uint8)
+        if out == BF16 or (arch == 90 and clip == UINT8)
     ]
-    return runs + [
+    ways += [(UINT8, BF16, *other) for other in OTHER_TUBELETS]
+    return [
         Run(
-            f"gather uint8 to bf16 {_cut(tubelet, channels)}",
-            partial(_gather, torch.uint8, BF16, tubelet, channels),
+            f"gather {_name(clip)} to {_name(out)} {_cut(tubelet, channels)}",
+            partial(_gather, clip, out, tubelet, channels),
             ANY,
         )
-        for tubelet, channels in OTHER_TUBELETS
+        for clip, out, tubelet, channels in ways
     ]
 
 
@@ -150,82 +139,44 @@ def _reconstruction_runs(arch: int) -> list[Run]:
     """The first pixel of each channel is read by itself; the rows of giant's tubelets, 42 bytes
     each, lie at odd places of the clip.
     """
-    uint8 = partial(_compare, reconstruction_loss, torch.uint8)
-    ways = [
-        ("channel", BF16),
-        ("tubelet", BF16),
-        ("none", BF16),
-        ("channel", FP16),
-        ("tubelet", FP32),
-    ]
-    runs = [
-        Run(
-            f"reconstruction uint8 {_name(dtype)} {way} {_cut(BASE, 3)} residual",
-            partial(uint8, dtype, way),
-            3,
-        )
-        for way, dtype in ways
-    ]
-    runs += [
-        Run(
-            f"reconstruction {_name(clip)} bf16 channel {_cut(BASE, 3)} residual target",
-            partial(_compare, reconstruction_loss_and_targets, clip, BF16, "channel", "auto", BF16),
-            3,
-        )
-        for clip in CLIP_TYPES
-        if arch == 90 or clip == torch.uint8
-    ]
-    runs += [
-        Run(
-            f"reconstruction uint8 bf16 channel {_cut(tubelet, channels)} residual",
-            partial(uint8, BF16, tubelet=tubelet, channels=channels),
-            64 if tubelet == GIANT else channels,
-        )
-        for tubelet, channels in OTHER_TUBELETS
-    ]
-    name = f"reconstruction uint8 bf16 channel {_cut(BASE, 3)}"
-    runs.append(Run(name, partial(uint8, BF16, gradient=False), 3))
-    scales = [
-        (BF16, BF16, 1536),
-        (FP16, FP16, 1536),
-        (FP32, FP32, 1536),
-        (FP32, FP16, 1536),
-        (BF16, BF16, 1176),
-    ]
-    return runs + [
-        Run(
-            f"reconstruction scale {_name(values)} to {_name(out)} {count} values",
-            partial(_scale, values, out, count),
-        )
-        for values, out, count in scales
-    ]
+    found = [(BF16, "channel"), (BF16, "tubelet"), (BF16, "none")]
+    found += [(FP16, "channel"), (FP32, "tubelet")]
+    ways = [(UINT8, dtype, BASE, 3, normalize, None) for dtype, normalize in found]
+    clips = CLIP_TYPES if arch == 90 else (UINT8,)
+    ways += [(clip, BF16, BASE, 3, "channel", BF16) for clip in clips]
+    ways += [(UINT8, BF16, *other, "channel", None) for other in OTHER_TUBELETS]
+    compare = partial(_compare, reconstruction_loss_and_targets)
+    runs = []
+    for clip, dtype, tubelet, channels, normalize, target in ways:
+        name = f"reconstruction {_name(clip)} {_name(dtype)} {normalize} {_cut(tubelet, channels)}"
+        name += " residual" if target is None else " residual target"
+        call = partial(compare, clip, dtype, tubelet, channels, normalize, "auto", target)
+        runs.append(Run(name, call, 64 if tubelet == GIANT else channels))
+    call = partial(compare, UINT8, BF16, BASE, 3, "channel", "auto", None, gradient=False)
+    runs.append(Run(f"reconstruction uint8 bf16 channel {_cut(BASE, 3)}", call, 3))
+    scales = [(dtype, dtype, 1536) for dtype in FLOAT_TYPES]
+    scales += [(FP32, FP16, 1536), (BF16, BF16, 1176)]
+    for values, out, count in scales:
+        name = f"reconstruction scale {_name(values)} to {_name(out)} {count} values"
+        runs.append(Run(name, partial(_scale, values, out, count)))
+    return runs
 
 
 def _contrastive_runs() -> list[Run]:
-    runs = [
-        Run(
-            f"contrastive {_name(dtype)} M={masked} P={VALUES}",
-            partial(_contrast, dtype, masked),
-            0 if masked % 8 == 0 else ANY,
-        )
-        for dtype, masked in product(FLOAT_TYPES, (MASKED, 147))
-    ]
+    runs = []
+    for dtype, masked in product(FLOAT_TYPES, (MASKED, 147)):
+        name = f"contrastive {_name(dtype)} M={masked} P={VALUES}"
+        runs.append(Run(name, partial(_contrast, dtype, masked), 0 if masked % 8 == 0 else ANY))
     name = f"M={MASKED} P={VALUES}"
-    runs.append(
-        Run(f"contrastive bf16 {name} without gradient", partial(_contrast, BF16, gradient=False))
-    )
+    call = partial(_contrast, BF16, gradient=False)
+    runs.append(Run(f"contrastive bf16 {name} without gradient", call))
     for dtype in FLOAT_TYPES:
         least = f"contrastive {_name(dtype)} {name} least memory"
         runs.append(Run(least, partial(_stream, dtype)))
-    joint = partial(_compare, joint_loss, torch.uint8)
-    return runs + [
-        Run(
-            f"contrastive joint {_name(dtype)} P={VALUES}",
-            partial(joint, dtype, "channel", 0.1, "clip", 0.1),
-            3,
-        )
-        for dtype in FLOAT_TYPES
-    ]
+    for dtype in FLOAT_TYPES:
+        call = partial(_compare, joint_loss, UINT8, dtype, BASE, 3, "channel", 0.1, "clip", 0.1)
+        runs.append(Run(f"contrastive joint {_name(dtype)} P={VALUES}", call, 3))
+    return runs
 
 
 def compile_runs(arch: int) -> list[Run]:

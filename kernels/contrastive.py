@@ -83,8 +83,9 @@ def contrastive_forward(
     """
     predicted, target = dense(predicted_BMP.detach(), target_BMP, negatives)
     gradient = None if gradient_BMP is None else gradient_BMP.view(predicted.shape)
+    temperature_1, scratch = temperature_1.detach(), chunked.SCRATCH_BYTES
     return chunked.loss_and_gradient(
-        predicted, target, temperature_1.detach(), gradient, gradient_scale
+        predicted, target, temperature_1, gradient, gradient_scale, scratch
     )[:2]
 
 

@@ -168,7 +168,7 @@ def loss_and_gradient(
     temperature_1: torch.Tensor,
     gradient_BMP: torch.Tensor | None,
     gradient_scale: float | None,
-    scratch_bytes: int = SCRATCH_BYTES,
+    scratch_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, its derivative by tau, weight_B); adds gradient_scale * the gradient to gradient_BMP.
 

@@ -132,25 +132,24 @@ def logits(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(logits [BM, BN] to the base 2, inverse norms of the columns) of a tile.
+    """(logits [BM, BN] to the base 2, columns, their inverse norms) of a tile.
 
     Rows and columns beyond the clip are copies of its last one, which need no mask; the caller
     ignores them.
     """
-    BM: tl.constexpr = row_scale_BM.shape[0]
-    row, column = tl.arange(0, BM), tl.arange(0, BN)
-    scale_BN = tl.load(inverse_target + first + start + column, mask=start + column < M, other=0.0)
-    row, column = tl.minimum(row, M - top - 1), tl.minimum(column, M - start - 1)
-    k = tl.arange(0, BK)
+    column = start + tl.arange(0, BN)
+    scale_BN = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
     # from the first row of a tile on: offsets inside of it fit 32 bits
-    x_at = predicted + (first + top) * P + (row[:, None] * P + k[None, :])
-    t_at = target + (first + start) * P + (column[None, :] * P + k[:, None])
-    product = tl.zeros([BM, BN], tl.float32)
+    x, t = predicted + (first + top) * P, target + (first + start) * P
+    i, j = tl.arange(0, row_scale_BM.shape[0]), tl.arange(0, BN)
+    i, j, k = tl.minimum(i, M - top - 1), tl.minimum(j, M - start - 1), tl.arange(0, BK)
+    x_at, t_at = x + (i[:, None] * P + k[None, :]), t + (j[None, :] * P + k[:, None])
+    product = tl.zeros([row_scale_BM.shape[0], BN], tl.float32)
     for part in range(0, P, BK):
         x_tile = tl.load(x_at + part, mask=(part + k < P)[None, :], other=0.0)
         t_tile = tl.load(t_at + part, mask=(part + k < P)[:, None], other=0.0)
         product = dot(x_tile, t_tile, product, PRECISION)
-    return product * row_scale_BM[:, None] * scale_BN[None, :], scale_BN
+    return product * row_scale_BM[:, None] * scale_BN[None, :], column, scale_BN
 
 
 @triton.jit
@@ -200,7 +199,7 @@ def partial_softmax_kernel(
     for start in range(
         split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN
     ):
-        logit, _ = logits(
+        logit, column, _ = logits(
             predicted,
             target,
             inverse_target,
@@ -214,7 +213,6 @@ def partial_softmax_kernel(
             BK,
             PRECISION,
         )
-        column = start + tl.arange(0, BN)
         is_own = row[:, None] == column[None, :]
         tl.store(
             own + first + row,
@@ -323,7 +321,7 @@ def streamed_gradient_kernel(
     )
     sum_BMBP = tl.zeros([BM, BP], tl.float32)
     for start in range(0, M, BN):
-        logit, column_scale = logits(
+        logit, column, column_scale = logits(
             predicted,
             target,
             inverse_target,
@@ -337,7 +335,6 @@ def streamed_gradient_kernel(
             BK,
             PRECISION,
         )
-        column = start + tl.arange(0, BN)
         share = tl.where(
             row[:, None] == column[None, :],
             row_own[:, None],

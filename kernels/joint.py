@@ -57,36 +57,19 @@ def joint_loss(
     if contrastive_weight == 0:
         loss = reconstruction_loss(predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize, impl)
         return loss, loss.detach(), torch.zeros_like(loss)
-    if choose("reconstruction_loss", impl, clip_BTHWC.device) == "reference":
-        return reference.joint_loss(
-            predicted_BMP,
-            clip_BTHWC,
-            index_BM,
-            tubelet,
-            normalize,
-            temperature,
-            negatives,
-            contrastive_weight,
-        )
-    check_dtypes("joint_loss", clip_BTHWC.dtype, predicted_BMP.dtype)
-    if memory == "least":
+    chosen = choose("reconstruction_loss", impl, clip_BTHWC.device)
+    if chosen == "triton":
+        check_dtypes("joint_loss", clip_BTHWC.dtype, predicted_BMP.dtype)
+    if chosen == "reference" or memory == "least":
+        target_dtype = predicted_BMP.dtype if chosen == "triton" else None
         reconstruction, target_BMP = reconstruction_loss_and_targets(
-            predicted_BMP,
-            clip_BTHWC,
-            index_BM,
-            tubelet,
-            normalize,
-            "triton",
-            predicted_BMP.dtype,
+            predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize, chosen, target_dtype
         )
         contrastive = contrastive_loss(
-            predicted_BMP, target_BMP, temperature, negatives, "triton", "least"
+            predicted_BMP, target_BMP, temperature, negatives, chosen, memory
         )
-        return (
-            reconstruction + contrastive_weight * contrastive,
-            reconstruction.detach(),
-            contrastive.detach(),
-        )
+        loss = reconstruction + contrastive_weight * contrastive
+        return loss, reconstruction.detach(), contrastive.detach()
     temperature_1 = float32_temperature(predicted_BMP, temperature)
     with_gradient = torch.is_grad_enabled() and (
         predicted_BMP.requires_grad or temperature_1.requires_grad

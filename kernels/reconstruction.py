@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .dispatch import check_clip, choose
+from .dispatch import choose
 from .launch import floats, in_units, launch, register
 from .reference import EPSILON, Normalize
 from .scaling import scale_tokens
-from .tubelets import check_dtypes, check_index, cut_of, dense_rows, locate
+from .tubelets import check_clip, check_dtypes, cut_of, dense_rows, locate
 
 # one warp for a tubelet of 2 x 16 x 16 x 3, which so waits for no other; by the compile check, not
 # timed
@@ -90,9 +90,8 @@ def check_arguments(
     normalize: Normalize,
 ) -> None:
     """Raises: ValueError naming the argument that does not fit."""
-    check_clip(clip_BTHWC, index_BM, tubelet, operation)
-    check_index(clip_BTHWC, index_BM, tubelet, operation)
-    values = cut_of(clip_BTHWC, tubelet).values
+    check_clip(operation, clip_BTHWC, index_BM, tubelet)
+    values = cut_of(clip_BTHWC, tubelet).num_values
     if predicted_BMP.shape != (*index_BM.shape, values):
         raise ValueError(
             f"{operation}: predicted_BMP has shape {tuple(predicted_BMP.shape)}, "
@@ -175,11 +174,15 @@ def residual_kernel(
     and written at once; in the clip the values of a row lie in that order too.
     """
     PARTS: tl.constexpr = CUT.channels if NORMALIZE == "channel" else 1  # normalised by themselves
-    COUNT: tl.constexpr = CUT.values // PARTS
+    COUNT: tl.constexpr = CUT.num_values // PARTS
     source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, CUT)
     i = tl.arange(0, GROUPS)[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    real = i < CUT.values
-    offset = i // (CUT.row * CUT.rows) * stride_t + i // CUT.row % CUT.rows * stride_h + i % CUT.row
+    real = i < CUT.num_values
+    offset = (
+        i // (CUT.row_values * CUT.rows) * stride_t
+        + i // CUT.row_values % CUT.rows * stride_h
+        + i % CUT.row_values
+    )
     y = tl.load(source + offset, mask=real & inside, other=0).to(tl.float32)
 
     program = tl.program_id(0)
@@ -215,9 +218,10 @@ def residual_kernel(
     y = tl.where(inside, y, float("nan"))
     difference = tl.where(real, x - y, 0.0)
     tl.store(
-        error + program, tl.sum(tl.sum(difference * difference, axis=1), axis=0) * (1 / CUT.values)
+        error + program,
+        tl.sum(tl.sum(difference * difference, axis=1), axis=0) * (1 / CUT.num_values),
     )
-    start = program.to(tl.int64) * CUT.values
+    start = program.to(tl.int64) * CUT.num_values
     if residual is not None:
         tl.store(residual + start + i, difference.to(residual.dtype.element_ty), mask=real)
     if target is not None:
@@ -244,8 +248,8 @@ def _token_errors(
         for dtype in (target_dtype, residual_dtype)
     )
     # what a thread reads at once: 16 bytes of a uint8 clip, or else of the prediction alone
-    run = 16 if cut.row % 16 == 0 else 8
-    groups = triton.next_power_of_2(triton.cdiv(cut.values, run))
+    run = 16 if cut.row_values % 16 == 0 else 8
+    groups = triton.next_power_of_2(triton.cdiv(cut.num_values, run))
     unit, *units = in_units(predicted.stride(0), predicted.stride(1))
     launch(
         residual_kernel,

@@ -164,28 +164,6 @@ def reconstruction_loss(
     return mean_error(error_BM), targets_BMP
 
 
-def joint_loss(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
-    normalize: Normalize,
-    temperature: float | torch.Tensor,
-    negatives: Negatives,
-    contrastive_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(L_rec + contrastive_weight * L_con, L_rec, L_con), the gradient in the first alone."""
-    reconstruction, target_BMP = reconstruction_loss(
-        predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize
-    )
-    contrastive = contrastive_loss(predicted_BMP, target_BMP, temperature, negatives)
-    return (
-        reconstruction + contrastive_weight * contrastive,
-        reconstruction.detach(),
-        contrastive.detach(),
-    )
-
-
 def contrastive_loss(
     predicted_BMP: torch.Tensor,
     target_BMP: torch.Tensor,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .dispatch import check_clip, choose
+from .dispatch import choose
 from .launch import launch, register
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,12 +45,12 @@ def gather_tubelets(
     Raises: ValueError for a shape, dtype or index that does not fit; on a GPU, which cannot raise
     without being waited for, the tubelet of an index outside the grid is NaN.
     """
-    check_clip(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
-    check_index(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
+    check_clip("gather_tubelets", clip_BTHWC, index_BV, tubelet)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, clip_BTHWC.shape[-1]):
             raise ValueError(
-                f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of {clip_BTHWC.shape[-1]} channels"
+                f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of "
+                f"{clip_BTHWC.shape[-1]} channels"
             )
     if choose("gather_tubelets", impl, clip_BTHWC.device) == "reference":
         return reference.gather_tubelets(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
@@ -58,20 +58,41 @@ def gather_tubelets(
     return _gather_op(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
 
 
-def check_index(
-    clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str
+def check_clip(
+    operation: str,
+    clip_BTHWC: torch.Tensor,
+    index_BN: torch.Tensor,
+    tubelet: tuple[int, int, int],
 ) -> None:
-    """Raises: ValueError for an index outside the grid of tokens, where reading it costs no wait:
-    on a CPU, outside torch.compile.
-    """
-    if index_BN.device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
-        return
-    tokens = cut_of(clip_BTHWC, tubelet).tokens
-    low, high = (int(value) for value in index_BN.aminmax())
-    if low < 0 or high >= tokens:
+    """Raises: ValueError naming the argument that does not fit."""
+    shape, device = tuple(clip_BTHWC.shape), index_BN.device
+    if len(shape) != 5:
+        raise ValueError(f"{operation}: clip_BTHWC has shape {shape}, not (B, T, H, W, C)")
+    if clip_BTHWC.dtype not in CLIP_TYPES and not clip_BTHWC.is_floating_point():
         raise ValueError(
-            f"{operation}: index holds {low if low < 0 else high}, the clip has tokens 0 to {tokens - 1}"
+            f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating "
+            "point in [0, 1]"
         )
+    if any(side % unit for side, unit in zip(shape[1:4], tubelet, strict=True)):
+        raise ValueError(
+            f"{operation}: clip_BTHWC of {shape[1:4]} is not a multiple of the tubelet {tubelet}"
+        )
+    if index_BN.ndim != 2 or len(index_BN) != shape[0] or index_BN.dtype != torch.int64:
+        raise ValueError(
+            f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
+            f"not ({shape[0]}, tokens) of int64"
+        )
+    if device != clip_BTHWC.device:
+        raise ValueError(f"{operation}: index is on {device}, clip_BTHWC on {clip_BTHWC.device}")
+    # Where reading the index costs no wait.
+    if device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
+        return
+    num_tokens = cut_of(clip_BTHWC, tubelet).num_tokens
+    for value in index_BN.aminmax():
+        if not 0 <= value < num_tokens:
+            raise ValueError(
+                f"{operation}: index holds {int(value)}, the clip has tokens 0 to {num_tokens - 1}"
+            )
 
 
 def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -80,7 +101,8 @@ def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) ->
     """
     if clip_dtype not in CLIP_TYPES or dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 or less, or impl reference"
+            f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 "
+            "or less, or impl reference"
         )
 
 
@@ -95,33 +117,23 @@ def dense_rows(clip_BTHWC: torch.Tensor) -> torch.Tensor:
 class Cut(NamedTuple):
     """How a clip is cut into tubelets, known when a kernel is compiled."""
 
-    grid_t: int
+    num_tokens: int  # of the clip, in grid_h rows of grid_w for each step in time
     grid_h: int
     grid_w: int
-    frames: int  # of a tubelet
+    frames: int  # of a tubelet, as the rest
     rows: int
     columns: int
     channels: int
-
-    @property
-    def tokens(self) -> int:
-        return self.grid_t * self.grid_h * self.grid_w
-
-    @property
-    def row(self) -> int:
-        """Values of one row of a tubelet, which lie one after another in a clip."""
-        return self.columns * self.channels
-
-    @property
-    def values(self) -> int:
-        return self.frames * self.rows * self.row
+    row_values: int  # values of a row, which lie one after another in a clip
+    num_values: int
 
 
 def cut_of(clip_BTHWC: torch.Tensor, tubelet: Sequence[int]) -> Cut:
     """The Cut of a clip whose sides are multiples of the tubelet's."""
     _, T, H, W, C = clip_BTHWC.shape
     t, p, q = tubelet
-    return Cut(T // t, H // p, W // q, t, p, q, C)
+    tokens = (T // t) * (H // p) * (W // q)
+    return Cut(tokens, H // p, W // q, t, p, q, C, q * C, t * p * q * C)
 
 
 @triton.jit
@@ -141,11 +153,11 @@ def locate(
     program = tl.program_id(0)
     batch = (program // tokens).to(tl.int64)
     token = tl.load(index + program)
-    inside = (token >= 0) & (token < CUT.tokens)
+    inside = (token >= 0) & (token < CUT.num_tokens)
     token = tl.where(inside, token, 0)
     frame = token // (CUT.grid_h * CUT.grid_w) * CUT.frames
     row = token // CUT.grid_w % CUT.grid_h * CUT.rows
-    column = token % CUT.grid_w * CUT.row
+    column = token % CUT.grid_w * CUT.row_values
     return clip + batch * stride_b + frame * stride_t + row * stride_h + column, inside
 
 
@@ -169,21 +181,23 @@ def gather_kernel(
     first channel.
     """
     source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, CUT)
-    target = out + tl.program_id(0).to(tl.int64) * CUT.values
-    for start in tl.static_range(0, CUT.values, BLOCK):
+    target = out + tl.program_id(0).to(tl.int64) * CUT.num_values
+    for start in tl.static_range(0, CUT.num_values, BLOCK):
         i = start + tl.arange(0, BLOCK)
         column, row = i % CUT.columns, i // CUT.columns % CUT.rows
         frame = i // (CUT.columns * CUT.rows) % CUT.frames
         channel = i // (CUT.columns * CUT.rows * CUT.frames)
         offset = frame * stride_t + row * stride_h + column * CUT.channels + channel
-        pixels = tl.load(source + offset, mask=(i < CUT.values) & inside, other=0).to(tl.float32)
+        pixels = tl.load(source + offset, mask=(i < CUT.num_values) & inside, other=0).to(
+            tl.float32
+        )
         scale = tl.full([BLOCK], SCALE[0], tl.float32)
         shift = tl.full([BLOCK], SHIFT[0], tl.float32)
         for c in tl.static_range(1, len(SCALE)):
             scale = tl.where(channel == c, SCALE[c], scale)
             shift = tl.where(channel == c, SHIFT[c], shift)
         values = tl.where(inside, pixels * scale + shift, float("nan"))
-        tl.store(target + i, values.to(out.dtype.element_ty), mask=i < CUT.values)
+        tl.store(target + i, values.to(out.dtype.element_ty), mask=i < CUT.num_values)
 
 
 def _gather(
@@ -195,11 +209,11 @@ def _gather(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     clip, index, cut = dense_rows(clip_BTHWC), index_BV.contiguous(), cut_of(clip_BTHWC, tubelet)
-    out_BVP = torch.empty(*index.shape, cut.values, dtype=dtype, device=clip.device)
+    out_BVP = torch.empty(*index.shape, cut.num_values, dtype=dtype, device=clip.device)
     scales = max(len(mean), len(std))
     means, stds = (list(x) * (scales // len(x)) for x in (mean, std))
     white = reference.pixel_range(clip.dtype)
-    block = min(GATHER_BLOCK, triton.next_power_of_2(cut.values))
+    block = min(GATHER_BLOCK, triton.next_power_of_2(cut.num_values))
     launch(
         gather_kernel,
         index.numel(),

@@ -290,7 +290,7 @@ class Joint(Reconstruction):
 
     def definition(self, x: ClipInputs) -> torch.Tensor:
         assert x.predicted_BMP is not None
-        return reference.joint_loss(
+        return joint_loss(
             x.predicted_BMP,
             x.clip_BTHWC,
             x.index_BN,
@@ -299,6 +299,7 @@ class Joint(Reconstruction):
             TEMPERATURE,
             "clip",
             CONTRASTIVE_WEIGHT,
+            "reference",
         )[0]
 
     def low(self, x: ClipInputs) -> torch.Tensor:

@@ -12,6 +12,8 @@ from video_mae.benchmark.kernel_problems import Attention, Problem
 from video_mae.benchmark.measure import Call, Ceilings, Clock
 from video_mae.benchmark.records_base import Times
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 CPU = torch.device("cpu")
 SIZE = (2, 16, 48)  # 3 tokens
 PROBLEMS = {
