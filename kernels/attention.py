@@ -1,5 +1,6 @@
-"""Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins
-torch.
+"""Self-attention on the packed output of the qkv layer: which implementation runs.
+
+Letters: B clips, N tokens, H heads, D head width.
 """
 
 from typing import Any
@@ -17,17 +18,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.device) -> str:
-    """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there
-    is none.
-    """
+    """The implementation for qkv of this shape. Raises: ValueError where there is none."""
     tokens, width = shape[1], shape[4]
     if impl == "auto" and device.type == "cuda":
         return "triton" if dtype in HALF and tokens <= attention_limit(device, width) else "sdpa"
     chosen = choose("packed_attention", impl, device)
     if chosen == "triton" and (dtype not in (*HALF, torch.float32) or width > MAX_WIDTH):
         raise ValueError(
-            f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
-            f"{width}; use auto or sdpa"
+            "packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to "
+            f"{MAX_WIDTH}, not {dtype} of {width}; use auto or sdpa"
         )
     return chosen
 
@@ -42,7 +41,8 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
     """
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
         raise ValueError(
-            f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not (B, N, 3, heads, head width)"
+            f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not "
+            "(B, N, 3, heads, head width)"
         )
     if not qkv_BN3HD.is_floating_point():
         raise ValueError(f"packed_attention: qkv_BN3HD is {qkv_BN3HD.dtype}, not floating point")
@@ -65,8 +65,9 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
 
 
 def kernels(qkv_BN3HD: torch.Tensor) -> Any:
-    """The module to run: one program holds every key of a head where they fit, which float32 does
-    not, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
+    """The module to run: one program holds every key of a head where they fit.
+
+    float32 does not fit, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
     """
     tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
     limit = (

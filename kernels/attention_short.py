@@ -77,7 +77,7 @@ def forward_kernel(
     N,
     scale,
     HEAD: tl.constexpr,
-    SIZES: tl.constexpr,  # of the key tiles, which hold all keys; rows are missing in the last alone
+    SIZES: tl.constexpr,  # of the tiles of keys, which hold them all: one, or two
     BM: tl.constexpr,
 ):
     """out and lse of one head of one clip."""

@@ -1,8 +1,10 @@
-"""The contrastive loss at full speed: the products by the BLAS, a chunk of rows at a time in
-bounded scratch, and between them one kernel that turns similarities into gradients. The gradient is
-made in the forward pass, so nothing is computed twice.
+"""The contrastive loss at full speed.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
+The products are by the BLAS, a chunk of rows at a time in bounded scratch, and between them one
+kernel turns similarities into gradients. The gradient is made in the forward pass, so nothing is
+computed twice.
+
+Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows, R rows of a chunk.
 """
 
 import itertools
@@ -12,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contrastive_streaming import (
+from .contrastive_terms import (
     GRADIENT_SCALE,
     LN2,
     LOG2E,
@@ -36,25 +38,24 @@ SCRATCH_BYTES = 128 << 20
 SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}
 
 
-@triton.jit(do_not_specialize=["first", "N"])
+@triton.jit(do_not_specialize=["first", "A"])
 def softmax_gradient_kernel(
     products,  # [R, M] float32: predictions times targets, as they are
-    # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
-    weights,
-    inverse_predicted,
-    inverse_target,  # [N] float32
+    # of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
+    weights,  # [R, M]
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
     temperature,  # [1] float32
-    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
-    # there is no term
-    terms,
+    # the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    terms,  # [2, A] float32
     first,
     M,
-    N,
+    A,
     GRADIENT: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a chunk that starts at row `first` of the N; logits are to the base 2."""
+    """One row of a chunk that starts at row `first` of the A; logits are to the base 2."""
     row = first + tl.program_id(0)
     own = row % M
     inverse_target += row - own
@@ -79,7 +80,7 @@ def softmax_gradient_kernel(
         largest = larger
     total = rivals + tl.math.exp2(own_logit - largest)
     has_term = own_inverse > 0
-    store_terms(terms, row, N, has_term, largest, own_logit, total, LN2 * weighted / total, True)
+    store_terms(terms, row, A, has_term, largest, own_logit, total, LN2 * weighted / total, True)
     if GRADIENT:
         row_weight = tl.where(has_term, SCALE, 0.0) / total
         for start in range(0, M, BLOCK):
@@ -96,20 +97,20 @@ def softmax_gradient_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["first", "R", "M", "N", "units"])
+@triton.jit(do_not_specialize=["first", "R", "M", "A", "units"])
 def through_cosine_kernel(
     pulls,  # [R, P] float32: SCALE * gradient by the normalised prediction
-    predicted,  # [N, P]
-    inverse_predicted,  # [N] float32
-    terms,  # [2, N] float32, see softmax_gradient_kernel
+    predicted,  # [A, P]
+    inverse_predicted,  # [A] float32
+    terms,  # [2, A] float32, see softmax_gradient_kernel
     temperature,  # [1] float32
     weight,  # [B] float32
-    # [N, P]; the result is added to it, times the clip's weight, if ADD, else it is overwritten
-    gradient,
+    # the result is added to it, times the clip's weight, if ADD, else it is overwritten
+    gradient,  # [A, P]
     first,
     R,
     M,
-    N,
+    A,
     units,
     UNIT: tl.constexpr,
     ADD: tl.constexpr,
@@ -124,7 +125,7 @@ def through_cosine_kernel(
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = first + here
     inverse = tl.load(inverse_predicted + row, mask=here < R, other=0.0)
-    pull = tl.load(terms + N + row, mask=here < R, other=0.0)
+    pull = tl.load(terms + A + row, mask=here < R, other=0.0)
     radial = tl.where(inverse < SHORT, SCALE * tl.load(temperature) * pull * inverse, 0.0)
     for start in range(0, P, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -176,7 +177,7 @@ def loss_and_gradient(
     GRADIENT_SCALE), which float16 can hold.
     """
     B, M, P = predicted_BMP.shape
-    N, unit, units = B * M, *in_units(P)
+    A, unit, units = B * M, *in_units(P)
     block, warps = SOFTMAX_BLOCKS[bool(M > 256)]
     has_gradient = gradient_BMP is not None
     longest = max(M, P) if has_gradient else M  # of a row of products
@@ -187,9 +188,9 @@ def loss_and_gradient(
     weights = torch.empty(
         R * M if has_gradient else 1, dtype=target_BMP.dtype, device=predicted_BMP.device
     )
-    terms_2N = floats(predicted_BMP, 2, N)
-    inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
-    share_B = shares(inverse_target_N, B)
+    terms_2A = floats(predicted_BMP, 2, A)
+    inverse_predicted_A, inverse_target_A = inverse_norms(predicted_BMP, target_BMP)
+    share_B = shares(inverse_target_A, B)
     factor = (1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE
     weight_B = share_B / temperature_1 * factor
     pieces = itertools.product(range(0, B, num_clips), range(0, M, num_rows))
@@ -203,13 +204,13 @@ def loss_and_gradient(
             R,
             products,
             weights,
-            inverse_predicted_N,
-            inverse_target_N,
+            inverse_predicted_A,
+            inverse_target_A,
             temperature_1,
-            terms_2N,
+            terms_2A,
             first,
             M,
-            N,
+            A,
             has_gradient,
             GRADIENT_SCALE,
             block,
@@ -224,15 +225,15 @@ def loss_and_gradient(
             triton.cdiv(R, ROWS),
             products,
             predicted_BMP,
-            inverse_predicted_N,
-            terms_2N,
+            inverse_predicted_A,
+            terms_2A,
             temperature_1,
             weight_B,
             gradient_BMP,
             first,
             R,
             M,
-            N,
+            A,
             units,
             unit,
             gradient_scale is not None,
@@ -241,7 +242,7 @@ def loss_and_gradient(
             ROW_BLOCK,
             num_warps=4,
         )
-    return *mean_of_terms(terms_2N, share_B, temperature_1), weight_B
+    return *mean_of_terms(terms_2A, share_B, temperature_1), weight_B
 
 
 def _forward(

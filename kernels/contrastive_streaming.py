@@ -1,11 +1,10 @@
-"""The contrastive loss in the least memory: a streaming softmax whose M x M similarities never
-exist; and the norms of both ways.
+"""The contrastive loss in the least memory: a streaming softmax.
 
-The forward pass keeps a few floats a row; the backward pass computes the similarities again, a tile
-at a time. No atomics: every program owns what it writes, so results repeat bit for bit. Logarithms
-inside the kernels are to the base 2.
+Its M x M similarities never exist. The forward pass keeps a few floats a row; the backward pass
+computes the similarities again, a tile at a time. No atomics: every program owns what it writes, so
+results repeat bit for bit. Logarithms inside the kernels are to the base 2.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S splits of the
+Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows, S splits of the
 columns, BM BN BK BP lengths of a tile along rows, columns, P (of a similarity) and P (of a
 gradient).
 """
@@ -16,114 +15,36 @@ import torch
 import triton
 import triton.language as tl
 
+from .contrastive_terms import (
+    GRADIENT_SCALE,
+    LN2,
+    LOG2E,
+    SHORT,
+    inverse_norms,
+    mean_of_terms,
+    shares,
+    store_terms,
+)
 from .launch import dot, floats, in_units, launch, precision, register
-from .reference import NORM_FLOOR
 
-LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-# softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely
-# subnormal
-GRADIENT_SCALE = 32.0
 COMBINE_BLOCK = 128
 # the columns of a row tile are split between programs until there are so many: several waves of any
 # GPU
 ENOUGH_PROGRAMS = 1024
-FLOOR = tl.constexpr(NORM_FLOOR)
 LEAST = tl.constexpr(-1e30)  # below every logit, and finite: it may meet a factor of 0
-# an inverse norm below this is of a vector longer than the floor
-SHORT = tl.constexpr(0.9999 / NORM_FLOOR)
-# that a row kernel takes at once, and values of each: two rows a warp, 16 bytes a thread
-ROWS, ROW_BLOCK = 8, 256
-
-
 # By bytes a value: (BM, BN, BK, warps, stages) forward, (BM, BN, BK, BP, warps, stages) backward.
 # From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
 FORWARD_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 1)}
 BACKWARD_TILES = {2: (64, 64, 64, 256, 8, 2), 4: (32, 32, 32, 64, 8, 1)}
 
 
-@triton.jit(do_not_specialize=["N", "units"])
-def inverse_norm_kernel(
-    x,  # [N, P]
-    inverse,  # [N] float32
-    N,
-    units,
-    UNIT: tl.constexpr,
-    OF_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """1 / max(|x|, floor) of some rows; OF_ZERO for a row of zeros."""
-    P = units * UNIT
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_at = x + row.to(tl.int64)[:, None] * P
-    squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    nonzero = tl.zeros([ROWS, BLOCK], tl.int32)
-    for start in range(0, P, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = tl.load(
-            row_at + column[None, :], mask=(row < N)[:, None] & (column < P)[None, :], other=0.0
-        ).to(tl.float32)
-        squares += value * value
-        nonzero |= (value != 0).to(tl.int32)
-    norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(
-        inverse + row,
-        tl.where(tl.sum(nonzero, 1) != 0, 1.0 / tl.maximum(norm, FLOOR), OF_ZERO),
-        mask=row < N,
-    )
-
-
-def inverse_norms(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its
-    row is known to be no term.
-    """
-    found = []
-    for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
-        B, M, P = x.shape
-        unit, units = in_units(P)
-        inverse_N = floats(x, B * M)
-        launch(
-            inverse_norm_kernel,
-            triton.cdiv(B * M, ROWS),
-            x,
-            inverse_N,
-            B * M,
-            units,
-            unit,
-            of_zero,
-            ROWS,
-            ROW_BLOCK,
-            num_warps=4,
-        )
-        found.append(inverse_N)
-    return found[0], found[1]
-
-
-def shares(inverse_target_N: torch.Tensor, B: int) -> torch.Tensor:
-    """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms);
-    counted on the device.
-    """
-    terms_B = (inverse_target_N.view(B, -1) > 0).sum(1, dtype=torch.float32).clamp(min=1)
-    return (1 / B) / terms_B
-
-
-def mean_of_terms(
-    terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau [1])."""
-    loss, pull = (terms_2N.view(2, len(share_B), -1).sum(2) * share_B).sum(1)
-    return loss.clone(), -pull / temperature_1
-
-
 @triton.jit
 def logits(
     predicted,  # [B, M, P]
     target,  # [B, M, P]
-    inverse_target,  # [N] float32
+    inverse_target,  # [A] float32
     row_scale_BM,  # inverse norms of the rows, over tau
-    first,  # row of the N where the clip begins
+    first,  # row of the A where the clip begins
     top,  # the tile's first row in the clip
     start,  # its first column
     M,
@@ -152,27 +73,19 @@ def logits(
     return product * row_scale_BM[:, None] * scale_BN[None, :], column, scale_BN
 
 
-@triton.jit
-def store_terms(terms, row, N, has_term, largest, own_logit, total, pull, inside):
-    """Writes to terms [2, N] a row's loss and `pull`, 0 where there is no term."""
-    loss = LN2 * (largest - own_logit + tl.math.log2(total))
-    tl.store(terms + row, tl.where(has_term, loss, 0.0), mask=inside)
-    tl.store(terms + N + row, tl.where(has_term, pull, 0.0), mask=inside)
-
-
-@triton.jit(do_not_specialize=["M", "N", "units", "splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["M", "A", "units", "splits", "tiles_per_split"])
 def partial_softmax_kernel(
-    predicted,
+    predicted,  # [B, M, P]
     target,  # [B, M, P]
-    inverse_predicted,
-    inverse_target,  # [N] float32
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
     temperature,  # [1] float32
-    # [3, S, N] float32, of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same
-    # times (logit - largest)
-    partial,
-    own,  # [N] float32: the logit of a prediction and its own target
+    # of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same times (logit -
+    # largest)
+    partial,  # [3, S, A] float32
+    own,  # [A] float32: the logit of a prediction and its own target
     M,
-    N,
+    A,
     units,
     splits,
     tiles_per_split,
@@ -227,39 +140,38 @@ def partial_softmax_kernel(
         weighted = (weighted + rivals * (largest - larger)) * shrink + tl.sum(share * logit, 1)
         rivals = rivals * shrink + tl.sum(share, 1)
         largest = larger
-    at = partial + tl.cast(split, tl.int64) * N + first + row
-    parts = tl.cast(splits, tl.int64) * N
+    at = partial + tl.cast(split, tl.int64) * A + first + row
+    parts = tl.cast(splits, tl.int64) * A
     tl.store(at, largest, mask=row < M)
     tl.store(at + parts, rivals, mask=row < M)
     tl.store(at + 2 * parts, weighted, mask=row < M)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["A", "splits"])
 def combine_kernel(
-    partial,
-    own,  # [3, S, N], [N] float32, see partial_softmax_kernel
-    inverse_target,  # [N] float32
-    lse,  # [N] float32, base 2
-    # [N] float32: softmax of the own target - 1, as minus that of its rivals: where it is almost 0
-    # it is still exact
-    own_weight,
-    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
-    # there is no term
-    terms,
-    N,
+    partial,  # [3, S, A] float32, as own [A] see partial_softmax_kernel
+    own,
+    inverse_target,  # [A] float32
+    lse,  # [A] float32, base 2
+    # softmax of the own target - 1, as minus that of its rivals: where it is almost 0 it is still
+    # exact
+    own_weight,  # [A] float32
+    # the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    terms,  # [2, A] float32
+    A,
     splits,
     BLOCK: tl.constexpr,
 ):
     """Joins the splits of a block of rows, in order."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < N
-    parts = tl.cast(splits, tl.int64) * N
+    inside = row < A
+    parts = tl.cast(splits, tl.int64) * A
     own_logit = tl.load(own + row, mask=inside, other=0.0)
     largest = own_logit
     rivals = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        at = partial + tl.cast(split, tl.int64) * N + row
+        at = partial + tl.cast(split, tl.int64) * A + row
         new = tl.load(at, mask=inside, other=0.0)
         new_rivals = tl.load(at + parts, mask=inside, other=0.0)
         new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
@@ -275,18 +187,18 @@ def combine_kernel(
     tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
     tl.store(own_weight + row, -rivals / total, mask=inside)
     pull = LN2 * ((weighted + rivals * (largest - own_logit)) / total)
-    store_terms(terms, row, N, has_term, largest, own_logit, total, pull, inside)
+    store_terms(terms, row, A, has_term, largest, own_logit, total, pull, inside)
 
 
 @triton.jit(do_not_specialize=["M", "units"])
 def streamed_gradient_kernel(
-    predicted,
+    predicted,  # [B, M, P]
     target,  # [B, M, P]
-    inverse_predicted,
-    inverse_target,  # [N] float32
-    lse,
-    own_weight,  # [N] float32, see combine_kernel
-    pull,  # [N] float32: (mean logit under the softmax) - (own logit)
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
+    lse,  # [A] float32, see combine_kernel
+    own_weight,  # [A] float32, see combine_kernel
+    pull,  # [A] float32: (mean logit under the softmax) - (own logit)
     temperature,  # [1] float32
     weight,  # [B] float32: the gradient of the loss times the clip's share over tau
     gradient,  # [B, M, P]
@@ -372,19 +284,19 @@ def _forward(
     tiles_per_split = triton.cdiv(column_tiles, wanted)
     splits = triton.cdiv(column_tiles, tiles_per_split)
     unit, units = in_units(P)
-    partial_3SN, terms_2N = floats(predicted_BMP, 3, splits, B * M), floats(predicted_BMP, 2, B * M)
-    own_N, lse_N, own_weight_N = (floats(predicted_BMP, B * M) for _ in range(3))
-    inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
+    partial_3SA, terms_2A = floats(predicted_BMP, 3, splits, B * M), floats(predicted_BMP, 2, B * M)
+    own_A, lse_A, own_weight_A = (floats(predicted_BMP, B * M) for _ in range(3))
+    inverse_predicted_A, inverse_target_A = inverse_norms(predicted_BMP, target_BMP)
     launch(
         partial_softmax_kernel,
         row_tiles * splits,
         predicted_BMP,
         target_BMP,
-        inverse_predicted_N,
-        inverse_target_N,
+        inverse_predicted_A,
+        inverse_target_A,
         temperature_1,
-        partial_3SN,
-        own_N,
+        partial_3SA,
+        own_A,
         M,
         B * M,
         units,
@@ -401,26 +313,26 @@ def _forward(
     launch(
         combine_kernel,
         triton.cdiv(B * M, COMBINE_BLOCK),
-        partial_3SN,
-        own_N,
-        inverse_target_N,
-        lse_N,
-        own_weight_N,
-        terms_2N,
+        partial_3SA,
+        own_A,
+        inverse_target_A,
+        lse_A,
+        own_weight_A,
+        terms_2A,
         B * M,
         splits,
         COMBINE_BLOCK,
         num_warps=4,
     )
-    share_B = shares(inverse_target_N, B)
+    share_B = shares(inverse_target_A, B)
     return (
-        *mean_of_terms(terms_2N, share_B, temperature_1),
+        *mean_of_terms(terms_2A, share_B, temperature_1),
         share_B / temperature_1,
-        inverse_predicted_N,
-        inverse_target_N,
-        lse_N,
-        own_weight_N,
-        terms_2N[1].clone(),
+        inverse_predicted_A,
+        inverse_target_A,
+        lse_A,
+        own_weight_A,
+        terms_2A[1].clone(),
     )
 
 
@@ -429,9 +341,9 @@ def _backward(
     target_BMP: torch.Tensor,
     temperature_1: torch.Tensor,
     weight_B: torch.Tensor,
-    *rows_N: torch.Tensor,
+    *rows_A: torch.Tensor,
 ) -> torch.Tensor:
-    """rows_N: what `_forward` returns after weight_B."""
+    """rows_A: what `_forward` returns after weight_B."""
     B, M, P = predicted_BMP.shape
     BM, BN, BK, BP, warps, stages = BACKWARD_TILES[predicted_BMP.element_size()]
     unit, units = in_units(P)
@@ -441,7 +353,7 @@ def _backward(
         B * triton.cdiv(M, BM) * triton.cdiv(P, BP),
         predicted_BMP,
         target_BMP,
-        *rows_N,
+        *rows_A,
         temperature_1,
         weight_B,
         gradient_BMP,
@@ -461,11 +373,11 @@ def _backward(
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows_N = ctx.saved_tensors
+    predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows_A = ctx.saved_tensors
     dpredicted_BMP = None
     if ctx.needs_input_grad[0]:
         weight_B = gradient * weight_B
-        dpredicted_BMP = backward(predicted_BMP, target_BMP, temperature_1, weight_B, *rows_N)
+        dpredicted_BMP = backward(predicted_BMP, target_BMP, temperature_1, weight_B, *rows_A)
     return dpredicted_BMP, None, gradient * dtemperature_1
 
 

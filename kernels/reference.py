@@ -67,7 +67,7 @@ def gather_tubelets(
     std: tuple[float, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as a Conv3d weight is."""
+    """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as in a Conv3d."""
     compute = torch.promote_types(dtype, torch.float32)
     (t, p, q), channels = tubelet, clip_BTHWC.shape[-1]
     mean_C, std_C = (
@@ -100,7 +100,7 @@ def tubelet_targets(
         return (rows / white).flatten(2)
 
     def total(values: torch.Tensor) -> torch.Tensor:
-        """The sum over a tubelet for each of its channels, or over all of them, as long as a row."""
+        """The sums over a tubelet's channels, or over all of it, repeated to a row's length."""
         sums_BMC = values.sum(2).unflatten(2, (q, channels)).sum(2)
         return (
             sums_BMC
@@ -140,7 +140,7 @@ class _SquaredLength(torch.autograd.Function):
 
 
 def squared_length(x: torch.Tensor) -> torch.Tensor:
-    """x.square().sum(-1), for which autograd alone would make five more tensors of the size of x."""
+    """x.square().sum(-1); autograd alone would make five more tensors of the size of x for it."""
     return _SquaredLength.apply(x)  # pyright: ignore[reportReturnType]
 
 

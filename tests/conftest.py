@@ -247,7 +247,7 @@ def on_ranks() -> Callable[..., None]:
 
 @pytest.fixture
 def quiet_process() -> Iterator[None]:
-    """For tests that train in this process: gives signal handlers and the number of threads back."""
+    """For tests that train in this process: gives signal handlers and threads back."""
     handlers = {
         number: signal.getsignal(number)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -383,8 +383,8 @@ def test_what_auto_will_run_is_told_for_each_width(monkeypatch):
     assert told() == "triton for 16-bit heads of width up to 64 and 256 tokens else sdpa"
     monkeypatch.setitem(dispatch.AUTO_MAX_TOKENS, ((9, 0), 96), 192)
     assert told() == (
-        "triton for 16-bit heads of width up to 64 and 256 tokens else triton for 16-bit heads of width up to 96 and 192 "
-        "tokens else sdpa"
+        "triton for 16-bit heads of width up to 64 and 256 tokens else "
+        "triton for 16-bit heads of width up to 96 and 192 tokens else sdpa"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert told() == "sdpa"

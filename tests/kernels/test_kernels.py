@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_mae.config import ModelConfig
 from video_mae.kernels import contrastive_chunked as chunked
-from video_mae.kernels import contrastive_streaming as streaming
-from video_mae.kernels import dispatch, reference
+from video_mae.kernels import contrastive_terms, dispatch, reference
 from video_mae.kernels.attention import packed_attention
 from video_mae.kernels.contrastive import contrastive_loss
 from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction_loss_and_targets
@@ -313,7 +312,7 @@ def test_the_fast_contrastive_loss_of_32_clips_starts_few_kernels(
 ):
     model, started = ModelConfig.preset(preset), Started()
     for module, name in (
-        (streaming, "inverse_norm_kernel"),
+        (contrastive_terms, "inverse_norm_kernel"),
         (chunked, "softmax_gradient_kernel"),
         (chunked, "through_cosine_kernel"),
     ):
