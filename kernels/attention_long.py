@@ -81,9 +81,9 @@ def softmax_step(
     top,
     total,
     acc,
-    HEAD: tl.constexpr,
-    BN: tl.constexpr,
-    MASKED: tl.constexpr,
+    HEAD,
+    BN,
+    MASKED,
 ):
     """A query tile's (largest score, sum of weights, weighted sum of values) with one more key
     tile.

@@ -107,9 +107,7 @@ def numbers(
 
 
 @triton.jit
-def load_tile(
-    base, start, stride, end, HEAD: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr
-):
+def load_tile(base, start, stride, end, HEAD, ROWS, MASKED):
     """Rows [start, start + ROWS); zeros beyond D columns and, if MASKED, beyond `end` rows."""
     row = tl.arange(0, ROWS)
     tile = ()
@@ -130,7 +128,7 @@ def load_tile(
 
 
 @triton.jit
-def load_tiles(base, stride, end, HEAD: tl.constexpr, SIZES: tl.constexpr):
+def load_tiles(base, stride, end, HEAD, SIZES):
     """All rows as a tuple of tiles of these sizes; rows are missing in the last tile alone."""
     tiles = ()
     for i in tl.static_range(len(SIZES)):
@@ -140,7 +138,7 @@ def load_tiles(base, stride, end, HEAD: tl.constexpr, SIZES: tl.constexpr):
 
 
 @triton.jit
-def store_tile(base, start, stride, end, tile, HEAD: tl.constexpr):
+def store_tile(base, start, stride, end, tile, HEAD):
     """What lies beyond D columns or `end` rows is not written."""
     row = tl.arange(0, tile[0].shape[0])
     for i in tl.static_range(len(tile)):
@@ -153,7 +151,7 @@ def store_tile(base, start, stride, end, tile, HEAD: tl.constexpr):
 
 
 @triton.jit
-def zero_tile(HEAD: tl.constexpr, ROWS: tl.constexpr):
+def zero_tile(HEAD, ROWS):
     """A float32 accumulator."""
     tile = ()
     for i in tl.static_range(len(HEAD.PARTS)):
@@ -171,7 +169,7 @@ def times(tile, factor):
 
 
 @triton.jit
-def inner(a, b, HEAD: tl.constexpr):
+def inner(a, b, HEAD):
     """a b^T: the products of the rows of two tiles."""
     products = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
     for i in tl.static_range(len(a)):
@@ -180,7 +178,7 @@ def inner(a, b, HEAD: tl.constexpr):
 
 
 @triton.jit
-def accumulate(weights, b, acc, HEAD: tl.constexpr):
+def accumulate(weights, b, acc, HEAD):
     """acc + weights b for a tile b, the weights rounded to its dtype."""
     sums = ()
     for i in tl.static_range(len(b)):
@@ -189,13 +187,13 @@ def accumulate(weights, b, acc, HEAD: tl.constexpr):
 
 
 @triton.jit
-def head_offset(b, h, units_b, UNIT: tl.constexpr, stride_h: tl.constexpr):
+def head_offset(b, h, units_b, UNIT, stride_h):
     """Where a head of a clip starts, in 64 bits: a batch may have more than 2 ** 31 values."""
     return tl.cast(b, tl.int64) * units_b * UNIT + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
-def query_key_value(qkv, head, units_b, HEAD: tl.constexpr):
+def query_key_value(qkv, head, units_b, HEAD):
     """Where q, k and v of head number `head` of the batch begin."""
     q = qkv + head_offset(head // HEAD.H, head % HEAD.H, units_b, HEAD.UNIT, HEAD.qkv_h)
     k = q + HEAD.qkv_3
@@ -203,16 +201,14 @@ def query_key_value(qkv, head, units_b, HEAD: tl.constexpr):
 
 
 @triton.jit
-def packed_offset(head, N, HEAD: tl.constexpr, ROW: tl.constexpr):
+def packed_offset(head, N, HEAD, ROW):
     """Where a head starts in a dense tensor with ROW heads to a token: H, or 3 H."""
     b, h = head // HEAD.H, head % HEAD.H
     return (tl.cast(b, tl.int64) * N * ROW + h) * HEAD.D
 
 
 @triton.jit
-def backward_pointers(
-    head, qkv, out, lse, dout, delta, dqkv, units_b, dout_units_b, N, HEAD: tl.constexpr
-):
+def backward_pointers(head, qkv, out, lse, dout, delta, dqkv, units_b, dout_units_b, N, HEAD):
     """The Pointers of head number `head` of the batch."""
     q, k, v = query_key_value(qkv, head, units_b, HEAD)
     dout_offset = head_offset(head // HEAD.H, head % HEAD.H, dout_units_b, HEAD.UNIT, HEAD.dout_h)
@@ -234,7 +230,7 @@ def backward_pointers(
 
 
 @triton.jit
-def store_queries(out, lse, head, start, acc, top, total, N, HEAD: tl.constexpr, BM: tl.constexpr):
+def store_queries(out, lse, head, start, acc, top, total, N, HEAD, BM):
     """Writes out and lse of a query tile: its weighted sums, largest scores, sums of weights."""
     divided = ()
     for i in tl.static_range(len(acc)):
@@ -246,7 +242,7 @@ def store_queries(out, lse, head, start, acc, top, total, N, HEAD: tl.constexpr,
 
 
 @triton.jit
-def query_step(rows, k, v, start, N, scale, dq, HEAD: tl.constexpr, MASKED: tl.constexpr):
+def query_step(rows, k, v, start, N, scale, dq, HEAD, MASKED):
     """dq (before its scale) of a query tile plus what the key tile from `start` adds to it."""
     q, dout, lse_M, delta_M = rows
     weights = tl.math.exp2(inner(q, k, HEAD) * scale - lse_M[:, None])
@@ -265,10 +261,10 @@ def query_gradient(
     start,
     N,
     scale,
-    HEAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PEEL: tl.constexpr,
+    HEAD,
+    BM,
+    BN,
+    PEEL,
 ):
     """Writes dq of the BM queries from `start`, and delta = sum_d out * dout for the keys' turn.
 
@@ -308,9 +304,7 @@ def query_gradient(
 
 
 @triton.jit
-def key_step(
-    of, k, v, start, N, scale, dk, dv, HEAD: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr
-):
+def key_step(of, k, v, start, N, scale, dk, dv, HEAD, BM, MASKED):
     """(dk before its scale, dv) of a key tile plus what the query tile from `start` adds to them.
 
     Scores are held transposed.
@@ -337,10 +331,10 @@ def key_gradient(
     start,
     N,
     scale,
-    HEAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    PEEL: tl.constexpr,
+    HEAD,
+    BM,
+    BN,
+    PEEL,
 ):
     """Writes dk and dv of the BN keys from `start`, by tiles of BM queries."""
     k = load_tile(of.k, start, HEAD.qkv_n, N, HEAD, BN, True)

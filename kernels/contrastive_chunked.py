@@ -1,10 +1,10 @@
 """The contrastive loss at full speed.
 
 The products are by the BLAS, a chunk of rows at a time in bounded scratch, and between them one
-kernel turns similarities into gradients. The gradient is made in the forward pass, so nothing is
-computed twice.
+kernel turns similarities into gradients. That is in the forward pass: nothing is computed twice.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows, R rows of a chunk.
+Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows,
+R rows of a chunk.
 """
 
 import itertools

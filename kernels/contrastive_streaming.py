@@ -49,9 +49,9 @@ def logits(
     start,  # its first column
     M,
     P,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BN,
+    BK,
+    PRECISION,
 ):
     """(logits [BM, BN] to the base 2, columns, their inverse norms) of a tile.
 

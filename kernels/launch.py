@@ -1,5 +1,8 @@
 """What every Triton kernel here shares: how it is started, its numbers, registration with torch.
 
+In device code names in capitals are known when a kernel is compiled; only kernels, which are called
+from Python, have to say that they are tl.constexpr.
+
 Triton's interpreter (TRITON_INTERPRET=1 when the kernels are imported) computes bf16 products and
 sums wrongly: loads go up to float32 before any arithmetic, and products through `dot`.
 """
@@ -25,7 +28,7 @@ launches_on_fakes = False
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc, PRECISION):
     """acc + a @ b in float32; PRECISION as `precision` has it."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")

@@ -117,7 +117,7 @@ def check_arguments(
 
 
 @triton.jit
-def channel_sums(values, CHANNELS: tl.constexpr):
+def channel_sums(values, CHANNELS):
     """The sum of the values of each channel, as a tuple."""
     place, run = (
         tl.arange(0, values.shape[1])[None, :] % CHANNELS,
@@ -136,7 +136,7 @@ def channel_sums(values, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def spread(numbers, GROUPS: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+def spread(numbers, GROUPS, RUN, CHANNELS):
     """[GROUPS, RUN]: for each value the number of its channel."""
     place, run = tl.arange(0, RUN)[None, :] % CHANNELS, tl.arange(0, GROUPS) * RUN
     tile = tl.zeros([GROUPS, RUN], tl.float32)

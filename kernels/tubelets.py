@@ -144,7 +144,7 @@ def locate(
     stride_b,
     stride_t,
     stride_h,
-    CUT: tl.constexpr,
+    CUT,
 ):
     """Where this program's tubelet starts, and whether its index is inside the grid.
 
