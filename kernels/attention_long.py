@@ -6,6 +6,7 @@ kernels (out; dq; dk and dv) without atomics, so results repeat bit for bit.
 Letters: B clips, N tokens, H heads, D head width, BM query rows of a tile, BN key rows of a tile.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
 from typing import Any
 

@@ -6,6 +6,8 @@ in two phases, so that no two programs write the same gradient: no atomics, equa
 Letters: B clips, N tokens, H heads, D head width, BM query rows, BN key rows.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from typing import NamedTuple
 

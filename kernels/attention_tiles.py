@@ -8,7 +8,7 @@ Scores are q k^T as it is. `scale` is log2(e) / sqrt(D), so the softmax is 2 ** 
 lse) with lse in base 2.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import math
 from typing import NamedTuple

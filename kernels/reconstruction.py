@@ -8,7 +8,7 @@ Letters: B clips, T frames, H W pixels, C channels, M masked, P values of a tube
 """
 # The type checker takes the body of a Triton kernel for Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from typing import Any
 

@@ -2,6 +2,8 @@
 
 Letters: B clips, M masked, P values of a tubelet.
 """
+# The type checker takes the body of a Triton kernel for Python.
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton

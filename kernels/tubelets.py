@@ -5,6 +5,7 @@ Letters: B clips, T frames, H W pixels, C channels, V visible, P values of a tub
 """
 # The type checker takes the body of a Triton kernel for Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
 from typing import NamedTuple
