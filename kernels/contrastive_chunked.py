@@ -193,8 +193,10 @@ def loss_and_gradient(
     share_B = shares(inverse_target_A, B)
     factor = (1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE
     weight_B = share_B / temperature_1 * factor
-    pieces = itertools.product(range(0, B, num_clips), range(0, M, num_rows))
-    for clip, top in pieces if runs(predicted_BMP) else ():
+    pieces = ()  # on fakes; a range over a symbolic number of clips would fix that number
+    if runs(predicted_BMP):
+        pieces = itertools.product(range(0, B, num_clips), range(0, M, num_rows))
+    for clip, top in pieces:
         x_BRP = predicted_BMP[clip : clip + num_clips, top : top + num_rows]
         t_BMP = target_BMP[clip : clip + num_clips]
         first, R, shape = clip * M + top, x_BRP.shape[0] * x_BRP.shape[1], (*x_BRP.shape[:2], M)
