@@ -1,5 +1,6 @@
-"""Self-attention on the packed output of the qkv layer: which implementation runs, and how it joins
-torch.
+"""Self-attention on the packed output of the qkv layer: which implementation runs.
+
+Letters: B clips, N tokens, H heads, D head width.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from . import attention_long, attention_short, reference
-from .attention_tiles import WIDTH_CLASSES, has_hopper_products, split
+from .attention_tiles import WIDTH_CLASSES, empty_results, has_hopper_products, parts
 from .dispatch import attention_limit, choose
 from .launch import register
 
@@ -17,17 +18,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.device) -> str:
-    """The implementation for qkv of this shape [B, N, 3, heads, d]; Raises: ValueError where there
-    is none.
-    """
+    """The implementation for qkv of this shape. Raises: ValueError where there is none."""
     tokens, width = shape[1], shape[4]
     if impl == "auto" and device.type == "cuda":
         return "triton" if dtype in HALF and tokens <= attention_limit(device, width) else "sdpa"
     chosen = choose("packed_attention", impl, device)
     if chosen == "triton" and (dtype not in (*HALF, torch.float32) or width > MAX_WIDTH):
         raise ValueError(
-            f"packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to {MAX_WIDTH}, not {dtype} of "
-            f"{width}; use auto or sdpa"
+            "packed_attention: impl triton takes float32, float16 and bfloat16 heads of up to "
+            f"{MAX_WIDTH}, not {dtype} of {width}; use auto or sdpa"
         )
     return chosen
 
@@ -42,7 +41,8 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
     """
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
         raise ValueError(
-            f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not (B, N, 3, heads, head width)"
+            f"packed_attention: qkv_BN3HD has shape {tuple(qkv_BN3HD.shape)}, not "
+            "(B, N, 3, heads, head width)"
         )
     if not qkv_BN3HD.is_floating_point():
         raise ValueError(f"packed_attention: qkv_BN3HD is {qkv_BN3HD.dtype}, not floating point")
@@ -57,57 +57,37 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
     if qkv_BN3HD.numel() == 0:
         return qkv_BN3HD[:, :, 0]
     if chosen == "triton":
-        return PackedAttention.apply(qkv_BN3HD)[0]
+        return _forward(qkv_BN3HD)[0]
     if chosen == "reference":
         return reference.packed_attention(qkv_BN3HD)
     q, k, v = (x.transpose(1, 2) for x in qkv_BN3HD.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-class PackedAttention(torch.autograd.Function):
-    """(out_BNHD, lse_BHN) by the Triton kernels; what backward needs is these two and qkv."""
-
-    @staticmethod
-    def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _forward(qkv_BN3HD)
-
-    @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        ctx.set_materialize_grads(False)  # else zeros are made for lse
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, dout_BNHD: torch.Tensor, _: None) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _backward(*ctx.saved_tensors, dout_BNHD)
-
-
 def kernels(qkv_BN3HD: torch.Tensor) -> Any:
-    """The module to run: one program holds every key of a head where they fit, which float32 does
-    not, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
+    """The module to run: one program holds every key of a head where they fit.
+
+    float32 does not fit, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
     """
     tokens, width = qkv_BN3HD.shape[1], qkv_BN3HD.shape[4]
     limit = (
         attention_short.MAX_TOKENS
-        if split(width)[1] == 0 or has_hopper_products(qkv_BN3HD.device)
+        if len(parts(width)) == 1 or has_hopper_products(qkv_BN3HD.device)
         else 192
     )
     return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
-def _empty_forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, _, heads, width = qkv_BN3HD.shape
-    return qkv_BN3HD.new_empty(batch, tokens, heads, width), qkv_BN3HD.new_empty(
-        batch, heads, tokens, dtype=torch.float32
-    )
+def _gradient(ctx: Any, dout_BNHD: torch.Tensor) -> tuple[torch.Tensor]:
+    return (_backward(*ctx.saved_tensors, dout_BNHD),)
 
 
 _forward = register(
     "packed_attention(Tensor qkv) -> (Tensor, Tensor)",
     lambda qkv: kernels(qkv).forward(qkv),
-    _empty_forward,
+    empty_results,
+    lambda inputs, results: (*inputs, *results),
+    _gradient,
 )
 _backward = register(
     "packed_attention_backward(Tensor qkv, Tensor out, Tensor lse, Tensor dout) -> Tensor",

@@ -1,34 +1,38 @@
-"""Attention over any number of tokens: a program a tile of queries (out, dq) or of keys (dk and
-dv), softmax accumulated tile by tile.
+"""Attention over any number of tokens: a program a tile of queries, or of keys.
 
-Source of the method: FlashAttention-2 (Dao, 2023), as three kernels without atomics, so results
-repeat bit for bit.
-Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), BM query rows of a
-tile, BN key rows of a tile.
+Softmax is accumulated tile by tile. Source of the method: FlashAttention-2 (Dao, 2023), as three
+kernels (out; dq; dk and dv) without atomics, so results repeat bit for bit.
+
+Letters: B clips, N tokens, H heads, D head width, BM query rows of a tile, BN key rows of a tile.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .attention_tiles import (
-    LOG2_E,
+    Head,
     accumulate,
+    backward_pointers,
+    empty_results,
     has_hopper_products,
-    head_constants,
-    head_offset,
-    in_units,
     inner,
     key_gradient,
     last_stride_one,
     load_tile,
+    numbers,
     query_gradient,
-    store_tile,
+    query_key_value,
+    store_queries,
+    times,
     width_class,
     zero_tile,
 )
-from .launch import on_device
+from .launch import launch
 
 # kernel -> (Hopper products, width class) -> (BM, BN, warps, stages): spill-free by the compile
 # check; not yet timed on a GPU.
@@ -67,51 +71,34 @@ EXACT_TILES = {
 }
 
 
-def tiles(kernel: str, qkv_BN3HD: torch.Tensor) -> tuple[int, int, int, int]:
-    """(BM, BN, warps, stages)."""
-    if qkv_BN3HD.dtype == torch.float32 and qkv_BN3HD.is_cuda:
-        return EXACT_TILES[kernel]
-    return TILES[kernel][has_hopper_products(qkv_BN3HD.device), width_class(qkv_BN3HD.shape[-1])]
-
-
 @triton.jit
 def softmax_step(
-    q0,
-    q1,
-    k,
-    v,
+    q,
+    k_head,
+    v_head,
     start,
-    stride_n,
     N,
     scale,
     top,
     total,
-    acc0,
-    acc1,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc,
+    HEAD,
+    BN,
+    MASKED,
 ):
-    """(largest score, sum of weights, weighted sum of values) of a query tile after one more key
+    """A query tile's (largest score, sum of weights, weighted sum of values) with one more key
     tile.
     """
-    k0, k1 = load_tile(k, start, stride_n, N, D, D0, D1, BN, MASKED)
-    scores = inner(q0, q1, k0, k1, D1, PRECISION)
+    scores = inner(q, load_tile(k_head, start, HEAD.qkv_n, N, HEAD, BN, MASKED), HEAD)
     if MASKED:
         scores = tl.where((start + tl.arange(0, BN) < N)[None, :], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * scale)
     weights = tl.math.exp2(scores * scale - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
-    v0, v1 = load_tile(v, start, stride_n, N, D, D0, D1, BN, MASKED)
-    acc0 = acc0 * shrink[:, None]
-    if D1 > 0:
-        acc1 = acc1 * shrink[:, None]
-    acc0, acc1 = accumulate(weights, v0, v1, acc0, acc1, D1, PRECISION)
-    return new_top, total, acc0, acc1
+    v = load_tile(v_head, start, HEAD.qkv_n, N, HEAD, BN, MASKED)
+    acc = accumulate(weights, v, times(acc, shrink[:, None]), HEAD)
+    return new_top, total, acc
 
 
 @triton.jit
@@ -122,79 +109,30 @@ def forward_kernel(
     units_b,
     N,
     scale,
-    UNIT: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_3: tl.constexpr,
-    stride_h: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    HEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """out and lse of BM queries of one head; neighbouring programs share a head and so find its
-    keys in the cache.
+    """out and lse of BM queries of one head.
+
+    Neighbouring programs share a head and so find its keys in the cache.
     """
     num_tiles = tl.cdiv(N, BM)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BM
-    b, h = head // H, head % H
-    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
-    k = q + stride_3
-    v = k + stride_3
-    q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, True)
+    q_head, k_head, v_head = query_key_value(qkv, head, units_b, HEAD)
+    q = load_tile(q_head, start, HEAD.qkv_n, N, HEAD, BM, True)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc0, acc1 = zero_tile(D0, D1, BM)
+    acc = zero_tile(HEAD, BM)
     last = (N - 1) // BN * BN  # only the last key tile may reach beyond the tokens
     for first in range(0, last, BN):
-        top, total, acc0, acc1 = softmax_step(
-            q0,
-            q1,
-            k,
-            v,
-            first,
-            stride_n,
-            N,
-            scale,
-            top,
-            total,
-            acc0,
-            acc1,
-            D,
-            D0,
-            D1,
-            BN,
-            False,
-            PRECISION,
+        top, total, acc = softmax_step(
+            q, k_head, v_head, first, N, scale, top, total, acc, HEAD, BN, False
         )
-    top, total, acc0, acc1 = softmax_step(
-        q0,
-        q1,
-        k,
-        v,
-        last,
-        stride_n,
-        N,
-        scale,
-        top,
-        total,
-        acc0,
-        acc1,
-        D,
-        D0,
-        D1,
-        BN,
-        True,
-        PRECISION,
+    top, total, acc = softmax_step(
+        q, k_head, v_head, last, N, scale, top, total, acc, HEAD, BN, True
     )
-    out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
-    store_tile(
-        out_head, start, H * D, N, acc0 / total[:, None], acc1 / total[:, None], D, D0, D1, BM
-    )
-    rows = start + tl.arange(0, BM)
-    tl.store(lse + tl.cast(head, tl.int64) * N + rows, top + tl.math.log2(total), mask=rows < N)
+    store_queries(out, lse, head, start, acc, top, total, N, HEAD, BM)
 
 
 @triton.jit
@@ -209,59 +147,21 @@ def query_gradient_kernel(
     dout_units_b,
     N,
     scale,
-    UNIT: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_3: tl.constexpr,
-    stride_h: tl.constexpr,
-    dout_n: tl.constexpr,
-    dout_h: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    HEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """dq and delta of BM queries of one head."""
     num_tiles = tl.cdiv(N, BM)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BM
-    b, h = head // H, head % H
-    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
-    k = q + stride_3
-    rows = tl.cast(head, tl.int64) * N
-    query_gradient(
-        q,
-        k,
-        k + stride_3,
-        (),
-        (),
-        out + (tl.cast(b, tl.int64) * N * H + h) * D,
-        dout + head_offset(b, h, dout_units_b, UNIT, dout_h),
-        lse + rows,
-        delta + rows,
-        dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D,
-        start,
-        stride_n,
-        H * D,
-        dout_n,
-        3 * H * D,
-        N,
-        scale,
-        D,
-        D0,
-        D1,
-        BM,
-        BN,
-        (),
-        True,
-        PRECISION,
-    )
+    of = backward_pointers(head, qkv, out, lse, dout, delta, dqkv, units_b, dout_units_b, N, HEAD)
+    query_gradient(of, (), (), start, N, scale, HEAD, BM, BN, True)
 
 
 @triton.jit
 def key_gradient_kernel(
     qkv,  # [B, N, 3, H, D], strides given, the last one 1
+    out,  # [B, N, H, D], not read
     lse,  # [B, H, N] float32
     dout,  # [B, N, H, D], strides given, the last one 1
     delta,  # [B, H, N] float32
@@ -270,76 +170,40 @@ def key_gradient_kernel(
     dout_units_b,
     N,
     scale,
-    UNIT: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_3: tl.constexpr,
-    stride_h: tl.constexpr,
-    dout_n: tl.constexpr,
-    dout_h: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    HEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """dk and dv of BN keys of one head."""
     num_tiles = tl.cdiv(N, BN)
     head, start = tl.program_id(0) // num_tiles, tl.program_id(0) % num_tiles * BN
-    b, h = head // H, head % H
-    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
-    k = q + stride_3
-    rows = tl.cast(head, tl.int64) * N
-    dk = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D + H * D
-    key_gradient(
-        q,
-        k,
-        k + stride_3,
-        dout + head_offset(b, h, dout_units_b, UNIT, dout_h),
-        lse + rows,
-        delta + rows,
-        dk,
-        dk + H * D,
-        start,
-        stride_n,
-        dout_n,
-        3 * H * D,
-        N,
-        scale,
-        D,
-        D0,
-        D1,
-        BM,
-        BN,
-        True,
-        PRECISION,
-    )
+    of = backward_pointers(head, qkv, out, lse, dout, delta, dqkv, units_b, dout_units_b, N, HEAD)
+    key_gradient(of, start, N, scale, HEAD, BM, BN, True)
+
+
+def launch_tiles(
+    kernel: Any,
+    name: str,
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[int | float | Head, ...],
+) -> None:
+    """Starts a program for each tile of rows of each head."""
+    qkv_BN3HD, lse_BHN = tensors[0], tensors[2]
+    B, H, N = lse_BHN.shape
+    if qkv_BN3HD.dtype == torch.float32 and qkv_BN3HD.is_cuda:
+        BM, BN, warps, stages = EXACT_TILES[name]
+    else:
+        key = has_hopper_products(qkv_BN3HD.device), width_class(qkv_BN3HD.shape[-1])
+        BM, BN, warps, stages = TILES[name][key]
+    programs = B * H * triton.cdiv(N, BN if name == "key_gradient" else BM)
+    launch(kernel, programs, *tensors, *numbers, BM, BN, num_warps=warps, num_stages=stages)
 
 
 def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_BNHD, lse_BHN)."""
     qkv = last_stride_one(qkv_BN3HD)
-    batch, tokens, _, heads, width = qkv.shape
-    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-    unit, units_b = in_units(qkv.stride(0))
-    rows, keys, warps, stages = tiles("forward", qkv)
-    with on_device(qkv):
-        forward_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
-            qkv,
-            out,
-            lse,
-            units_b,
-            tokens,
-            LOG2_E * width**-0.5,
-            unit,
-            **head_constants(qkv),
-            BM=rows,
-            BN=keys,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    out, lse = empty_results(qkv)
+    launch_tiles(forward_kernel, "forward", (qkv, out, lse), numbers(qkv))
     return out, lse
 
 
@@ -348,40 +212,11 @@ def backward(
 ) -> torch.Tensor:
     """dqkv_BN3HD, contiguous."""
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
-    batch, tokens, _, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse_BHN)
-    unit, *units = in_units(qkv.stride(0), dout.stride(0))
-    numbers = (*units, tokens, LOG2_E * width**-0.5, unit)
-    constants = {**head_constants(qkv), "dout_n": dout.stride(1), "dout_h": dout.stride(2)}
-    with on_device(qkv):
-        rows, keys, warps, stages = tiles("query_gradient", qkv)
-        query_gradient_kernel[(batch * heads * triton.cdiv(tokens, rows),)](
-            qkv,
-            out_BNHD,
-            lse_BHN,
-            dout,
-            delta,
-            dqkv,
-            *numbers,
-            **constants,
-            BM=rows,
-            BN=keys,
-            num_warps=warps,
-            num_stages=stages,
-        )
-        rows, keys, warps, stages = tiles("key_gradient", qkv)
-        key_gradient_kernel[(batch * heads * triton.cdiv(tokens, keys),)](
-            qkv,
-            lse_BHN,
-            dout,
-            delta,
-            dqkv,
-            *numbers,
-            **constants,
-            BM=rows,
-            BN=keys,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    tensors = qkv, out_BNHD, lse_BHN, dout, torch.empty_like(lse_BHN), dqkv
+    for kernel, name in (
+        (query_gradient_kernel, "query_gradient"),
+        (key_gradient_kernel, "key_gradient"),
+    ):
+        launch_tiles(kernel, name, tensors, numbers(qkv, dout))
     return dqkv

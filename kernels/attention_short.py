@@ -1,11 +1,13 @@
-"""Attention over at most 256 tokens: one program does a head of a clip, forward (all its keys and
-values at hand, exact softmax) and backward (two phases, so that no two programs write the same
-gradient: no atomics, equal bits every time).
+"""Attention over at most 256 tokens: one program does a head of a clip.
 
-Letters: B clips, N tokens, H heads, D head width = D0 + D1 (attention_tiles.py), K0 + K1 >= N keys,
-BM query rows, BN key rows.
+Forward it has all its keys and values at hand, for an exact softmax; backward it goes through them
+in two phases, so that no two programs write the same gradient: no atomics, equal bits every time.
+
+Letters: B clips, N tokens, H heads, D head width, BM query rows, BN key rows.
 """
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from typing import NamedTuple
 
@@ -14,24 +16,24 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import (
-    LOG2_E,
     accumulate,
+    backward_pointers,
+    empty_results,
     has_hopper_products,
-    head_constants,
-    head_offset,
-    in_units,
     inner,
     key_gradient,
     last_stride_one,
     load_tile,
     load_tiles,
+    numbers,
+    parts,
     query_gradient,
-    split,
-    store_tile,
+    query_key_value,
+    store_queries,
     width_class,
     zero_tile,
 )
-from .launch import on_device
+from .launch import launch
 
 MAX_TOKENS = 256
 FORWARD_ROWS = 64  # the least that a Hopper product takes
@@ -76,55 +78,37 @@ def forward_kernel(
     units_b,
     N,
     scale,
-    UNIT: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_3: tl.constexpr,
-    stride_h: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
+    HEAD: tl.constexpr,
+    SIZES: tl.constexpr,  # of the tiles of keys, which hold them all: one, or two
     BM: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """out and lse of one head of one clip."""
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
-    k = q + stride_3
-    v = k + stride_3
-    out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
-    lse_head = lse + tl.cast(tl.program_id(0), tl.int64) * N
-    # K1 > 0 is chosen only where the first K0 keys all exist
-    k00, k01 = load_tile(k, 0, stride_n, N, D, D0, D1, K0, K1 == 0)
-    v00, v01 = load_tile(v, 0, stride_n, N, D, D0, D1, K0, K1 == 0)
-    if K1 > 0:
-        k10, k11 = load_tile(k, K0, stride_n, N, D, D0, D1, K1, True)
-        v10, v11 = load_tile(v, K0, stride_n, N, D, D0, D1, K1, True)
-    for start in range(0, N, BM):
-        q0, q1 = load_tile(q, start, stride_n, N, D, D0, D1, BM, True)
-        scores0 = inner(q0, q1, k00, k01, D1, PRECISION)
-        if K1 > 0:
-            scores1 = inner(q0, q1, k10, k11, D1, PRECISION)
-            scores1 = tl.where((K0 + tl.arange(0, K1) < N)[None, :], scores1, float("-inf"))
-            top = tl.maximum(tl.max(scores0, 1), tl.max(scores1, 1)) * scale
-        else:
-            scores0 = tl.where((tl.arange(0, K0) < N)[None, :], scores0, float("-inf"))
-            top = tl.max(scores0, 1) * scale
-        weights0 = tl.math.exp2(scores0 * scale - top[:, None])
-        total = tl.sum(weights0, 1)
-        acc0, acc1 = zero_tile(D0, D1, BM)
-        acc0, acc1 = accumulate(weights0, v00, v01, acc0, acc1, D1, PRECISION)
-        if K1 > 0:
-            weights1 = tl.math.exp2(scores1 * scale - top[:, None])
-            total += tl.sum(weights1, 1)
-            acc0, acc1 = accumulate(weights1, v10, v11, acc0, acc1, D1, PRECISION)
-        store_tile(
-            out_head, start, H * D, N, acc0 / total[:, None], acc1 / total[:, None], D, D0, D1, BM
-        )
-        rows = start + tl.arange(0, BM)
-        tl.store(lse_head + rows, top + tl.math.log2(total), mask=rows < N)
+    head = tl.program_id(0)
+    q_head, k_head, v_head = query_key_value(qkv, head, units_b, HEAD)
+    keys = load_tiles(k_head, HEAD.qkv_n, N, HEAD, SIZES)
+    values = load_tiles(v_head, HEAD.qkv_n, N, HEAD, SIZES)
+    for start_row in range(0, N, BM):
+        q = load_tile(q_head, start_row, HEAD.qkv_n, N, HEAD, BM, True)
+        scores = ()
+        for i in tl.static_range(len(SIZES)):
+            tile = inner(q, keys[i], HEAD)
+            if i == len(SIZES) - 1:
+                exists = i * SIZES[0] + tl.arange(0, SIZES[i]) < N
+                tile = tl.where(exists[None, :], tile, float("-inf"))
+            scores += (tile,)
+        top = tl.max(scores[0], 1)
+        for i in tl.static_range(1, len(SIZES)):
+            top = tl.maximum(top, tl.max(scores[i], 1))
+        top *= scale
+        acc = zero_tile(HEAD, BM)
+        for i in tl.static_range(len(SIZES)):
+            weights = tl.math.exp2(scores[i] * scale - top[:, None])
+            if i == 0:
+                total = tl.sum(weights, 1)
+            else:
+                total += tl.sum(weights, 1)
+            acc = accumulate(weights, values[i], acc, HEAD)
+        store_queries(out, lse, head, start_row, acc, top, total, N, HEAD, BM)
 
 
 @triton.jit
@@ -139,104 +123,44 @@ def backward_kernel(
     dout_units_b,
     N,
     scale,
-    UNIT: tl.constexpr,
-    stride_n: tl.constexpr,
-    stride_3: tl.constexpr,
-    stride_h: tl.constexpr,
-    dout_n: tl.constexpr,
-    dout_h: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    KEPT: tl.constexpr,
+    HEAD: tl.constexpr,
+    KEPT: tl.constexpr,  # sizes of the tiles of keys that are kept for dq, or ()
     BM: tl.constexpr,
     BN: tl.constexpr,
     KEY_BM: tl.constexpr,
     KEY_BN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """dqkv of one head of one clip: first all dq, then all dk and dv; the weights are computed in
-    both.
+    """dqkv of one head of one clip: first all dq, then all dk and dv.
+
+    The weights are computed in both.
     """
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    q = qkv + head_offset(b, h, units_b, UNIT, stride_h)
-    k = q + stride_3
-    v = k + stride_3
-    dout_head = dout + head_offset(b, h, dout_units_b, UNIT, dout_h)
-    out_head = out + (tl.cast(b, tl.int64) * N * H + h) * D
-    rows = tl.cast(tl.program_id(0), tl.int64) * N
-    dq = dqkv + (tl.cast(b, tl.int64) * N * 3 * H + h) * D
-    dk = dq + H * D
-    keys = load_tiles(k, stride_n, N, D, D0, D1, KEPT)
-    values = load_tiles(v, stride_n, N, D, D0, D1, KEPT)
-    for start in tl.range(0, N, BM, num_stages=1):
-        query_gradient(
-            q,
-            k,
-            v,
-            keys,
-            values,
-            out_head,
-            dout_head,
-            lse + rows,
-            delta + rows,
-            dq,
-            start,
-            stride_n,
-            H * D,
-            dout_n,
-            3 * H * D,
-            N,
-            scale,
-            D,
-            D0,
-            D1,
-            BM,
-            BN,
-            KEPT,
-            False,
-            PRECISION,
-        )
+    of = backward_pointers(
+        tl.program_id(0), qkv, out, lse, dout, delta, dqkv, units_b, dout_units_b, N, HEAD
+    )
+    keys = load_tiles(of.k, HEAD.qkv_n, N, HEAD, KEPT)
+    values = load_tiles(of.v, HEAD.qkv_n, N, HEAD, KEPT)
+    for first in tl.range(0, N, BM, num_stages=1):
+        query_gradient(of, keys, values, first, N, scale, HEAD, BM, BN, False)
     tl.debug_barrier()  # every thread's delta is there
-    for start in tl.range(0, N, KEY_BN, num_stages=1):
-        key_gradient(
-            q,
-            k,
-            v,
-            dout_head,
-            lse + rows,
-            delta + rows,
-            dk,
-            dk + H * D,
-            start,
-            stride_n,
-            dout_n,
-            3 * H * D,
-            N,
-            scale,
-            D,
-            D0,
-            D1,
-            KEY_BM,
-            KEY_BN,
-            False,
-            PRECISION,
-        )
+    for first in tl.range(0, N, KEY_BN, num_stages=1):
+        key_gradient(of, first, N, scale, HEAD, KEY_BM, KEY_BN, False)
 
 
-def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[int, int, int, int]:
-    """(K0, K1, BM, warps) of the forward kernel: spill-free by the compile check; not yet timed on
-    a GPU.
+def forward_tiles(tokens: int, width: int, hopper: bool) -> tuple[tuple[int, ...], int, int]:
+    """(SIZES, BM, warps) of the forward kernel.
+
+    Spill-free by the compile check; not yet timed on a GPU.
     """
     if width_class(width) == 128:
-        return max(16, triton.next_power_of_2(tokens)), 0, FORWARD_ROWS, 8
-    low, high = split(tokens)
-    if low == 256 and not hopper:
-        return 256, 0, 16, 8
-    if low == 256 and split(width) == (64, 0):
-        return 128, 128, FORWARD_ROWS, 4
-    return low, high, FORWARD_ROWS, 8 if low == 256 and sum(split(width)) > 80 else 4
+        return (max(16, triton.next_power_of_2(tokens)),), FORWARD_ROWS, 8
+    sizes = parts(tokens)
+    if sizes[0] < 256:
+        return sizes, FORWARD_ROWS, 4
+    if not hopper:
+        return sizes, 16, 8
+    if parts(width) == (64,):
+        return (128, 128), FORWARD_ROWS, 4
+    return sizes, FORWARD_ROWS, 8 if sum(parts(width)) > 80 else 4
 
 
 def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
@@ -248,27 +172,21 @@ def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
 def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_BNHD, lse_BHN)."""
     qkv = last_stride_one(qkv_BN3HD)
-    batch, tokens, _, heads, width = qkv.shape
-    out = torch.empty(batch, tokens, heads, width, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device)
-    unit, units_b = in_units(qkv.stride(0))
-    low, high, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
-    with on_device(qkv):
-        forward_kernel[(batch * heads,)](
-            qkv,
-            out,
-            lse,
-            units_b,
-            tokens,
-            LOG2_E * width**-0.5,
-            unit,
-            **head_constants(qkv),
-            K0=low,
-            K1=high,
-            BM=rows,
-            num_warps=warps,
-            num_stages=1,
-        )
+    _, tokens, _, _, width = qkv.shape
+    out, lse = empty_results(qkv)
+    sizes, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
+    launch(
+        forward_kernel,
+        lse.shape[0] * lse.shape[1],
+        qkv,
+        out,
+        lse,
+        *numbers(qkv),
+        sizes,
+        rows,
+        num_warps=warps,
+        num_stages=1,
+    )
     return out, lse
 
 
@@ -277,32 +195,24 @@ def backward(
 ) -> torch.Tensor:
     """dqkv_BN3HD, contiguous."""
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
-    batch, tokens, _, heads, width = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse_BHN)
-    unit, *units = in_units(qkv.stride(0), dout.stride(0))
-    tiles = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(width)]
-    with on_device(qkv):
-        backward_kernel[(batch * heads,)](
-            qkv,
-            out_BNHD,
-            lse_BHN,
-            dout,
-            delta,
-            dqkv,
-            *units,
-            tokens,
-            LOG2_E * width**-0.5,
-            unit,
-            dout_n=dout.stride(1),
-            dout_h=dout.stride(2),
-            **head_constants(qkv),
-            KEPT=kept_sizes(tokens, tiles.BN) if tiles.keeps else (),
-            BM=tiles.BM,
-            BN=tiles.BN,
-            KEY_BM=tiles.KEY_BM,
-            KEY_BN=tiles.KEY_BN,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
+    tiles = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(qkv.shape[-1])]
+    launch(
+        backward_kernel,
+        lse_BHN.shape[0] * lse_BHN.shape[1],
+        qkv,
+        out_BNHD,
+        lse_BHN,
+        dout,
+        torch.empty_like(lse_BHN),
+        dqkv,
+        *numbers(qkv, dout),
+        kept_sizes(qkv.shape[1], tiles.BN) if tiles.keeps else (),
+        tiles.BM,
+        tiles.BN,
+        tiles.KEY_BM,
+        tiles.KEY_BN,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return dqkv

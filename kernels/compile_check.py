@@ -1,14 +1,14 @@
-"""Compiles every kernel as it is launched, for GPUs that need not be there, and prints what it
-takes.
+"""Compiles every kernel as it is launched, for GPUs that need not be there.
 
-    python -m video_mae.kernels.compile_check [--arch 90 80] [--only NAME] [--workers 2] [--modules
-    MODULE ...]
+    python -m video_mae.kernels.compile_check [--arch 90 80] [--only NAME] [--workers 2]
+                                              [--modules MODULE ...]
 
-The launchers run on fake CUDA tensors (compile_runs.py), so what Triton knows of an argument here,
-its type, its value, whether 16 divides it, is what it knows on a GPU. Fails on a spill, on more
-shared memory than the GPU has, on a matrix product that does not run on the tensor cores as it
-should (HGMMA on sm_90, HMMA on sm_80), and on values of 16 bits that are read or written one by one
-where their rows would allow more. Needs no GPU, and TRITON_INTERPRET must not be set.
+Prints what each takes. The launchers run on fake CUDA tensors (compile_runs.py), so what Triton
+knows of an argument here, its type, its value, whether 16 divides it, is what it knows on a GPU.
+Fails on a spill, on more shared memory than the GPU has, on a matrix product that does not run on
+the tensor cores as it should (HGMMA on sm_90, HMMA on sm_80), and on values of 16 bits that are
+read or written one by one where their rows would allow more. Needs no GPU, and TRITON_INTERPRET
+must not be set.
 """
 
 import argparse
@@ -20,9 +20,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +42,15 @@ SHARED_MEMORY = {90: 232448, 80: 166912}  # bytes that a block may have
 ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS)\.E(?:\.\w+)*")
 # of float32, products are exact and so not on the tensor cores
 HALF_DOT = re.compile(r"tt\.dot .*x(?:bf16|f16)[,>]")
+COLUMNS = "{:80} {:>5} {:>9} {:>8} {:>9} {:>6} {:>6} {:>6}  {}"
+TITLES = "kernel", "arch", "registers", "spill B", "shared B", "HGMMA", "HMMA", "narrow", ""
 
 
 class Run(NamedTuple):
-    """A call of launchers, to be made on fake CUDA tensors. narrow: instructions that may move 1 or
-    2 bytes a thread, -1 for any number: 0 where rows are multiples of 16 bytes.
+    """A call of launchers, to be made on fake CUDA tensors.
+
+    narrow: instructions that may move 1 or 2 bytes a thread, -1 for any number: 0 where rows are
+    multiples of 16 bytes.
     """
 
     name: str
@@ -55,202 +58,114 @@ class Run(NamedTuple):
     narrow: int = 0
 
 
-class Launch(NamedTuple):
-    """A launch as it was made; of a tensor there is what Triton reads of it, its dtype and address."""
+class Case(NamedTuple):
+    """One compilation; `narrow` as of its Run."""
 
-    kernel: Any
-    arguments: tuple[Any, ...]
+    name: str
+    narrow: int
+    source: ASTSource
     options: dict[str, Any]
 
 
-class Case(NamedTuple):
-    """One compilation, of a launch; see Run."""
-
-    name: str
-    launch: Launch
-    narrow: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a compiled kernel takes; `problems` is empty for a good one. narrow: instructions that
-    move 1 or 2 bytes a thread.
-    """
-
-    name: str
-    arch: int
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    hgmma: int
-    hmma: int
-    narrow: int
-    problems: list[str] = field(default_factory=list)
-
-
 class _Pointer:
-    """Stands in for a fake tensor, which has no address; PyTorch's own start at multiples of 16
-    bytes.
+    """Stands in for a fake tensor, which has no address.
+
+    PyTorch's own tensors start at multiples of 16 bytes.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype, self.address = (
-            tensor.dtype,
-            int(tensor.storage_offset()) * tensor.element_size(),
-        )
+        self.dtype = tensor.dtype
+        self.address = int(tensor.storage_offset()) * tensor.element_size()
 
     def data_ptr(self) -> int:
         return self.address
 
 
-def _held(value: Any) -> Any:
-    return _Pointer(value) if isinstance(value, torch.Tensor) else value
-
-
-@contextlib.contextmanager
-def captured(arch: int = 90) -> Iterator[list[Launch]]:
-    """Collects what is launched in here instead of launching it, as if on a GPU of sm_ARCH: for
-    CUDA tensors of a FakeTensorMode.
-    """
-    launches: list[Launch] = []
+def compilations(run: Run, arch: int) -> list[Case]:
+    """What Triton would compile for the launches of a run on a GPU of sm_ARCH; none is made."""
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    found: list[Case] = []
 
     def collect(
         kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any
     ) -> None:
-        launches.append(
-            Launch(
-                kernel,
-                tuple(map(_held, arguments)),
-                {name: _held(value) for name, value in options.items()},
-            )
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        held = [_Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        bound, specialization, bound_options = bind(*held, **options)
+        packed, signature, constexprs, attrs = kernel._pack_args(
+            backend, options, bound, specialization, bound_options
         )
+        source = ASTSource(kernel, signature, constexprs, attrs)
+        name = f"{run.name}: {kernel.__name__.removesuffix('_kernel')}"
+        found.append(Case(name, run.narrow, source, packed.__dict__))
 
     with (
+        FakeTensorMode(),
         patch.object(JITFunction, "run", collect),
         patch.object(launch, "launches_on_fakes", True),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
         patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
     ):
-        yield launches
-
-
-def specialize(made: Launch, arch: int) -> tuple[ASTSource, dict[str, Any]]:
-    """(source, options) of the compilation that Triton itself would start for this launch on a GPU
-    of sm_ARCH.
-    """
-    kernel, backend = made.kernel, make_backend(GPUTarget("cuda", arch, 32))
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*made.arguments, **made.options)
-    packed, signature, constexprs, attrs = kernel._pack_args(
-        backend, made.options, bound, specialization, options
-    )
-    return ASTSource(
-        fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs
-    ), packed.__dict__
-
-
-def compile_case(case: Case, arch: int) -> Result:
-    """Compiles one case for sm_ARCH, through ptxas to machine code."""
-    source, options = specialize(case.launch, arch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        Path(cubin.name).write_bytes(compiled.asm["cubin"])
-        usage, sass = (
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, what, cubin.name],
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for what in ("--dump-resource-usage", "--dump-sass")
-        )
-    registers, stack = (
-        int(found.group(1)) if (found := re.search(rf"{what}:(\d+)", usage)) else -1
-        for what in ("REG", "STACK")
-    )
-    narrow = sum(
-        1 for access in ACCESS.findall(sass) if set(access.split(".")) & {"U8", "S8", "U16", "S16"}
-    )
-    result = Result(
-        case.name,
-        arch,
-        registers,
-        stack,
-        compiled.metadata.shared,
-        sass.count("HGMMA."),
-        sass.count("HMMA."),
-        narrow,
-    )
-    has_dot = HALF_DOT.search(compiled.asm["ttir"]) is not None
-    if stack != 0:
-        result.problems.append(f"{stack} bytes on the stack")
-    if result.shared_bytes > SHARED_MEMORY[arch]:
-        result.problems.append(
-            f"{result.shared_bytes} bytes of shared memory, the GPU has {SHARED_MEMORY[arch]}"
-        )
-    if has_dot and arch == 90 and (result.hgmma == 0 or result.hmma > 0):
-        result.problems.append("a product runs outside the Hopper tensor cores")
-    if has_dot and arch == 80 and result.hmma == 0:
-        result.problems.append("a product runs outside the tensor cores")
-    if 0 <= case.narrow < narrow:
-        result.problems.append(
-            f"{narrow} instructions move values one by one, {case.narrow} would do"
-        )
-    return result
+        run.call()
+    return found
 
 
 @functools.cache
-def cases(arch: int, only: str = "", modules: tuple[str, ...] = MODULES) -> list[Case]:
-    """What the runs of the modules launch on sm_ARCH, each compilation once, those whose name
-    contains `only`.
+def cases(arch: int, only: str, modules: Sequence[str]) -> list[Case]:
+    """What the runs of the modules launch on sm_ARCH, each compilation once.
+
+    Those whose name contains `only`.
     """
     found: dict[str, Case] = {}
     for module in modules:
         for run in importlib.import_module(module).compile_runs(arch):
-            with FakeTensorMode(), captured(arch) as launches:
-                run.call()
-            for made in launches:
-                case = Case(
-                    f"{run.name}: {made.kernel.__name__.removesuffix('_kernel')}", made, run.narrow
-                )
-                source, options = specialize(made, arch)
-                found.setdefault(
-                    repr(
-                        (
-                            made.kernel.__module__,
-                            made.kernel.__name__,
-                            source.signature,
-                            source.constants,
-                            source.attrs,
-                            sorted(options.items()),
-                        )
-                    ),
-                    case,
-                )
+            for case in compilations(run, arch):
+                kernel, source = case.source.fn, case.source
+                key = kernel.__module__, kernel.__name__, source.signature, source.constants
+                found.setdefault(repr((key, source.attrs, sorted(case.options.items()))), case)
     return [case for case in found.values() if only in case.name]
 
 
-def check(task: tuple[int, str, tuple[str, ...], int]) -> Result:
-    """Compiles case number i of `cases(arch, only, modules)`; task is (arch, only, modules, i),
-    which goes to another process.
+def compiled(case: Case, arch: int) -> tuple[list[int], list[str]]:
+    """(the figures of the last six TITLES but one, problems) of a case, from its machine code."""
+    made = triton.compile(case.source, GPUTarget("cuda", arch, 32), case.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(made.asm["cubin"])
+        dump = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", cubin.name]
+        told = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"\b{what}:(\d+)", told)[0]) for what in ("REG", "STACK"))
+    shared, hgmma, hmma = made.metadata.shared, told.count("HGMMA."), told.count("HMMA.")
+    one_by_one = [access for access in ACCESS.findall(told) if re.search(r"\.[US](8|16)\b", access)]
+    narrow = len(one_by_one)
+    has_dot = HALF_DOT.search(made.asm["ttir"]) is not None
+    checks = {
+        f"{stack} bytes on the stack": stack != 0,
+        f"{shared} bytes of shared memory, the GPU has {SHARED_MEMORY[arch]}": shared
+        > SHARED_MEMORY[arch],
+        "a product runs outside the Hopper tensor cores": has_dot
+        and arch == 90
+        and (hgmma == 0 or hmma > 0),
+        "a product runs outside the tensor cores": has_dot and arch == 80 and hmma == 0,
+        f"{narrow} instructions move values one by one, {case.narrow} would do": 0
+        <= case.narrow
+        < narrow,
+    }
+    problems = [problem for problem, is_there in checks.items() if is_there]
+    return [registers, stack, shared, hgmma, hmma, narrow], problems
+
+
+def check(task: tuple[int, str, Sequence[str], int]) -> tuple[str, bool]:
+    """(its line, whether it is good) of case number i; task, which goes to another process, is
+    (arch, only, modules, i).
     """
     arch, only, modules, i = task
     case = cases(arch, only, modules)[i]
     try:
-        return compile_case(case, arch)
+        figures, problems = compiled(case, arch)
     except Exception as error:
         # whatever the compiler raises is this case's problem, and the others should still be seen
-        return Result(
-            case.name,
-            arch,
-            0,
-            0,
-            0,
-            0,
-            0,
-            0,
-            [f"does not compile: {type(error).__name__}: {error}"],
-        )
+        figures, problems = [0] * 6, [f"does not compile: {type(error).__name__}: {error}"]
+    return COLUMNS.format(case.name, f"sm_{arch}", *figures, "; ".join(problems)), not problems
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -258,45 +173,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compile every kernel for GPUs that need not be there."
     )
-    parser.add_argument(
-        "--arch", type=int, nargs="+", default=[90, 80], choices=sorted(SHARED_MEMORY)
-    )
+    archs, cores = sorted(SHARED_MEMORY), len(os.sched_getaffinity(0))
+    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=archs)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--workers", type=int, default=min(8, cores), help="processes")
     parser.add_argument(
-        "--workers", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes"
-    )
-    parser.add_argument(
-        "--modules", nargs="+", default=list(MODULES), help="where to look for `compile_runs(arch)`"
+        "--modules", nargs="+", default=MODULES, help="where to look for `compile_runs(arch)`"
     )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    modules = tuple(options.modules)
-    tasks = [
-        (arch, options.only, modules, i)
-        for arch in options.arch
-        for i in range(len(cases(arch, options.only, modules)))
-    ]
-    print(
-        f"{'kernel':80} {'arch':>5} {'registers':>9} {'spill B':>8} {'shared B':>9} {'HGMMA':>6} {'HMMA':>6} {'narrow':>6}"
-    )
+    what = options.only, tuple(options.modules)
+    tasks = [(arch, *what, i) for arch in options.arch for i in range(len(cases(arch, *what)))]
+    if not tasks:
+        print("no such case")
+        return 1
+    print(COLUMNS.format(*TITLES))
     failed = 0
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
-        for result in pool.map(check, tasks):
-            failed += bool(result.problems)
-            print(
-                f"{result.name:80} {'sm_' + str(result.arch):>5} {result.registers:>9} {result.spill_bytes:>8} {result.shared_bytes:>9} "
-                f"{result.hgmma:>6} {result.hmma:>6} {result.narrow:>6}  {'; '.join(result.problems)}",
-                flush=True,
-            )
-    print(
-        f"{failed} of {len(tasks)} failed"
-        if failed
-        else f"all {len(tasks)} good"
-        if tasks
-        else "no such case"
-    )
-    return int(failed > 0 or not tasks)
+        for line, is_good in pool.map(check, tasks):
+            failed += not is_good
+            print(line, flush=True)
+    print(f"{failed} of {len(tasks)} failed" if failed else f"all {len(tasks)} good")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

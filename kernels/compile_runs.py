@@ -4,123 +4,93 @@ and what else has tiles of its own.
 Letters: B clips, N tokens, H heads, D head width.
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 
 from . import attention_short
-from . import contrastive_chunked as chunked
 from . import contrastive_streaming as streaming
 from .attention import kernels
 from .compile_check import Run
+from .contrastive import contrastive_loss
 from .joint import joint_loss
 from .preset_shapes import ENCODER_TOKENS, attention_shapes
-from .reconstruction import reconstruction_loss, reconstruction_loss_and_targets, scale_tokens
-from .reference import Normalize
+from .reconstruction import reconstruction_loss_and_targets
+from .scaling import scale_tokens
 from .tubelets import CLIP_TYPES, FLOAT_TYPES, gather_tubelets
 
-BATCH, VISIBLE, MASKED = 32, 160, 1408
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+BATCH, VISIBLE, MASKED, VALUES = 32, 160, 1408, 1536
+BF16, FP16, FP32, UINT8 = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 ANY = -1  # of the instructions that move 1 or 2 bytes
-BASE, GIANT, STILL = (2, 16, 16), (2, 14, 14), (1, 16, 16)  # tubelets of presets, and of images
 Tubelet = tuple[int, int, int]
+# of presets, and of images
+BASE, GIANT, STILL = (2, 16, 16), (2, 14, 14), (1, 16, 16)
+OTHER_TUBELETS = [(GIANT, 3), (STILL, 3), (BASE, 1), (BASE, 5)]  # and channels
 
 
 def _empty(*shape: int, dtype: torch.dtype = FP32, gradient: bool = False) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda", requires_grad=gradient)
 
 
-def _clip_and_index(
-    tubelet: Tubelet, channels: int, dtype: torch.dtype, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    frames, rows, columns = (units * side for units, side in zip((8, 14, 14), tubelet, strict=True))
-    return _empty(BATCH, frames, rows, columns, channels, dtype=dtype), _empty(
-        BATCH, count, dtype=torch.int64
-    )
+def _clip(tubelet: Tubelet, channels: int, dtype: torch.dtype) -> torch.Tensor:
+    t, p, q = tubelet
+    return _empty(BATCH, 8 * t, 14 * p, 14 * q, channels, dtype=dtype)
 
 
-def _gather(
-    clip: torch.dtype, out: torch.dtype, tubelet: Tubelet = BASE, channels: int = 3
-) -> None:
-    gather_tubelets(
-        *_clip_and_index(tubelet, channels, clip, VISIBLE),
-        tubelet,
-        (0.5,) * channels,
-        (0.25,) * channels,
-        out,
-    )
+def _gather(clip: torch.dtype, out: torch.dtype, tubelet: Tubelet, channels: int) -> None:
+    index_BV = _empty(BATCH, VISIBLE, dtype=torch.int64)
+    mean, std = (0.5,) * channels, (0.25,) * channels
+    gather_tubelets(_clip(tubelet, channels, clip), index_BV, tubelet, mean, std, out)
 
 
-def _reconstruct(
+def _compare(
+    loss: Callable[..., Any],
     clip: torch.dtype,
     predicted: torch.dtype,
-    normalize: Normalize = "channel",
-    tubelet: Tubelet = BASE,
-    channels: int = 3,
+    tubelet: Tubelet,
+    channels: int,
+    *arguments: Any,
     gradient: bool = True,
-    targets: bool = False,
 ) -> None:
-    clip_BTHWC, index_BM = _clip_and_index(tubelet, channels, clip, MASKED)
-    predicted_BMP = _empty(
-        BATCH,
-        MASKED,
-        tubelet[0] * tubelet[1] * tubelet[2] * channels,
-        dtype=predicted,
-        gradient=gradient,
-    )
-    if targets:
-        reconstruction_loss_and_targets(
-            predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize, target_dtype=predicted
-        )
-    else:
-        reconstruction_loss(predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize)
+    """A loss of predictions and a clip."""
+    values = math.prod(tubelet) * channels
+    predicted_BMP = _empty(BATCH, MASKED, values, dtype=predicted, gradient=gradient)
+    index_BM = _empty(BATCH, MASKED, dtype=torch.int64)
+    loss(predicted_BMP, _clip(tubelet, channels, clip), index_BM, tubelet, *arguments)
 
 
-def _scale(values: torch.dtype, out: torch.dtype, count: int = 1536) -> None:
+def _scale(values: torch.dtype, out: torch.dtype, count: int) -> None:
     scale_tokens(_empty(BATCH, MASKED, count, dtype=values), _empty(BATCH, MASKED), 1.0, out)
 
 
-def _contrast(dtype: torch.dtype, masked: int, values: int, gradient: bool = True) -> None:
-    predicted, target, one = (
-        _empty(BATCH, masked, values, dtype=dtype),
-        _empty(BATCH, masked, values, dtype=dtype),
-        _empty(1),
-    )
-    chunked.loss_and_gradient(predicted, target, one, gradient, chunked.SCRATCH_BYTES)
-    chunked.scaled(predicted, one)
+def _contrast(dtype: torch.dtype, masked: int = MASKED, gradient: bool = True) -> None:
+    predicted_BMP = _empty(BATCH, masked, VALUES, dtype=dtype, gradient=gradient)
+    contrastive_loss(predicted_BMP, torch.empty_like(predicted_BMP), 0.1)
 
 
-def _contrast_in_little_memory(dtype: torch.dtype, masked: int, values: int) -> None:
-    predicted, target, one = (
-        _empty(BATCH, masked, values, dtype=dtype),
-        _empty(BATCH, masked, values, dtype=dtype),
-        _empty(1),
-    )
-    _, _, weight, *rows = streaming.forward(predicted, target, one)
-    streaming.backward(predicted, target, one, weight, *rows)
-
-
-def _join(predicted: torch.dtype, tubelet: Tubelet = BASE) -> None:
-    clip_BTHWC, index_BM = _clip_and_index(tubelet, 3, torch.uint8, MASKED)
-    predicted_BMP = _empty(
-        BATCH, MASKED, tubelet[0] * tubelet[1] * tubelet[2] * 3, dtype=predicted, gradient=True
-    )
-    joint_loss(predicted_BMP, clip_BTHWC, index_BM, tubelet, "channel", 0.1, "clip", 0.1)
+def _stream(dtype: torch.dtype) -> None:
+    given = (*(_empty(BATCH, MASKED, VALUES, dtype=dtype) for _ in range(2)), _empty(1))
+    _, _, *kept = streaming.forward(*given)
+    streaming.backward(*given, *kept)
 
 
 def _attend(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
-    qkv, dout = (
-        _empty(BATCH, tokens, 3, heads, width, dtype=dtype),
-        _empty(BATCH, tokens, heads, width, dtype=dtype),
-    )
+    qkv = _empty(BATCH, tokens, 3, heads, width, dtype=dtype)
     program = kernels(qkv)
     out, lse = program.forward(qkv)
-    program.backward(qkv, out, lse, dout)
+    program.backward(qkv, out, lse, torch.empty_like(out))
 
 
 def _name(dtype: torch.dtype) -> str:
     return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _cut(tubelet: Tubelet, channels: int) -> str:
+    return f"{'x'.join(map(str, tubelet))} {channels} channels"
 
 
 def _attention_runs(arch: int) -> list[Run]:
@@ -132,136 +102,86 @@ def _attention_runs(arch: int) -> list[Run]:
         (min(shape.tokens, attention_short.MAX_TOKENS + 1), shape.width): shape
         for shape in attention_shapes()
     }
-    shapes = [(shape.tokens, shape.heads, shape.width) for shape in by_code.values()]
-    shapes += [
-        (256, 16, 64),
-        (256, 16, 80),
-        (197, 3, 88),
-        (197, 3, 40),
-        (160, 8, 128),
-        (1568, 8, 128),
-    ]
-    dtypes = [(shape, BF16) for shape in shapes] + [((1568, 6, 64), FP32)]
+    shapes = [(shape.tokens, shape.heads, shape.width, BF16) for shape in by_code.values()]
+    others = [(256, 16, 64), (256, 16, 80), (197, 3, 88), (197, 3, 40), (160, 8, 128)]
+    shapes += [(*other, BF16) for other in (*others, (1568, 8, 128))]
+    shapes.append((1568, 6, 64, FP32))
     if arch == 90:
-        dtypes += [((tokens, 16, 64), BF16) for tokens in (16, *ENCODER_TOKENS, 192)] + [
-            ((160, 16, 64), FP16),
-            ((1568, 16, 64), FP16),
-        ]
+        shapes += [(tokens, 16, 64, BF16) for tokens in (16, *ENCODER_TOKENS, 192)]
+        shapes += [(160, 16, 64, FP16), (1568, 16, 64, FP16)]
     return [
         Run(
             f"attention {_name(dtype)} N={tokens} {heads}x{width}",
             partial(_attend, tokens, heads, width, dtype),
         )
-        for (tokens, heads, width), dtype in dict.fromkeys(dtypes)
+        for tokens, heads, width, dtype in dict.fromkeys(shapes)
     ]
 
 
-def _clip_runs(arch: int) -> list[Run]:
-    others = [(GIANT, 3), (STILL, 3), (BASE, 1), (BASE, 5)]  # tubelets and channels
-    runs = [
-        Run(
-            f"gather {_name(clip)} to {_name(out)} 2x16x16 3 channels",
-            partial(_gather, clip, out),
-            ANY,
-        )
+def _gather_runs(arch: int) -> list[Run]:
+    ways = [
+        (clip, out, BASE, 3)
         for clip, out in product(CLIP_TYPES, FLOAT_TYPES)
-        if out == BF16 or (arch == 90 and clip == torch.uint8)
+        if out == BF16 or (arch == 90 and clip == UINT8)
     ]
-    runs += [
+    ways += [(UINT8, BF16, *other) for other in OTHER_TUBELETS]
+    return [
         Run(
-            f"gather uint8 to bf16 {'x'.join(map(str, tubelet))} {channels} channels",
-            partial(_gather, torch.uint8, BF16, tubelet, channels),
+            f"gather {_name(clip)} to {_name(out)} {_cut(tubelet, channels)}",
+            partial(_gather, clip, out, tubelet, channels),
             ANY,
         )
-        for tubelet, channels in others
+        for clip, out, tubelet, channels in ways
     ]
-    # The first pixel is read by itself; the rows of giant's tubelets, 42 bytes each, lie at odd
-    # places of the clip.
-    ways: list[tuple[Normalize, torch.dtype]] = [
-        ("channel", BF16),
-        ("tubelet", BF16),
-        ("none", BF16),
-        ("channel", FP16),
-        ("tubelet", FP32),
-    ]
-    runs += [
-        Run(
-            f"reconstruction uint8 {_name(dtype)} {way} 2x16x16 3 channels residual",
-            partial(_reconstruct, torch.uint8, dtype, way),
-            3,
-        )
-        for way, dtype in ways
-    ]
-    runs += [
-        Run(
-            f"reconstruction {_name(clip)} bf16 channel 2x16x16 3 channels residual target",
-            partial(_reconstruct, clip, BF16, targets=True),
-            3,
-        )
-        for clip in CLIP_TYPES
-        if arch == 90 or clip == torch.uint8
-    ]
-    runs += [
-        Run(
-            f"reconstruction uint8 bf16 channel {'x'.join(map(str, tubelet))} {channels} channels residual",
-            partial(_reconstruct, torch.uint8, BF16, "channel", tubelet, channels),
-            64 if tubelet == GIANT else channels,
-        )
-        for tubelet, channels in others
-    ]
-    runs.append(
-        Run(
-            "reconstruction uint8 bf16 channel 2x16x16 3 channels",
-            partial(_reconstruct, torch.uint8, BF16, gradient=False),
-            3,
-        )
-    )
-    scales = [
-        (BF16, BF16, 1536),
-        (FP16, FP16, 1536),
-        (FP32, FP32, 1536),
-        (FP32, FP16, 1536),
-        (BF16, BF16, 1176),
-    ]
-    return runs + [
-        Run(
-            f"reconstruction scale {_name(values)} to {_name(out)} {count} values",
-            partial(_scale, values, out, count),
-        )
-        for values, out, count in scales
-    ]
+
+
+def _reconstruction_runs(arch: int) -> list[Run]:
+    """The first pixel of each channel is read by itself; the rows of giant's tubelets, 42 bytes
+    each, lie at odd places of the clip.
+    """
+    found = [(BF16, "channel"), (BF16, "tubelet"), (BF16, "none")]
+    found += [(FP16, "channel"), (FP32, "tubelet")]
+    ways = [(UINT8, dtype, BASE, 3, normalize, None) for dtype, normalize in found]
+    clips = CLIP_TYPES if arch == 90 else (UINT8,)
+    ways += [(clip, BF16, BASE, 3, "channel", BF16) for clip in clips]
+    ways += [(UINT8, BF16, *other, "channel", None) for other in OTHER_TUBELETS]
+    compare = partial(_compare, reconstruction_loss_and_targets)
+    runs = []
+    for clip, dtype, tubelet, channels, normalize, target in ways:
+        name = f"reconstruction {_name(clip)} {_name(dtype)} {normalize} {_cut(tubelet, channels)}"
+        name += " residual" if target is None else " residual target"
+        call = partial(compare, clip, dtype, tubelet, channels, normalize, "auto", target)
+        runs.append(Run(name, call, 64 if tubelet == GIANT else channels))
+    call = partial(compare, UINT8, BF16, BASE, 3, "channel", "auto", None, gradient=False)
+    runs.append(Run(f"reconstruction uint8 bf16 channel {_cut(BASE, 3)}", call, 3))
+    scales = [(dtype, dtype, 1536) for dtype in FLOAT_TYPES]
+    scales += [(FP32, FP16, 1536), (BF16, BF16, 1176)]
+    for values, out, count in scales:
+        name = f"reconstruction scale {_name(values)} to {_name(out)} {count} values"
+        runs.append(Run(name, partial(_scale, values, out, count)))
+    return runs
 
 
 def _contrastive_runs() -> list[Run]:
-    runs = [
-        Run(
-            f"contrastive {_name(dtype)} M={masked} P=1536",
-            partial(_contrast, dtype, masked, 1536),
-            0 if masked % 8 == 0 else ANY,
-        )
-        for dtype, masked in product(FLOAT_TYPES, (MASKED, 147))
-    ]
-    runs.append(
-        Run(
-            f"contrastive bf16 M={MASKED} P=1536 without gradient",
-            partial(_contrast, BF16, MASKED, 1536, gradient=False),
-        )
-    )
-    runs += [
-        Run(
-            f"contrastive {_name(dtype)} M={MASKED} P=1536 least memory",
-            partial(_contrast_in_little_memory, dtype, MASKED, 1536),
-        )
-        for dtype in FLOAT_TYPES
-    ]
-    return runs + [
-        Run(f"contrastive joint {_name(dtype)} P=1536", partial(_join, dtype), 3)
-        for dtype in FLOAT_TYPES
-    ]
+    runs = []
+    for dtype, masked in product(FLOAT_TYPES, (MASKED, 147)):
+        name = f"contrastive {_name(dtype)} M={masked} P={VALUES}"
+        runs.append(Run(name, partial(_contrast, dtype, masked), 0 if masked % 8 == 0 else ANY))
+    name = f"M={MASKED} P={VALUES}"
+    call = partial(_contrast, BF16, gradient=False)
+    runs.append(Run(f"contrastive bf16 {name} without gradient", call))
+    for dtype in FLOAT_TYPES:
+        least = f"contrastive {_name(dtype)} {name} least memory"
+        runs.append(Run(least, partial(_stream, dtype)))
+    for dtype in FLOAT_TYPES:
+        call = partial(_compare, joint_loss, UINT8, dtype, BASE, 3, "channel", 0.1, "clip", 0.1)
+        runs.append(Run(f"contrastive joint {_name(dtype)} P={VALUES}", call, 3))
+    return runs
 
 
 def compile_runs(arch: int) -> list[Run]:
     """What is compiled for sm_ARCH, less for the older GPU; of a compilation that several runs lead
     to, compile_check keeps the first.
     """
-    return _attention_runs(arch) + _clip_runs(arch) + _contrastive_runs()
+    clips = _gather_runs(arch) + _reconstruction_runs(arch)
+    return _attention_runs(arch) + clips + _contrastive_runs()

@@ -1,19 +1,33 @@
-"""The contrastive loss at full speed: the products by the BLAS, a chunk of rows at a time in
-bounded scratch, and between them one kernel that turns similarities into gradients. The gradient is
-made in the forward pass, so nothing is computed twice.
+"""The contrastive loss at full speed.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, R rows of a chunk.
+The products are by the BLAS, a chunk of rows at a time in bounded scratch, and between them one
+kernel turns similarities into gradients. That is in the forward pass: nothing is computed twice.
+
+Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows,
+R rows of a chunk.
 """
 
+import itertools
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from . import contrastive_streaming as streaming
-from .contrastive_streaming import GRADIENT_SCALE, LN2, LOG2E, ROW_BLOCK, ROWS, SHORT, in_units
-from .launch import on_device, register
+from .contrastive_terms import (
+    GRADIENT_SCALE,
+    LN2,
+    LOG2E,
+    ROW_BLOCK,
+    ROWS,
+    SHORT,
+    inverse_norms,
+    mean_of_terms,
+    shares,
+    store_terms,
+)
+from .launch import floats, in_units, launch, register, runs
+from .scaling import scale_tokens
 
 # Of a chunk: similarities, softmax weights and gradients. A chunk is four launches, which cost the
 # host about 50 us; a clip of 1408 tubelets needs 12.6 MB and an H100 about 30 us for it. 32 MB stay
@@ -22,28 +36,26 @@ from .launch import on_device, register
 SCRATCH_BYTES = 128 << 20
 # (columns at once, warps) by M > 256; from the compile check, not yet timed on a GPU
 SOFTMAX_BLOCKS = {False: (256, 4), True: (2048, 8)}
-SCALE_BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["first", "N"])
+@triton.jit(do_not_specialize=["first", "A"])
 def softmax_gradient_kernel(
     products,  # [R, M] float32: predictions times targets, as they are
-    # [R, M] of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
-    weights,
-    inverse_predicted,
-    inverse_target,  # [N] float32
+    # of the targets' dtype, written if GRADIENT: SCALE * (softmax - one hot) / |t_j|
+    weights,  # [R, M]
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
     temperature,  # [1] float32
-    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
-    # there is no term
-    terms,
+    # the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    terms,  # [2, A] float32
     first,
     M,
-    N,
+    A,
     GRADIENT: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of a chunk that starts at row `first` of the N; logits are to the base 2."""
+    """One row of a chunk that starts at row `first` of the A; logits are to the base 2."""
     row = first + tl.program_id(0)
     own = row % M
     inverse_target += row - own
@@ -68,10 +80,7 @@ def softmax_gradient_kernel(
         largest = larger
     total = rivals + tl.math.exp2(own_logit - largest)
     has_term = own_inverse > 0
-    tl.store(
-        terms + row, tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0)
-    )
-    tl.store(terms + N + row, tl.where(has_term, LN2 * weighted / total, 0.0))
+    store_terms(terms, row, A, has_term, largest, own_logit, total, LN2 * weighted / total, True)
     if GRADIENT:
         row_weight = tl.where(has_term, SCALE, 0.0) / total
         for start in range(0, M, BLOCK):
@@ -88,20 +97,20 @@ def softmax_gradient_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["first", "R", "M", "N", "units"])
+@triton.jit(do_not_specialize=["first", "R", "M", "A", "units"])
 def through_cosine_kernel(
     pulls,  # [R, P] float32: SCALE * gradient by the normalised prediction
-    predicted,  # [N, P]
-    inverse_predicted,  # [N] float32
-    terms,  # [2, N] float32, see softmax_gradient_kernel
+    predicted,  # [A, P]
+    inverse_predicted,  # [A] float32
+    terms,  # [2, A] float32, see softmax_gradient_kernel
     temperature,  # [1] float32
     weight,  # [B] float32
-    # [N, P]; the result is added to it, times the clip's weight, if ADD, else it is overwritten
-    gradient,
+    # the result is added to it, times the clip's weight, if ADD, else it is overwritten
+    gradient,  # [A, P]
     first,
     R,
     M,
-    N,
+    A,
     units,
     UNIT: tl.constexpr,
     ADD: tl.constexpr,
@@ -116,7 +125,7 @@ def through_cosine_kernel(
     here = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = first + here
     inverse = tl.load(inverse_predicted + row, mask=here < R, other=0.0)
-    pull = tl.load(terms + N + row, mask=here < R, other=0.0)
+    pull = tl.load(terms + A + row, mask=here < R, other=0.0)
     radial = tl.where(inverse < SHORT, SCALE * tl.load(temperature) * pull * inverse, 0.0)
     for start in range(0, P, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -135,26 +144,6 @@ def through_cosine_kernel(
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def scale_kernel(
-    x,
-    out,  # [B, length]
-    factor,  # [B] float32
-    length,
-    BLOCK: tl.constexpr,
-):
-    """out = factor * x, in float32 until it is stored: torch would round the factor to the dtype of
-    x.
-    """
-    blocks = tl.cdiv(length, BLOCK)
-    clip = tl.program_id(0) // blocks
-    at = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x += clip.to(tl.int64) * length
-    out += clip.to(tl.int64) * length
-    value = tl.load(x + at, mask=at < length, other=0.0).to(tl.float32) * tl.load(factor + clip)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < length)
-
-
 def matmul(a_BRK: torch.Tensor, b_BKC: torch.Tensor, out_BRC: torch.Tensor) -> None:
     """out = a @ b, with a float32 `out` of 16-bit factors, which torch has on CUDA alone."""
     if a_BRK.is_cuda:
@@ -163,22 +152,18 @@ def matmul(a_BRK: torch.Tensor, b_BKC: torch.Tensor, out_BRC: torch.Tensor) -> N
         torch.bmm(a_BRK.float(), b_BKC.float(), out=out_BRC)
 
 
-def chunks(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> list[tuple[slice, slice]]:
-    """(clips, rows of each) pieces of about equal size that fit the scratch: some whole clips, or a
-    part of one; at least a row.
+def chunk_size(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> tuple[int, int]:
+    """(clips, rows of each) of pieces of about equal size that fit the scratch.
+
+    Some whole clips, or a part of one; at least a row.
     """
     fit = max(1, scratch_bytes // bytes_per_row)
     num_clips, num_rows = max(1, min(B, fit // M)), min(M, fit)
     num_clips = triton.cdiv(B, triton.cdiv(B, num_clips))
-    num_rows = triton.cdiv(M, triton.cdiv(M, num_rows))
-    return [
-        (slice(clip, min(clip + num_clips, B)), slice(row, min(row + num_rows, M)))
-        for clip in range(0, B, num_clips)
-        for row in range(0, M, num_rows)
-    ]
+    return num_clips, triton.cdiv(M, triton.cdiv(M, num_rows))
 
 
-def _chunked(
+def loss_and_gradient(
     predicted_BMP: torch.Tensor,
     target_BMP: torch.Tensor,
     temperature_1: torch.Tensor,
@@ -186,156 +171,110 @@ def _chunked(
     gradient_scale: float | None,
     scratch_bytes: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau, weight_B); adds to gradient_BMP, or without a gradient_scale
-    fills it with the gradient over weight_B, the clips' shares over (tau * GRADIENT_SCALE), which
-    float16 can hold.
+    """(loss, its derivative by tau, weight_B); adds gradient_scale * the gradient to gradient_BMP.
+
+    Without a gradient_scale fills it with the gradient over weight_B, the clips' shares over (tau *
+    GRADIENT_SCALE), which float16 can hold.
     """
     B, M, P = predicted_BMP.shape
-    block, warps = SOFTMAX_BLOCKS[M > 256]
-    bytes_per_row = 4 * M if gradient_BMP is None else 4 * max(M, P) + target_BMP.element_size() * M
-    pieces = chunks(B, M, bytes_per_row, scratch_bytes)
-    rows = max((clips.stop - clips.start) * (part.stop - part.start) for clips, part in pieces)
-    products = torch.empty(
-        rows * (M if gradient_BMP is None else max(M, P)),
-        dtype=torch.float32,
-        device=predicted_BMP.device,
-    )
+    A, unit, units = B * M, *in_units(P)
+    block, warps = SOFTMAX_BLOCKS[bool(M > 256)]
+    has_gradient = gradient_BMP is not None
+    longest = max(M, P) if has_gradient else M  # of a row of products
+    bytes_per_row = 4 * longest + (target_BMP.element_size() * M if has_gradient else 0)
+    num_clips, num_rows = chunk_size(B, M, bytes_per_row, scratch_bytes)
+    R = num_clips * num_rows
+    products = floats(predicted_BMP, R * longest)
     weights = torch.empty(
-        rows * M if gradient_BMP is not None else 1,
-        dtype=target_BMP.dtype,
-        device=predicted_BMP.device,
+        R * M if has_gradient else 1, dtype=target_BMP.dtype, device=predicted_BMP.device
     )
-    terms_2N = torch.empty(2, B * M, dtype=torch.float32, device=predicted_BMP.device)
-    with on_device(predicted_BMP):
-        inverse_predicted_N, inverse_target_N = streaming.inverse_norms(predicted_BMP, target_BMP)
-        share_B = streaming.shares(inverse_target_N, B)
-        weight_B = (
-            share_B
-            / temperature_1
-            * ((1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE)
+    terms_2A = floats(predicted_BMP, 2, A)
+    inverse_predicted_A, inverse_target_A = inverse_norms(predicted_BMP, target_BMP)
+    share_B = shares(inverse_target_A, B)
+    factor = (1.0 if gradient_scale is None else gradient_scale) / GRADIENT_SCALE
+    weight_B = share_B / temperature_1 * factor
+    pieces = ()  # on fakes; a range over a symbolic number of clips would fix that number
+    if runs(predicted_BMP):
+        pieces = itertools.product(range(0, B, num_clips), range(0, M, num_rows))
+    for clip, top in pieces:
+        x_BRP = predicted_BMP[clip : clip + num_clips, top : top + num_rows]
+        t_BMP = target_BMP[clip : clip + num_clips]
+        first, R, shape = clip * M + top, x_BRP.shape[0] * x_BRP.shape[1], (*x_BRP.shape[:2], M)
+        matmul(x_BRP, t_BMP.transpose(1, 2), products[: R * M].view(shape))
+        launch(
+            softmax_gradient_kernel,
+            R,
+            products,
+            weights,
+            inverse_predicted_A,
+            inverse_target_A,
+            temperature_1,
+            terms_2A,
+            first,
+            M,
+            A,
+            has_gradient,
+            GRADIENT_SCALE,
+            block,
+            num_warps=warps,
         )
-        for clips, part in pieces:
-            x_BRP, t_BMP = predicted_BMP[clips, part], target_BMP[clips]
-            num_clips, num_rows, first = (
-                x_BRP.shape[0],
-                x_BRP.shape[1],
-                clips.start * M + part.start,
-            )
-            shape, length = (num_clips, num_rows, M), num_clips * num_rows * M
-            matmul(x_BRP, t_BMP.transpose(1, 2), products[:length].view(shape))
-            softmax_gradient_kernel[(num_clips * num_rows,)](
-                products,
-                weights,
-                inverse_predicted_N,
-                inverse_target_N,
-                temperature_1,
-                terms_2N,
-                first,
-                M,
-                B * M,
-                gradient_BMP is not None,
-                GRADIENT_SCALE,
-                block,
-                num_warps=warps,  # pyright: ignore[reportCallIssue]
-            )  # pyright: ignore
-            if gradient_BMP is not None:
-                # the products are spent
-                matmul(
-                    weights[:length].view(shape), t_BMP, products[: x_BRP.numel()].view(x_BRP.shape)
-                )
-                through_cosine_kernel[(triton.cdiv(num_clips * num_rows, ROWS),)](
-                    products,
-                    predicted_BMP,
-                    inverse_predicted_N,
-                    terms_2N,
-                    temperature_1,
-                    weight_B,
-                    gradient_BMP,
-                    first,
-                    num_clips * num_rows,
-                    M,
-                    B * M,
-                    *in_units(P),
-                    gradient_scale is not None,
-                    GRADIENT_SCALE,
-                    ROWS,
-                    ROW_BLOCK,
-                    num_warps=4,  # pyright: ignore[reportCallIssue]
-                )  # pyright: ignore
-    return *streaming.mean_of_terms(terms_2N, share_B, temperature_1), weight_B
+        if gradient_BMP is None:
+            continue
+        # the products are spent
+        matmul(weights[: R * M].view(shape), t_BMP, products[: R * P].view(x_BRP.shape))
+        launch(
+            through_cosine_kernel,
+            triton.cdiv(R, ROWS),
+            products,
+            predicted_BMP,
+            inverse_predicted_A,
+            terms_2A,
+            temperature_1,
+            weight_B,
+            gradient_BMP,
+            first,
+            R,
+            M,
+            A,
+            units,
+            unit,
+            gradient_scale is not None,
+            GRADIENT_SCALE,
+            ROWS,
+            ROW_BLOCK,
+            num_warps=4,
+        )
+    return *mean_of_terms(terms_2A, share_B, temperature_1), weight_B
 
 
-def _loss_and_gradient(
+def _forward(
     predicted_BMP: torch.Tensor,
     target_BMP: torch.Tensor,
     temperature_1: torch.Tensor,
     with_gradient: bool,
     scratch_bytes: int,
 ) -> tuple[torch.Tensor, ...]:
+    """(loss, its derivative by tau, weight_B, the gradient over weight_B or nothing)."""
     gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else None
-    found = _chunked(predicted_BMP, target_BMP, temperature_1, gradient_BMP, None, scratch_bytes)
-    return *found, predicted_BMP.new_empty(0) if gradient_BMP is None else gradient_BMP
+    found = loss_and_gradient(
+        predicted_BMP, target_BMP, temperature_1, gradient_BMP, None, scratch_bytes
+    )
+    return *found, floats(predicted_BMP, 0) if gradient_BMP is None else gradient_BMP
 
 
-def _loss_and_gradient_fake(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
-    with_gradient: bool,
-    scratch_bytes: int,
-) -> tuple[torch.Tensor, ...]:
-    gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else predicted_BMP.new_empty(0)
-    weight_B = torch.empty(len(predicted_BMP), dtype=torch.float32, device=predicted_BMP.device)
-    return *_scalars(predicted_BMP), weight_B, gradient_BMP
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dtemperature_1, weight_B, gradient_BMP = ctx.saved_tensors
+    dpredicted_BMP = None
+    if ctx.needs_input_grad[0]:
+        weight_BM = (gradient * weight_B)[:, None].expand(gradient_BMP.shape[:2])
+        dpredicted_BMP = scale_tokens(gradient_BMP, weight_BM, 1.0, ctx.dtype)
+    return dpredicted_BMP, None, gradient * dtemperature_1
 
 
-def _scalars(predicted_BMP: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple(
-        torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device) for shape in ((), 1)
-    )  # pyright: ignore
-
-
-def _add_gradient(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
-    gradient_BMP: torch.Tensor,
-    gradient_scale: float,
-    scratch_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _chunked(
-        predicted_BMP, target_BMP, temperature_1, gradient_BMP, gradient_scale, scratch_bytes
-    )[:2]
-
-
-def _scaled(x_BMP: torch.Tensor, factor_B: torch.Tensor) -> torch.Tensor:
-    out_BMP, length = torch.empty_like(x_BMP), x_BMP[0].numel()
-    with on_device(x_BMP):
-        scale_kernel[(len(x_BMP) * triton.cdiv(length, SCALE_BLOCK),)](
-            x_BMP,
-            out_BMP,
-            factor_B,
-            length,
-            SCALE_BLOCK,
-            num_warps=8,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
-    return out_BMP
-
-
-loss_and_gradient = register(
-    "contrastive_chunked(Tensor predicted, Tensor target, Tensor temperature, bool with_gradient, int scratch_bytes) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _loss_and_gradient,
-    _loss_and_gradient_fake,
-)
-add_gradient = register(
-    "contrastive_chunked_add(Tensor predicted, Tensor target, Tensor temperature, Tensor(a!) gradient, float gradient_scale, "
-    "int scratch_bytes) -> (Tensor, Tensor)",
-    _add_gradient,
-    _scalars,
-)
-scaled = register(
-    "contrastive_scaled(Tensor x, Tensor factor) -> Tensor",
-    _scaled,
-    lambda x, factor: torch.empty_like(x),
+forward = register(
+    "contrastive_chunked(Tensor predicted, Tensor target, Tensor temperature, "
+    "bool with_gradient, int scratch_bytes) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    keeps=lambda inputs, results: results[1:],
+    backward=_gradients,
 )

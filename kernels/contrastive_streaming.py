@@ -1,183 +1,91 @@
-"""The contrastive loss in the least memory: a streaming softmax whose M x M similarities never
-exist; and the norms of both ways.
+"""The contrastive loss in the least memory: a streaming softmax.
 
-The forward pass keeps a few floats a row; the backward pass computes the similarities again, a tile
-at a time. No atomics: every program owns what it writes, so results repeat bit for bit. Logarithms
-inside the kernels are to the base 2.
+Its M x M similarities never exist. The forward pass keeps a few floats a row; the backward pass
+computes the similarities again, a tile at a time. No atomics: every program owns what it writes, so
+results repeat bit for bit. Logarithms inside the kernels are to the base 2.
 
-Letters: B clips, M predicted tubelets, P values of a tubelet, N = B * M rows, S splits of the
+Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all rows, S splits of the
 columns, BM BN BK BP lengths of a tile along rows, columns, P (of a similarity) and P (of a
 gradient).
 """
 
-import math
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import dot, on_device, register
-from .reference import NORM_FLOOR
+from .contrastive_terms import (
+    GRADIENT_SCALE,
+    LN2,
+    LOG2E,
+    SHORT,
+    inverse_norms,
+    mean_of_terms,
+    shares,
+    store_terms,
+)
+from .launch import dot, floats, in_units, launch, precision, register
 
-LN2, LOG2E = tl.constexpr(0.6931471805599453), tl.constexpr(1.4426950408889634)
-# softmax weights over norms of at least NORM_FLOOR then fit float16: at most 32000, rarely
-# subnormal
-GRADIENT_SCALE = 32.0
 COMBINE_BLOCK = 128
-VECTOR = 8  # values: rows are read in units of so many where they can be, 16 bytes of a 16-bit type
 # the columns of a row tile are split between programs until there are so many: several waves of any
 # GPU
 ENOUGH_PROGRAMS = 1024
-FLOOR = tl.constexpr(NORM_FLOOR)
 LEAST = tl.constexpr(-1e30)  # below every logit, and finite: it may meet a factor of 0
-# an inverse norm below this is of a vector longer than the floor
-SHORT = tl.constexpr(0.9999 / NORM_FLOOR)
-# that a row kernel takes at once, and values of each: two rows a warp, 16 bytes a thread
-ROWS, ROW_BLOCK = 8, 256
-
-
-class Tiles(NamedTuple):
-    """Launch options of the two product kernels: (BM, BN, BK, warps, stages) forward, (BM, BN, BK,
-    BP, warps, stages) backward.
-    """
-
-    forward: tuple[int, int, int, int, int]
-    backward: tuple[int, int, int, int, int, int]
-
-
-# By bytes a value. From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
-TILES = {
-    2: Tiles((128, 128, 64, 8, 3), (64, 64, 64, 256, 8, 2)),
-    4: Tiles((64, 64, 16, 8, 1), (32, 32, 32, 64, 8, 1)),
-}
-
-
-def in_units(P: int) -> tuple[int, int]:
-    """P as (units, unit): Triton knows by itself of multiples of 16 alone, and P = 1176 (giant)
-    would be read value by value.
-    """
-    unit = math.gcd(P, VECTOR)
-    return P // unit, unit
-
-
-def precision(x: torch.Tensor) -> str:
-    """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
-@triton.jit(do_not_specialize=["N", "units"])
-def inverse_norm_kernel(
-    x,  # [N, P]
-    inverse,  # [N] float32
-    N,
-    units,
-    UNIT: tl.constexpr,
-    OF_ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """1 / max(|x|, floor) of some rows; OF_ZERO for a row of zeros."""
-    P = units * UNIT
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_at = x + row.to(tl.int64)[:, None] * P
-    squares = tl.zeros([ROWS, BLOCK], tl.float32)
-    nonzero = tl.zeros([ROWS, BLOCK], tl.int32)
-    for start in range(0, P, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = tl.load(
-            row_at + column[None, :], mask=(row < N)[:, None] & (column < P)[None, :], other=0.0
-        ).to(tl.float32)
-        squares += value * value
-        nonzero |= (value != 0).to(tl.int32)
-    norm = tl.sqrt(tl.sum(squares, 1))
-    tl.store(
-        inverse + row,
-        tl.where(tl.sum(nonzero, 1) != 0, 1.0 / tl.maximum(norm, FLOOR), OF_ZERO),
-        mask=row < N,
-    )
-
-
-def inverse_norms(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its
-    row is known to be no term.
-    """
-    found = []
-    for x, of_zero in ((predicted_BMP, 1 / NORM_FLOOR), (target_BMP, 0.0)):
-        inverse_N = torch.empty(x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
-        inverse_norm_kernel[(triton.cdiv(inverse_N.numel(), ROWS),)](
-            x,
-            inverse_N,
-            inverse_N.numel(),
-            *in_units(x.shape[2]),
-            of_zero,
-            ROWS,
-            ROW_BLOCK,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
-        found.append(inverse_N)
-    return found[0], found[1]
-
-
-def shares(inverse_target_N: torch.Tensor, B: int) -> torch.Tensor:
-    """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms);
-    counted on the device.
-    """
-    terms_B = (inverse_target_N.view(B, -1) > 0).sum(1, dtype=torch.float32).clamp(min=1)
-    return (1 / B) / terms_B
-
-
-def mean_of_terms(
-    terms_2N: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, its derivative by tau [1])."""
-    loss, pull = (terms_2N.view(2, len(share_B), -1).sum(2) * share_B).sum(1)
-    return loss.clone(), -pull / temperature_1
+# By bytes a value: (BM, BN, BK, warps, stages) forward, (BM, BN, BK, BP, warps, stages) backward.
+# From the compile check (no spills, HGMMA on sm_90); not yet timed on a GPU.
+FORWARD_TILES = {2: (128, 128, 64, 8, 3), 4: (64, 64, 16, 8, 1)}
+BACKWARD_TILES = {2: (64, 64, 64, 256, 8, 2), 4: (32, 32, 32, 64, 8, 1)}
 
 
 @triton.jit
 def logits(
-    x,
-    t,  # [BM, P], [BN, P], pointers to the first row of a tile: offsets inside of it fit 32 bits
-    # how many of them exist; those beyond are copies of the last one, which need no mask, for the
-    # caller to ignore
-    rows,
-    columns,
-    row_scale_BM,
-    column_scale_BN,
-    P,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of logits [BM, BN] to the base 2: products of rows and columns, times both scales."""
-    row, column = tl.minimum(tl.arange(0, BM), rows - 1), tl.minimum(tl.arange(0, BN), columns - 1)
-    k = tl.arange(0, BK)
-    x_at, t_at = x + (row[:, None] * P + k[None, :]), t + (column[None, :] * P + k[:, None])
-    product = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, P, BK):
-        x_tile = tl.load(x_at + start, mask=(start + k < P)[None, :], other=0.0)
-        t_tile = tl.load(t_at + start, mask=(start + k < P)[:, None], other=0.0)
-        product = dot(x_tile, t_tile, product, PRECISION)
-    return product * row_scale_BM[:, None] * column_scale_BN[None, :]
-
-
-@triton.jit(do_not_specialize=["M", "N", "units", "splits", "tiles_per_split"])
-def partial_softmax_kernel(
-    predicted,
+    predicted,  # [B, M, P]
     target,  # [B, M, P]
-    inverse_predicted,
-    inverse_target,  # [N] float32
-    temperature,  # [1] float32
-    # [3, S, N] float32, of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same
-    # times (logit - largest)
-    partial,
-    own,  # [N] float32: the logit of a prediction and its own target
+    inverse_target,  # [A] float32
+    row_scale_BM,  # inverse norms of the rows, over tau
+    first,  # row of the A where the clip begins
+    top,  # the tile's first row in the clip
+    start,  # its first column
     M,
-    N,
+    P,
+    BN,
+    BK,
+    PRECISION,
+):
+    """(logits [BM, BN] to the base 2, columns, their inverse norms) of a tile.
+
+    Rows and columns beyond the clip are copies of its last one, which need no mask; the caller
+    ignores them.
+    """
+    column = start + tl.arange(0, BN)
+    scale_BN = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
+    # from the first row of a tile on: offsets inside of it fit 32 bits
+    x, t = predicted + (first + top) * P, target + (first + start) * P
+    i, j = tl.arange(0, row_scale_BM.shape[0]), tl.arange(0, BN)
+    i, j, k = tl.minimum(i, M - top - 1), tl.minimum(j, M - start - 1), tl.arange(0, BK)
+    x_at, t_at = x + (i[:, None] * P + k[None, :]), t + (j[None, :] * P + k[:, None])
+    product = tl.zeros([row_scale_BM.shape[0], BN], tl.float32)
+    for part in range(0, P, BK):
+        x_tile = tl.load(x_at + part, mask=(part + k < P)[None, :], other=0.0)
+        t_tile = tl.load(t_at + part, mask=(part + k < P)[:, None], other=0.0)
+        product = dot(x_tile, t_tile, product, PRECISION)
+    return product * row_scale_BM[:, None] * scale_BN[None, :], column, scale_BN
+
+
+@triton.jit(do_not_specialize=["M", "A", "units", "splits", "tiles_per_split"])
+def partial_softmax_kernel(
+    predicted,  # [B, M, P]
+    target,  # [B, M, P]
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
+    temperature,  # [1] float32
+    # of a row's rivals: largest logit, sum of 2 ** (logit - largest), the same times (logit -
+    # largest)
+    partial,  # [3, S, A] float32
+    own,  # [A] float32: the logit of a prediction and its own target
+    M,
+    A,
     units,
     splits,
     tiles_per_split,
@@ -204,17 +112,16 @@ def partial_softmax_kernel(
     for start in range(
         split * tiles_per_split * BN, tl.minimum((split + 1) * tiles_per_split * BN, M), BN
     ):
-        column = start + tl.arange(0, BN)
-        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(
-            predicted + (first + top) * P,
-            target + (first + start) * P,
-            M - top,
-            M - start,
+        logit, column, _ = logits(
+            predicted,
+            target,
+            inverse_target,
             row_scale,
-            column_scale,
+            first,
+            top,
+            start,
+            M,
             P,
-            BM,
             BN,
             BK,
             PRECISION,
@@ -233,39 +140,38 @@ def partial_softmax_kernel(
         weighted = (weighted + rivals * (largest - larger)) * shrink + tl.sum(share * logit, 1)
         rivals = rivals * shrink + tl.sum(share, 1)
         largest = larger
-    at = partial + tl.cast(split, tl.int64) * N + first + row
-    parts = tl.cast(splits, tl.int64) * N
+    at = partial + tl.cast(split, tl.int64) * A + first + row
+    parts = tl.cast(splits, tl.int64) * A
     tl.store(at, largest, mask=row < M)
     tl.store(at + parts, rivals, mask=row < M)
     tl.store(at + 2 * parts, weighted, mask=row < M)
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["A", "splits"])
 def combine_kernel(
-    partial,
-    own,  # [3, S, N], [N] float32, see partial_softmax_kernel
-    inverse_target,  # [N] float32
-    lse,  # [N] float32, base 2
-    # [N] float32: softmax of the own target - 1, as minus that of its rivals: where it is almost 0
-    # it is still exact
-    own_weight,
-    # [2, N] float32: the row's loss, and (mean logit under the softmax) - (own logit); 0 where
-    # there is no term
-    terms,
-    N,
+    partial,  # [3, S, A] float32, as own [A] see partial_softmax_kernel
+    own,
+    inverse_target,  # [A] float32
+    lse,  # [A] float32, base 2
+    # softmax of the own target - 1, as minus that of its rivals: where it is almost 0 it is still
+    # exact
+    own_weight,  # [A] float32
+    # the row's loss, and (mean logit under the softmax) - (own logit); 0 where there is no term
+    terms,  # [2, A] float32
+    A,
     splits,
     BLOCK: tl.constexpr,
 ):
     """Joins the splits of a block of rows, in order."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < N
-    parts = tl.cast(splits, tl.int64) * N
+    inside = row < A
+    parts = tl.cast(splits, tl.int64) * A
     own_logit = tl.load(own + row, mask=inside, other=0.0)
     largest = own_logit
     rivals = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
-        at = partial + tl.cast(split, tl.int64) * N + row
+        at = partial + tl.cast(split, tl.int64) * A + row
         new = tl.load(at, mask=inside, other=0.0)
         new_rivals = tl.load(at + parts, mask=inside, other=0.0)
         new_weighted = tl.load(at + 2 * parts, mask=inside, other=0.0)
@@ -280,24 +186,19 @@ def combine_kernel(
     has_term = tl.load(inverse_target + row, mask=inside, other=0.0) > 0
     tl.store(lse + row, largest + tl.math.log2(total), mask=inside)
     tl.store(own_weight + row, -rivals / total, mask=inside)
-    tl.store(
-        terms + row,
-        tl.where(has_term, LN2 * (largest - own_logit + tl.math.log2(total)), 0.0),
-        mask=inside,
-    )
-    pull = (weighted + rivals * (largest - own_logit)) / total
-    tl.store(terms + N + row, tl.where(has_term, LN2 * pull, 0.0), mask=inside)
+    pull = LN2 * ((weighted + rivals * (largest - own_logit)) / total)
+    store_terms(terms, row, A, has_term, largest, own_logit, total, pull, inside)
 
 
 @triton.jit(do_not_specialize=["M", "units"])
 def streamed_gradient_kernel(
-    predicted,
+    predicted,  # [B, M, P]
     target,  # [B, M, P]
-    inverse_predicted,
-    inverse_target,  # [N] float32
-    lse,
-    own_weight,  # [N] float32, see combine_kernel
-    pull,  # [N] float32: (mean logit under the softmax) - (own logit)
+    inverse_predicted,  # [A] float32
+    inverse_target,  # [A] float32
+    lse,  # [A] float32, see combine_kernel
+    own_weight,  # [A] float32, see combine_kernel
+    pull,  # [A] float32: (mean logit under the softmax) - (own logit)
     temperature,  # [1] float32
     weight,  # [B] float32: the gradient of the loss times the clip's share over tau
     gradient,  # [B, M, P]
@@ -332,17 +233,16 @@ def streamed_gradient_kernel(
     )
     sum_BMBP = tl.zeros([BM, BP], tl.float32)
     for start in range(0, M, BN):
-        column = start + tl.arange(0, BN)
-        column_scale = tl.load(inverse_target + first + column, mask=column < M, other=0.0)
-        logit = logits(
-            predicted + (first + top) * P,
-            target + (first + start) * P,
-            M - top,
-            M - start,
+        logit, column, column_scale = logits(
+            predicted,
+            target,
+            inverse_target,
             row_scale,
-            column_scale,
+            first,
+            top,
+            start,
+            M,
             P,
-            BM,
             BN,
             BK,
             PRECISION,
@@ -376,76 +276,63 @@ def streamed_gradient_kernel(
 def _forward(
     predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
+    """(loss, its derivative by tau, the clips' weights, and more that backward takes)."""
     B, M, P = predicted_BMP.shape
-    BM, BN, BK, warps, stages = TILES[predicted_BMP.element_size()].forward
+    BM, BN, BK, warps, stages = FORWARD_TILES[predicted_BMP.element_size()]
     row_tiles, column_tiles = B * triton.cdiv(M, BM), triton.cdiv(M, BN)
-    tiles_per_split = triton.cdiv(
-        column_tiles, min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles))
-    )
+    wanted = min(column_tiles, triton.cdiv(ENOUGH_PROGRAMS, row_tiles))
+    tiles_per_split = triton.cdiv(column_tiles, wanted)
     splits = triton.cdiv(column_tiles, tiles_per_split)
-    units, unit = in_units(P)
-    empty = {"dtype": torch.float32, "device": predicted_BMP.device}
-    partial_3SN, own_N = torch.empty(3, splits, B * M, **empty), torch.empty(B * M, **empty)
-    lse_N, own_weight_N, terms_2N = (
-        torch.empty(*shape, B * M, **empty) for shape in ((), (), (2,))
+    unit, units = in_units(P)
+    partial_3SA, terms_2A = floats(predicted_BMP, 3, splits, B * M), floats(predicted_BMP, 2, B * M)
+    own_A, lse_A, own_weight_A = (floats(predicted_BMP, B * M) for _ in range(3))
+    inverse_predicted_A, inverse_target_A = inverse_norms(predicted_BMP, target_BMP)
+    launch(
+        partial_softmax_kernel,
+        row_tiles * splits,
+        predicted_BMP,
+        target_BMP,
+        inverse_predicted_A,
+        inverse_target_A,
+        temperature_1,
+        partial_3SA,
+        own_A,
+        M,
+        B * M,
+        units,
+        splits,
+        tiles_per_split,
+        unit,
+        BM,
+        BN,
+        BK,
+        precision(predicted_BMP),
+        num_warps=warps,
+        num_stages=stages,
     )
-    with on_device(predicted_BMP):
-        inverse_predicted_N, inverse_target_N = inverse_norms(predicted_BMP, target_BMP)
-        partial_softmax_kernel[(row_tiles * splits,)](
-            predicted_BMP,
-            target_BMP,
-            inverse_predicted_N,
-            inverse_target_N,
-            temperature_1,
-            partial_3SN,
-            own_N,
-            M,
-            B * M,
-            units,
-            splits,
-            tiles_per_split,
-            unit,
-            BM,
-            BN,
-            BK,
-            precision(predicted_BMP),
-            num_warps=warps,  # pyright: ignore[reportCallIssue]
-            num_stages=stages,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
-        combine_kernel[(triton.cdiv(B * M, COMBINE_BLOCK),)](
-            partial_3SN,
-            own_N,
-            inverse_target_N,
-            lse_N,
-            own_weight_N,
-            terms_2N,
-            B * M,
-            splits,
-            COMBINE_BLOCK,
-            num_warps=4,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
-    share_B = shares(inverse_target_N, B)
-    loss, dtemperature_1 = mean_of_terms(terms_2N, share_B, temperature_1)
+    launch(
+        combine_kernel,
+        triton.cdiv(B * M, COMBINE_BLOCK),
+        partial_3SA,
+        own_A,
+        inverse_target_A,
+        lse_A,
+        own_weight_A,
+        terms_2A,
+        B * M,
+        splits,
+        COMBINE_BLOCK,
+        num_warps=4,
+    )
+    share_B = shares(inverse_target_A, B)
     return (
-        loss,
-        dtemperature_1,
+        *mean_of_terms(terms_2A, share_B, temperature_1),
         share_B / temperature_1,
-        inverse_predicted_N,
-        inverse_target_N,
-        lse_N,
-        own_weight_N,
-        terms_2N[1].clone(),
-    )
-
-
-def _forward_fake(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    B = predicted_BMP.shape[0]
-    N = B * predicted_BMP.shape[1]
-    return tuple(
-        torch.empty(shape, dtype=torch.float32, device=predicted_BMP.device)
-        for shape in ((), 1, B, N, N, N, N, N)
+        inverse_predicted_A,
+        inverse_target_A,
+        lse_A,
+        own_weight_A,
+        terms_2A[1].clone(),
     )
 
 
@@ -454,52 +341,56 @@ def _backward(
     target_BMP: torch.Tensor,
     temperature_1: torch.Tensor,
     weight_B: torch.Tensor,
-    inverse_predicted_N: torch.Tensor,
-    inverse_target_N: torch.Tensor,
-    lse_N: torch.Tensor,
-    own_weight_N: torch.Tensor,
-    pull_N: torch.Tensor,
+    *rows_A: torch.Tensor,
 ) -> torch.Tensor:
+    """rows_A: what `_forward` returns after weight_B."""
     B, M, P = predicted_BMP.shape
-    BM, BN, BK, BP, warps, stages = TILES[predicted_BMP.element_size()].backward
-    units, unit = in_units(P)
+    BM, BN, BK, BP, warps, stages = BACKWARD_TILES[predicted_BMP.element_size()]
+    unit, units = in_units(P)
     gradient_BMP = torch.empty_like(predicted_BMP)
-    with on_device(predicted_BMP):
-        streamed_gradient_kernel[(B * triton.cdiv(M, BM) * triton.cdiv(P, BP),)](
-            predicted_BMP,
-            target_BMP,
-            inverse_predicted_N,
-            inverse_target_N,
-            lse_N,
-            own_weight_N,
-            pull_N,
-            temperature_1,
-            weight_B,
-            gradient_BMP,
-            M,
-            units,
-            GRADIENT_SCALE,
-            unit,
-            BM,
-            BN,
-            BK,
-            BP,
-            precision(predicted_BMP),
-            num_warps=warps,  # pyright: ignore[reportCallIssue]
-            num_stages=stages,  # pyright: ignore[reportCallIssue]
-        )  # pyright: ignore
+    launch(
+        streamed_gradient_kernel,
+        B * triton.cdiv(M, BM) * triton.cdiv(P, BP),
+        predicted_BMP,
+        target_BMP,
+        *rows_A,
+        temperature_1,
+        weight_B,
+        gradient_BMP,
+        M,
+        units,
+        GRADIENT_SCALE,
+        unit,
+        BM,
+        BN,
+        BK,
+        BP,
+        precision(predicted_BMP),
+        num_warps=warps,
+        num_stages=stages,
+    )
     return gradient_BMP
+
+
+def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows_A = ctx.saved_tensors
+    dpredicted_BMP = None
+    if ctx.needs_input_grad[0]:
+        weight_B = gradient * weight_B
+        dpredicted_BMP = backward(predicted_BMP, target_BMP, temperature_1, weight_B, *rows_A)
+    return dpredicted_BMP, None, gradient * dtemperature_1
 
 
 forward = register(
     "contrastive_streaming(Tensor predicted, Tensor target, Tensor temperature) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
-    _forward_fake,
+    keeps=lambda inputs, results: (*inputs, *results[1:]),
+    backward=_gradients,
 )
 backward = register(
-    "contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, Tensor weight, "
-    "Tensor inverse_predicted, Tensor inverse_target, Tensor lse, Tensor own_weight, Tensor pull) -> Tensor",
+    "contrastive_streaming_backward(Tensor predicted, Tensor target, Tensor temperature, "
+    "Tensor weight, Tensor inverse_predicted, Tensor inverse_target, Tensor lse, "
+    "Tensor own_weight, Tensor pull) -> Tensor",
     _backward,
-    lambda predicted, *_: torch.empty_like(predicted),
 )

@@ -1,4 +1,4 @@
-"""What every operation shares: the choice of an implementation, and checks of its arguments."""
+"""Which implementation of an operation runs."""
 
 import torch
 
@@ -42,7 +42,8 @@ def choose(operation: str, impl: str, device: torch.device) -> str:
         raise ValueError(f"{operation}: impl {impl} is not one of auto, {', '.join(available)}")
     if impl == "triton" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"{operation}: impl triton needs a CUDA device, not {device.type}; use auto (or, to test, set TRITON_INTERPRET=1)"
+            f"{operation}: impl triton needs a CUDA device, not {device.type}; use auto "
+            "(or, to test, set TRITON_INTERPRET=1)"
         )
     return impl
 
@@ -63,34 +64,3 @@ def describe(impl: str, device: torch.device) -> str:
     return ", ".join(
         f"{operation} = {implementation}" for operation, implementation in chosen.items()
     )
-
-
-def check_clip(
-    clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str
-) -> None:
-    """Raises: ValueError naming the argument that does not fit."""
-    if clip_BTHWC.ndim != 5:
-        raise ValueError(
-            f"{operation}: clip_BTHWC has shape {tuple(clip_BTHWC.shape)}, not (B, T, H, W, C)"
-        )
-    if clip_BTHWC.dtype not in (torch.uint8, torch.uint16) and not clip_BTHWC.is_floating_point():
-        raise ValueError(
-            f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating point in [0, 1]"
-        )
-    if any(side % unit for side, unit in zip(clip_BTHWC.shape[1:4], tubelet, strict=True)):
-        raise ValueError(
-            f"{operation}: clip_BTHWC of {tuple(clip_BTHWC.shape[1:4])} is not a multiple of the tubelet {tubelet}"
-        )
-    if (
-        index_BN.ndim != 2
-        or index_BN.shape[0] != clip_BTHWC.shape[0]
-        or index_BN.dtype != torch.int64
-    ):
-        raise ValueError(
-            f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
-            f"not ({clip_BTHWC.shape[0]}, tokens) of int64"
-        )
-    if index_BN.device != clip_BTHWC.device:
-        raise ValueError(
-            f"{operation}: index is on {index_BN.device}, clip_BTHWC on {clip_BTHWC.device}"
-        )

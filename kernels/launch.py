@@ -1,59 +1,112 @@
-"""What every Triton kernel here shares: the interpreter's switch, a product that it computes
-rightly, registration with torch.
+"""What every Triton kernel here shares: how it is started, its numbers, registration with torch.
+
+In device code names in capitals are known when a kernel is compiled; only kernels, which are called
+from Python, have to say that they are tl.constexpr.
 
 Triton's interpreter (TRITON_INTERPRET=1 when the kernels are imported) computes bf16 products and
 sums wrongly: loads go up to float32 before any arithmetic, and products through `dot`.
 """
 
 import contextlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMESPACE = "video_mae"
+VECTOR = 8  # values that a thread can read at once, of 16 bits each
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
-# compile_check: fake tensors go through the launchers, whose launches it collects
+# compile_check: fake tensors are launched on, too, and it collects these launches
 launches_on_fakes = False
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32; PRECISION is "ieee" for float32 operands that must not be rounded to
-    tf32, else "tf32".
-    """
+def dot(a, b, acc, PRECISION):
+    """acc + a @ b in float32; PRECISION as `precision` has it."""
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def register(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Makes an opaque torch operation of a launcher, e.g. register("gather(Tensor clip, Tensor
-    index) -> Tensor", ...).
+def precision(x: torch.Tensor) -> str:
+    """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
-    It has no gradient and no autocast: the public function casts, and an autograd.Function outside
-    calls two such operations. `fake` returns empty tensors of the shapes, strides and dtypes that
-    `implementation` returns.
+
+def in_units(*lengths: int) -> tuple[int, ...]:
+    """(unit, each length in these units), the unit as many values as may be read at once.
+
+    Triton knows by itself of multiples of 16 alone: a row of 1176 values (giant), or clips of odd
+    numbers of tokens and heads, which start at multiples of 8, would be read value by value.
     """
+    unit = math.gcd(VECTOR, *lengths)
+    return unit, *(length // unit for length in lengths)
+
+
+def floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Empty float32 memory on the device of another tensor."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def runs(tensor: torch.Tensor) -> bool:
+    """Whether kernels run on this tensor: on fakes, which torch.compile traces with, none do."""
+    return launches_on_fakes or not isinstance(tensor, FakeTensor)
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """Starts a kernel on the device of its first argument, which need not be the current one."""
+    tensor = arguments[0]
+    if not runs(tensor) or programs == 0:
+        return
+    on = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with on:
+        kernel[(programs,)](*arguments, **options)
+
+
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any] | None = None,
+    keeps: Callable[[Any, Any], Iterable[torch.Tensor]] | None = None,
+    backward: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
+) -> Callable[..., Any]:
+    """Makes an opaque torch operation, e.g. register("gather(Tensor clip) -> Tensor", ...).
+
+    fake: makes empty results, where `implementation` does not do well with symbolic shapes.
+    keeps(inputs, results): the tensors that are kept for `backward`, which gets a context (they are
+    its saved_tensors, and `dtype` is that of the first input) and the gradient of the first result,
+    and returns the gradients of the first inputs. No other result has a gradient.
+    """
+    name, signature = schema.split("(", 1)
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, f"({signature}")
+    torch.library.impl(qualified, ("cuda", "cpu"))(implementation)
 
     def shapes(*arguments: Any) -> Any:
-        return (implementation if launches_on_fakes else fake)(*arguments)
+        made = implementation if fake is None or launches_on_fakes else fake
+        return made(*arguments)
 
-    name = f"{NAMESPACE}::{schema.split('(')[0]}"
-    torch.library.define(name, schema[schema.index("(") :])
-    torch.library.impl(name, ("cuda", "cpu"))(implementation)
-    torch.library.register_fake(name)(shapes)
-    return getattr(getattr(torch.ops, NAMESPACE), schema.split("(")[0]).default
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert keeps is not None
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros are made for the other results
+        ctx.save_for_backward(*keeps(inputs, output))
+        ctx.dtype = inputs[0].dtype
 
+    def all_gradients(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[Any, ...]:
+        assert backward is not None
+        found = backward(ctx, gradient)
+        return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Kernels start on the device of their tensors, not on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    torch.library.register_fake(qualified)(shapes)
+    if backward is not None:
+        torch.library.register_autograd(qualified, all_gradients, setup_context=setup_context)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

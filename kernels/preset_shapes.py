@@ -40,11 +40,12 @@ class AttentionShape(NamedTuple):
     width: int
 
 
+OF_16_PIXELS = (2, 16, 16), 1568, 160, 1408, 704
 SHAPES = (
-    Shape("small", (2, 16, 16), 1568, 160, 1408, 704, 6, 64, 3, 64),
-    Shape("base", (2, 16, 16), 1568, 160, 1408, 704, 12, 64, 6, 64),
-    Shape("large", (2, 16, 16), 1568, 160, 1408, 704, 16, 64, 8, 64),
-    Shape("huge", (2, 16, 16), 1568, 160, 1408, 704, 16, 80, 8, 80),
+    Shape("small", *OF_16_PIXELS, 6, 64, 3, 64),
+    Shape("base", *OF_16_PIXELS, 12, 64, 6, 64),
+    Shape("large", *OF_16_PIXELS, 16, 64, 8, 64),
+    Shape("huge", *OF_16_PIXELS, 16, 80, 8, 80),
     Shape("giant", (2, 14, 14), 2048, 208, 1840, 920, 16, 88, 8, 64),
 )
 # that the encoders of all recipes see, class tokens among them
@@ -57,10 +58,8 @@ def attention_shapes() -> list[AttentionShape]:
     """
     found = []
     for shape in SHAPES:
-        encoder, decoder = (
-            (shape.heads, shape.head_width),
-            (shape.decoder_heads, shape.decoder_head_width),
-        )
+        encoder = shape.heads, shape.head_width
+        decoder = shape.decoder_heads, shape.decoder_head_width
         found += [
             AttentionShape(f"encoder {shape.preset}", shape.visible, *encoder),
             AttentionShape(f"decoder {shape.preset}", shape.visible + shape.masked, *decoder),

@@ -67,7 +67,7 @@ def gather_tubelets(
     std: tuple[float, ...],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as a Conv3d weight is."""
+    """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as in a Conv3d."""
     compute = torch.promote_types(dtype, torch.float32)
     (t, p, q), channels = tubelet, clip_BTHWC.shape[-1]
     mean_C, std_C = (
@@ -100,7 +100,7 @@ def tubelet_targets(
         return (rows / white).flatten(2)
 
     def total(values: torch.Tensor) -> torch.Tensor:
-        """The sum over a tubelet for each of its channels, or over all of them, as long as a row."""
+        """The sums over a tubelet's channels, or over all of it, repeated to a row's length."""
         sums_BMC = values.sum(2).unflatten(2, (q, channels)).sum(2)
         return (
             sums_BMC
@@ -140,23 +140,13 @@ class _SquaredLength(torch.autograd.Function):
 
 
 def squared_length(x: torch.Tensor) -> torch.Tensor:
-    """x.square().sum(-1), for which autograd alone would make five more tensors of the size of x."""
+    """x.square().sum(-1); autograd alone would make five more tensors of the size of x for it."""
     return _SquaredLength.apply(x)  # pyright: ignore[reportReturnType]
 
 
-def weighted_mean(error_BM: torch.Tensor, weight_BM: torch.Tensor | None) -> torch.Tensor:
-    """sum(w * e) / sum(w), the mean where no weights are given, and 0 where nothing counts."""
-    if weight_BM is None:
-        return error_BM.sum() / max(error_BM.numel(), 1)
-    return (weight_BM * error_BM).sum() / total_weight(weight_BM)
-
-
-def total_weight(weight_BM: torch.Tensor) -> torch.Tensor:
-    """The sum of the weights, 1 where it is 0: a batch in which no token counts has loss 0, not
-    NaN.
-    """
-    total = weight_BM.sum()
-    return torch.where(total == 0, 1.0, total)
+def mean_error(error_BM: torch.Tensor) -> torch.Tensor:
+    """The mean, 0 where there is nothing."""
+    return error_BM.sum() / max(error_BM.numel(), 1)
 
 
 def reconstruction_loss(
@@ -165,36 +155,13 @@ def reconstruction_loss(
     index_BM: torch.Tensor,
     tubelet: tuple[int, int, int],
     normalize: Normalize,
-    weight_BM: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean squared error, targets_BMP)."""
     targets_BMP = tubelet_targets(clip_BTHWC, index_BM, tubelet, normalize)
     error_BM = (
         squared_length(predicted_BMP.to(targets_BMP.dtype) - targets_BMP) / targets_BMP.shape[-1]
     )
-    return weighted_mean(error_BM, weight_BM), targets_BMP
-
-
-def joint_loss(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
-    normalize: Normalize,
-    temperature: float | torch.Tensor,
-    negatives: Negatives,
-    contrastive_weight: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(L_rec + contrastive_weight * L_con, L_rec, L_con), the gradient in the first alone."""
-    reconstruction, target_BMP = reconstruction_loss(
-        predicted_BMP, clip_BTHWC, index_BM, tubelet, normalize
-    )
-    contrastive = contrastive_loss(predicted_BMP, target_BMP, temperature, negatives)
-    return (
-        reconstruction + contrastive_weight * contrastive,
-        reconstruction.detach(),
-        contrastive.detach(),
-    )
+    return mean_error(error_BM), targets_BMP
 
 
 def contrastive_loss(

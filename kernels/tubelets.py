@@ -5,23 +5,21 @@ Letters: B clips, T frames, H W pixels, C channels, V visible, P values of a tub
 """
 # The type checker takes the body of a Triton kernel for Python.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
-from .dispatch import check_clip, choose
-from .launch import on_device, register
+from .dispatch import choose
+from .launch import launch, register
 
-CLIP_TYPES = {
-    torch.uint8: "*u8",
-    torch.uint16: "*u16",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-}
-FLOAT_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+CLIP_TYPES = (torch.uint8, torch.uint16, *FLOAT_TYPES)
 
 # Two values a thread: a warp then stores 128 bytes of bf16 at once, and its loads touch few rows.
 # Not yet timed on a GPU.
@@ -48,12 +46,12 @@ def gather_tubelets(
     Raises: ValueError for a shape, dtype or index that does not fit; on a GPU, which cannot raise
     without being waited for, the tubelet of an index outside the grid is NaN.
     """
-    check_clip(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
-    check_index(clip_BTHWC, index_BV, tubelet, "gather_tubelets")
+    check_clip("gather_tubelets", clip_BTHWC, index_BV, tubelet)
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, clip_BTHWC.shape[-1]):
             raise ValueError(
-                f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of {clip_BTHWC.shape[-1]} channels"
+                f"gather_tubelets: {name} has {len(values)} values, not 1 or one for each of "
+                f"{clip_BTHWC.shape[-1]} channels"
             )
     if choose("gather_tubelets", impl, clip_BTHWC.device) == "reference":
         return reference.gather_tubelets(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
@@ -61,20 +59,41 @@ def gather_tubelets(
     return _gather_op(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
 
 
-def check_index(
-    clip_BTHWC: torch.Tensor, index_BN: torch.Tensor, tubelet: tuple[int, int, int], operation: str
+def check_clip(
+    operation: str,
+    clip_BTHWC: torch.Tensor,
+    index_BN: torch.Tensor,
+    tubelet: tuple[int, int, int],
 ) -> None:
-    """Raises: ValueError for an index outside the grid of tokens, where reading it costs no wait:
-    on a CPU, outside torch.compile.
-    """
-    if index_BN.device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
-        return
-    tokens = _num_tokens(clip_BTHWC, tubelet)
-    low, high = (int(value) for value in index_BN.aminmax())
-    if low < 0 or high >= tokens:
+    """Raises: ValueError naming the argument that does not fit."""
+    shape, device = tuple(clip_BTHWC.shape), index_BN.device
+    if len(shape) != 5:
+        raise ValueError(f"{operation}: clip_BTHWC has shape {shape}, not (B, T, H, W, C)")
+    if clip_BTHWC.dtype not in CLIP_TYPES and not clip_BTHWC.is_floating_point():
         raise ValueError(
-            f"{operation}: index holds {low if low < 0 else high}, the clip has tokens 0 to {tokens - 1}"
+            f"{operation}: clip_BTHWC is {clip_BTHWC.dtype}; give uint8, uint16, or floating "
+            "point in [0, 1]"
         )
+    if any(side % unit for side, unit in zip(shape[1:4], tubelet, strict=True)):
+        raise ValueError(
+            f"{operation}: clip_BTHWC of {shape[1:4]} is not a multiple of the tubelet {tubelet}"
+        )
+    if index_BN.ndim != 2 or len(index_BN) != shape[0] or index_BN.dtype != torch.int64:
+        raise ValueError(
+            f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
+            f"not ({shape[0]}, tokens) of int64"
+        )
+    if device != clip_BTHWC.device:
+        raise ValueError(f"{operation}: index is on {device}, clip_BTHWC on {clip_BTHWC.device}")
+    # Where reading the index costs no wait.
+    if device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
+        return
+    num_tokens = cut_of(clip_BTHWC, tubelet).num_tokens
+    for value in index_BN.aminmax():
+        if not 0 <= value < num_tokens:
+            raise ValueError(
+                f"{operation}: index holds {int(value)}, the clip has tokens 0 to {num_tokens - 1}"
+            )
 
 
 def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -83,7 +102,8 @@ def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) ->
     """
     if clip_dtype not in CLIP_TYPES or dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 or less, or impl reference"
+            f"{operation}: impl triton takes no {dtype} with a clip of {clip_dtype}; use float32 "
+            "or less, or impl reference"
         )
 
 
@@ -95,54 +115,51 @@ def dense_rows(clip_BTHWC: torch.Tensor) -> torch.Tensor:
     return clip_BTHWC if dense else clip_BTHWC.contiguous()
 
 
-def geometry(clip_BTHWC: torch.Tensor, tubelet: tuple[int, int, int] | list[int]) -> dict[str, int]:
-    """What the kernels know of clip and tubelet when they are compiled."""
+class Cut(NamedTuple):
+    """How a clip is cut into tubelets, known when a kernel is compiled."""
+
+    num_tokens: int  # of the clip, in grid_h rows of grid_w for each step in time
+    grid_h: int
+    grid_w: int
+    frames: int  # of a tubelet, as the rest
+    rows: int
+    columns: int
+    channels: int
+    row_values: int  # values of a row, which lie one after another in a clip
+    num_values: int
+
+
+def cut_of(clip_BTHWC: torch.Tensor, tubelet: Sequence[int]) -> Cut:
+    """The Cut of a clip whose sides are multiples of the tubelet's."""
+    _, T, H, W, C = clip_BTHWC.shape
     t, p, q = tubelet
-    return {
-        "GRID_T": clip_BTHWC.shape[1] // t,
-        "GRID_H": clip_BTHWC.shape[2] // p,
-        "GRID_W": clip_BTHWC.shape[3] // q,
-        "FRAMES": t,
-        "ROWS": p,
-        "COLUMNS": q,
-        "CHANNELS": clip_BTHWC.shape[4],
-    }
-
-
-def _num_tokens(clip_BTHWC: torch.Tensor, tubelet: tuple[int, int, int]) -> int:
-    g = geometry(clip_BTHWC, tubelet)
-    return g["GRID_T"] * g["GRID_H"] * g["GRID_W"]
+    tokens = (T // t) * (H // p) * (W // q)
+    return Cut(tokens, H // p, W // q, t, p, q, C, q * C, t * p * q * C)
 
 
 @triton.jit
 def locate(
     clip,  # [B, T, H, W, C], the last two dense
     index,  # [B, N] int64, contiguous
-    tokens,
+    tokens,  # N
     stride_b,
     stride_t,
     stride_h,
-    GRID_T: tl.constexpr,
-    GRID_H: tl.constexpr,
-    GRID_W: tl.constexpr,
-    FRAMES: tl.constexpr,
-    ROWS: tl.constexpr,
-    ROW_VALUES: tl.constexpr,
+    CUT,
 ):
-    """Where this program's tubelet starts, and whether its index is inside the grid; elsewhere
-    nothing may be read.
+    """Where this program's tubelet starts, and whether its index is inside the grid.
+
+    Elsewhere nothing may be read.
     """
     program = tl.program_id(0)
     batch = (program // tokens).to(tl.int64)
     token = tl.load(index + program)
-    inside = (token >= 0) & (token < GRID_T * GRID_H * GRID_W)
+    inside = (token >= 0) & (token < CUT.num_tokens)
     token = tl.where(inside, token, 0)
-    frame = token // (GRID_H * GRID_W) * FRAMES
-    row = token // GRID_W % GRID_H * ROWS
-    return (
-        clip + batch * stride_b + frame * stride_t + row * stride_h + token % GRID_W * ROW_VALUES,
-        inside,
-    )
+    frame = token // (CUT.grid_h * CUT.grid_w) * CUT.frames
+    row = token // CUT.grid_w % CUT.grid_h * CUT.rows
+    column = token % CUT.grid_w * CUT.row_values
+    return clip + batch * stride_b + frame * stride_t + row * stride_h + column, inside
 
 
 @triton.jit
@@ -150,54 +167,38 @@ def gather_kernel(
     clip,  # [B, T, H, W, C], the last two dense
     index,  # [B, V] int64, contiguous
     out,  # [B, V, P], contiguous
-    tokens,
+    tokens,  # V
     stride_b,
     stride_t,
     stride_h,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,  # one value a channel, or one for all
-    GRID_T: tl.constexpr,
-    GRID_H: tl.constexpr,
-    GRID_W: tl.constexpr,
-    FRAMES: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    SCALE: tl.constexpr,  # one value a channel, or one for all
+    SHIFT: tl.constexpr,
+    CUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a tubelet. It goes through the output in order, so stores are whole lines; the
-    loads of one channel skip the others, but the tubelet's rows reach the cache once, with the
+    """One program a tubelet, in the order of the output, so stores are whole lines.
+
+    The loads of one channel skip the others, but the tubelet's rows reach the cache once, with the
     first channel.
     """
-    source, inside = locate(
-        clip,
-        index,
-        tokens,
-        stride_b,
-        stride_t,
-        stride_h,
-        GRID_T,
-        GRID_H,
-        GRID_W,
-        FRAMES,
-        ROWS,
-        COLUMNS * CHANNELS,
-    )
-    VALUES: tl.constexpr = FRAMES * ROWS * COLUMNS * CHANNELS
-    target = out + tl.program_id(0).to(tl.int64) * VALUES
-    for start in tl.static_range(0, VALUES, BLOCK):
+    source, inside = locate(clip, index, tokens, stride_b, stride_t, stride_h, CUT)
+    target = out + tl.program_id(0).to(tl.int64) * CUT.num_values
+    for start in tl.static_range(0, CUT.num_values, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        column, row, frame = i % COLUMNS, i // COLUMNS % ROWS, i // (COLUMNS * ROWS) % FRAMES
-        channel = i // (COLUMNS * ROWS * FRAMES)
-        offset = frame * stride_t + row * stride_h + column * CHANNELS + channel
-        pixels = tl.load(source + offset, mask=(i < VALUES) & inside, other=0).to(tl.float32)
+        column, row = i % CUT.columns, i // CUT.columns % CUT.rows
+        frame = i // (CUT.columns * CUT.rows) % CUT.frames
+        channel = i // (CUT.columns * CUT.rows * CUT.frames)
+        offset = frame * stride_t + row * stride_h + column * CUT.channels + channel
+        pixels = tl.load(source + offset, mask=(i < CUT.num_values) & inside, other=0).to(
+            tl.float32
+        )
         scale = tl.full([BLOCK], SCALE[0], tl.float32)
         shift = tl.full([BLOCK], SHIFT[0], tl.float32)
         for c in tl.static_range(1, len(SCALE)):
             scale = tl.where(channel == c, SCALE[c], scale)
             shift = tl.where(channel == c, SHIFT[c], shift)
         values = tl.where(inside, pixels * scale + shift, float("nan"))
-        tl.store(target + i, values.to(out.dtype.element_ty), mask=i < VALUES)
+        tl.store(target + i, values.to(out.dtype.element_ty), mask=i < CUT.num_values)
 
 
 def _gather(
@@ -208,47 +209,31 @@ def _gather(
     std: list[float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    out_BVP = _gather_fake(clip_BTHWC, index_BV, tubelet, mean, std, dtype)
-    if out_BVP.numel() == 0:
-        return out_BVP
-    clip, index, scales = dense_rows(clip_BTHWC), index_BV.contiguous(), max(len(mean), len(std))
-    mean, std = (
-        values if len(values) == scales else values * scales for values in (list(mean), list(std))
-    )
+    clip, index, cut = dense_rows(clip_BTHWC), index_BV.contiguous(), cut_of(clip_BTHWC, tubelet)
+    out_BVP = torch.empty(*index.shape, cut.num_values, dtype=dtype, device=clip.device)
+    scales = max(len(mean), len(std))
+    means, stds = (list(x) * (scales // len(x)) for x in (mean, std))
     white = reference.pixel_range(clip.dtype)
-    block = min(GATHER_BLOCK, triton.next_power_of_2(out_BVP.shape[2]))
-    with on_device(clip):
-        gather_kernel[(index.numel(),)](
-            clip,
-            index,
-            out_BVP,
-            index.shape[1],
-            clip.stride(0),
-            clip.stride(1),
-            clip.stride(2),
-            SCALE=tuple(1 / (white * s) for s in std),
-            SHIFT=tuple(-m / s for m, s in zip(mean, std, strict=True)),
-            **geometry(clip, tubelet),
-            BLOCK=block,
-            num_warps=max(1, block // VALUES_PER_WARP),
-        )
+    block = min(GATHER_BLOCK, triton.next_power_of_2(cut.num_values))
+    launch(
+        gather_kernel,
+        index.numel(),
+        clip,
+        index,
+        out_BVP,
+        index.shape[1],
+        *clip.stride()[:3],
+        tuple(1 / (white * s) for s in stds),
+        tuple(-m / s for m, s in zip(means, stds, strict=True)),
+        cut,
+        block,
+        num_warps=max(1, block // VALUES_PER_WARP),
+    )
     return out_BVP
 
 
-def _gather_fake(
-    clip_BTHWC: torch.Tensor,
-    index_BV: torch.Tensor,
-    tubelet: list[int],
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    values = tubelet[0] * tubelet[1] * tubelet[2] * clip_BTHWC.shape[-1]
-    return torch.empty((*index_BV.shape, values), dtype=dtype, device=clip_BTHWC.device)
-
-
 _gather_op = register(
-    "gather_tubelets(Tensor clip, Tensor index, int[] tubelet, float[] mean, float[] std, ScalarType dtype) -> Tensor",
+    "gather_tubelets(Tensor clip, Tensor index, int[] tubelet, float[] mean, float[] std, "
+    "ScalarType dtype) -> Tensor",
     _gather,
-    _gather_fake,
 )

@@ -10,8 +10,12 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+# Before numpy and torch count the cores: processes of tests share them, and so do two ranks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -23,13 +27,17 @@ if TYPE_CHECKING:
 
 LONG = (
     "test_launcher",
-    "test_interpreted",
+    "test_attention",
+    "test_contrastive",
+    "test_joint",
     "test_compile_check",
     "test_matrix",
     "test_gpu_run",
     "test_fake_gpu",
     "test_benchmark_data",
 )
+# Of these each test function can run in another process: they share no fixture.
+KERNELS = Path(__file__).resolve().parent / "kernels"
 SHARED_VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "videos"
 
 TINY = {
@@ -71,6 +79,27 @@ TINY_FINETUNE = {
 }
 
 
+def interpret_kernels() -> None:
+    """Without a GPU the kernels of this process run in Triton's interpreter, which is chosen when
+    they are imported, and what Triton imports with its first launch.
+
+    Only tests that ask for it (tests/kernels/conftest.py) find `impl="triton"` on a CPU, and no
+    process that a test starts is told of it.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("attention", "joint"):  # and those that they import
+        import_module(f"video_mae.kernels.{name}")
+    from video_mae.kernels import dispatch, scaling
+
+    scaling.scale_tokens(torch.ones(1, 1, 1), torch.ones(1, 1), 1.0, torch.float32)
+    dispatch.INTERPRETED = False
+    del os.environ["TRITON_INTERPRET"]
+
+
+if not torch.cuda.is_available():
+    interpret_kernels()
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order, and what one process has to run as a whole where several share the tests (pytest
@@ -86,11 +115,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=lambda item: (trains_here(item), item.path.stem not in LONG))
     for item in items:
-        item.add_marker(
-            pytest.mark.xdist_group(
-                f"{item.path.parent.name}/{item.path.stem}{', training' if trains_here(item) else ''}"
-            )
-        )
+        group = f"{item.path.parent.name}/{item.path.stem}"
+        if trains_here(item):
+            group += ", training"
+        elif item.path.parent == KERNELS and isinstance(item, pytest.Function):
+            group += f", {item.originalname}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -219,7 +249,7 @@ def on_ranks() -> Callable[..., None]:
 
 @pytest.fixture
 def quiet_process() -> Iterator[None]:
-    """For tests that train in this process: gives signal handlers and the number of threads back."""
+    """For tests that train in this process: gives signal handlers and threads back."""
     handlers = {
         number: signal.getsignal(number)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -230,11 +260,3 @@ def quiet_process() -> Iterator[None]:
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    # of processes that tests start: two ranks share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)

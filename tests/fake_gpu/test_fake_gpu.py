@@ -1,5 +1,6 @@
-"""Starts tests/fake_gpu where torch finds a GPU that can do nothing: the library is built here, and
-preloaded.
+"""Starts the tests beside it where torch finds a GPU that can do nothing.
+
+The library of that GPU is built here, and preloaded.
 """
 
 import os
@@ -27,7 +28,7 @@ def test_what_runs_on_cuda_runs_on_fake_cuda_tensors(tmp_path: Path) -> None:
             "-fPIC",
             f"-I{HEADERS}",
             f"-Wl,-soname,{library.name}",
-            str(HERE / "fake_gpu" / "gpu.c"),
+            str(HERE / "gpu.c"),
             "-o",
             str(library),
         ],
@@ -43,14 +44,14 @@ def test_what_runs_on_cuda_runs_on_fake_cuda_tensors(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "pytest",
-        str(HERE / "fake_gpu"),
+        str(HERE),
         "-p",
         "no:cacheprovider",
         "--durations=10",
     ]
     finished = subprocess.run(
         command,
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -12,6 +12,7 @@ import torch
 from video_mae.kernels import reconstruction, reference
 from video_mae.kernels.joint import joint_loss
 from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction_loss_and_targets
+from video_mae.kernels.scaling import scale_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -76,17 +77,16 @@ def check(ours, low, exact, dtype, rounds=1):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_targets_and_gradient_are_those_of_the_reference(shape, normalize, dtype):
     predicted, clip, index, tubelet = arguments(shape, dtype)
-    weight = torch.rand(index.shape, device="cuda")
     scale = predicted.numel()  # a loss scale that brings the gradient near 1
     loss, target = reconstruction_loss_and_targets(
-        predicted, clip, index, tubelet, normalize, weight_BM=weight, target_dtype=dtype
+        predicted, clip, index, tubelet, normalize, target_dtype=dtype
     )
     (gradient,) = torch.autograd.grad(scale * loss, predicted)
-    low, _ = reference.reconstruction_loss(predicted, clip, index, tubelet, normalize, weight)
+    low, _ = reference.reconstruction_loss(predicted, clip, index, tubelet, normalize)
     (low_gradient,) = torch.autograd.grad(scale * low, predicted)
     exact = predicted.detach().double().requires_grad_()
     expected, expected_target = reference.reconstruction_loss(
-        exact, clip.double() / 255, index, tubelet, normalize, weight.double()
+        exact, clip.double() / 255, index, tubelet, normalize
     )
     (expected_gradient,) = torch.autograd.grad(scale * expected, exact)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -133,8 +133,16 @@ def test_joint_loss_and_gradients_are_those_of_the_references(negatives, memory,
         predicted.detach().double().requires_grad_(),
         tau.detach().double().requires_grad_(),
     )
-    expected = reference.joint_loss(
-        exact, clip.double() / 255, index, tubelet, "channel", exact_tau, negatives, 0.5
+    expected = joint_loss(
+        exact,
+        clip.double() / 255,
+        index,
+        tubelet,
+        "channel",
+        exact_tau,
+        negatives,
+        0.5,
+        "reference",
     )
     expected_gradient, expected_tau = torch.autograd.grad(scale * expected[0], (exact, exact_tau))
     assert losses[1].item() == pytest.approx(expected[1].item(), rel=1e-5)
@@ -209,7 +217,7 @@ def test_are_proper_torch_operations():
             (predicted.detach(), clip, index, tubelet, "channel", residual, target),
         )
     OPCHECK(
-        reconstruction.scale_tokens,
+        scale_tokens,
         (predicted.detach(), torch.ones((), device="cuda").expand(3, 37), 0.5, torch.bfloat16),
     )
 
@@ -235,8 +243,8 @@ def test_predictions_of_more_than_two_billion_values():
     assert torch.equal(error[-1:], alone)
     assert torch.equal(residual[-1:], residual_alone)
     scale = torch.full((), 3.0, device="cuda")
-    scaled = reconstruction.scale_tokens(residual, scale.expand(error.shape), 0.5, torch.bfloat16)
+    scaled = scale_tokens(residual, scale.expand(error.shape), 0.5, torch.bfloat16)
     assert torch.equal(
         scaled[-1:],
-        reconstruction.scale_tokens(residual_alone, scale.expand(alone.shape), 0.5, torch.bfloat16),
+        scale_tokens(residual_alone, scale.expand(alone.shape), 0.5, torch.bfloat16),
     )

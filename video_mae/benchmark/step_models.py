@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from video_mae.benchmark.clock import Stopwatch
-from video_mae.config import EngineConfig, ModelConfig, OptimConfig
+from video_mae.config import EngineConfig, ModelConfig, OptimConfig, RunConfig
 from video_mae.convert.export import export_hugging_face
 from video_mae.model.masking import TokenMask
 from video_mae.model.vit import VideoMAE

@@ -18,6 +18,8 @@ from video_mae.benchmark.kernel_operations import (
 )
 from video_mae.benchmark.record import Percentiles
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 CPU = torch.device("cpu")
 SIZE = (2, 16, 48)  # 3 tokens
 PROBLEMS = {

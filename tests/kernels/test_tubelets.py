@@ -9,6 +9,8 @@ import torch
 from video_mae.kernels import reference, tubelets
 from video_mae.kernels.tubelets import gather_tubelets
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 OPCHECK: Any = torch.library.opcheck
 # (tubelet, grid, channels): odd sizes, patch 14, the default tubelet, one channel, many channels, a
 # tubelet of one pixel

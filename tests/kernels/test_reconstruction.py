@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from video_mae.kernels import reconstruction, reference
 from video_mae.kernels.reconstruction import reconstruction_loss, reconstruction_loss_and_targets
+from video_mae.kernels.scaling import scale_tokens
+
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 OPCHECK: Any = torch.library.opcheck
 # (tubelet, grid, channels): odd sizes, patch 14, the default tubelet, one channel, many channels
@@ -48,19 +51,15 @@ def arguments(shape=SHAPES[0], dtype=torch.float32, clip_dtype=torch.uint8, coun
     return predicted, clip_of(tubelet, grid, channels, clip_dtype), index, tubelet
 
 
-def weights(count=5):
-    return torch.rand(2, count, generator=torch.Generator().manual_seed(2))
-
-
-def check(predicted, clip, index, tubelet, normalize, weight=None, scale=1.0):
+def check(predicted, clip, index, tubelet, normalize, scale=1.0):
     loss, targets = reconstruction_loss_and_targets(
-        predicted, clip, index, tubelet, normalize, "triton", weight_BM=weight
+        predicted, clip, index, tubelet, normalize, "triton"
     )
     (gradient,) = torch.autograd.grad(scale * loss, predicted)
     exact_clip = clip.double() / reference.pixel_range(clip.dtype)
     exact = predicted.detach().double().requires_grad_()
     expected_loss, expected_targets = reference.reconstruction_loss(
-        exact, exact_clip, index, tubelet, normalize, None if weight is None else weight.double()
+        exact, exact_clip, index, tubelet, normalize
     )
     (expected,) = torch.autograd.grad(scale * expected_loss, exact)
     assert (loss.dtype, targets.dtype, gradient.dtype) == (
@@ -95,20 +94,7 @@ def test_takes_clips_of_any_type(clip_dtype, normalize):
 
 @pytest.mark.parametrize("count", [1, 2, 29])
 def test_any_number_of_masked_tokens(count):
-    check(*arguments(count=count), "channel", weights(count))
-
-
-def test_weights_count_tokens_and_may_all_be_zero():
-    given = arguments()
-    check(*given, "tubelet", weights())
-    loss = reconstruction_loss(*given, "tubelet", "triton", weight_BM=torch.zeros(2, 5))
-    assert loss == 0
-    assert (torch.autograd.grad(loss, given[0])[0] == 0).all()
-    ones, none = (
-        reconstruction_loss(*given, "tubelet", "triton", weight_BM=weight)
-        for weight in (torch.ones(2, 5), None)
-    )
-    torch.testing.assert_close(ones, none)
+    check(*arguments(count=count), "channel")
 
 
 def test_float16_gradients_survive_under_a_loss_scale():
@@ -195,7 +181,7 @@ def test_reads_nothing_beyond_prediction_and_clip_and_writes_every_value(monkeyp
 def test_takes_predictions_and_incoming_gradients_of_any_strides():
     predicted, clip, index, tubelet = arguments()
     transposed = predicted.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    check(transposed, clip, index, tubelet, "channel", weights().T.contiguous().T)
+    check(transposed, clip, index, tubelet, "channel")
 
 
 @pytest.mark.filterwarnings("ignore:var_mean")
@@ -234,10 +220,6 @@ def test_an_index_outside_the_grid_is_named_or_makes_the_loss_nan():
 
 def test_arguments_that_do_not_fit_are_named():
     predicted, clip, index, tubelet = arguments()
-    with pytest.raises(ValueError, match=r"weight_BM has shape \(2, 4\) .* not \(2, 5\)"):
-        reconstruction_loss(
-            predicted, clip, index, tubelet, impl="triton", weight_BM=torch.ones(2, 4)
-        )
     with pytest.raises(ValueError, match=r"predicted_BMP is torch.int64"):
         reconstruction_loss(predicted.long(), clip, index, tubelet, impl="triton")
     with pytest.raises(ValueError, match=r"takes no torch.float64 with a clip of torch.uint8"):
@@ -250,7 +232,7 @@ def test_forward_keeps_one_tensor_of_the_size_of_the_prediction_and_none_without
     given = arguments(dtype=torch.float16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        reconstruction_loss_and_targets(*given, "channel", "triton", weight_BM=weights())
+        reconstruction_loss_and_targets(*given, "channel", "triton")
         large = [x for x in saved if x.numel() > 10]
         assert [(x.shape, x.dtype) for x in large] == [(given[0].shape, torch.float16)]
         saved.clear()
@@ -282,11 +264,10 @@ def test_a_clip_gives_the_same_alone_and_again():
 
 def test_compiling_and_checkpointing_change_nothing():
     predicted, clip, index, tubelet = arguments(dtype=torch.float16)
-    weight = weights()
 
     def loss_of(predicted):
         return reconstruction_loss_and_targets(
-            predicted, clip, index, tubelet, "channel", "triton", weight_BM=weight
+            predicted, clip, index, tubelet, "channel", "triton"
         )[0]
 
     expected = loss_of(predicted)
@@ -318,18 +299,15 @@ def test_is_a_proper_torch_operation():
     OPCHECK(
         reconstruction.token_errors, (transposed, clip, index, tubelet, "none", torch.float32, None)
     )
-    OPCHECK(
-        reconstruction.scale_tokens, (transposed, torch.ones(()).expand(2, 5), 0.5, torch.float16)
-    )
+    OPCHECK(scale_tokens, (transposed, torch.ones(()).expand(2, 5), 0.5, torch.float16))
 
 
-@pytest.mark.parametrize("weight", [None, weights(2).double()])
-def test_reference_gradient_with_weights(weight):
+def test_reference_gradient():
     predicted, clip, index, tubelet = arguments(count=2)
     predicted = predicted.detach().double().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: reconstruction_loss(
-            x, clip.double() / 255, index, tubelet, "channel", "reference", weight_BM=weight
+            x, clip.double() / 255, index, tubelet, "channel", "reference"
         ),
         predicted,
     )
