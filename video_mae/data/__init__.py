@@ -5,9 +5,10 @@ uint8 clips.
 from video_mae.data.annotations import class_names, read_annotations
 from video_mae.data.dataset import Batch, ClipDataset, Failure, Sample, collate
 from video_mae.data.loader import make_loader
-from video_mae.data.sampling import StepSampler, clip_indices, epoch_order, sample_rng, sample_seed
+from video_mae.data.sampling import StepSampler, epoch_order, sample_rng, sample_seed
 from video_mae.data.sources import Sources, read_sources
 from video_mae.decoding import VideoDecodeError, decode
+from video_mae.decoding.choices import clip_indices
 
 __all__ = [
     "Batch",

@@ -21,8 +21,9 @@ from video_mae.config.data import SourceConfig
 from video_mae.data.lists import NO_FRAMES, NO_INTEGER, find_layout, read_lines
 from video_mae.data.shards import is_packed, read_manifest, read_packed
 from video_mae.data.videos import Paths, VideoList
-from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS, stills
+from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS
 from video_mae.decoding.containers import is_regular
+from video_mae.decoding.pictures import STILLS
 from video_mae.files import one_line
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
@@ -254,7 +255,7 @@ def _kind(source: Path, endings: Iterable[str]) -> set[str]:
     is.
     """
     here = set(endings) & set(EXTENSIONS)
-    videos, pictures = here & set(VIDEO_EXTENSIONS), here & set(stills.EXTENSIONS)
+    videos, pictures = here & set(VIDEO_EXTENSIONS), here & set(STILLS)
     # what else lies there are thumbnails and features
     if videos and not (videos == {ANIMATION} and pictures):
         return videos

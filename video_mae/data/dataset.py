@@ -17,11 +17,12 @@ from video_mae.config import DataConfig
 from video_mae.data.advice import Costs
 from video_mae.data.augment import crop_box, crop_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
-from video_mae.data.sampling import Key, clip_indices, sample_rng, sample_seed
+from video_mae.data.sampling import Key, sample_rng, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
+from video_mae.decoding.choices import clip_indices
 
 MAX_ATTEMPTS = 20
 # Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video

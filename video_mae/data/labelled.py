@@ -16,10 +16,11 @@ from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.data.augment import strengthen_clip
 from video_mae.data.dataset import ClipDataset, Failure, Sample
 from video_mae.data.labels import read_labeled
-from video_mae.data.sampling import dense_indices, part_indices, sample_seed, uniform_indices
+from video_mae.data.sampling import sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.decoding import Choose, VideoDecodeError
+from video_mae.decoding.choices import dense_indices, part_indices, uniform_indices
 
 
 def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:

@@ -7,9 +7,11 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
 from typing import BinaryIO
 
-from video_mae.decoding.reading import Member, Place
+from video_mae.decoding.media import Member, Place
 
 # Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which
 # name other files.
@@ -38,6 +40,7 @@ _AVI_FLAGS, _AVI_HAS_INDEX = 28, 0x10
 # of a transport stream on a camcorder or Blu-ray: a time stamp before each packet
 _BLU_RAY_PACKET, _BLU_RAY_STAMP = 192, 4
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp")
+_TABLE = (b"mdia", b"minf", b"stbl")
 _MP4_NEEDED = (b"moov", b"mdat", b"moof")
 _UNKNOWN_SIZES = (0, 0xFFFFFFFF)
 # FFmpeg knows packed B-frames by this note of the encoder: several pictures in a packet, so that
@@ -75,47 +78,42 @@ def check_regular(place: Place) -> None:
         raise ValueError("not a regular file")
 
 
-def check_container(file: BinaryIO, num_bytes: int) -> str:
+def check_container(path: str) -> str:
     """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, NO_INDEX, ASF or
     nothing ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
+    num_bytes = os.path.getsize(path)
     if num_bytes == 0:
         raise ValueError("the file is empty")
-    file.seek(0)
-    head = file.read(16)
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        claimed = int.from_bytes(head[4:8], "little")
-        # writers disagree about the last padding byte
-        if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:
+    with open(path, "rb") as file:
+        head = file.read(16)
+        if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+            return _check_avi(file, head, num_bytes)
+        if head[4:8] in _MP4_BOXES:
+            return _check_mp4(file, num_bytes)
+        if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
             raise ValueError(
-                f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}"
+                "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)"
             )
-        beginning = file.read(_PACKED_WITHIN)
-        if _PACKED.search(beginning):
-            return PACKED_B_FRAMES
-        return (
-            ""
-            if beginning[_AVI_FLAGS : _AVI_FLAGS + 1] and beginning[_AVI_FLAGS] & _AVI_HAS_INDEX
-            else NO_INDEX
-        )
-    if head[4:8] in _MP4_BOXES:
-        _check_mp4(file, num_bytes)
-        return (
-            EDIT_LIST
-            if any(
-                _hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)
-            )
-            else ""
-        )
-    if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
-        raise ValueError(
-            "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)"
-        )
     if head.startswith(_ASF):
         return ASF
     return "" if head.startswith(_INDEXED) else NO_INDEX
+
+
+def _check_avi(file: BinaryIO, head: bytes, num_bytes: int) -> str:
+    claimed = int.from_bytes(head[4:8], "little")
+    # writers disagree about the last padding byte
+    if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:
+        raise ValueError(
+            f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}"
+        )
+    beginning = file.read(_PACKED_WITHIN)
+    if _PACKED.search(beginning):
+        return PACKED_B_FRAMES
+    flags = int.from_bytes(beginning[_AVI_FLAGS : _AVI_FLAGS + 1], "little")
+    return "" if flags & _AVI_HAS_INDEX else NO_INDEX
 
 
 def _is_blu_ray(file: BinaryIO) -> bool:
@@ -123,19 +121,24 @@ def _is_blu_ray(file: BinaryIO) -> bool:
     return file.read(_BLU_RAY_PACKET + 1)[::_BLU_RAY_PACKET] == b"\x47\x47"
 
 
-def has_offsets(file: BinaryIO) -> bool:
+def has_offsets(path: str) -> bool:
     """Whether an mp4 file shows frames at other times than it decodes them."""
-    path = (b"mdia", b"minf", b"stbl", b"ctts")
-    tracks = _video_tracks(file, file.seek(0, os.SEEK_END))
-    return any(True for track, _ in tracks for _ in _inside(file, track, *path))
+    with open(path, "rb") as file:
+        tracks = _video_tracks(file, os.path.getsize(path))
+        offsets = (_inside(file, track, *_TABLE, b"ctts") for track, _ in tracks)
+        return any(True for _ in chain.from_iterable(offsets))
 
 
-def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
+def _check_mp4(file: BinaryIO, num_bytes: int) -> str:
     for kind, _, end in _boxes(file, 0, num_bytes):
         if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
             raise ValueError(
                 f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}"
             )
+    for track, movie_scale in _video_tracks(file, num_bytes):
+        if _hides_frames(file, track, movie_scale):
+            return EDIT_LIST
+    return ""
 
 
 def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
@@ -168,20 +171,15 @@ def _numbers(file: BinaryIO, box: Box, at: int, form: str) -> tuple[int, ...]:
 
 def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
     """Tracks of pictures, with the time scale of the movie; a header that ends too soon has none."""
-    movies = [box for box in _boxes(file, 0, num_bytes) if box[0] == b"moov"]
-    try:
-        for movie in movies:
+    whole = (b"", 0, num_bytes)
+    with suppress(struct.error):
+        for movie in list(_inside(file, whole, b"moov")):
             for header in _inside(file, movie, b"mvhd"):
                 time_scale = _scale_and_duration(file, header)[0]
                 for track in _inside(file, movie, b"trak"):
-                    kinds = [
-                        _numbers(file, handler, 8, "4s")[0]
-                        for handler in _inside(file, track, b"mdia", b"hdlr")
-                    ]
-                    if b"vide" in kinds:
-                        yield track, time_scale
-    except struct.error:
-        return
+                    for handler in _inside(file, track, b"mdia", b"hdlr"):
+                        if _numbers(file, handler, 8, "4s") == (b"vide",):
+                            yield track, time_scale
 
 
 def _scale_and_duration(file: BinaryIO, header: Box) -> tuple[int, int]:
@@ -200,21 +198,21 @@ def _hides_frames(file: BinaryIO, track: Box, movie_scale: int) -> bool:
     ((duration, start),) = shown
     for header in _inside(file, track, b"mdia", b"mdhd"):
         scale, length = _scale_and_duration(file, header)
-        table = (b"mdia", b"minf", b"stbl")
-        frame = next(
-            (_numbers(file, box, 12, ">I")[0] for box in _inside(file, track, *table, b"stts")), 0
-        )
-        # shown so long after decoding
-        first = next(
-            (_numbers(file, box, 12, ">i")[0] for box in _inside(file, track, *table, b"ctts")), 0
-        )
+        frame = _first_entry(file, track, b"stts", ">I")
+        start -= _first_entry(file, track, b"ctts", ">i")  # shown so long after decoding
         if not (scale and movie_scale and length and duration and frame):
-            return start > 0 and start - first >= max(frame, 1)
+            return shown[0][1] > 0 and start >= max(frame, 1)
         visible = duration * scale / movie_scale
         # durations are rounded to the scale of the movie
         tolerance = frame + 2 * scale / movie_scale
-        return start - first >= frame or length - visible >= tolerance
+        return start >= frame or length - visible >= tolerance
     return False
+
+
+def _first_entry(file: BinaryIO, track: Box, table: bytes, form: str) -> int:
+    for box in _inside(file, track, *_TABLE, table):
+        return _numbers(file, box, 12, form)[0]
+    return 0
 
 
 def _edits(file: BinaryIO, box: Box) -> Iterator[tuple[int, int]]:

@@ -26,10 +26,11 @@ from video_mae.convert.model_folder import Model, find_model_folder, load_pretra
 from video_mae.data.dataset import ClipDataset
 from video_mae.data.labels import LabeledVideos, read_labeled
 from video_mae.data.loader import make_loader
-from video_mae.data.sampling import StepSampler, uniform_indices
+from video_mae.data.sampling import StepSampler
 from video_mae.data.views import Views
 from video_mae.data.workers import Workers, plan_workers
 from video_mae.decoding import Choose, Reading
+from video_mae.decoding.choices import uniform_indices
 from video_mae.evaluation.features import (
     FeatureSet,
     FrozenEncoder,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from video_mae.config.data import ReadConfig
@@ -31,12 +30,14 @@ from video_mae.decoding import (
     read_clip,
     resolve_decoder,
     stream,
+    times_and_start,
 )
+from video_mae.decoding.choices import first_middle_last
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import Description, count_frames, describe, sha256
 from video_mae.decoding.isolation import KilledError, decoder_process
+from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Member
 from video_mae.tools.doctor_report import Case, Finding, Report
 
 GOOD, BAD, INTERRUPTED = 0, 1, 130
@@ -228,12 +229,13 @@ def _examine(case: Case, reading: Reading, config: DoctorConfig) -> None:
 
 def _read(case: Case, reading: Reading, config: DoctorConfig) -> None:
     """Reads frames as a run would. Raises: VideoDecodeError."""
-
-    def first_middle_last(num_frames: int) -> NDArray[np.int64]:
-        case.num_frames = num_frames
-        return np.unique([0, num_frames // 2, num_frames - 1])
-
-    found = read_clip(case.path, first_middle_last, reading)
+    try:
+        found = read_clip(case.path, first_middle_last, reading)
+    except VideoDecodeError:
+        with suppress(VideoDecodeError):  # it may open all the same
+            case.num_frames = len(times_and_start(case.path, reading)[0])
+        raise
+    case.num_frames = found.num_frames
     case.decoder, case.fallback = found.decoder, found.fallback
     frame_HWC = found.clip_THWC[0]
     case.height, case.width = frame_HWC.shape[:2]

@@ -1,8 +1,7 @@
-"""TIFF files as clips: pages are frames (slices), or channels; the bands of a page are channels.
+"""Pictures as clips: one of Pillow's formats is a frame, the pages of a TIFF file are frames
+(slices) or channels, the bands of a page are channels.
 
-tifffile parses and decodes, behind checks of our own: it is forgiving, fills what is missing with
-zeros, follows a chain of pages for ever, and unpacks whatever a small segment unpacks to. T frames,
-H W pixels, C channels.
+H W pixels, T frames, C channels.
 """
 
 import logging
@@ -10,39 +9,70 @@ import math
 import os
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from video_mae.config.data import ZYX_IS_THW, SourceConfig
 from video_mae.decoding.arrays import frames_first
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Frames, untimed
+from video_mae.decoding.media import MAX_CLIP_BYTES, Frames
 
-EXTENSIONS = (".tif", ".tiff")
+STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+STILL_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+"""Whatever the name says, and no others: Pillow would start Ghostscript for an EPS."""
+STACKS = (".tif", ".tiff")
 MAX_PAGES, MAX_TAGS = 2**20, 4096
 NONE, LZW, DEFLATE = 1, 5, (8, 32946)  # LZW needs imagecodecs, and tifffile says so
 PALETTE = 3
-# bytes of deflate, which can unpack to 1032 times as many, before they are unpacked twice, first to
-# be counted
 MAX_UNCHECKED_COUNT = 2**18
+"""Bytes of deflate, which can unpack to 1032 times as many, before they are unpacked twice, first
+to be counted.
+"""
 CHUNK = 2**20
+
+
+def open_still(path: str, source: SourceConfig, in_channels: int) -> Frames:
+    """The one frame of a picture, turned upright as its EXIF tag says; of an animation the first.
+
+    8-bit pictures become grey, RGB or RGBA, as many channels as the model takes (RGB where it takes
+    another number, or where data.channels chooses); 16-bit grey stays as stored. A picture of more
+    pixels than Pillow's limit is refused. Through Pillow, since torchvision's own decoder fails
+    once decord is loaded.
+    """
+    mode = {1: "L", 4: "RGBA"}.get(in_channels, "RGB")
+    if mode == "L" and source.channels:
+        mode = "RGB"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(path, formats=STILL_FORMATS)
+    with image:
+        ImageOps.exif_transpose(image, in_place=True)
+        # integers of 16 and 32 bits, floats
+        if not image.mode.startswith(("I", "F")):
+            image = image.convert(mode)
+        frame_HWC = np.atleast_3d(np.asarray(image))
+    return Frames(1, lambda _: iter([frame_HWC]))
 
 
 def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
     """The pages of a TIFF or BigTIFF file as frames, only the wanted ones read; of an ImageJ stack
     with channels, groups of pages.
 
+    tifffile parses and decodes, behind checks of our own: it is forgiving, fills what is missing
+    with zeros, follows a chain of pages for ever, and unpacks whatever a small segment unpacks to.
     data.axes names the axis of the pages, then those of a page: CYX are pages of channels. Empty:
     frames, and a page as its tags say.
     Raises: ValueError, also for a file that does not hold all that it describes.
     """
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-    num_pages = _count_pages(path)
     with _open(path) as tiff:
+        num_pages = _count_pages(tiff)
         page = tiff.pages.first
         own_axes = page.axes.replace("S", "C").translate(ZYX_IS_THW)
         if set(own_axes) - set("HWC"):
@@ -59,19 +89,16 @@ def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
         )
     if not axes.startswith("T"):  # all pages are one frame
         group, axes = num_pages, f"T{axes}"
-    return Frames(
-        num_pages // group,
-        lambda wanted: _read(path, group, wanted, axes),
-        untimed(num_pages // group),
-    )
 
+    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        with _open(path) as tiff:
+            for index in wanted.tolist():
+                first = index * group
+                pages = [_decode(tiff, number, group) for number in range(first, first + group)]
+                frame = pages[0] if len(axes) == pages[0].ndim + 1 else np.stack(pages)
+                yield frames_first(frame[None], axes)[0]
 
-def _read(path: str, group: int, wanted: NDArray[np.int64], axes: str) -> Iterator[NDArray[Any]]:
-    with _open(path) as tiff:
-        for index in wanted:
-            pages = [_decode(tiff, int(index) * group + i, group) for i in range(group)]
-            frame = np.stack(pages) if len(axes) == pages[0].ndim + 2 else pages[0]
-            yield frames_first(frame[None], axes)[0]
+    return Frames(num_pages // group, read)
 
 
 def _open(path: str) -> tifffile.TiffFile:
@@ -82,38 +109,27 @@ def _open(path: str) -> tifffile.TiffFile:
     )
 
 
-def _count_pages(path: str) -> int:
+def _count_pages(tiff: tifffile.TiffFile) -> int:
     """Walks the chain of directories."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-        order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
-        if not order or len(head) < 16:
-            raise ValueError("not a TIFF file")
-        is_big = struct.unpack(order + "H", head[2:4]) == (43,)
-        count, offset, tag_bytes = (
-            (order + "Q", order + "Q", 20) if is_big else (order + "H", order + "I", 12)
-        )
-        (place,) = struct.unpack_from(offset, head, 8 if is_big else 4)
-        seen: set[int] = set()
-        while place:
-            if place in seen:
-                raise ValueError("its pages go round in a circle")
-            seen.add(place)
-            num_tags = _integer(file, place, count)
-            if num_tags > MAX_TAGS or len(seen) > MAX_PAGES:
-                raise ValueError(f"page {len(seen)} has {num_tags} tags")
-            place = _integer(file, place + struct.calcsize(count) + num_tags * tag_bytes, offset)
-    if not seen:
-        raise ValueError("has no pages")
+    file, form = tiff.filehandle, tiff.tiff
+    place, seen = tiff.pages.first.offset, set[int]()
+
+    def integer(at: int, form: str) -> int:
+        file.seek(at)
+        raw = file.read(struct.calcsize(form))
+        if len(raw) < struct.calcsize(form):
+            raise ValueError("the file is cut off within its list of pages")
+        return struct.unpack(form, raw)[0]
+
+    while place:
+        if place in seen:
+            raise ValueError("its pages go round in a circle")
+        seen.add(place)
+        num_tags = integer(place, form.tagnoformat)
+        if num_tags > MAX_TAGS or len(seen) > MAX_PAGES:
+            raise ValueError(f"page {len(seen)} has {num_tags} tags")
+        place = integer(place + form.tagnosize + num_tags * form.tagsize, form.offsetformat)
     return len(seen)
-
-
-def _integer(file: BinaryIO, place: int, form: str) -> int:
-    file.seek(place)
-    raw = file.read(struct.calcsize(form))
-    if len(raw) < struct.calcsize(form):
-        raise ValueError("the file is cut off within its list of pages")
-    return struct.unpack(form, raw)[0]
 
 
 def _pages_per_frame(description: str, num_pages: int) -> int:
@@ -122,24 +138,19 @@ def _pages_per_frame(description: str, num_pages: int) -> int:
     """
     if '"truncated": true' in description:
         raise ValueError("a stack behind one page: write it without `truncate`")
-    if description.startswith("ImageJ="):
-        images, channels = (
-            int(match[1])
-            if (match := re.search(rf"^{name}=(\d{{1,9}})$", description, re.MULTILINE))
-            else 1
-            for name in ("images", "channels")
-        )
-        if images > num_pages or num_pages % max(channels, 1):
-            raise ValueError(
-                f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: save it as BigTIFF, or with "
-                "np.save"
-            )
-        return max(channels, 1)
     if re.search(r'<Pixels\b[^>]*\bSizeC="(?!1")', description):
         raise ValueError(
             "an OME-TIFF with channels as pages: save it as an ImageJ stack, or with np.save and data.axes"
         )
-    return 1
+    if not description.startswith("ImageJ="):
+        return 1
+    fields = dict(re.findall(r"^(images|channels)=(\d{1,9})$", description, re.MULTILINE))
+    images, channels = int(fields.get("images", 1)), max(int(fields.get("channels", 1)), 1)
+    if images > num_pages or num_pages % channels:
+        raise ValueError(
+            f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: save it as BigTIFF, or with np.save"
+        )
+    return channels
 
 
 def _decode(tiff: tifffile.TiffFile, index: int, num_pages: int) -> NDArray[Any]:
@@ -168,14 +179,14 @@ def _decode(tiff: tifffile.TiffFile, index: int, num_pages: int) -> NDArray[Any]
     if page.is_contiguous and parts:
         parts, num_parts = [(parts[0][0], page.nbytes)], 1
     size = os.fstat(tiff.filehandle.fileno()).st_size
-    if len(parts) != num_parts or any(
-        offset < 8 or count < 1 or offset + count > size for offset, count in parts
-    ):
+    is_whole = len(parts) == num_parts
+    for offset, count in parts:
+        is_whole &= offset >= 8 and count >= 1 and offset + count <= size
+    if not is_whole:
         raise ValueError(f"the file is cut off: parts of page {index} are not in it")
-    if page.compression in DEFLATE:
-        for offset, count in parts:
-            if count > MAX_UNCHECKED_COUNT:
-                _check_inflated(tiff.filehandle, offset, count, part_bytes)
+    for offset, count in parts:
+        if page.compression in DEFLATE and count > MAX_UNCHECKED_COUNT:
+            _check_inflated(tiff.filehandle, offset, count, part_bytes)
     return page.asarray(maxworkers=1)
 
 
