@@ -545,16 +545,16 @@ def test_a_folder_belongs_to_one_list_and_one_way_of_packing(many: str, tmp_path
         assert "\n" not in str(error.value)
 
     refuses(
-        "its packing was begun with short_side = 224, now 112; choose another folder",
+        "was made with short_side = 224, now 112; choose another folder",
         short_side=112,
     )
     longer = write_list(
         tmp_path / "longer", [Path(many).parent / f"{number}.mp4" for number in range(59)]
     )
-    refuses("its packing was begun from another list", longer)
+    refuses("was made with another list of this name", longer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    refuses("is not empty and holds no packed videos", where=str(tmp_path / "full"))
+    refuses("is not empty and has no pack.json", where=str(tmp_path / "full"))
     refuses("is a URL; pack into a local folder", where="s3://bucket/out")
     (folder / "manifest.json").unlink()
     writer = pack.ShardWriter(folder, "frames", 10**6)

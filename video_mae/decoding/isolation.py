@@ -95,9 +95,12 @@ class Isolated:
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
         succeeded, result = pickle.loads(answer, buffers=buffers)
-        if not succeeded:
+        if succeeded:
+            return result
+        try:
             raise result
-        return result
+        finally:
+            del result  # else it and this frame keep each other alive, and the process with them
 
     def iterate(
         self,

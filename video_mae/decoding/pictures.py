@@ -111,8 +111,7 @@ def _open(path: str) -> tifffile.TiffFile:
 
 def _count_pages(tiff: tifffile.TiffFile) -> int:
     """Walks the chain of directories."""
-    file, form = tiff.filehandle, tiff.tiff
-    place, seen = tiff.pages.first.offset, set[int]()
+    file, form, seen = tiff.filehandle, tiff.tiff, set[int]()
 
     def integer(at: int, form: str) -> int:
         file.seek(at)
@@ -121,6 +120,7 @@ def _count_pages(tiff: tifffile.TiffFile) -> int:
             raise ValueError("the file is cut off within its list of pages")
         return struct.unpack(form, raw)[0]
 
+    place = integer(8 if tiff.is_bigtiff else 4, form.offsetformat)
     while place:
         if place in seen:
             raise ValueError("its pages go round in a circle")
@@ -129,6 +129,8 @@ def _count_pages(tiff: tifffile.TiffFile) -> int:
         if num_tags > MAX_TAGS or len(seen) > MAX_PAGES:
             raise ValueError(f"page {len(seen)} has {num_tags} tags")
         place = integer(place + form.tagnosize + num_tags * form.tagsize, form.offsetformat)
+    if not seen:
+        raise ValueError("has no pages")
     return len(seen)
 
 
