@@ -208,7 +208,7 @@ class ClipDataset(Dataset[Sample]):
                 decoding += time.perf_counter() - begin
                 continue
             done = time.perf_counter()
-            waiting = min(decoded.cost.waiting, done - begin)
+            waiting = min(decoded.waiting_seconds, done - begin)
             reading, decoding = reading + waiting, decoding + done - begin - waiting
             sample = self.sample(decoded, epoch, index, used)
             return replace(

@@ -16,14 +16,13 @@ from video_mae.decoding.frames import (
     stream,
     times_and_start,
 )
-from video_mae.decoding.media import Clip, Member, Place, Reading, VideoDecodeError
+from video_mae.decoding.media import Member, Place, Reading, VideoDecodeError
 
 __all__ = [
     "ANIMATION",
     "READERS",
     "VIDEO_EXTENSIONS",
     "Choose",
-    "Clip",
     "Decoded",
     "Member",
     "Place",

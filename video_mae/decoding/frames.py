@@ -98,22 +98,14 @@ STREAMED = 8  # frames of a stream that are handed over at once
 WHITE = 65535
 
 
-class Cost(NamedTuple):
-    """Seconds that a clip took, with the opening of its file: waiting for the disk, and computing.
-
-    Waiting for a core, which is neither, is left out as far as the thread that reads did it itself.
-    """
-
-    waiting: float
-    computing: float
-
-
 @dataclass(frozen=True)
 class Decoded:
     """The wanted frames of a video, each once, and which of them stands where in the choice.
 
     num_frames: of the whole video. decoder: what read it; fallback: why that was not the run's
-    decoder (empty: it was).
+    decoder (empty: it was). waiting_seconds: what went by without computing, from the opening of
+    the file on, mostly for the disk; waiting for a core is left out as far as the thread that reads
+    did it itself.
     """
 
     frames_FHWC: Clip
@@ -121,7 +113,7 @@ class Decoded:
     num_frames: int
     decoder: str
     fallback: str
-    cost: Cost
+    waiting_seconds: float
 
     @property
     def clip_THWC(self) -> Clip:  # noqa: N802  (shape letters)
@@ -271,7 +263,7 @@ def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
 
 
 def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:
-    begin = _moment()
+    begin = _idle_seconds()
     with open_file(place, reading) as (frames, decoder, fallback):
         # an error in the choice is no fault of the video
         indices = chosen(wanted, frames.num_frames)
@@ -279,7 +271,6 @@ def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:
         assert 0 <= different[0] <= different[-1] < frames.num_frames
         with as_decode_error(place, decoder):
             frames_FHWC = _gathered(frames.read(different), len(different), reading)
-    elapsed, computing, queued = (_moment() - begin).tolist()
     return Decoded(
         frames_FHWC,
         places.reshape(indices.shape),
@@ -287,7 +278,7 @@ def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:
         decoder,
         fallback,
         # several threads compute more than time goes by
-        Cost(max(elapsed - computing - queued, 0.0), computing),
+        max(_idle_seconds() - begin, 0.0),
     )
 
 
@@ -312,16 +303,16 @@ def _times(place: Place, reading: Reading) -> tuple[NDArray[np.float64], float]:
         return frames.stamps.shown(), frames.stamps.start
 
 
-def _moment() -> NDArray[np.float64]:
-    """Seconds on the clock, that all threads of the process have computed, and that this one has
-    waited for a core.
+def _idle_seconds() -> float:
+    """The clock, less what all threads of the process have computed, and what this one has waited
+    for a core.
     """
     try:
         with open("/proc/thread-self/schedstat", "rb") as file:
             queued = int(file.read().split()[1]) / 1e9
     except (OSError, IndexError):  # a kernel that does not count
         queued = 0.0
-    return np.array([time.perf_counter(), time.process_time(), queued])
+    return time.perf_counter() - time.process_time() - queued
 
 
 def _gathered(

@@ -46,7 +46,8 @@ blocks them until it ignores them.
 PR_SET_PDEATHSIG = 1
 COMMAND = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; main({socket}, {parent})"
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class KilledError(Exception):
@@ -321,13 +322,15 @@ def _answer(request: bytes, handed_over: list[int]) -> bytes:
     belongs to them.
     """
 
+    assert _allocated is not None
+    allocated = _allocated
+
     def is_copied(buffer: pickle.PickleBuffer) -> bool:
-        descriptor = _allocated.get(np.frombuffer(buffer.raw(), np.uint8).ctypes.data)
+        descriptor = allocated.get(np.frombuffer(buffer.raw(), np.uint8).ctypes.data)
         if descriptor is not None:
             handed_over.append(descriptor)
         return descriptor is None
 
-    assert _allocated is not None
     try:
         function, arguments, memory_gb, folder = pickle.loads(request)
         if folder:

@@ -212,12 +212,13 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
     codec, properties = context.codec.canonical_name, context.codec.properties
     extradata = context.extradata
     may_reorder = context.has_b_frames or (name == "avi" and properties & REORDERS)
-    packets, frame = list[Packet](), None
+    packets, frame, num_stored = list[Packet](), None, 0
     is_cut = is_late = has_open_groups = reorders = False
     for packet in rest:
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
                 frame = next(iter(packet.decode()), None)
+        num_stored += packet.size > 0
         if packet.size and not packets and not is_cut:
             is_late = not packet.is_keyframe
         if packet.is_discard:
@@ -232,12 +233,14 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
         if thorough and codec == "h264" and packet.is_keyframe:
             types = {unit[0] & UNIT_TYPE for unit in _units(packet, extradata)}
             has_open_groups |= IDR not in types
-    traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
+    # FFmpeg discards what an edit list hides, leaves it out, or shows it again
+    is_edited = is_cut or (name == "mp4" and stream.frames not in (0, num_stored))
+    traits = [EDIT_LIST] if is_edited else []
+    traits += _stamp_traits(name, packets, reorders=reorders, is_cut=is_cut)
     may_have_others = not properties & INTRA_ONLY
     without_index = name not in SEEKABLE or (name == "avi" and len(entries) < len(packets))
     for trait, is_there in (
         (LATE_START, is_late and LATE_START not in traits),  # one that an edit list hides
-        (EDIT_LIST, is_cut),
         (ALL_KEYS, may_have_others and _calls_all_keys(name, codec, packets, entries)),
         (NO_INDEX, without_index),
         (OPEN_GROUPS, has_open_groups),

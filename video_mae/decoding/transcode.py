@@ -193,7 +193,7 @@ class _Array(_Sink):
     def add(self, frame: av.VideoFrame) -> None:
         frame_HWC = np.ascontiguousarray(pixels(frame, self.short_side))
         self.begin_frame(*frame_HWC.shape[:2])
-        self.count(self.file.write(frame_HWC))
+        self.count(self.file.write(frame_HWC.data))
 
     def close(self, seconds: NDArray[np.float64] | None) -> memoryview:
         shape = (self.num_frames, *self.size, 3)
