@@ -5,7 +5,7 @@ A decoder that hangs in native code cannot be interrupted, one that crashes take
 one that is told to allocates gigabytes. `Isolated` is the side that asks: it starts the process
 when it is first needed, and replaces it when a call has ended it. `main` is the process: it calls
 the functions it is asked to, and dies with who asks, or of what it reads. Answers come back through
-a socket, and large arrays in them as memory that is handed over.
+a socket, a clip in them through memory that both see.
 """
 
 import ctypes
@@ -25,7 +25,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count, islice
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,11 +39,11 @@ AHEAD = 4
 HELD_BYTES = 2**30
 """What results may hold until they are taken; beyond it no more items are begun."""
 SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals to a group of processes are meant for the trainer among them. Who starts this process
-blocks them until it ignores them.
-"""
+"""Signals to a group of processes, meant for the trainer: blocked until the process ignores them."""
+KEPT_BYTES = 2**28
+"""Shared memory that stays for the next answer; 16 frames of 340 x 256 pixels take 4 MB."""
 PR_SET_PDEATHSIG = 1
-COMMAND = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; main({socket}, {parent})"
+COMMAND = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; main({socket}, {memory}, {parent})"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,6 +60,8 @@ class Isolated:
         self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._memory = -1
+        self._map: mmap.mmap | None = None
         self._num_files = self._num_running = 0
 
     def load(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -92,7 +93,7 @@ class Isolated:
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
             answer = connection.recv_bytes()
-            buffers = [_received(connection) for _ in range(connection.recv())]
+            buffers = [self._copied(num_bytes) for num_bytes in connection.recv()]
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
         succeeded, result = pickle.loads(answer, buffers=buffers)
@@ -161,9 +162,11 @@ class Isolated:
         self._forget()
         self._num_files = 0
         ours, theirs = socket.socketpair()
+        self._memory = os.memfd_create("answer", os.MFD_CLOEXEC)
         command = COMMAND.format(
             path=[os.path.abspath(entry) for entry in sys.path],
             socket=theirs.fileno(),
+            memory=self._memory,
             parent=os.getpid(),
         )
         # glibc keeps a heap a thread, and decoders start threads for each file: with two heaps
@@ -173,7 +176,7 @@ class Isolated:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), self._memory),
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
@@ -182,6 +185,11 @@ class Isolated:
         theirs.close()
         self._connection = Connection(ours.detach())
         return self._connection
+
+    def _copied(self, num_bytes: int) -> NDArray[np.uint8]:
+        if self._map is None or len(self._map) < num_bytes:
+            self._map = mmap.mmap(self._memory, num_bytes)
+        return np.frombuffer(self._map, np.uint8, num_bytes).copy()
 
     def _reason(self) -> str:
         process = self._process
@@ -199,15 +207,8 @@ class Isolated:
     def _forget(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
-
-
-def _received(connection: Connection) -> mmap.mmap:
-    descriptor = recv_handle(connection)
-    try:
-        return mmap.mmap(descriptor, 0)
-    finally:
-        os.close(descriptor)
+            os.close(self._memory)
+            self._connection = self._map = None
 
 
 def _folder() -> str:
@@ -261,75 +262,89 @@ def in_order(
 
 
 _running: dict[int, Iterator[Any]] = {}
-_allocated: dict[int, int] | None = None
-"""In such a process: where arrays of the next answer lie, and the descriptors of their memory."""
+_shared: "SharedMemory | None" = None
+"""Of such a process."""
+
+
+class SharedMemory:
+    """Memory that both processes see, kept for the next answer: new memory costs more than a copy."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.is_free = descriptor, True
+        self.map: mmap.mmap | None = None
+
+    def clear(self) -> None:
+        """Forgets what was allocated, and gives back what a very large answer took."""
+        self.is_free = True
+        if self.map is not None and len(self.map) > KEPT_BYTES:
+            self.map = None
+            os.ftruncate(self.descriptor, 0)
+
+    def reserve(self, num_bytes: int) -> mmap.mmap:
+        """At least so many bytes."""
+        self.is_free = False
+        if self.map is None or len(self.map) < num_bytes:
+            os.ftruncate(self.descriptor, num_bytes)
+            self.map = mmap.mmap(self.descriptor, num_bytes)
+        return self.map
+
+    def holds(self, data: NDArray[np.uint8]) -> bool:
+        """Whether these bytes are the ones that were reserved."""
+        if self.map is None or self.is_free:
+            return False
+        return data.ctypes.data == np.frombuffer(self.map, np.uint8).ctypes.data
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array for an answer, of zeros; in such a process it lies in memory that is handed over
-    with the answer and not copied.
+    """An array for an answer, its content undefined; the first one of an answer lies where the
+    other process sees it.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if _allocated is None or num_bytes == 0:
-        return np.zeros(shape, dtype)
-    descriptor = os.memfd_create("answer")
-    try:
-        os.ftruncate(descriptor, num_bytes)
-        array = np.frombuffer(mmap.mmap(descriptor, num_bytes), dtype).reshape(shape)
-    except Exception:
-        os.close(descriptor)
-        raise
-    _allocated[array.ctypes.data] = descriptor
-    return array
+    num = math.prod(shape)
+    if _shared is None or not _shared.is_free or num == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(_shared.reserve(num * dtype.itemsize), dtype, num).reshape(shape)
 
 
 def end_with(parent: int) -> None:
-    """Has Linux end this process when the thread that started it is gone; one that already is ends
-    it here.
-    """
+    """Has Linux end this process with the thread that started it; one that is gone ends it here."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(0)
 
 
-def main(socket: int, parent: int) -> None:
+def main(socket: int, memory: int, parent: int) -> None:
     """Answers calls until the other side is gone."""
-    global _allocated
+    global _shared
     end_with(parent)
     for number in SPARED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about damaged files
-    connection, _allocated = Connection(socket), {}
+    connection, _shared = Connection(socket), SharedMemory(memory)
     while True:
         try:
             request = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
-        handed_over: list[int] = []
-        connection.send_bytes(_answer(request, handed_over))
-        connection.send(len(handed_over))
-        for descriptor in handed_over:
-            send_handle(connection, descriptor, parent)
-        while _allocated:
-            os.close(_allocated.popitem()[1])
+        _shared.clear()
+        lengths: list[int] = []
+        connection.send_bytes(_answer(request, _shared, lengths))
+        connection.send(lengths)
 
 
-def _answer(request: bytes, handed_over: list[int]) -> bytes:
-    """(whether it succeeded, the result or the error) as bytes, and descriptors of memory that
-    belongs to them.
+def _answer(request: bytes, shared: SharedMemory, lengths: list[int]) -> bytes:
+    """(whether it succeeded, the result or the error) as bytes, and the bytes that belong to them
+    in shared memory.
     """
 
-    assert _allocated is not None
-    allocated = _allocated
-
-    def is_copied(buffer: pickle.PickleBuffer) -> bool:
-        descriptor = allocated.get(np.frombuffer(buffer.raw(), np.uint8).ctypes.data)
-        if descriptor is not None:
-            handed_over.append(descriptor)
-        return descriptor is None
+    def is_inside(buffer: pickle.PickleBuffer) -> bool:
+        data = np.frombuffer(buffer.raw(), np.uint8)
+        is_outside = data.nbytes > 0 and shared.holds(data)
+        if is_outside:
+            lengths.append(data.nbytes)
+        return not is_outside
 
     try:
         function, arguments, memory_gb, folder = pickle.loads(request)
@@ -349,9 +364,9 @@ def _answer(request: bytes, handed_over: list[int]) -> bytes:
         except Exception:
             return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
     try:
-        return pickle.dumps((True, result), protocol=5, buffer_callback=is_copied)
+        return pickle.dumps((True, result), protocol=5, buffer_callback=is_inside)
     except Exception as error:  # pickle asks the objects themselves
-        handed_over.clear()
+        lengths.clear()
         return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {error}")))
 
 
