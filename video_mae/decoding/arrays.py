@@ -47,7 +47,8 @@ def open_npz(path: str, source: SourceConfig, in_channels: int) -> Frames:
         method = member.compress_type
         if member.flag_bits & 1 or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(
-                f"{member.filename} is encrypted or compressed in another way than np.savez_compressed does"
+                f"{member.filename} is encrypted or compressed in another way than "
+                "np.savez_compressed does"
             )
         with archive.open(member) as stream:  # checks the names and the place of the data
             if method == zipfile.ZIP_DEFLATED:
@@ -165,7 +166,8 @@ def _inflate(stream: BinaryIO) -> NDArray[Any]:
     shape, order, dtype, needed = _header(stream)
     if needed > MAX_CLIP_BYTES:
         raise ValueError(
-            f"the array {shape} of {dtype} has more than 2 GB; save it with np.save or np.savez, which need not be read whole"
+            f"the array {shape} of {dtype} has more than 2 GB; save it with np.save or "
+            "np.savez, which need not be read whole"
         )
     data = stream.read(needed)
     # the second read reaches the end, where the checksum is compared

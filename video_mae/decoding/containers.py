@@ -90,7 +90,8 @@ def check_container(path: str) -> str:
             return ""
         if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
             raise ValueError(
-                "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)"
+                "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, "
+                "gif, mxf, y4m, h264, mjpeg)"
             )
     if head.startswith(_ASF):
         return ASF
@@ -127,7 +128,8 @@ def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
     for kind, end in _boxes(file, 0, num_bytes):
         if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
             raise ValueError(
-                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}"
+                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends "
+                f"at {end}"
             )
 
 

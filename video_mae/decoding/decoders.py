@@ -53,7 +53,8 @@ def resolve(decoder: str) -> str:
     if reason := problem(decoder):
         working = ", ".join(name for name in NAMES if not problem(name))
         raise ValueError(
-            f"data.decoder: {decoder} cannot be loaded here ({reason}); install it, or take one of: {working}"
+            f"data.decoder: {decoder} cannot be loaded here ({reason}); install it, or take "
+            f"one of: {working}"
         )
     return decoder
 
@@ -104,7 +105,8 @@ def _open(name: str, path: str, reading: Reading) -> Frames:
     num_frames, read = module.open_video(path, reading, found.size)
     if num_frames != len(found.stamps.ticks):
         raise ValueError(
-            f"it counts {num_frames} frames, the packets are {len(found.stamps.ticks)}; it would be read wrongly"
+            f"it counts {num_frames} frames, the packets are {len(found.stamps.ticks)}; it "
+            "would be read wrongly"
         )
     return Frames(num_frames, read, found.stamps)
 

@@ -1,4 +1,4 @@
-"""From a file to the wanted frames: `read_clip`, for videos, pictures, arrays and TIFF stacks alike.
+"""From a file to the wanted frames: `read_clip`, for videos, pictures, arrays, TIFF stacks alike.
 
 A file is opened, read and closed by a function that is called in a process of its own. F different
 frames of a file, T frames of a clip, H W pixels, C channels.
@@ -346,19 +346,22 @@ def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
     if source.channels:
         if max(source.channels) >= channels:
             raise ValueError(
-                f"has {channels} channels, data.channels asks for {max(source.channels)}, counted from 0"
+                f"has {channels} channels, data.channels asks for {max(source.channels)}, "
+                "counted from 0"
             )
         frame_HWC = frame_HWC[:, :, list(source.channels)]
         channels = len(source.channels)
     if channels != reading.in_channels:
         raise ValueError(
-            f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} pixels, model.in_channels is "
+            f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} "
+            "pixels, model.in_channels is "
             f"{reading.in_channels}; change it, data.channels, or data.axes"
         )
     if source.value_range is None:
         if frame_HWC.dtype != np.uint8:
             raise ValueError(
-                f"holds {frame_HWC.dtype}; set data.value_range to the values that are black and white"
+                f"holds {frame_HWC.dtype}; set data.value_range to the values that are black "
+                "and white"
             )
         return np.asarray(frame_HWC)
     low, high = source.value_range

@@ -39,11 +39,14 @@ AHEAD = 4
 HELD_BYTES = 2**30
 """What results may hold until they are taken; beyond it no more items are begun."""
 SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals to a group of processes, meant for the trainer: blocked until the process ignores them."""
+"""Signals to a group of processes are meant for the trainer; blocked until they are ignored."""
 KEPT_BYTES = 2**28
 """Shared memory that stays for the next answer; 16 frames of 340 x 256 pixels take 4 MB."""
 PR_SET_PDEATHSIG = 1
-COMMAND = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; main({socket}, {memory}, {parent})"
+COMMAND = (
+    "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; "
+    "main({socket}, {memory}, {parent})"
+)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -267,7 +270,7 @@ _shared: "SharedMemory | None" = None
 
 
 class SharedMemory:
-    """Memory that both processes see, kept for the next answer: new memory costs more than a copy."""
+    """Memory that both processes see, and that is kept: new memory costs more than a copy."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor, self.is_free = descriptor, True

@@ -1,4 +1,4 @@
-"""A media file: where it is, how it is to be read, what it is once it is open, and why it cannot be.
+"""A media file: where it is, how it is read, what it is once it is open, and why it cannot be.
 
 T frames of a clip, F frames of a file, H W pixels, C channels.
 """
@@ -213,7 +213,7 @@ NOISE = (
 
 
 def one_line(error: Exception, place: Place) -> str:
-    """The reason without decord's C++ file names, time stamps, conditions, advice and stack trace."""
+    """The reason without C++ file names, time stamps, conditions, advice and stack traces."""
     if isinstance(error, MemoryError):
         return "needs more memory than a decoder may take"
     if isinstance(error, OSError) and error.strerror:

@@ -76,9 +76,11 @@ class Packet(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """The packets of a video in the order of decoding. traits: what leads decoders astray; reorders:
-    whether some frame is shown before one that is stored before it. Of the first frame, where it
-    was looked at: how it is shown, and its (height, width) then.
+    """The packets of a video in the order of decoding.
+
+    traits: what leads decoders astray; reorders: whether some frame is shown before one that is
+    stored before it. Of the first frame, where it was looked at: how it is shown, and its (height,
+    width) then.
     """
 
     container: str

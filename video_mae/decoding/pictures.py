@@ -77,7 +77,8 @@ def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
         own_axes = page.axes.replace("S", "C").translate(ZYX_IS_THW)
         if set(own_axes) - set("HWC"):
             raise ValueError(
-                f"a page has the axes {page.axes}; save the volume as one page a slice, or with np.save"
+                f"a page has the axes {page.axes}; save the volume as one page a slice, or "
+                "with np.save"
             )
         group = _pages_per_frame(page.description, num_pages)
     axes = source.axes_thwc or ("TC" if group > 1 else "T") + own_axes
@@ -85,7 +86,8 @@ def open_tiff(path: str, source: SourceConfig, in_channels: int) -> Frames:
         group = 1
     elif group == 1 or len(axes) != 2 + len(own_axes) or not axes.startswith("TC"):
         raise ValueError(
-            f"a page has the axes {page.axes}: data.axes {source.axes} must name the pages' axis, then these"
+            f"a page has the axes {page.axes}: data.axes {source.axes} must name the pages' "
+            "axis, then these"
         )
     if not axes.startswith("T"):  # all pages are one frame
         group, axes = num_pages, f"T{axes}"
@@ -142,7 +144,8 @@ def _pages_per_frame(description: str, num_pages: int) -> int:
         raise ValueError("a stack behind one page: write it without `truncate`")
     if re.search(r'<Pixels\b[^>]*\bSizeC="(?!1")', description):
         raise ValueError(
-            "an OME-TIFF with channels as pages: save it as an ImageJ stack, or with np.save and data.axes"
+            "an OME-TIFF with channels as pages: save it as an ImageJ stack, or with np.save "
+            "and data.axes"
         )
     if not description.startswith("ImageJ="):
         return 1
@@ -150,7 +153,8 @@ def _pages_per_frame(description: str, num_pages: int) -> int:
     images, channels = int(fields.get("images", 1)), max(int(fields.get("channels", 1)), 1)
     if images > num_pages or num_pages % channels:
         raise ValueError(
-            f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: save it as BigTIFF, or with np.save"
+            f"an ImageJ stack of {images} images, {channels} channels, in {num_pages} pages: "
+            "save it as BigTIFF, or with np.save"
         )
     return channels
 
@@ -165,7 +169,8 @@ def _decode(tiff: tifffile.TiffFile, index: int, num_pages: int) -> NDArray[Any]
         raise ValueError(f"page {index} holds places in a palette; save the colours themselves")
     if page.dtype is None or page.dtype.kind not in "uif":
         raise ValueError(
-            f"page {index} holds {page.dtype or 'values of an unknown type'}, not integers or floats"
+            f"page {index} holds {page.dtype or 'values of an unknown type'}, not integers or "
+            "floats"
         )
     if page.compression not in (NONE, LZW, *DEFLATE):
         raise ValueError(

@@ -120,7 +120,8 @@ def _images(open_still: Callable[..., Any], path: str) -> Iterator[av.VideoFrame
     for frame_HWC in opened.read(np.arange(opened.num_frames)):
         if frame_HWC.dtype != np.uint8 or frame_HWC.shape[2] != 3:
             raise ValueError(
-                f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 is packed; list it as it is"
+                f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 "
+                "is packed; list it as it is"
             )
         yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
 
@@ -226,7 +227,8 @@ class _Video(_Sink):
             "crf": str(config.crf),
             "preset": config.preset,
             "tune": "fastdecode",
-            "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:threads=1:lookahead-threads=1",
+            "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:"
+            "threads=1:lookahead-threads=1",
         }
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         self.context = self.stream.codec_context

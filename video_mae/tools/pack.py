@@ -81,7 +81,8 @@ def start(source: str, folder: str, config: PackConfig) -> int:
                 _pack_all(items, writer, config, stop)
             if stop.number:
                 print(
-                    f"{folder}: stopped at {writer.num_rows} of {len(items)} videos; the same command goes on from there",
+                    f"{folder}: stopped at {writer.num_rows} of {len(items)} videos; the same "
+                    "command goes on from there",
                     flush=True,
                 )
                 return 128 + stop.number
@@ -233,7 +234,8 @@ def _conclude(
 def _tell(folder: Path, manifest: dict[str, Any], before: str) -> int:
     refused = f", {manifest['refused']} refused ({REFUSED} says why)" if manifest["refused"] else ""
     print(
-        f"{folder}: {before}{manifest['videos']} videos{refused}, {manifest['bytes'] / 1e6:.1f} MB in {len(manifest['shards'])} shards; "
+        f"{folder}: {before}{manifest['videos']} videos{refused}, "
+        f"{manifest['bytes'] / 1e6:.1f} MB in {len(manifest['shards'])} shards; "
         f"data.source={folder}",
         flush=True,
     )
@@ -247,7 +249,8 @@ def _failed(error: OSError, folder: Path) -> int:
         else "see to the disk"
     )
     print(
-        f"video-mae pack: {folder}: {error.strerror or error}: {remedy} and start the same command again, what is packed is not lost",
+        f"video-mae pack: {folder}: {error.strerror or error}: {remedy} and start the same "
+        "command again, what is packed is not lost",
         file=sys.stderr,
         flush=True,
     )

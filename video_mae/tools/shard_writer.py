@@ -40,7 +40,8 @@ class ShardWriter:
         except BlockingIOError:
             self._rows.close()
             raise ValueError(
-                f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose another folder"
+                f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose "
+                "another folder"
             ) from None
         self._shards = open(folder / SHARDS, "ab+", buffering=0)  # noqa: SIM115
         self._begin_shard(0)
