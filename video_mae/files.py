@@ -260,7 +260,9 @@ def check_made_with(
     folder = file.parent
     if not file.is_file():
         # What a stopped writer leaves is hidden.
-        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+        if folder.exists() and (
+            not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
+        ):
             raise ValueError(
                 f"{folder}: is not empty and has no {file.name}; choose another folder"
             )

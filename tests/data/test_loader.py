@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,7 +178,7 @@ def test_real_videos_decode_to_the_same_frames_with_any_number_of_threads(
     one, four = (
         read_clip(
             str(shared_videos / "real" / name),
-            lambda n: clip_indices(n, 16, 3, np.random.default_rng(1)),
+            partial(clip_indices, num_frames=16, stride=3, rng=np.random.default_rng(1)),
             Reading(decoder=decoder, threads=threads),
         )
         for threads in (1, 4)

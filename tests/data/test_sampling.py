@@ -10,14 +10,11 @@ import pytest
 from video_mae.data.sampling import (
     ShardStream,
     StepSampler,
-    clip_indices,
-    dense_indices,
     epoch_order,
-    part_indices,
     sample_rng,
     sample_seed,
-    uniform_indices,
 )
+from video_mae.decoding.choices import clip_indices, dense_indices, part_indices, uniform_indices
 
 
 def sampler(

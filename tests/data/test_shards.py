@@ -133,7 +133,7 @@ def test_only_the_wanted_frames_are_read_in_this_process(
     monkeypatch.setattr(
         "video_mae.decoding.frames.decoder_process", lambda: pytest.fail("a process is asked")
     )
-    found = read_clip(member, lambda _: np.array([2, 7, 7, 5]), Reading())
+    found = read_clip(member, [2, 7, 7, 5], Reading())
     assert np.array_equal(found.clip_THWC, whole[[2, 7, 7, 5]])
     assert found.decoder == "numpy"
     assert reads == [member.offset + 128 + frame * 48 * 48 * 3 for frame in (2, 5, 7)]
@@ -152,10 +152,7 @@ def test_a_folder_behind_a_url_is_a_source(
     assert videos[2][0].archive.startswith(url)
     for index in (0, 13, 23):
         for wanted in ([0, 1, 2, 3, 9], [15], [1, 15]):
-            found, expected = (
-                decode(either[index][0], lambda _, wanted=wanted: np.array(wanted))
-                for either in (videos, local)
-            )
+            found, expected = (decode(either[index][0], wanted) for either in (videos, local))
             assert np.array_equal(found, expected)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from video_mae.data import views as module
 from video_mae.data.augment import crop_clip
 from video_mae.data.views import ViewDataset, Views, make_view_loader
-from video_mae.decoding import Reading, decode
+from video_mae.decoding import Decoded, Reading, decode, read_clip
 
 
 def views(**changes: object) -> Views:
@@ -136,11 +136,11 @@ def test_views_are_cut_from_one_decode_of_the_frames_they_share(
     frames = np.random.default_rng(0).integers(0, 256, (40, 32, 48, 3), dtype=np.uint8)
     path, calls = write_video(tmp_path / "video.mp4", frames), []
 
-    def counting(path: str, choose: Callable, reading: Reading) -> np.ndarray:
+    def counting(path: str, choose: Callable, reading: Reading) -> Decoded:
         calls.append(path)
-        return decode(path, choose, reading)
+        return read_clip(path, choose, reading)
 
-    monkeypatch.setattr(module, "decode", counting)
+    monkeypatch.setattr(module, "read_clip", counting)
     chosen = views(num_frames=4, height=16, width=16, num_clips=3, num_crops=2)
     video = chosen.read(str(path))
     assert calls == [str(path)]
@@ -148,9 +148,7 @@ def test_views_are_cut_from_one_decode_of_the_frames_they_share(
     clip_VTHWC = video.clips()
     assert clip_VTHWC.shape == (6, 4, 16, 16, 3)
     for view, (clip, crop) in enumerate((clip, crop) for clip in range(3) for crop in range(2)):
-        alone_THWC = torch.from_numpy(
-            decode(str(path), lambda total, clip=clip: chosen.frames(total)[clip])
-        )
+        alone_THWC = torch.from_numpy(decode(str(path), chosen.frames(40)[clip]))
         resized_THWC = crop_clip(alone_THWC, (0, 0, 32, 48), (16, 24), flip=False)
         assert torch.equal(clip_VTHWC[view], resized_THWC[:, :, 8 * crop : 8 * crop + 16])
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from video_mae.config.data import SourceConfig
 from video_mae.decoding import Reading, VideoDecodeError, decode
-from video_mae.decoding.stills import EXTENSIONS as STILLS
+from video_mae.decoding.pictures import STILLS
 
 
 def read(path: Path, in_channels: int = 1, **source: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ F frames of a file, H W pixels, C channels.
 import struct
 from collections.abc import Callable
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from video_mae.decoding import (
     decode,
     read_clip,
     resolve_decoder,
-    times,
     times_and_start,
     transcode,
 )
 from video_mae.decoding import decoders as table
+from video_mae.decoding.choices import uniform_indices
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import describe
+from video_mae.decoding.media import scaled_size
 from video_mae.decoding.packets import ADJACENT_KEYS, OPEN_GROUPS
 from video_mae.decoding.pyav_video import pixels, sequential
-from video_mae.decoding.reading import scaled_size
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "videos" / "real"
 REAL = sorted(path.name for path in SHARED.iterdir()) if SHARED.is_dir() else []
@@ -219,11 +219,10 @@ def shown_as(frame_HWC: NDArray[np.uint8], index: int, truth_FHWC: NDArray[np.ui
 def test_a_jump_to_any_frame_gives_what_reading_in_order_gives(decoder, name, place):
     path, reading = place(name), Reading(decoder=decoder)
     truth_FHWC, _ = truth(path)
-    counts: list[int] = []
-    in_order = read_clip(path, lambda n: counts.append(n) or np.arange(min(n, MOST)), reading)
-    assert counts == [len(truth_FHWC)]
+    in_order = read_clip(path, slice(MOST), reading)
+    assert in_order.num_frames == len(truth_FHWC)
     num_frames = len(in_order.clip_THWC)
-    last = read_clip(path, lambda n: np.array([n - 1]), reading)
+    last = read_clip(path, [-1], reading)
     assert shown_as(last.clip_THWC[0], len(truth_FHWC) - 1, truth_FHWC)
     if in_order.decoder == "pyav":
         np.testing.assert_array_equal(in_order.clip_THWC, truth_FHWC[:num_frames])
@@ -238,7 +237,7 @@ def test_a_jump_to_any_frame_gives_what_reading_in_order_gives(decoder, name, pl
         np.minimum(rng.integers(num_frames) + 4 * np.arange(6), num_frames - 1),
         np.array([num_frames - 1, 0, num_frames - 1]),
     ):
-        found = read_clip(path, lambda n, wanted=wanted: wanted, reading)
+        found = read_clip(path, wanted, reading)
         assert found.decoder == in_order.decoder
         np.testing.assert_array_equal(found.clip_THWC, in_order.clip_THWC[wanted])
 
@@ -250,7 +249,7 @@ def test_a_jump_to_any_frame_gives_what_reading_in_order_gives(decoder, name, pl
 def test_threads_change_nothing(decoder, name, place):
     wanted = np.array([1, 7, 8, 15, 20])
     clips = [
-        decode(place(name), lambda n: wanted, Reading(decoder=decoder, threads=threads))
+        decode(place(name), wanted, Reading(decoder=decoder, threads=threads))
         for threads in (1, 2, 4)
     ]
     np.testing.assert_array_equal(clips[1], clips[0])
@@ -288,19 +287,15 @@ def test_frames_are_scaled_as_they_are_decoded(decoder, name, place):
     index = min(5, len(truth_FHWC) - 1)
     frame = next(frame for place, frame in enumerate(sequential(path)) if place == index)
     for short_side in (32, 47):
-        clip_THWC = decode(
-            path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=short_side)
-        )
+        clip_THWC = decode(path, [index], Reading(decoder=decoder, short_side=short_side))
         assert clip_THWC.shape == (
             1,
             *scaled_size(truth_FHWC.shape[1], truth_FHWC.shape[2], short_side),
             3,
         )
         assert differences(clip_THWC, pixels(frame, short_side))[0] < CLOSE
-    large = decode(path, lambda n: np.array([index]), Reading(decoder=decoder, short_side=4096))
-    np.testing.assert_array_equal(
-        large, decode(path, lambda n: np.array([index]), Reading(decoder=decoder))
-    )
+    large = decode(path, [index], Reading(decoder=decoder, short_side=4096))
+    np.testing.assert_array_equal(large, decode(path, [index], Reading(decoder=decoder)))
 
 
 @pytest.mark.parametrize(
@@ -324,7 +319,7 @@ def test_the_shorter_side_is_the_one_that_is_asked_for(height, width, short_side
 def test_frames_have_the_times_of_their_stamps(decoder, name, place):
     path = place(name)
     _, stamps = truth(path)
-    found = times(path, Reading(decoder=decoder))
+    found, _ = times_and_start(path, Reading(decoder=decoder))
     assert found.shape == (len(stamps), 2)
     np.testing.assert_allclose(found[:, 0] - found[0, 0], np.array(stamps) - stamps[0], atol=2e-3)
     assert (found[:, 1] > found[:, 0]).all()
@@ -352,7 +347,7 @@ def test_what_leads_decoders_astray_is_known_before_they_open_a_file(name, kind,
 def test_what_a_decoder_misreads_is_left_to_another_and_named(decoder, name, place):
     path = place(name)
     description = describe(path)
-    found = read_clip(path, lambda n: np.array([n // 2]), Reading(decoder=decoder))
+    found = read_clip(path, partial(uniform_indices, num_frames=1), Reading(decoder=decoder))
     truth_FHWC, _ = truth(path)
     assert shown_as(found.clip_THWC[0], len(truth_FHWC) // 2, truth_FHWC)
     assert (found.decoder == decoder) == (decoder in description.trusted_with)
@@ -363,7 +358,7 @@ def test_what_a_decoder_misreads_is_left_to_another_and_named(decoder, name, pla
 
 def test_a_file_that_the_decoder_cannot_open_is_left_to_the_next_that_can(tmp_path):
     path = render(tmp_path / "av1.mkv", 12, codec="libsvtav1", preset="12", g="6")
-    found = read_clip(str(path), lambda n: np.arange(4), Reading(decoder="decord"))
+    found = read_clip(str(path), slice(4), Reading(decoder="decord"))
     assert found.decoder == next(
         name for name in table.NAMES if name != "decord" and not table.problem(name)
     )
@@ -371,7 +366,7 @@ def test_a_file_that_the_decoder_cannot_open_is_left_to_the_next_that_can(tmp_pa
     assert "\n" not in found.fallback
     np.testing.assert_array_equal(
         found.clip_THWC,
-        decode(str(path), lambda n: np.arange(4), Reading(decoder=found.decoder)),  # pyright: ignore[reportArgumentType]
+        decode(str(path), slice(4), Reading(decoder=found.decoder)),  # pyright: ignore[reportArgumentType]
     )  # pyright: ignore[reportArgumentType]
 
 
@@ -481,9 +476,7 @@ def test_pictures_are_turned_and_mirrored_as_their_matrix_says(decoder, short_si
             path = tmp_path / "turned.mp4"
             path.write_bytes(plain)
             turned(path, tuple(matrix.ravel()))
-            found = read_clip(
-                str(path), lambda n: np.array([1]), Reading(decoder=decoder, short_side=short_side)
-            )
+            found = read_clip(str(path), [1], Reading(decoder=decoder, short_side=short_side))
             height, width = (48, 80) if turn[0, 0] else (80, 48)
             assert found.clip_THWC.shape[1:3] == scaled_size(height, width, short_side)
             assert corner_numbers(found.clip_THWC[0]) == shown_corners(turn)
@@ -534,14 +527,16 @@ def test_packing_bakes_in_how_a_picture_is_shown_and_when(form, tmp_path):
         description = describe(str(path))
         assert description.mirrored == (np.linalg.det(turn) < 0)
         assert abs(description.rotation) % 180 == (90 if turn[0, 0] == 0 else 0)
-        handle = transcode.begin(str(path), PackConfig(form=form))
-        packed = next(filter(None, iter(lambda handle=handle: transcode.go_on(handle), ())))
+        *_, packed = transcode.pack(str(path), PackConfig(form=form))
+        assert packed is not None
         copy = tmp_path / ("packed.mp4" if form == "video" else "packed.npy")
         copy.write_bytes(packed.media.tobytes())
         clip_THWC = decode(str(copy), np.arange, Reading())
-        assert clip_THWC.shape == (3, packed.height, packed.width, 3)
+        assert clip_THWC.shape == (3, packed.about["height"], packed.about["width"], 3)
         assert corner_numbers(clip_THWC[0]) == shown_corners(turn)
         if form == "video":
             np.testing.assert_allclose(
-                times(str(copy), Reading()), times(str(path), Reading()), atol=1e-4
+                times_and_start(str(copy), Reading())[0],
+                times_and_start(str(path), Reading())[0],
+                atol=1e-4,
             )

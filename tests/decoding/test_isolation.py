@@ -18,12 +18,13 @@ import numpy as np
 import psutil
 import pytest
 
-from video_mae.decoding import Reading, VideoDecodeError, decode, frames
+from video_mae.decoding import Reading, VideoDecodeError, decode, isolation, stream
 from video_mae.decoding.isolation import Isolated, KilledError, decoder_process
 
 STRANGE = '''
 import ctypes, mmap, os, signal, sys, threading, time
 import numpy as np
+from video_mae.decoding.isolation import allocate
 
 class Odd(Exception):
     def __init__(self, first, second):
@@ -74,8 +75,8 @@ def lock():
 def big_list(num_bytes):
     return bytes(num_bytes)
 
-def shared_array(shape, dtype, allocate):
-    array = allocate(shape, dtype)
+def shared_array(shape, dtype):
+    array = allocate(shape, np.dtype(dtype))
     array[...] = np.arange(shape[-1])
     return array
 
@@ -220,16 +221,16 @@ def test_memory_without_end_is_an_error_within_the_limit_and_the_limit_is_for_on
 
 
 def test_arrays_come_back_as_they_are_and_large_memory_is_given_back(isolated, strange):
-    small = isolated.call(strange.shared_array, (3, 5, 7), np.uint16, seconds=30, shares=True)
+    small = isolated.call(strange.shared_array, (3, 5, 7), np.uint16, seconds=30)
     assert (small.dtype, small.flags.writeable) == (np.uint16, True)
     np.testing.assert_array_equal(small, np.broadcast_to(np.arange(7), (3, 5, 7)))
-    large = isolated.call(strange.shared_array, (300, 2**20), np.uint8, seconds=60, shares=True)
+    large = isolated.call(strange.shared_array, (300, 2**20), np.uint8, seconds=60)
     np.testing.assert_array_equal(
         large[::50], np.broadcast_to(np.arange(2**20).astype(np.uint8), (6, 2**20))
     )
-    again = isolated.call(strange.shared_array, (3, 5, 7), np.int64, seconds=30, shares=True)
+    again = isolated.call(strange.shared_array, (3, 5, 7), np.int64, seconds=30)
     np.testing.assert_array_equal(again, small)
-    # a copy: later calls do not write into it
+    # later calls do not write into it
     np.testing.assert_array_equal(small, np.broadcast_to(np.arange(7), (3, 5, 7)))
     assert os.fstat(isolated._memory).st_size < 2**20
     found = isolated.call(strange.several, seconds=30)
@@ -355,7 +356,7 @@ def test_a_hang_in_native_code_costs_its_deadline(isolated, strange, shared_vide
     assert time.monotonic() - begin < 5
     assert isolated.call(strange.pid, seconds=30)
     # guarded, it is left to another
-    assert len(decode(path, lambda n: np.arange(0, n, 4), Reading(decoder="decord"))) == 15
+    assert len(decode(path, slice(None, None, 4), Reading(decoder="decord"))) == 15
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -367,7 +368,7 @@ def test_a_bomb_is_refused_within_its_limits(decoder, shared_videos):
         with pytest.raises(VideoDecodeError):
             decode(
                 path,
-                lambda n: np.arange(16),
+                slice(16),
                 Reading(decoder=decoder, memory_gb=memory_gb, seconds=30),
             )
         assert time.monotonic() - begin < 31
@@ -384,19 +385,20 @@ def test_a_process_is_renewed_before_it_grows_old_but_not_under_an_open_file(
             np.random.default_rng(0).integers(256, size=(20, 32, 48, 3), dtype=np.uint8),
         )
     )
-    monkeypatch.setattr(frames, "MOST_FILES", 3)
+    monkeypatch.setattr(isolation, "MOST_FILES", 3)
     all_FHWC = decode(path, np.arange)
 
     def pid() -> int:
         return decoder_process().call(os.getpid, seconds=30)
 
-    first, streamed = pid(), frames.stream(path, np.arange)
-    shown = [next(streamed)]
+    first, streamed = pid(), stream(path, np.arange)
+    shown = [next(streamed)[2]]
     # meanwhile the stream's file is open
     assert all(np.array_equal(decode(path, np.arange), all_FHWC) for _ in range(4))
     assert pid() == first
-    shown += list(streamed)
+    shown += [frame for _, _, frame in streamed]
     np.testing.assert_array_equal(np.stack(shown), all_FHWC)
+    assert np.array_equal(decode(path, np.arange), all_FHWC)
     assert pid() != first
     assert is_gone(first)
 
@@ -428,7 +430,7 @@ def test_memory_and_handles_are_the_same_after_thousands_of_opens(
             _, handles = taken()
         if turn == 300:
             memory, _ = taken()
-        decode(str(path), lambda n: np.array([1, 3, 8]), reading)
+        decode(str(path), [1, 3, 8], reading)
         if turn % 10 == 0:
             with pytest.raises(VideoDecodeError):
                 decode(str(tmp_path / "cut.mp4"), np.arange, reading)

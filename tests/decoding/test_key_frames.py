@@ -142,9 +142,7 @@ def test_the_last_frames_of_a_refresh_column_by_column_are_whole(container, tmp_
     monkeypatch.setitem(matrix.CODECS, "H.264", (name, form, {**options, "g": "12"}))
     path = remade(tmp_path / "a", container, "H.264", lambda packets: packets)
     for index, frame in enumerate(sequential(path)):
-        alone_HWC = read_clip(
-            path, lambda _, index=index: np.array([index]), Reading(decoder="pyav")
-        ).clip_THWC[0]
+        alone_HWC = read_clip(path, [index], Reading(decoder="pyav")).clip_THWC[0]
         assert np.array_equal(alone_HWC, pixels(frame, 0)), index
 
 
@@ -153,4 +151,4 @@ def test_what_has_no_decoder_here_is_refused_in_words(tmp_path):
     remade(path, "mkv", "MPEG-4", lambda packets: packets)
     path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/ASP", b"V_MPEG4/ISO/XXX"))
     with pytest.raises(VideoDecodeError, match="no decoder for its video"):
-        read_clip(str(path), lambda _: np.array([0]), Reading(decoder="pyav"))
+        read_clip(str(path), [0], Reading(decoder="pyav"))

@@ -16,9 +16,10 @@ import numpy as np
 from av.video.frame import PictureType
 from numpy.typing import NDArray
 
-from video_mae.decoding import Reading, decoders
+from video_mae.decoding import Reading
+from video_mae.decoding.frames import open_file
 from video_mae.decoding.inspection import describe
-from video_mae.decoding.opened import close_file, next_frames, open_file
+from video_mae.decoding.packets import IN_ORDER
 from video_mae.decoding.pyav_video import sequential
 
 HEIGHT, WIDTH, NUM_FRAMES, GROUP = 64, 96, 40, 10
@@ -252,15 +253,18 @@ def alone(path: str, decoder: str) -> tuple[str, str, list[int]]:
     From the last one back, so that each is sought; every tenth in a file that was just opened.
     """
     reading, numbers = Reading(decoder=decoder), list[int]()  # pyright: ignore[reportArgumentType]
-    handle, num_frames, name, fallback = open_file(path, reading)
-    step = 1 if name == decoder else max(num_frames // 2, 1)  # the other one has its own turn
-    for index in reversed(range(0, num_frames, step)):
-        clip_FHWC, _ = next_frames(handle, 1, np.array([index]))
-        numbers.append(number_in(clip_FHWC[0]))
-        if index % 10 == 0:
-            close_file(handle)
-            handle = open_file(path, reading).handle
-    close_file(handle)
+    with open_file(path, reading) as (frames, name, fallback):
+        # the other one has its own turn
+        step = 1 if name == decoder else max(frames.num_frames // 2, 1)
+        indices = list(reversed(range(0, frames.num_frames, step)))
+    while indices:
+        with open_file(path, reading) as (frames, _, _):
+            while indices:
+                index = indices.pop(0)
+                (frame_HWC,) = frames.read(np.array([index]))
+                numbers.append(number_in(frame_HWC))
+                if index % 10 == 0:
+                    break
     return name, fallback, numbers[::-1]
 
 
@@ -271,11 +275,7 @@ def table(folder: Path) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for codec in CONTAINERS[container][2]:
             description = describe(str(place(folder, container, codec)))
-            seeks = (
-                "from the start"
-                if set(description.traits) & {*decoders.FROM_START, *decoders.IN_ORDER}
-                else "seeks"
-            )
+            seeks = "from the start" if set(description.traits) & {*IN_ORDER} else "seeks"
             trusted = [
                 "yes" if name in description.trusted_with else "-"
                 for name in ("decord", "torchcodec")

@@ -31,7 +31,8 @@ from video_mae.config.data import SourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.config.schema import parse
 from video_mae.data import read_annotations
-from video_mae.decoding import Member, Reading, decode, decoders, read_clip, times
+from video_mae.decoding import Member, Reading, decode, decoders, read_clip, times_and_start
+from video_mae.decoding.media import local_file
 from video_mae.decoding.pyav_video import pixels, sequential
 from video_mae.tools import pack
 
@@ -169,9 +170,9 @@ def luma(path: str, size: tuple[int, int]) -> tuple[list[np.ndarray], list[float
 
 
 def check_packed(source: Path, member: Member, row: dict[str, Any]) -> None:
-    path, kept = decoders.local_file(member)
     wanted, stamps = luma(str(source), (row["height"], row["width"]))
-    found, new_stamps = luma(path, (row["height"], row["width"]))
+    with local_file(member) as path:
+        found, new_stamps = luma(path, (row["height"], row["width"]))
     assert len(found) == len(wanted) == row["num_frames"]
     own = [psnr(a, b) for a, b in zip(wanted, found, strict=True)]
     assert min(own) > 27, own
@@ -188,7 +189,6 @@ def check_packed(source: Path, member: Member, row: dict[str, Any]) -> None:
         row["source_sha256"],
         row["source_bytes"],
     )
-    del kept
 
 
 def test_a_packed_clip_has_the_frames_of_its_source_in_their_order(
@@ -232,7 +232,7 @@ def test_a_real_clip_keeps_its_frames(name: str, shared_videos: Path, tmp_path: 
     found, wanted = all_frames(member), np.array([0, row["num_frames"] // 2, row["num_frames"] - 1])
     for decoder in decoders.NAMES:
         if not decoders.problem(decoder):
-            read = read_clip(member, lambda _: wanted, Reading(decoder=decoder))  # pyright: ignore[reportArgumentType]
+            read = read_clip(member, wanted, Reading(decoder=decoder))  # pyright: ignore[reportArgumentType]
             # nothing about it is known to be read wrongly
             assert (read.decoder, read.fallback) == (decoder, "")
             assert psnr(read.clip_THWC, found[wanted]) > 35
@@ -252,7 +252,7 @@ def test_random_access_to_a_packed_clip_equals_reading_it_in_order(
         for _ in range(4):
             wanted = rng.integers(0, len(frames), 5)
             assert np.array_equal(
-                decode(member, lambda _, wanted=wanted: wanted, Reading(decoder=decoder)),
+                decode(member, wanted, Reading(decoder=decoder)),
                 frames[wanted],
             )
 
@@ -261,14 +261,12 @@ def test_key_frames_come_every_gop_frames_and_none_refers_ahead(
     odd_videos: dict[str, Path], tmp_path: Path
 ) -> None:
     ((member, _),) = packed(write_list(tmp_path, [odd_videos["constant"]]), tmp_path / "out", gop=8)
-    path, kept = decoders.local_file(member)
-    with av.open(path) as container:
+    with local_file(member) as path, av.open(path) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
         assert [stream.type for stream in container.streams] == ["video"]
     keys = [number for number, packet in enumerate(packets) if packet.is_keyframe]
     assert max(np.diff([*keys, 40])) <= 8
     assert all(packet.pts == packet.dts for packet in packets)
-    del kept
 
 
 def test_packed_frames_are_the_pixels_that_a_decoder_gives(
@@ -289,9 +287,7 @@ def test_packed_frames_are_the_pixels_that_a_decoder_gives(
     for (member, _), source in zip(videos[:2], sources, strict=False):
         wanted = np.stack([pixels(frame, 40) for frame in sequential(str(source))])[::3]
         assert np.array_equal(decode(member, np.arange), wanted)
-        assert np.array_equal(
-            decode(member, lambda _: np.array([4, 1, 1, 6])), wanted[[4, 1, 1, 6]]
-        )
+        assert np.array_equal(decode(member, [4, 1, 1, 6]), wanted[[4, 1, 1, 6]])
     assert [row["num_frames"] for row in rows_of(tmp_path / "out")] == [14, 7, 1, 2]
     assert [row["fps"] for row in rows_of(tmp_path / "out")] == [
         round(25 / 3, 4),
@@ -320,9 +316,8 @@ def test_fps_keeps_at_most_so_many_frames_a_second(
         first, second = rows_of(tmp_path / form)
         assert (first["num_frames"], first["fps"]) == (10, 6.25)  # every fourth
         assert 12 <= second["num_frames"] < 30
-    seconds = times(
-        read_annotations(SourceConfig(source=str(tmp_path / "video")))[1][0], Reading()
-    )[:, 0]  # pyright: ignore
+    place, _ = read_annotations(SourceConfig(source=str(tmp_path / "video")))[1]
+    seconds = times_and_start(place, Reading())[0][:, 0]
     assert np.diff(seconds).min() > 0.5 / 6.25
     assert len(seconds) <= seconds[-1] * 6.25 + 1.2
     (member, _), _ = packed(source, tmp_path / "all", fps=100.0)
@@ -550,16 +545,16 @@ def test_a_folder_belongs_to_one_list_and_one_way_of_packing(many: str, tmp_path
         assert "\n" not in str(error.value)
 
     refuses(
-        "its packing was begun with short_side = 224, now 112; choose another folder",
+        "was made with short_side = 224, now 112; choose another folder",
         short_side=112,
     )
     longer = write_list(
         tmp_path / "longer", [Path(many).parent / f"{number}.mp4" for number in range(59)]
     )
-    refuses("its packing was begun from another list", longer)
+    refuses("was made with another list of this name", longer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    refuses("is not empty and holds no packed videos", where=str(tmp_path / "full"))
+    refuses("is not empty and has no pack.json", where=str(tmp_path / "full"))
     refuses("is a URL; pack into a local folder", where="s3://bucket/out")
     (folder / "manifest.json").unlink()
     writer = pack.ShardWriter(folder, "frames", 10**6)

@@ -4,10 +4,11 @@ clips -> device.
 
 from video_mae.data.dataset import Batch, ClipDataset, Failure, collate
 from video_mae.data.loader import make_loader
-from video_mae.data.sampling import StepSampler, clip_indices, sample_rng
+from video_mae.data.sampling import StepSampler, sample_rng
 from video_mae.data.sources import read_sources
 from video_mae.data.videos import class_names, read_annotations
 from video_mae.decoding import VideoDecodeError, decode
+from video_mae.decoding.choices import clip_indices
 
 __all__ = [
     "Batch",

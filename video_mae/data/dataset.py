@@ -17,19 +17,12 @@ from torch.utils.data import Dataset
 from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
 from video_mae.data.augment import crop_box, crop_clip, strengthen_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
-from video_mae.data.sampling import (
-    Key,
-    clip_indices,
-    dense_indices,
-    part_indices,
-    sample_rng,
-    sample_seed,
-    uniform_indices,
-)
+from video_mae.data.sampling import Key, sample_rng, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
+from video_mae.decoding.choices import clip_indices, dense_indices, part_indices, uniform_indices
 
 MAX_ATTEMPTS = 20
 # Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video
@@ -176,7 +169,7 @@ class ClipDataset(Dataset[Sample]):
                 continue
             done = time.perf_counter()
             sample = self.sample(decoded, epoch, index, used)
-            reading = min(decoded.cost.waiting, done - begin)
+            reading = min(decoded.waiting_seconds, done - begin)
             augmenting = time.perf_counter() - done
             sample.failures = tuple(failures)
             sample.costs = Costs(reading, done - begin - reading, augmenting)

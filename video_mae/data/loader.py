@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
 from video_mae.data.workers import keep_memory, plan_workers
-from video_mae.decoding.process import end_with
+from video_mae.decoding.isolation import end_with
 
 DYING_SECONDS = 0.5  # from the end of a process's connections to its own
 MAX_RESTARTS = 10

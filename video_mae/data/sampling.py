@@ -1,13 +1,10 @@
-"""Which videos, frames and random numbers: pure functions of (seed, epoch, index), so resuming
-needs no state but the step.
-
-T frames of a clip.
+"""Which videos and random numbers: pure functions of (seed, epoch, index), so resuming needs no
+state but the step.
 """
 
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,92 +12,6 @@ from torch.utils.data import Sampler
 
 Key = tuple[int, int]
 """(epoch, index of the video): names a sample of the endless training stream."""
-
-
-def clip_indices(
-    num_video_frames: int,
-    num_frames: int,
-    stride: int,
-    rng: np.random.Generator,
-    *,
-    reach_end: bool = True,
-) -> NDArray[np.int64]:
-    """Frame indices [T] of a clip: a random start, then every stride-th frame; a short video starts
-    at 0 and repeats its last step.
-
-    Source: VideoMAE's pretraining sampler (start uniform in [0, num_video_frames - num_frames *
-    stride]), which steps to no video's last frame: without reach_end a step that would land there
-    repeats the one before it.
-    """
-    start = int(rng.integers(max(num_video_frames - num_frames * stride, 0) + 1))
-    furthest = num_video_frames - (1 if reach_end else 2)
-    last_step = max(furthest - start, 0) // stride
-    return start + stride * np.minimum(np.arange(num_frames, dtype=np.int64), last_step)
-
-
-def dense_indices(
-    num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
-) -> NDArray[np.int64]:
-    """Frame indices [T] of a labelled clip: a random start, or the middle without rng, then on
-    average every stride-th frame.
-
-    T points spread evenly over num_frames * stride frames, both ends included, rounded down: 4 4
-    ... 4 5 apart for 16 frames of stride 4. A video that is not longer gives its frames from the
-    start on, spread likewise, and then repeats its last one. Source: VideoMAE's fine-tuning
-    sampler.
-    """
-    length = num_frames * stride
-    if num_video_frames > length:
-        free = num_video_frames - length
-        start = free // 2 if rng is None else int(rng.integers(free))
-        return np.minimum(
-            np.linspace(start, start + length, num_frames), start + length - 1
-        ).astype(np.int64)
-    shown = np.linspace(0, num_video_frames, num_video_frames // stride)
-    return np.minimum(
-        np.pad(shown, (0, num_frames - len(shown)), constant_values=num_video_frames),
-        num_video_frames - 1,
-    ).astype(np.int64)
-
-
-def uniform_indices(
-    num_video_frames: int, num_frames: int, rng: np.random.Generator | None = None
-) -> NDArray[np.int64]:
-    """Frame indices [T]: one of each of T equal parts of the video, drawn, or the part's middle
-    without rng.
-
-    Where a part is shorter than a frame, frames repeat. Source: TSN (Wang et al., 2016), as
-    VideoMAE reads Something-Something.
-    """
-    edges = np.arange(num_frames + 1) * (num_video_frames / num_frames)
-    within = 0.5 if rng is None else rng.random(num_frames)
-    return np.minimum(edges[:-1] + within * np.diff(edges), num_video_frames - 1).astype(np.int64)
-
-
-def part_indices(
-    num_video_frames: int,
-    num_frames: int,
-    short: Literal["first", "all"],
-    rng: np.random.Generator | None = None,
-) -> NDArray[np.int64]:
-    """Frame indices [T]: one of each of T parts of num_video_frames // T whole frames, drawn, or
-    the part's middle without rng.
-
-    What is left over at the end of the video is not seen. Of a video shorter than T frames: its
-    first frame T times (short = first), or all of its frames, after as many copies of the first as
-    are missing (all). Source: Something-Something as VideoMAE (first) and VideoMAE V2 (all) read it
-    to train.
-    """
-    places_T, length = np.arange(num_frames, dtype=np.int64), num_video_frames // num_frames
-    if length == 0:
-        return (
-            np.maximum(places_T - (num_frames - num_video_frames), 0)
-            if short == "all"
-            else np.zeros_like(places_T)
-        )
-    return places_T * length + (
-        length // 2 if rng is None else rng.integers(length, size=num_frames)
-    )
 
 
 def sample_rng(seed: int, *key: int) -> np.random.Generator:

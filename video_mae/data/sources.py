@@ -157,9 +157,7 @@ def _check_first(source: Source, data: DataConfig, in_channels: int) -> None:
                 f"{in_channels}; change it, or choose {in_channels} with {source.key}.channels"
             )
         try:
-            decode(
-                path, lambda _: np.zeros(1, dtype=np.int64), Reading.of(data, in_channels, config)
-            )
+            decode(path, [0], Reading.of(data, in_channels, config))
             return
         except VideoDecodeError as error:
             mistakes.append(error)

@@ -23,7 +23,8 @@ from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.lists import Line, read_list
 from video_mae.data.paths import Paths, file_mistake, first_bad, printable
 from video_mae.data.shards import Members, is_packed, read_manifest, read_packed
-from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS, stills
+from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS
+from video_mae.decoding.pictures import STILLS
 from video_mae.files import one_line, read_text
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
@@ -194,7 +195,7 @@ def _wanted(source: Path, endings: set[str]) -> set[str]:
     is.
     """
     here = endings.intersection(EXTENSIONS)
-    videos, pictures = here.intersection(VIDEO_EXTENSIONS), here.intersection(stills.EXTENSIONS)
+    videos, pictures = here.intersection(VIDEO_EXTENSIONS), here.intersection(STILLS)
     # what else lies there are thumbnails and features
     if videos and not (videos == {ANIMATION} and pictures):
         return videos

@@ -6,17 +6,17 @@ need, H W pixels, C channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config.model import Sampling
 from video_mae.data.augment import crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import Loader, worker_options
-from video_mae.decoding import Place, Reading, VideoDecodeError, decode
+from video_mae.decoding import Choose, Place, Reading, VideoDecodeError, read_clip
+from video_mae.decoding.choices import spread, view_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,26 +35,16 @@ class Views:
     antialias: bool = True
     reading: Reading = Reading()
 
-    def frames(self, num_video_frames: int) -> NDArray[np.int64]:
-        """Frame indices [S, T].
-
-        dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the
-        middle ones where S is 1; where there are fewer than T, the last repeats. All others: the
-        video in T equal parts, and of each the frame at clip / S of its length, the middle one
-        where S is 1: S interleaved sets. Source: the official test of VideoMAE on Kinetics and on
-        Something-Something (published for S = 2), in integers, so that no rounding of floats moves
-        a frame.
-        """
-        clips_S1 = np.arange(self.num_clips, dtype=np.int64)[:, None]
-        places_T = np.arange(self.num_frames, dtype=np.int64)
-        if self.sampling != "dense":
-            parts = self.num_clips
-            if parts == 1:
-                parts, clips_S1 = 2, clips_S1 + 1
-            return (places_T * parts + clips_S1) * num_video_frames // (self.num_frames * parts)
-        num_strided = -(-num_video_frames // self.stride)
-        starts_S = _spread(max(num_strided - self.num_frames, 0), self.num_clips)
-        return self.stride * np.minimum(starts_S[:, None] + places_T, num_strided - 1)
+    @property
+    def frames(self) -> Choose:
+        """Frame indices [S, T] of a video from the number of its frames: `view_indices`."""
+        return partial(
+            view_indices,
+            num_frames=self.num_frames,
+            stride=self.stride,
+            num_clips=self.num_clips,
+            sampling=self.sampling,
+        )
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """The size (height, width) that a frame is brought to: the smallest that covers the
@@ -68,37 +58,22 @@ class Views:
         """Where the crops of a resized frame start, (top, left): int(crop * free / (crops - 1))
         along the longer side, the middle where it is one.
         """
-        tops = _spread(height - self.height, self.num_crops).tolist()
-        lefts = _spread(width - self.width, self.num_crops).tolist()
+        tops = spread(height - self.height, self.num_crops).tolist()
+        lefts = spread(width - self.width, self.num_crops).tolist()
         return tuple(zip(tops, lefts, strict=True))
 
     def read(self, path: Place) -> "VideoViews":
         """Opens a video once and keeps the frames that some view needs, resized. Raises:
         VideoDecodeError.
         """
-        places_ST = np.empty((0, 0), dtype=np.int64)
-
-        def choose(num_video_frames: int) -> NDArray[np.int64]:
-            nonlocal places_ST
-            indices_ST = self.frames(num_video_frames)
-            wanted, places = np.unique(indices_ST, return_inverse=True)
-            places_ST = places.reshape(indices_ST.shape)
-            return wanted
-
-        frames_FHWC = torch.from_numpy(decode(path, choose, self.reading))
+        found = read_clip(path, self.frames, self.reading)
+        frames_FHWC = torch.from_numpy(found.frames_FHWC)
         height, width = frames_FHWC.shape[1:3]
         size = self.resized(height, width)
         resized_FHWC = crop_clip(
             frames_FHWC, (0, 0, height, width), size, flip=False, antialias=self.antialias
         )
-        return VideoViews(resized_FHWC, torch.from_numpy(places_ST), self)
-
-
-def _spread(free: int, num: int) -> NDArray[np.int64]:
-    """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
-    if num == 1:
-        return np.array([free // 2])
-    return np.arange(num, dtype=np.int64) * free // (num - 1)
+        return VideoViews(resized_FHWC, torch.from_numpy(found.places), self)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ C clips of a video, T frames of a clip, B clips of a piece, H W pixels, C channe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -17,7 +18,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
-from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
+from video_mae.decoding import (
+    Choose,
+    Place,
+    Reading,
+    VideoDecodeError,
+    stream,
+    times_and_start,
+)
+from video_mae.decoding.choices import view_indices, window_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,35 +60,29 @@ class Windows:
         """
         if self.sampling == "uniform":
             return np.array([0]), np.array([num_video_frames - 1])
-        num_clips = 1 + -(-max(num_video_frames - self.span, 0) // self.hop)
-        first_C = np.arange(num_clips, dtype=np.int64) * self.hop
+        first_C = self.frames(num_video_frames)[:, 0]
         return first_C, np.minimum(first_C + self.span, num_video_frames) - 1
 
-    def frames(self, num_video_frames: int) -> NDArray[np.int64]:
-        """Frame indices [C, T]; beyond the end of the video its last frame repeats."""
-        places_T = np.arange(self.num_frames, dtype=np.int64)
-        if self.sampling == "uniform":
-            return ((2 * places_T + 1) * num_video_frames // (2 * self.num_frames))[None]
-        first_C, _ = self.ends(num_video_frames)
-        return np.minimum(first_C[:, None] + places_T * self.stride, num_video_frames - 1)
+    @property
+    def frames(self) -> Choose:
+        """Frame indices [C, T] of a video from the number of its frames."""
+        choice = partial(view_indices, num_clips=1, sampling="uniform")
+        if self.sampling == "dense":
+            choice = partial(window_indices, hop=self.hop)
+        return partial(choice, num_frames=self.num_frames, stride=self.stride)
 
     def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
         """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs
         are kept. Raises: VideoDecodeError.
         """
-        indices_CT, wanted, total = np.empty((0, 0), dtype=np.int64), np.empty(0, dtype=np.int64), 0
-
-        def choose(num_video_frames: int) -> NDArray[np.int64]:
-            nonlocal indices_CT, wanted, total
-            indices_CT, total = self.frames(num_video_frames), num_video_frames
-            wanted = np.unique(indices_CT)
-            return wanted
-
+        indices_CT: NDArray[np.int64] | None = None
         kept: dict[int, torch.Tensor] = {}
         done = 0
-        for place, frame in enumerate(stream(path, choose, self.reading)):
-            kept[int(wanted[place])] = self._fit(torch.from_numpy(frame))
-            while done < len(indices_CT) and indices_CT[done, -1] <= wanted[place]:
+        for total, place, frame in stream(path, self.frames, self.reading):
+            if indices_CT is None:
+                indices_CT = self.frames(total)
+            kept[place] = self._fit(torch.from_numpy(frame))
+            while done < len(indices_CT) and indices_CT[done, -1] <= place:
                 yield total, torch.stack([kept[index] for index in indices_CT[done].tolist()])
                 done += 1
                 first = indices_CT[done, 0] if done < len(indices_CT) else total

@@ -2,25 +2,27 @@
 process starts fast.
 """
 
+from video_mae.decoding.choices import Choose
 from video_mae.decoding.frames import (
+    ANIMATION,
+    READERS,
+    VIDEO_EXTENSIONS,
     Decoded,
     decode,
     decoder_version,
+    is_video,
     read_clip,
     resolve_decoder,
     stream,
-    times,
     times_and_start,
 )
-from video_mae.decoding.opened import ANIMATION, READERS, VIDEO_EXTENSIONS, is_video
-from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
+from video_mae.decoding.media import Member, Place, Reading, VideoDecodeError
 
 __all__ = [
     "ANIMATION",
     "READERS",
     "VIDEO_EXTENSIONS",
     "Choose",
-    "Clip",
     "Decoded",
     "Member",
     "Place",
@@ -32,6 +34,5 @@ __all__ = [
     "read_clip",
     "resolve_decoder",
     "stream",
-    "times",
     "times_and_start",
 ]

@@ -5,11 +5,10 @@ of a kind that decoders read wrongly.
 import os
 import re
 import stat
-import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from video_mae.decoding.reading import Member, Place
+from video_mae.decoding.media import Member, Place
 
 # Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which
 # name other files.
@@ -47,8 +46,6 @@ _PACKED_WITHIN = 2**18
 
 EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
 NO_INDEX, ASF = "no index of its frames", "ASF (WMV)"
-Box = tuple[bytes, int, int]
-"""(kind, first byte of its content, end)."""
 
 
 _KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os.path.isdir(folder))
@@ -75,47 +72,44 @@ def check_regular(place: Place) -> None:
         raise ValueError("not a regular file")
 
 
-def check_container(file: BinaryIO, num_bytes: int) -> str:
-    """What decoders that seek read wrongly in a video: EDIT_LIST, PACKED_B_FRAMES, NO_INDEX, ASF or
-    nothing ("").
+def check_container(path: str) -> str:
+    """What decoders that seek read wrongly in a video: PACKED_B_FRAMES, NO_INDEX, ASF or nothing
+    ("").
 
     Raises: ValueError for what a decoder would follow, or silently decode in part.
     """
+    num_bytes = os.path.getsize(path)
     if num_bytes == 0:
         raise ValueError("the file is empty")
-    file.seek(0)
-    head = file.read(16)
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        claimed = int.from_bytes(head[4:8], "little")
-        # writers disagree about the last padding byte
-        if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:
+    with open(path, "rb") as file:
+        head = file.read(16)
+        if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
+            return _check_avi(file, head, num_bytes)
+        if head[4:8] in _MP4_BOXES:
+            _check_mp4(file, num_bytes)
+            return ""
+        if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
             raise ValueError(
-                f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}"
+                "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, "
+                "gif, mxf, y4m, h264, mjpeg)"
             )
-        beginning = file.read(_PACKED_WITHIN)
-        if _PACKED.search(beginning):
-            return PACKED_B_FRAMES
-        return (
-            ""
-            if beginning[_AVI_FLAGS : _AVI_FLAGS + 1] and beginning[_AVI_FLAGS] & _AVI_HAS_INDEX
-            else NO_INDEX
-        )
-    if head[4:8] in _MP4_BOXES:
-        _check_mp4(file, num_bytes)
-        return (
-            EDIT_LIST
-            if any(
-                _hides_frames(file, track, movie) for track, movie in _video_tracks(file, num_bytes)
-            )
-            else ""
-        )
-    if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
-        raise ValueError(
-            "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, gif, mxf, y4m, h264, mjpeg)"
-        )
     if head.startswith(_ASF):
         return ASF
     return "" if head.startswith(_INDEXED) else NO_INDEX
+
+
+def _check_avi(file: BinaryIO, head: bytes, num_bytes: int) -> str:
+    claimed = int.from_bytes(head[4:8], "little")
+    # writers disagree about the last padding byte
+    if claimed not in _UNKNOWN_SIZES and claimed + 8 > num_bytes + 1:
+        raise ValueError(
+            f"the file is cut off: it has {num_bytes} bytes, its header says {claimed + 8}"
+        )
+    beginning = file.read(_PACKED_WITHIN)
+    if _PACKED.search(beginning):
+        return PACKED_B_FRAMES
+    flags = int.from_bytes(beginning[_AVI_FLAGS : _AVI_FLAGS + 1], "little")
+    return "" if flags & _AVI_HAS_INDEX else NO_INDEX
 
 
 def _is_blu_ray(file: BinaryIO) -> bool:
@@ -123,22 +117,26 @@ def _is_blu_ray(file: BinaryIO) -> bool:
     return file.read(_BLU_RAY_PACKET + 1)[::_BLU_RAY_PACKET] == b"\x47\x47"
 
 
-def has_offsets(file: BinaryIO) -> bool:
-    """Whether an mp4 file shows frames at other times than it decodes them."""
-    path = (b"mdia", b"minf", b"stbl", b"ctts")
-    tracks = _video_tracks(file, file.seek(0, os.SEEK_END))
-    return any(True for track, _ in tracks for _ in _inside(file, track, *path))
+def has_offsets(path: str) -> bool:
+    """Whether an mp4 file may show frames at other times than it decodes them."""
+    table = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"ctts")
+    with open(path, "rb") as file:
+        return any(True for _ in _boxes(file, 0, os.path.getsize(path), *table))
 
 
 def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
-    for kind, _, end in _boxes(file, 0, num_bytes):
+    for kind, end in _boxes(file, 0, num_bytes):
         if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
             raise ValueError(
-                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends at {end}"
+                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends "
+                f"at {end}"
             )
 
 
-def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
+def _boxes(file: BinaryIO, start: int, end: int, *path: bytes) -> Iterator[tuple[bytes, int]]:
+    """(kind, end) of the boxes of an mp4 file between two places, or of those that lie within them
+    along a path of kinds.
+    """
     while start + 8 <= end:
         file.seek(start)
         head = file.read(16)
@@ -147,80 +145,8 @@ def _boxes(file: BinaryIO, start: int, end: int) -> Iterator[Box]:
             size, content = int.from_bytes(head[8:16], "big"), start + 16
         if size < content - start:  # 0: up to the end of the file; others: no box, such as padding
             return
-        yield kind, content, start + size
+        if not path or path == (kind,):
+            yield kind, start + size
+        elif kind == path[0]:
+            yield from _boxes(file, content, start + size, *path[1:])
         start += size
-
-
-def _inside(file: BinaryIO, box: Box, *kinds: bytes) -> Iterator[Box]:
-    """The boxes of a box along a path of kinds."""
-    for inner in _boxes(file, box[1], box[2]):
-        if inner[0] == kinds[0]:
-            if len(kinds) == 1:
-                yield inner
-            else:
-                yield from _inside(file, inner, *kinds[1:])
-
-
-def _numbers(file: BinaryIO, box: Box, at: int, form: str) -> tuple[int, ...]:
-    file.seek(box[1] + at)
-    return struct.unpack(form, file.read(struct.calcsize(form)))
-
-
-def _video_tracks(file: BinaryIO, num_bytes: int) -> Iterator[tuple[Box, int]]:
-    """Tracks of pictures, with the time scale of the movie; a header that ends too soon has none."""
-    movies = [box for box in _boxes(file, 0, num_bytes) if box[0] == b"moov"]
-    try:
-        for movie in movies:
-            for header in _inside(file, movie, b"mvhd"):
-                time_scale = _scale_and_duration(file, header)[0]
-                for track in _inside(file, movie, b"trak"):
-                    kinds = [
-                        _numbers(file, handler, 8, "4s")[0]
-                        for handler in _inside(file, track, b"mdia", b"hdlr")
-                    ]
-                    if b"vide" in kinds:
-                        yield track, time_scale
-    except struct.error:
-        return
-
-
-def _scale_and_duration(file: BinaryIO, header: Box) -> tuple[int, int]:
-    long = _numbers(file, header, 0, "B")[0] == 1
-    scale, duration = _numbers(file, header, 20 if long else 12, ">IQ" if long else ">II")
-    return scale, duration
-
-
-def _hides_frames(file: BinaryIO, track: Box, movie_scale: int) -> bool:
-    """Whether the edits of a track show less than all of its frames, or show them out of order."""
-    edits = [edit for box in _inside(file, track, b"edts", b"elst") for edit in _edits(file, box)]
-    # -1 is time in which nothing is shown
-    shown = [(duration, start) for duration, start in edits if start >= 0]
-    if len(shown) != 1:  # no edits: all is shown
-        return len(shown) > 1
-    ((duration, start),) = shown
-    for header in _inside(file, track, b"mdia", b"mdhd"):
-        scale, length = _scale_and_duration(file, header)
-        table = (b"mdia", b"minf", b"stbl")
-        frame = next(
-            (_numbers(file, box, 12, ">I")[0] for box in _inside(file, track, *table, b"stts")), 0
-        )
-        # shown so long after decoding
-        first = next(
-            (_numbers(file, box, 12, ">i")[0] for box in _inside(file, track, *table, b"ctts")), 0
-        )
-        if not (scale and movie_scale and length and duration and frame):
-            return start > 0 and start - first >= max(frame, 1)
-        visible = duration * scale / movie_scale
-        # durations are rounded to the scale of the movie
-        tolerance = frame + 2 * scale / movie_scale
-        return start - first >= frame or length - visible >= tolerance
-    return False
-
-
-def _edits(file: BinaryIO, box: Box) -> Iterator[tuple[int, int]]:
-    """(duration, first time) of each edit."""
-    long = _numbers(file, box, 0, "B")[0] == 1
-    count, size = _numbers(file, box, 4, ">I")[0], 20 if long else 12
-    for i in range(min(count, (box[2] - box[1]) // size)):
-        duration, start = _numbers(file, box, 8 + i * size, ">Qq" if long else ">Ii")
-        yield duration, start

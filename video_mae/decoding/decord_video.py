@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.decoding.reading import Read, Reading, scaled_size
+from video_mae.decoding.media import Read, Reading, scaled_size
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
 

@@ -1,130 +1,181 @@
-"""From a file to the wanted frames: `decode`, for videos, pictures, arrays and TIFF stacks alike.
+"""From a file to the wanted frames: `read_clip`, for videos, pictures, arrays, TIFF stacks alike.
 
-T frames, F different ones, H W pixels, C channels.
+A file is opened, read and closed by a function that is called in a process of its own. F different
+frames of a file, T frames of a clip, H W pixels, C channels.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from video_mae.decoding import decoders
-from video_mae.decoding.isolation import Isolated, KilledError, decoder_process
-from video_mae.decoding.opened import (
-    Cost,
-    Facts,
-    close_file,
-    frame_times,
-    is_video,
-    next_frames,
-    open_file,
+from video_mae.config.data import FileConfig
+from video_mae.decoding import decoders, pictures
+from video_mae.decoding.arrays import open_npy, open_npz, open_packed
+from video_mae.decoding.choices import Wanted, chosen
+from video_mae.decoding.containers import check_regular
+from video_mae.decoding.isolation import START_SECONDS, KilledError, allocate, decoder_process
+from video_mae.decoding.media import (
+    MAX_CLIP_BYTES,
+    Clip,
+    Frames,
+    Member,
+    Place,
+    Reading,
+    VideoDecodeError,
+    as_decode_error,
+    local_file,
     suffix,
 )
-from video_mae.decoding.reading import Choose, Clip, Member, Place, Reading, VideoDecodeError
 
+VIDEO_EXTENSIONS = (
+    ".3g2",
+    ".3gp",
+    ".3gpp",
+    ".f4v",
+    ".ismv",
+    ".m4v",
+    ".mov",
+    ".mp4",
+    ".mp4v",
+    ".qt",
+    ".mk3d",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".divx",
+    ".xvid",
+    ".asf",
+    ".wmv",
+    ".m2p",
+    ".m2v",
+    ".mp2v",
+    ".mpe",
+    ".mpeg",
+    ".mpg",
+    ".mpv",
+    ".m1v",
+    ".vob",
+    ".m2t",
+    ".m2ts",
+    ".mts",
+    ".ts",
+    ".flv",
+    ".ogm",
+    ".ogv",
+    ".mxf",
+    ".gif",
+    ".264",
+    ".265",
+    ".avc",
+    ".h264",
+    ".h265",
+    ".hevc",
+    ".mjpeg",
+    ".mjpg",
+    ".y4m",
+)
+"""Of files that a folder gives as videos, a container a line; a list may name any other."""
+ANIMATION = ".gif"
+"""A video beside videos; beside pictures a picture that nothing here reads."""
+READERS: dict[str, tuple[str, Callable[[str, FileConfig, int], Frames]]] = {
+    ".npy": ("numpy", open_npy),
+    ".npz": ("numpy", open_npz),
+    **dict.fromkeys(pictures.STACKS, ("tifffile", pictures.open_tiff)),
+    **dict.fromkeys(pictures.STILLS, ("pillow", pictures.open_still)),
+}
+"""What reads a file that is no video, by the ending of its name; any other ending is a video, for
+data.decoder.
+"""
 STREAMED = 8  # frames of a stream that are handed over at once
-MOST_FILES = 5000
-"""That a process opens before another takes its place: decoders leave some KB behind with each."""
-# a process that decodes is there by then, its libraries loaded, also on a busy machine
-START_SECONDS = 120.0
+WHITE = 65535
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A clip, what read it, why that was not the run's decoder (empty: it was), and what it cost."""
+    """The wanted frames of a video, each once, and which of them stands where in the choice.
 
-    clip_THWC: Clip
+    num_frames: of the whole video. decoder: what read it; fallback: why that was not the run's
+    decoder (empty: it was). waiting_seconds: what went by without computing, from the opening of
+    the file on, mostly for the disk; waiting for a core is left out as far as the thread that reads
+    did it itself.
+    """
+
+    frames_FHWC: Clip
+    places: NDArray[np.int64]
+    num_frames: int
     decoder: str
     fallback: str
-    cost: Cost
+    waiting_seconds: float
+
+    @property
+    def clip_THWC(self) -> Clip:  # noqa: N802  (shape letters)
+        """The frames in the order of the choice; one that is wanted T times is there once, with a
+        stride of 0.
+        """
+        frames_FHWC, places_T = self.frames_FHWC, self.places.ravel()
+        # T times the same memory: of a large picture there may be none for T copies
+        if len(frames_FHWC) == 1:
+            shape, strides = frames_FHWC.shape[1:], frames_FHWC.strides[1:]
+            return as_strided(frames_FHWC, (len(places_T), *shape), (0, *strides))
+        if np.array_equal(places_T, np.arange(len(frames_FHWC))):
+            return frames_FHWC
+        return frames_FHWC[places_T]
 
 
-def decode(place: Place, choose: Choose, reading: Reading = Reading()) -> Clip:  # noqa: B008  (frozen)
-    """Reads the frames choose(number of frames) of a video: clip_THWC, RGB where it is a video. See
-    `read_clip`.
-    """
-    return read_clip(place, choose, reading).clip_THWC
+def decode(place: Place, wanted: Wanted, reading: Reading = Reading()) -> Clip:  # noqa: B008  (frozen)
+    """Reads the wanted frames of a video: clip_THWC, RGB where it is a video. See `read_clip`."""
+    return read_clip(place, wanted, reading).clip_THWC
 
 
-def read_clip(place: Place, choose: Choose, reading: Reading) -> Decoded:
-    """Reads the frames choose(number of frames) of a video, of the size that `reading.short_side`
-    says.
+def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
+    """Reads the wanted frames of a video, of the size that `reading.short_side` says.
 
     A picture is a video of one frame, a volume one whose slices are frames. Arrays are read as
     `reading.source` says; values are uint8, or with source.value_range = (black, white) uint16:
-    65535 * (x - black) / (white - black), clipped, NaN as black. One frame wanted T times is there
-    once, with a stride of 0. The file is opened, read and closed in a process of its own, which is
-    ended when it takes longer than `reading.seconds` or more memory than `reading.memory_gb`;
-    arrays of .npy files are read in this one.
+    65535 * (x - black) / (white - black), clipped, NaN as black. The file is opened, read and
+    closed in a process of its own, which is ended when it takes longer than `reading.seconds` or
+    more memory than `reading.memory_gb`; arrays of .npy files are read in this one.
     Raises: VideoDecodeError when the file is not regular, not what its name says, cut off, has
     other values or not `in_channels` channels, when a frame cannot be decoded, or when the process
     had to be ended.
     """
-    with _opened(place, reading) as (facts, run):
-        indices_T = choose(facts.num_frames)  # outside: an error in there is no fault of the video
-        wanted, place_T = np.unique(indices_T, return_inverse=True)
-        assert 0 <= wanted[0] <= wanted[-1] < facts.num_frames
-        clip_FHWC, cost = run(next_frames, facts.handle, len(wanted), wanted, shares=True)
-    # T times the same memory: of a large picture there may be none for T copies
-    if len(wanted) == 1:
-        clip_THWC = as_strided(
-            clip_FHWC[0], (len(indices_T), *clip_FHWC.shape[1:]), (0, *clip_FHWC.strides[1:])
-        )
-    else:
-        clip_THWC = (
-            clip_FHWC
-            if len(wanted) == len(indices_T) and np.array_equal(wanted, indices_T)
-            else clip_FHWC[place_T]
-        )
-    return Decoded(clip_THWC, facts.decoder, facts.fallback, cost)
+    with _caller(place, reading) as (call, _, reading):
+        return call(_read, place, reading, wanted)
 
 
-def stream(place: Place, choose: Choose, reading: Reading = Reading()) -> Iterator[Clip]:  # noqa: B008
-    """The frames choose(number of frames), of increasing indices, one after another, none kept: for
-    videos of any length.
+def stream(
+    place: Place,
+    wanted: Wanted,
+    reading: Reading = Reading(),  # noqa: B008
+) -> Iterator[tuple[int, int, Clip]]:
+    """The wanted frames of a video, rising, one after another, none kept: for videos of any length.
 
-    Yields: frame_HWC as in the clips of `decode`. Raises: as `decode`, when it comes to a frame
-    that cannot be decoded.
+    Yields: (frames of the video, index, frame_HWC as in the clips of `decode`). Raises: as
+    `decode`, when it comes to a frame that cannot be decoded.
     """
-    with _opened(place, reading) as (facts, run):
-        wanted = choose(facts.num_frames)
-        size = None
-        for first in range(0, len(wanted), STREAMED):
-            clip_FHWC, _ = run(
-                next_frames,
-                facts.handle,
-                min(STREAMED, len(wanted) - first),
-                None if first else wanted,
-                shares=True,
-            )
-            if clip_FHWC.shape[1:] != (size or clip_FHWC.shape[1:]):
-                raise VideoDecodeError(
-                    str(place), facts.decoder, "the size of the picture changes within the video"
-                )
-            size = clip_FHWC.shape[1:]
-            yield from clip_FHWC
-
-
-def times(place: Place, reading: Reading) -> NDArray[np.float64]:
-    """When each frame of a video is shown, seconds from the first one on [F, (begin, end)]; NaN for
-    files without time.
-
-    The same for every decoder. Raises: as `decode`.
-    """
-    return times_and_start(place, reading)[0]
+    with _caller(place, reading) as (_, iterate, reading):
+        for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
+            for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
+                yield num_frames, index, frame_HWC
 
 
 def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64], float]:
-    """The `times` of a video, and what its own clock says when the first frame is shown, seconds:
-    often 0, in a recording anything.
+    """When each frame of a video is shown, seconds from the first one on [F, (begin, end)], NaN for
+    files without time; and what its own clock says when the first frame is shown, seconds: often 0,
+    in a recording anything.
+
+    The same for every decoder. Raises: as `decode`.
     """
-    with _opened(place, reading) as (facts, run):
-        return run(frame_times, facts.handle)
+    with _caller(place, reading) as (call, _, reading):
+        return call(_times, place, reading)
 
 
 @cache
@@ -141,32 +192,36 @@ def decoder_version(decoder: str) -> str:
     return decoder_process().call(decoders.version, decoder, seconds=START_SECONDS)
 
 
-Run = Callable[..., Any]
+def is_video(place: Place) -> bool:
+    """Whether a file is left to a video decoder."""
+    return suffix(place) not in READERS
 
 
 @contextmanager
-def _opened(place: Place, reading: Reading) -> Iterator[tuple[Facts, Run]]:
-    """An open file, and what calls functions where it is open."""
-    if is_video(place) and reading.decoder == "auto":
-        reading = replace(reading, decoder=resolve_decoder("auto"))
+def _caller(
+    place: Place, reading: Reading
+) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Reading]]:
+    """What calls a function where a file is read, what runs a generator there, and how it is read:
+    with a decoder that works.
+    """
+    if is_video(place):
+        reading = replace(reading, decoder=resolve_decoder(reading.decoder))
     if _is_for_this_process(place):
-        facts = open_file(place, reading)
-        try:
-            yield facts, _here
-        finally:
-            close_file(facts.handle)
+        yield _here, _here, reading
         return
     process = decoder_process()
-    run = partial(_there, process, place, reading)
-    facts = run(open_file, place, reading)
+    process.load(decoders.resolve, reading.decoder)
+    # CUDA reserves addresses without end
+    memory_gb = reading.memory_gb if reading.device == "cpu" else 0.0
+    limits = {"seconds": reading.seconds, "memory_gb": memory_gb}
     try:
-        yield facts, run
-    finally:
-        if (
-            process.is_alive
-            and process.call(close_file, facts.handle, seconds=START_SECONDS) >= MOST_FILES
-        ):
-            process.close()
+        yield partial(process.call, **limits), partial(process.iterate, **limits), reading
+    except KilledError as killed:
+        raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
+
+
+def _here(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _is_for_this_process(place: Place) -> bool:
@@ -175,29 +230,142 @@ def _is_for_this_process(place: Place) -> bool:
     return archive.startswith("memory://") or (suffix(place) == ".npy" and "://" not in archive)
 
 
-def _here(function: Callable[..., Any], *arguments: Any, shares: bool = False) -> Any:
-    return function(*arguments)
+# From here on: what runs where the file is read.
 
 
-def _there(
-    process: Isolated,
-    place: Place,
-    reading: Reading,
-    function: Callable[..., Any],
-    *arguments: Any,
-    shares: bool = False,
-) -> Any:
-    if not process.is_alive:  # a new one loads its libraries first, which is no fault of the file
-        process.call(decoders.resolve, reading.decoder, seconds=START_SECONDS)
-    # CUDA reserves addresses without end
-    memory_gb = reading.memory_gb if reading.device == "cpu" else 0.0
+class OpenFile(NamedTuple):
+    """A file that is open, what reads it, and why that is not the first decoder."""
+
+    frames: Frames
+    decoder: str
+    fallback: str = ""
+
+
+@contextmanager
+def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
+    """Opens a file within. Raises: VideoDecodeError where it cannot be opened."""
+    decoder, open_other = READERS.get(suffix(place), (reading.decoder, None))
+    with ExitStack() as kept:
+        with as_decode_error(place, decoder):
+            check_regular(place)
+            if isinstance(place, Member) and suffix(place) == ".npy":
+                file = OpenFile(open_packed(place), decoder)
+            else:
+                path = kept.enter_context(local_file(place))
+                if open_other is None:
+                    file = OpenFile(*decoders.open_video(path, place, reading))
+                else:
+                    frames = open_other(path, reading.source, reading.in_channels)
+                    file = OpenFile(frames, decoder)
+            if file.frames.num_frames < 1:
+                raise ValueError("the video has no frames")
+        yield file
+
+
+def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:
+    begin = _idle_seconds()
+    with open_file(place, reading) as (frames, decoder, fallback):
+        # an error in the choice is no fault of the video
+        indices = chosen(wanted, frames.num_frames)
+        different, places = np.unique(indices, return_inverse=True)
+        assert 0 <= different[0] <= different[-1] < frames.num_frames
+        with as_decode_error(place, decoder):
+            frames_FHWC = _gathered(frames.read(different), len(different), reading)
+    return Decoded(
+        frames_FHWC,
+        places.reshape(indices.shape),
+        frames.num_frames,
+        decoder,
+        fallback,
+        # several threads compute more than time goes by
+        max(_idle_seconds() - begin, 0.0),
+    )
+
+
+def _read_on(
+    place: Place, reading: Reading, wanted: Wanted
+) -> Iterator[tuple[int, list[int], Clip]]:
+    with open_file(place, reading) as (frames, decoder, _):
+        indices = np.unique(chosen(wanted, frames.num_frames))
+        rest, shape = frames.read(indices), None
+        for first in range(0, len(indices), STREAMED):
+            part = indices[first : first + STREAMED].tolist()
+            with as_decode_error(place, decoder):
+                clip_FHWC = _gathered(rest, len(part), reading, shape)
+            shape = clip_FHWC.shape[1:]
+            yield frames.num_frames, part, clip_FHWC
+
+
+def _times(place: Place, reading: Reading) -> tuple[NDArray[np.float64], float]:
+    with open_file(place, reading) as (frames, decoder, _), as_decode_error(place, decoder):
+        if frames.stamps is None:
+            return np.full((frames.num_frames, 2), np.nan), 0.0
+        return frames.stamps.shown(), frames.stamps.start
+
+
+def _idle_seconds() -> float:
+    """The clock, less what all threads of the process have computed, and what this one has waited
+    for a core.
+    """
     try:
-        return process.call(
-            function, *arguments, seconds=reading.seconds, memory_gb=memory_gb, shares=shares
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            queued = int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError):  # a kernel that does not count
+        queued = 0.0
+    return time.perf_counter() - time.process_time() - queued
+
+
+def _gathered(
+    frames: Iterator[NDArray[Any]], num: int, reading: Reading, shape: tuple[int, ...] | None = None
+) -> Clip:
+    """The next frames, as the model takes them: clip_FHWC. shape: of those before, if any. Raises:
+    ValueError, and what reads them does.
+    """
+    clip_FHWC: Clip | None = None
+    done = 0
+    for done, frame in enumerate(islice(frames, num), 1):
+        if frame.nbytes * num > MAX_CLIP_BYTES:
+            raise ValueError(
+                f"{num} frames of {frame.shape[1]} x {frame.shape[0]} pixels are more than 2 GB"
+            )
+        frame_HWC = _pixels(frame, reading)
+        shape = shape or frame_HWC.shape
+        if frame_HWC.shape != shape:
+            raise ValueError("the size of the picture changes within the video")
+        if clip_FHWC is None:
+            clip_FHWC = allocate((num, *shape), frame_HWC.dtype)
+        clip_FHWC[done - 1] = frame_HWC
+    if clip_FHWC is None or done < num:
+        raise ValueError(f"only {done} of {num} frames can be decoded")
+    return clip_FHWC
+
+
+def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
+    """A frame as the model takes it. Raises: ValueError where it has other channels or values."""
+    source, channels = reading.source, frame_HWC.shape[2]
+    if source.channels:
+        if max(source.channels) >= channels:
+            raise ValueError(
+                f"has {channels} channels, data.channels asks for {max(source.channels)}, "
+                "counted from 0"
+            )
+        frame_HWC = frame_HWC[:, :, list(source.channels)]
+        channels = len(source.channels)
+    if channels != reading.in_channels:
+        raise ValueError(
+            f"gives {channels} channels of {frame_HWC.shape[1]} x {frame_HWC.shape[0]} "
+            "pixels, model.in_channels is "
+            f"{reading.in_channels}; change it, data.channels, or data.axes"
         )
-    except KilledError as killed:
-        raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
-    except KeyError:  # what a file did to the process was to another one's loss
-        raise VideoDecodeError(
-            str(place), reading.decoder, "the process that read it was ended meanwhile"
-        ) from None
+    if source.value_range is None:
+        if frame_HWC.dtype != np.uint8:
+            raise ValueError(
+                f"holds {frame_HWC.dtype}; set data.value_range to the values that are black "
+                "and white"
+            )
+        return np.asarray(frame_HWC)
+    low, high = source.value_range
+    values = frame_HWC.astype(np.result_type(frame_HWC.dtype, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (values - low) * (WHITE / (high - low))
+    return np.nan_to_num(values, nan=0.0).clip(0, WHITE).round().astype(np.uint16)

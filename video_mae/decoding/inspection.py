@@ -3,13 +3,12 @@ process that decodes.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from video_mae.decoding.containers import check_container
-from video_mae.decoding.decoders import NAMES, distrust, local_file, read_member
+from video_mae.decoding.decoders import NAMES, distrust
+from video_mae.decoding.media import Member, Place, local_file, read_member
 from video_mae.decoding.packets import (
     UPRIGHT,
     Turn,
@@ -19,12 +18,18 @@ from video_mae.decoding.packets import (
     video_stream,
 )
 from video_mae.decoding.pyav_video import sequential
-from video_mae.decoding.reading import Member, Place
 
 UNEVEN = 0.3
 """A frame that is shown this share longer or shorter than the median one makes a frame rate
 variable; time stamps are rounded.
 """
+ROTATIONS = {
+    UPRIGHT: 0,
+    (True, False, True): 90,
+    (False, True, True): 180,
+    (True, True, False): -90,
+}
+"""Degrees against the clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,10 @@ class Description:
     it were mirrored after it is turned by so many degrees against the clock; 0 where it cannot be
     decoded.
 
-    traits: what leads decoders astray, as `check_container` and `Survey` have them. trusted_with:
-    the decoders that read each frame rightly. header_frames: as the header says, 0 where it does
-    not. start_seconds: when the first frame is shown by the file's own clock. key_frame_distance:
-    most frames from one key frame to the next, or to the end. bits: of a colour.
+    traits: what leads decoders astray, as `Survey` has them. trusted_with: the decoders that read
+    each frame rightly. header_frames: as the header says, 0 where it does not. start_seconds: when
+    the first frame is shown by the file's own clock. key_frame_distance: most frames from one key
+    frame to the next, or to the end. bits: of a colour.
     """
 
     container: str
@@ -68,61 +73,45 @@ def describe(place: Place) -> Description:
     """Describes a video container. Raises: ValueError where it is none or has no video;
     av.FFmpegError and others for damaged ones.
     """
-    path, kept = local_file(place)
-    with open(path, "rb") as file:
-        trait = check_container(file, os.fstat(file.fileno()).st_size)
-    found = survey(path)
-    traits = tuple(dict.fromkeys((*((trait,) if trait else ()), *found.traits)))
-    with open_container(path) as container:
-        stream = video_stream(container)
-        steps = [later - earlier for earlier, later in pairwise(found.stamps)]
-        usual = median(steps) if steps else 0
-        keys = [
-            0,
-            *(place for place, packet in enumerate(found.packets) if packet.is_key),
-            len(found.packets),
-        ]
-        colour = stream.format.components if stream.format else ()
-        description = Description(
-            container=found.container,
-            codec=found.codec,
-            traits=traits,
-            trusted_with=tuple(name for name in NAMES if not distrust(name, traits, found)),
-            header_frames=stream.frames,
-            num_packets=len(found.packets),
-            start_seconds=found.start(),
-            seconds=float((found.stamps[-1] - found.stamps[0] + usual) * stream.time_base)
-            if found.stamps
-            else 0.0,
-            fps=float(stream.average_rate or stream.guessed_rate or 0),
-            constant_rate=all(abs(step - usual) <= UNEVEN * usual for step in steps),
-            key_frame_distance=max(b - a for a, b in pairwise(keys)),
-            rotation=_rotation(found.turn),
-            mirrored=is_mirrored(found.turn),
-            bits=max((component.bits for component in colour), default=0),
-            has_sound=bool(container.streams.audio),
-        )
-    del kept
-    return description
+    with local_file(place) as path:
+        found = survey(path)
+        with open_container(path) as container:
+            stream = video_stream(container)
+            colour = stream.format.components if stream.format else ()
+            ticks = found.stamps.ticks
+            steps = [later - earlier for earlier, later in pairwise(ticks)]
+            usual = median(steps) if steps else 0
+            length = ticks[-1] - ticks[0] + usual if ticks else 0
+            keys = [number for number, packet in enumerate(found.packets) if packet.is_key]
+            groups = pairwise([0, *keys, len(found.packets)])
+            return Description(
+                container=found.container,
+                codec=found.codec,
+                traits=found.traits,
+                trusted_with=tuple(name for name in NAMES if not distrust(name, found)),
+                header_frames=stream.frames,
+                num_packets=len(found.packets),
+                start_seconds=found.stamps.start,
+                seconds=float(length * stream.time_base),
+                fps=float(stream.average_rate or stream.guessed_rate or 0),
+                constant_rate=all(abs(step - usual) <= UNEVEN * usual for step in steps),
+                key_frame_distance=max(after - key for key, after in groups),
+                rotation=_rotation(found.turn),
+                mirrored=is_mirrored(found.turn),
+                bits=max((component.bits for component in colour), default=0),
+                has_sound=bool(container.streams.audio),
+            )
 
 
 def count_frames(place: Place) -> int:
     """How many frames come out when a video is decoded in order, from its start on. Raises: as
     `describe`.
     """
-    path, kept = local_file(place)
-    num_frames = sum(1 for _ in sequential(path))
-    del kept
-    return num_frames
+    with local_file(place) as path:
+        return sum(1 for _ in sequential(path))
 
 
 def _rotation(turn: Turn) -> int:
     """Degrees against the clock; of a mirrored picture before it is mirrored."""
     transposed, mirrored, upside_down = turn
-    before = (transposed, mirrored != is_mirrored(turn), upside_down)
-    return {
-        UPRIGHT: 0,
-        (True, False, True): 90,
-        (False, True, True): 180,
-        (True, True, False): -90,
-    }[before]
+    return ROTATIONS[transposed, mirrored != is_mirrored(turn), upside_down]

@@ -1,30 +1,55 @@
-"""`Isolated`: a process of one's own that decodes, so that what a file does to a decoder costs that
-process and nothing else.
+"""A process of one's own that decodes, so that what a file does to a decoder costs that process and
+nothing else.
 
 A decoder that hangs in native code cannot be interrupted, one that crashes takes its process along,
-one that is told to allocates gigabytes. The process is started when it is first needed, lives for
-many calls, and is replaced when one of them ends it. Frames come back through memory that both
-processes see.
+one that is told to allocates gigabytes. `Isolated` is the side that asks: it starts the process
+when it is first needed, and replaces it when a call has ended it. `main` is the process: it calls
+the functions it is asked to, and dies with who asks, or of what it reads. Answers come back through
+a socket, a clip in them through memory that both see.
 """
 
+import ctypes
+import math
 import mmap
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import count, islice
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from video_mae.decoding.process import SPARED
+START_SECONDS = 120.0
+"""Within them a process is there, its libraries loaded, also on a busy machine."""
+MOST_FILES = 5000
+"""That a process opens before another takes its place: decoders leave some KB behind with each."""
+AHEAD = 4
+"""Items that are worked on or wait to be taken, for each worker."""
+HELD_BYTES = 2**30
+"""What results may hold until they are taken; beyond it no more items are begun."""
+SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals to a group of processes are meant for the trainer; blocked until they are ignored."""
+KEPT_BYTES = 2**28
+"""Shared memory that stays for the next answer; 16 frames of 340 x 256 pixels take 4 MB."""
+PR_SET_PDEATHSIG = 1
+COMMAND = (
+    "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; "
+    "main({socket}, {memory}, {parent})"
+)
 
-_START = "import sys; sys.path[:] = {path!r}; from video_mae.decoding.process import main; main({socket}, {memory}, {parent})"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class KilledError(Exception):
@@ -38,7 +63,19 @@ class Isolated:
         self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._memory, self._map = -1, None
+        self._memory = -1
+        self._map: mmap.mmap | None = None
+        self._num_files = self._num_running = 0
+
+    def load(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Makes ready for a file: a process that is new, or takes the place of an old one, loads
+        its libraries with function(*arguments), which is no fault of the file.
+        """
+        if self._num_files >= MOST_FILES and not self._num_running:
+            self.close()
+        if not self.is_alive:
+            self.call(function, *arguments, seconds=START_SECONDS)
+        self._num_files += 1
 
     def call(
         self,
@@ -46,42 +83,56 @@ class Isolated:
         *arguments: Any,
         seconds: float,
         memory_gb: float = 0.0,
-        shares: bool = False,
     ) -> Any:
-        """function(*arguments) there, a function of a module's top level; with `shares` it is also
-        given what allocates shared memory.
+        """function(*arguments) there, a function of a module's top level.
 
-        Arrays in the result are copies. seconds: how long it may take; memory_gb: what it may
-        allocate, 0 is no limit.
+        seconds: how long it may take; memory_gb: what it may allocate, 0 is no limit.
         Raises: what the function raises; KilledError when the process ended or had to be.
         """
         connection = self._connect()
         try:
-            connection.send_bytes(
-                pickle.dumps(
-                    (
-                        function.__module__,
-                        function.__name__,
-                        arguments,
-                        memory_gb,
-                        shares,
-                        _folder(),
-                    )
-                )
-            )
+            connection.send_bytes(pickle.dumps((function, arguments, memory_gb, _folder())))
             if not connection.poll(seconds):
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
-            size, places = pickle.loads(connection.recv_bytes())
             answer = connection.recv_bytes()
+            buffers = [self._copied(num_bytes) for num_bytes in connection.recv()]
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
-        succeeded, result = pickle.loads(
-            answer, buffers=[self._copy(size, *place) for place in places]
-        )
-        if not succeeded:
+        succeeded, result = pickle.loads(answer, buffers=buffers)
+        if succeeded:
+            return result
+        try:
             raise result
-        return result
+        finally:
+            del result  # else it and this frame keep each other alive, and the process with them
+
+    def iterate(
+        self,
+        function: Callable[..., Iterator[Result]],
+        *arguments: Any,
+        seconds: float,
+        memory_gb: float = 0.0,
+    ) -> Generator[Result]:
+        """The items of the generator function(*arguments), which runs there from one to the next: a
+        `call` each. The process may be called meanwhile. Raises: as `call`.
+        """
+        number = next(_numbers)
+        self.call(_begin, number, function, arguments, seconds=seconds)
+        process = self._process
+        self._num_running += 1
+        try:
+            while self._process is process and self.is_alive:
+                items = self.call(_go_on, number, seconds=seconds, memory_gb=memory_gb)
+                if not items:
+                    return
+                yield items[0]
+            # what a file did to the process was to another one's loss
+            raise KilledError("the process that read it was ended meanwhile")
+        finally:
+            self._num_running -= 1
+            if self._process is process and self.is_alive:
+                self.call(_end, number, seconds=seconds)
 
     @property
     def is_alive(self) -> bool:
@@ -105,17 +156,17 @@ class Isolated:
         """
         if self._owner == os.getpid():
             self.close()
-        elif self._connection is not None:
+        else:
             self._forget()
 
     def _connect(self) -> Connection:
         if self._connection is not None and self.is_alive:
             return self._connection
-        if self._connection is not None:
-            self._forget()
+        self._forget()
+        self._num_files = 0
         ours, theirs = socket.socketpair()
-        self._memory = os.memfd_create("frames", os.MFD_CLOEXEC)
-        command = _START.format(
+        self._memory = os.memfd_create("answer", os.MFD_CLOEXEC)
+        command = COMMAND.format(
             path=[os.path.abspath(entry) for entry in sys.path],
             socket=theirs.fileno(),
             memory=self._memory,
@@ -138,12 +189,10 @@ class Isolated:
         self._connection = Connection(ours.detach())
         return self._connection
 
-    def _copy(self, size: int, begin: int, num_bytes: int) -> Any:
-        if num_bytes == 0:
-            return np.empty(0, np.uint8)
-        if self._map is None or len(self._map) < size:
-            self._map = mmap.mmap(self._memory, size)
-        return np.frombuffer(self._map, np.uint8, num_bytes, begin).copy()
+    def _copied(self, num_bytes: int) -> NDArray[np.uint8]:
+        if self._map is None or len(self._map) < num_bytes:
+            self._map = mmap.mmap(self._memory, num_bytes)
+        return np.frombuffer(self._map, np.uint8, num_bytes).copy()
 
     def _reason(self) -> str:
         process = self._process
@@ -162,7 +211,7 @@ class Isolated:
         if self._connection is not None:
             self._connection.close()
             os.close(self._memory)
-        self._connection, self._memory, self._map = None, -1, None
+            self._connection = self._map = None
 
 
 def _folder() -> str:
@@ -172,13 +221,179 @@ def _folder() -> str:
         return ""
 
 
-_here = threading.local()
+_numbers = count()
+_of_thread = threading.local()
 
 
 def decoder_process() -> Isolated:
     """The process of the calling thread; what a fork brought along from another process is left to
     that one.
     """
-    if getattr(_here, "owner", None) != os.getpid():
-        _here.owner, _here.process = os.getpid(), Isolated()
-    return _here.process
+    if getattr(_of_thread, "owner", None) != os.getpid():
+        _of_thread.owner, _of_thread.process = os.getpid(), Isolated()
+    return _of_thread.process
+
+
+def in_order(
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_workers: int,
+    num_bytes: Callable[[Result], int] = lambda _: 0,
+) -> Generator[Result]:
+    """work(item) of all items, in their order, a few of them ahead, done by threads of which each
+    has a `decoder_process` of its own.
+
+    num_bytes: what a result holds until it is taken. Closing it waits for the work in hand.
+    """
+    left, ahead = iter(items), deque[Future[Result]]()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        while True:
+            held = sum(num_bytes(future.result()) for future in ahead if future.done())
+            room = AHEAD * num_workers - len(ahead)
+            if ahead and held >= HELD_BYTES:
+                room = 0
+            ahead += [pool.submit(work, item) for item in islice(left, room)]
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# From here on: what runs in the process.
+
+
+_running: dict[int, Iterator[Any]] = {}
+_shared: "SharedMemory | None" = None
+"""Of such a process."""
+
+
+class SharedMemory:
+    """Memory that both processes see, and that is kept: new memory costs more than a copy."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.is_free = descriptor, True
+        self.map: mmap.mmap | None = None
+
+    def clear(self) -> None:
+        """Forgets what was allocated, and gives back what a very large answer took."""
+        self.is_free = True
+        if self.map is not None and len(self.map) > KEPT_BYTES:
+            self.map = None
+            os.ftruncate(self.descriptor, 0)
+
+    def reserve(self, num_bytes: int) -> mmap.mmap:
+        """At least so many bytes."""
+        self.is_free = False
+        if self.map is None or len(self.map) < num_bytes:
+            os.ftruncate(self.descriptor, num_bytes)
+            self.map = mmap.mmap(self.descriptor, num_bytes)
+        return self.map
+
+    def holds(self, data: NDArray[np.uint8]) -> bool:
+        """Whether these bytes are the ones that were reserved."""
+        if self.map is None or self.is_free:
+            return False
+        return data.ctypes.data == np.frombuffer(self.map, np.uint8).ctypes.data
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array for an answer, its content undefined; the first one of an answer lies where the
+    other process sees it.
+    """
+    num = math.prod(shape)
+    if _shared is None or not _shared.is_free or num == 0:
+        return np.empty(shape, dtype)
+    return np.frombuffer(_shared.reserve(num * dtype.itemsize), dtype, num).reshape(shape)
+
+
+def end_with(parent: int) -> None:
+    """Has Linux end this process with the thread that started it; one that is gone ends it here."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+
+def main(socket: int, memory: int, parent: int) -> None:
+    """Answers calls until the other side is gone."""
+    global _shared
+    end_with(parent)
+    for number in SPARED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about damaged files
+    connection, _shared = Connection(socket), SharedMemory(memory)
+    while True:
+        try:
+            request = connection.recv_bytes()
+        except (EOFError, OSError):
+            os._exit(0)
+        _shared.clear()
+        lengths: list[int] = []
+        connection.send_bytes(_answer(request, _shared, lengths))
+        connection.send(lengths)
+
+
+def _answer(request: bytes, shared: SharedMemory, lengths: list[int]) -> bytes:
+    """(whether it succeeded, the result or the error) as bytes, and the bytes that belong to them
+    in shared memory.
+    """
+
+    def is_inside(buffer: pickle.PickleBuffer) -> bool:
+        data = np.frombuffer(buffer.raw(), np.uint8)
+        is_outside = data.nbytes > 0 and shared.holds(data)
+        if is_outside:
+            lengths.append(data.nbytes)
+        return not is_outside
+
+    try:
+        function, arguments, memory_gb, folder = pickle.loads(request)
+        if folder:
+            os.chdir(folder)  # where relative paths start
+        _limit(memory_gb)
+        try:
+            result = function(*arguments)
+        finally:
+            _limit(0)
+    except Exception as error:
+        try:
+            data = pickle.dumps((False, error))
+            # exceptions of some libraries go in, and do not come out again
+            pickle.loads(data)
+            return data
+        except Exception:
+            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+    try:
+        return pickle.dumps((True, result), protocol=5, buffer_callback=is_inside)
+    except Exception as error:  # pickle asks the objects themselves
+        lengths.clear()
+        return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {error}")))
+
+
+def _begin(number: int, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:
+    _running[number] = function(*arguments)
+
+
+def _go_on(number: int) -> list[Any]:
+    """The next item, or nothing at the end."""
+    return list(islice(_running[number], 1))
+
+
+def _end(number: int) -> None:
+    del _running[number]
+
+
+def _limit(memory_gb: float) -> None:
+    """Memory that may be allocated beyond what there is now; 0: as much as there is."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = hard
+    if memory_gb:
+        with open("/proc/self/statm", "rb") as file:
+            there = int(file.read().split()[0]) * mmap.PAGESIZE
+        limit = there + int(memory_gb * 1e9)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

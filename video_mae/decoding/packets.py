@@ -9,27 +9,32 @@ into an mp4 copies that as well.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import av
 import numpy as np
-from numpy.typing import NDArray
 
-from video_mae.decoding.containers import EDIT_LIST, NO_INDEX, has_offsets
-from video_mae.decoding.reading import shown_times
+from video_mae.decoding.containers import (
+    ASF,
+    EDIT_LIST,
+    NO_INDEX,
+    PACKED_B_FRAMES,
+    check_container,
+    has_offsets,
+)
+from video_mae.decoding.media import Stamps
 
 SEEKABLE = ("mp4", "matroska", "flv", "avi")
 """Containers in which a time stamp leads to a key frame; in MPEG streams, ASF, Ogg, GIF and MXF it
 leads to another, or to none.
 """
-NO_STAMPS, DECODING_ORDER = (
-    "time stamps missing or repeated",
-    "time stamps in the order of decoding",
-)
-LATE_START, ALL_KEYS = "a first frame that is no key frame", "key frames alone, which may be none"
-IN_ORDER = (NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS)
+NO_STAMPS = "time stamps missing or repeated"
+DECODING_ORDER = "time stamps in the order of decoding"
+LATE_START = "a first frame that is no key frame"
+ALL_KEYS = "key frames alone, which may be none"
+IN_ORDER = (PACKED_B_FRAMES, ASF, NO_INDEX, NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS)
 """What makes any seek go astray: frames can be numbered only as they come out, from the start of
 the file on.
 """
@@ -71,8 +76,11 @@ class Packet(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """The packets of a video in the order of decoding. traits: what leads decoders astray. Of the
-    first frame, where it was looked at: how it is shown, and its (height, width) then.
+    """The packets of a video in the order of decoding.
+
+    traits: what leads decoders astray; reorders: whether some frame is shown before one that is
+    stored before it. Of the first frame, where it was looked at: how it is shown, and its (height,
+    width) then.
     """
 
     container: str
@@ -80,29 +88,9 @@ class Survey:
     packets: Sequence[Packet]
     traits: tuple[str, ...]
     reorders: bool
-    tick_seconds: float
-    fps: float
+    stamps: Stamps
     turn: Turn = UPRIGHT
     size: tuple[int, int] = (0, 0)
-    stamps: list[Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "stamps", sorted(packet.pts for packet in self.packets if packet.pts is not None)
-        )
-
-    @property
-    def misleads(self) -> bool:
-        """Whether frames can be numbered only by decoding all of them in order."""
-        return any(trait in IN_ORDER for trait in self.traits)
-
-    def times(self) -> NDArray[np.float64]:
-        """When frames are shown, as `shown_times` has it."""
-        return shown_times(np.array(self.stamps, np.float64) * self.tick_seconds, self.fps)
-
-    def start(self) -> float:
-        """When the first frame is shown by the file's own clock, seconds; 0 where no stamp says it."""
-        return self.stamps[0] * self.tick_seconds if self.stamps else 0.0
 
 
 def open_container(path: str) -> Any:
@@ -145,12 +133,15 @@ def is_mirrored(turn: Turn) -> bool:
 
 def survey(path: str) -> Survey:
     """What is known of a video before its second frame is decoded. Raises: av.FFmpegError;
-    ValueError where there is no video.
+    ValueError where there is no video, or no whole one.
     """
+    trait = check_container(path)
     with open_container(path) as container:
         stream = video_stream(container)
         stream.thread_type = "NONE"
-        return _read(container, stream, container.demux(stream), thorough=True)
+        found = _read(container, stream, container.demux(stream), thorough=True)
+    traits = (trait, *found.traits) if trait else found.traits
+    return replace(found, traits=tuple(dict.fromkeys(traits)))
 
 
 def read_packets(path: str, container: Any, stream: Any) -> Survey:
@@ -159,35 +150,57 @@ def read_packets(path: str, container: Any, stream: Any) -> Survey:
     """
     rest = container.demux(stream)
     head = list(islice(rest, 1))
-    indexed = _indexed(path, container, stream, head[0].pts) if head else ()
-    if indexed:
-        traits = _stamp_traits("mp4", indexed, reorders=False, is_cut=False)
-        return _survey(container, stream, indexed, traits, reorders=False)
+    packets = _indexed(path, container, stream, head[0].pts) if head else []
+    if packets:
+        traits = _stamp_traits("mp4", packets, reorders=False, is_cut=False)
+        return _survey(container, stream, packets, traits)
     return _read(container, stream, chain(head, rest), thorough=False)
 
 
-def container_name(container: Any) -> str:
+def stamps_of(stream: Any, ticks: list[Any]) -> Stamps:
+    """Ticks of a stream's clock."""
+    fps = float(stream.average_rate or stream.guessed_rate or 1)
+    return Stamps(ticks, float(stream.time_base), fps)
+
+
+def _survey(
+    container: Any,
+    stream: Any,
+    packets: Sequence[Packet],
+    traits: Iterable[str],
+    reorders: bool = False,
+) -> Survey:
+    ticks = sorted(packet.pts for packet in packets if packet.pts is not None)
+    return Survey(
+        _name(container),
+        stream.codec_context.codec.canonical_name,
+        packets,
+        tuple(traits),
+        reorders,
+        stamps_of(stream, ticks),
+    )
+
+
+def _name(container: Any) -> str:
     """One name for a container and its kin: mp4 for mov and 3gp, matroska for webm."""
     names = container.format.name.split(",")
     return "mp4" if "mp4" in names else names[0]
 
 
-def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence[Packet]:
+def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> list[Packet]:
     """The packets as an mp4's index has them, where frames are shown when they are decoded: packed
     videos need not be read for it.
     """
+    context, entries = stream.codec_context, stream.index_entries
     if (
-        container_name(container) != "mp4"
-        or stream.codec_context.name != "h264"
-        or stream.codec_context.has_b_frames
+        _name(container) != "mp4"
+        or context.name != "h264"
+        or context.has_b_frames
+        or not len(entries) == stream.frames > 0
+        or entries[0].timestamp != first_pts
+        or has_offsets(path)
     ):
-        return ()
-    entries = stream.index_entries
-    if not len(entries) == stream.frames > 0 or entries[0].timestamp != first_pts:
-        return ()
-    with open(path, "rb") as file:
-        if has_offsets(file):
-            return ()
+        return []
     return [
         Packet(entry.timestamp, entry.timestamp, entry.is_keyframe)
         for entry in entries
@@ -196,45 +209,54 @@ def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> Sequence
 
 
 def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
-    context, name = stream.codec_context, container_name(container)
-    codec, num_indexed = context.codec.canonical_name, len(stream.index_entries)
-    packets, frame = list[Packet](), None
-    is_cut = is_late = has_open_groups = False
-    may_reorder = bool(context.has_b_frames) or (
-        name == "avi" and bool(context.codec.properties & REORDERS)
-    )
-    reorders = False
+    """thorough: the first frame is decoded, and key frames are looked into."""
+    context, entries, name = stream.codec_context, stream.index_entries, _name(container)
+    codec, properties = context.codec.canonical_name, context.codec.properties
+    extradata = context.extradata
+    may_reorder = context.has_b_frames or (name == "avi" and properties & REORDERS)
+    packets, frame, num_stored = list[Packet](), None, 0
+    is_cut = is_late = has_open_groups = reorders = False
     for packet in rest:
         if thorough and frame is None:
             with suppress(av.FFmpegError):  # whether it can be decoded is found out elsewhere
                 frame = next(iter(packet.decode()), None)
-        if not packets and not is_cut and packet.size:
+        num_stored += packet.size > 0
+        if packet.size and not packets and not is_cut:
             is_late = not packet.is_keyframe
         if packet.is_discard:
             is_cut = True
-        elif packet.size and (codec != "vp8" or memoryview(packet)[0] & VP8_SHOWN):
-            # else only others refer to it
-            packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
-            if may_reorder and not reorders:
-                reorders = _is_b_frame(packet, codec, context.extradata)
-            if thorough and codec == "h264" and packet.is_keyframe and not has_open_groups:
-                has_open_groups = all(
-                    unit[0] & UNIT_TYPE != IDR for unit in _units(bytes(packet), context.extradata)
-                )
-    traits = list(_stamp_traits(name, packets, reorders=reorders, is_cut=is_cut))
-    if is_late and LATE_START not in traits:  # one that an edit list hides
-        traits.append(LATE_START)
-    if is_cut:
-        traits.append(EDIT_LIST)
-    if not context.codec.properties & INTRA_ONLY and _calls_all_keys(
-        name, codec, packets, stream.index_entries
+            continue
+        # of VP8 also packets that only others refer to
+        if not packet.size or (codec == "vp8" and not memoryview(packet)[0] & VP8_SHOWN):
+            continue
+        packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
+        if may_reorder and not reorders:
+            reorders = _is_b_frame(packet, codec, extradata)
+        if thorough and codec == "h264" and packet.is_keyframe:
+            types = {unit[0] & UNIT_TYPE for unit in _units(packet, extradata)}
+            has_open_groups |= IDR not in types
+    # FFmpeg discards what an edit list hides, leaves it out, or shows it again
+    is_edited = is_cut or (name == "mp4" and stream.frames not in (0, num_stored))
+    traits = [EDIT_LIST] if is_edited else []
+    traits += _stamp_traits(name, packets, reorders=reorders, is_cut=is_cut)
+    may_have_others = not properties & INTRA_ONLY
+    without_index = name not in SEEKABLE or (name == "avi" and len(entries) < len(packets))
+    for trait, is_there in (
+        (LATE_START, is_late and LATE_START not in traits),  # one that an edit list hides
+        (ALL_KEYS, may_have_others and _calls_all_keys(name, codec, packets, entries)),
+        (NO_INDEX, without_index),
+        (OPEN_GROUPS, has_open_groups),
     ):
-        traits.append(ALL_KEYS)
-    if name not in SEEKABLE or (name == "avi" and num_indexed < len(packets)):
-        traits.append(NO_INDEX)
-    if has_open_groups:
-        traits.append(OPEN_GROUPS)
-    return _survey(container, stream, packets, traits, reorders, frame)
+        if is_there:
+            traits.append(trait)
+    found = _survey(container, stream, packets, traits, reorders)
+    if frame is None:
+        return found
+    turn, is_straight = orientation(frame)
+    size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
+    if not is_straight:
+        traits.append(MIRRORED)
+    return replace(found, traits=tuple(traits), turn=turn, size=size)
 
 
 def _calls_all_keys(
@@ -247,52 +269,8 @@ def _calls_all_keys(
         return False
     if all(packet.is_key for packet in packets):
         return codec not in REFUSING
-    return (
-        name == "mp4"
-        and len(entries) >= len(packets)
-        and all(entry.is_keyframe for entry in entries)
-    )
-
-
-def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:
-    """Whether a packet holds a frame that is shown before one that is stored before it; true where
-    nothing is known of the codec.
-    """
-    if codec == "h264":
-        return any(
-            unit[0] & UNIT_TYPE in SLICES and _slice_type(unit) == B_SLICE
-            for unit in _units(bytes(packet), extradata)
-        )
-    return codec not in B_PICTURE or B_PICTURE[codec].search(packet) is not None
-
-
-def _units(data: bytes, extradata: bytes | None) -> Iterator[bytes]:
-    """The beginnings of the units of a packet of H.264."""
-    place = 0
-    # start codes between the units, not their lengths before them
-    if not extradata or extradata[0] != 1:
-        while (place := data.find(START_CODE, place) + len(START_CODE)) >= len(
-            START_CODE
-        ) and place < len(data):
-            yield data[place : place + UNIT_BYTES]
-        return
-    length_bytes = (extradata[4] & 3) + 1
-    while place + length_bytes < len(data):
-        begin = place + length_bytes
-        yield data[begin : begin + UNIT_BYTES]
-        place = begin + int.from_bytes(data[place:begin], "big")
-
-
-def _slice_type(unit: bytes) -> int:
-    """The second of the numbers that a slice begins with, each as many bits after as zeros before
-    its first one; 5 says what 0 says.
-    """
-    bits, place, value = "".join(f"{byte:08b}" for byte in unit[1:]) + "1", 0, 0
-    for _ in range(2):
-        zeros = bits.index("1", place) - place
-        value = int(bits[place + zeros : place + 2 * zeros + 1], 2) - 1
-        place = min(place + 2 * zeros + 1, len(bits) - 1)
-    return value % 5
+    is_indexed = name == "mp4" and len(entries) >= len(packets)
+    return is_indexed and all(entry.is_keyframe for entry in entries)
 
 
 def _stamp_traits(
@@ -301,10 +279,7 @@ def _stamp_traits(
     """What is wrong with the stamps of a container's packets, some of which an edit list may hide
     (is_cut).
     """
-    stamps, keys = (
-        [packet.pts for packet in packets],
-        [packet for packet in packets if packet.is_key],
-    )
+    stamps = [packet.pts for packet in packets]
     if None in stamps or len(set(stamps)) < len(stamps):
         yield NO_STAMPS
         return
@@ -314,36 +289,48 @@ def _stamp_traits(
     # decoders leave out what they lack a key frame for
     if stamps and not is_cut and (not packets[0].is_key or min(stamps) < stamps[0]):
         yield LATE_START
-    if name != "matroska" and any(
-        two.dts is not None and two.dts <= one.pts for one, two in pairwise(keys)
-    ):
+    if name == "matroska":
+        return
+    for one, two in pairwise(packet for packet in packets if packet.is_key):
         # in an index by the time of decoding the second one stands before the first one is shown
-        yield ADJACENT_KEYS
+        if two.dts is not None and two.dts <= one.pts:
+            yield ADJACENT_KEYS
+            return
 
 
-def _survey(
-    container: Any,
-    stream: Any,
-    packets: Sequence[Packet],
-    traits: Iterable[str],
-    reorders: bool,
-    frame: av.VideoFrame | None = None,
-) -> Survey:
-    traits, turn, size = list(traits), UPRIGHT, (0, 0)
-    if frame is not None:
-        turn, is_straight = orientation(frame)
-        size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
-        traits += () if is_straight else (MIRRORED,)
-    context = stream.codec_context
-    fps = float(stream.average_rate or stream.guessed_rate or 1)
-    return Survey(
-        container_name(container),
-        context.codec.canonical_name,
-        packets,
-        tuple(traits),
-        reorders,
-        float(stream.time_base),
-        fps,
-        turn,
-        size,
-    )
+def _is_b_frame(packet: Any, codec: str, extradata: bytes | None) -> bool:
+    """Whether a packet holds a frame that is shown before one that is stored before it; true where
+    nothing is known of the codec.
+    """
+    if codec == "h264":
+        slices = (unit for unit in _units(packet, extradata) if unit[0] & UNIT_TYPE in SLICES)
+        return any(_slice_type(unit) == B_SLICE for unit in slices)
+    return codec not in B_PICTURE or B_PICTURE[codec].search(packet) is not None
+
+
+def _units(packet: Any, extradata: bytes | None) -> Iterator[bytes]:
+    """The beginnings of the units of a packet of H.264."""
+    data = bytes(packet)
+    # start codes between the units, not their lengths before them
+    if not extradata or extradata[0] != 1:
+        for unit in data.split(START_CODE)[1:]:
+            if unit:
+                yield unit[:UNIT_BYTES]
+        return
+    length_bytes = (extradata[4] & 3) + 1
+    begin = length_bytes
+    while begin < len(data):
+        yield data[begin : begin + UNIT_BYTES]
+        begin += int.from_bytes(data[begin - length_bytes : begin], "big") + length_bytes
+
+
+def _slice_type(unit: bytes) -> int:
+    """The second of the numbers that a slice begins with, each as many bits after as zeros before
+    its first one; 5 says what 0 says.
+    """
+    bits, value = "".join(f"{byte:08b}" for byte in unit[1:]) + "1", 0
+    for _ in range(2):
+        zeros = bits.index("1")
+        value = int(bits[zeros : 2 * zeros + 1], 2) - 1
+        bits = bits[2 * zeros + 1 :] or "1"
+    return value % 5

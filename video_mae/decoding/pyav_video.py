@@ -8,7 +8,6 @@ and to read.
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
-from fractions import Fraction
 from itertools import chain
 from typing import Any
 
@@ -17,15 +16,18 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from video_mae.decoding.containers import check_container
+from video_mae.decoding.media import Frames, Reading, scaled_size
 from video_mae.decoding.packets import (
+    IN_ORDER,
     Packet,
     Turn,
     open_container,
     orientation,
     read_packets,
+    stamps_of,
     video_stream,
 )
-from video_mae.decoding.reading import Frames, Reading, scaled_size, shown_times
 
 CONVERTER = VideoReformatter()
 """Keeps its tables, which take longer to make than a small frame to convert."""
@@ -41,21 +43,14 @@ def load() -> str:
     return av.__version__
 
 
-def open_video(path: str, reading: Reading, *, in_order: bool = False) -> Frames:
-    """Opens a file that is a video container; in_order: frames are counted by decoding, for files
-    whose packets mislead.
+def open_video(path: str, reading: Reading) -> Frames:
+    """Opens a file that is a video container.
 
-    Raises: av.FFmpegError, and ValueError where a frame that the packets promise does not come out.
+    Raises: av.FFmpegError, and ValueError for what is no whole container, and where a frame that
+    the packets promise does not come out.
     """
-    video = _Video(path, reading, in_order)
-    return Frames(len(video.stamps), video.read, video.times, start=video.start())
-
-
-def frame_rate(path: str) -> Fraction:
-    """Frames a second of a video, as its file says; 25 where it does not."""
-    with open_container(path) as container:
-        stream = video_stream(container)
-        return stream.average_rate or stream.guessed_rate or Fraction(25)
+    video = _Video(path, reading)
+    return Frames(len(video.stamps.ticks), video.read, video.stamps)
 
 
 def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
@@ -103,82 +98,75 @@ class _Video:
 
     container: Any = None
 
-    def __init__(self, path: str, reading: Reading, in_order: bool) -> None:
+    def __init__(self, path: str, reading: Reading) -> None:
         self.path, self.reading = path, reading
+        trait = check_container(path)
         self._open()  # costs milliseconds
-        self.tick_seconds = float(self.stream.time_base)
-        self.fps = float(self.stream.average_rate or self.stream.guessed_rate or 1)
-        survey = None if in_order else read_packets(path, self.container, self.stream)
-        if survey is None or survey.misleads:
-            self.in_order, self.stamps = (
-                True,
-                [frame.pts for frame in sequential(path, reading.threads)],
-            )
+        found = None if trait in IN_ORDER else read_packets(path, self.container, self.stream)
+        self.in_order = found is None or not set(IN_ORDER).isdisjoint(found.traits)
+        if found is None or self.in_order:
+            # counted by decoding: packets mislead
+            ticks = [frame.pts for frame in sequential(path, reading.threads)]
+            self.stamps = stamps_of(self.stream, ticks)
             return
-        self.in_order, self.stamps = False, survey.stamps
-        self.places = {packet.pts: place for place, packet in enumerate(survey.packets)}
-        keys = {packet for packet in survey.packets if packet.is_key}
+        self.stamps = found.stamps
+        self.places = {packet.pts: place for place, packet in enumerate(found.packets)}
+        keys = {packet for packet in found.packets if packet.is_key}
         # where an edit list hides the first key frame, the first stamp that is shown leads there
-        if self.stamps:
-            keys.add(survey.packets[0]._replace(pts=self.stamps[0]))
+        if self.stamps.ticks:
+            keys.add(found.packets[0]._replace(pts=self.stamps.ticks[0]))
         self.keys = sorted(keys, key=lambda key: key.pts)
         self.key_stamps = [key.pts for key in self.keys]
 
     def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self.container is not None:
             self.container.close()
 
     def _open(self) -> None:
-        if self.container is not None:
-            self.container.close()
+        self._close()
         self.container = open_container(self.path)
         self.stream = video_stream(self.container)
         _set_threads(self.stream, self.reading.threads)
 
     def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-        for frame in self._in_order(wanted) if self.in_order else self._by_seeking(wanted):
+        """The frames of these rising indices."""
+        frames = self._in_order if self.in_order else self._by_seeking
+        for frame in frames(wanted.tolist()):
             yield pixels(frame, self.reading.short_side)
 
-    def times(self) -> NDArray[np.float64]:
-        # None is NaN
-        return shown_times(np.array(self.stamps, dtype=np.float64) * self.tick_seconds, self.fps)
+    def _in_order(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        frames = enumerate(sequential(self.path, self.reading.threads))
+        for index in wanted:
+            for place, frame in frames:
+                if place == index:
+                    yield frame
+                    break
+            else:
+                raise self._missing(index)
 
-    def start(self) -> float:
-        return (
-            self.stamps[0] * self.tick_seconds
-            if self.stamps and self.stamps[0] is not None
-            else 0.0
-        )
-
-    def _in_order(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
-        rest = iter(wanted.tolist())
-        next_wanted = next(rest, None)
-        for place, frame in enumerate(sequential(self.path, self.reading.threads)):
-            if next_wanted is None:
-                return
-            if place == next_wanted:
-                yield frame
-                next_wanted = next(rest, None)
-        if next_wanted is not None:
-            raise ValueError(f"frame {next_wanted} of {len(self.stamps)} cannot be decoded")
-
-    def _by_seeking(self, wanted: NDArray[np.int64]) -> Iterator[av.VideoFrame]:
+    def _by_seeking(self, wanted: list[int]) -> Iterator[av.VideoFrame]:
         frames: Iterator[av.VideoFrame] = iter(())
-        needed = {self.stamps[index] for index in wanted.tolist()}
+        ticks = self.stamps.ticks
+        needed = {ticks[index] for index in wanted}
         position: Any = None
-        for index in wanted.tolist():
-            stamp = self.stamps[index]
+        for index in wanted:
+            stamp, found = ticks[index], None
             key = bisect_right(self.key_stamps, stamp) - 1
-            found = None
             # no key frame lies between
             if position is not None and self.key_stamps[key] <= position:
                 found = _at(frames, stamp)
             if found is None:
                 found, frames = self._sought(stamp, key, needed)
             if found is None:
-                raise ValueError(f"frame {index} of {len(self.stamps)} cannot be decoded")
+                raise self._missing(index)
             position = stamp
             yield found
+
+    def _missing(self, index: int) -> ValueError:
+        return ValueError(f"frame {index} of {len(self.stamps.ticks)} cannot be decoded")
 
     def _sought(
         self, stamp: int, key: int, needed: set[Any]
@@ -232,7 +220,6 @@ class _Video:
         context = self.stream.codec_context
         for packet in packets:
             if context.name in SKIPPING:
-                context.skip_frame = (
-                    "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
-                )
+                is_needed = packet.pts is None or packet.pts in needed
+                context.skip_frame = "DEFAULT" if is_needed else "NONREF"
             yield from packet.decode()

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.decoding.reading import Read, Reading, scaled_size
+from video_mae.decoding.media import Read, Reading, scaled_size
 
 NVDEC = "cuda"
 

@@ -1,5 +1,4 @@
-"""From a file to what a shard holds of it, in the process that decodes: `begin`, then `go_on` until
-it is done.
+"""From a file to what a shard holds of it, in the process that decodes: `pack`.
 
 F frames, H W pixels, C channels.
 """
@@ -7,29 +6,34 @@ F frames, H W pixels, C channels.
 import hashlib
 import io
 import math
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from fractions import Fraction
-from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import FileConfig
 from video_mae.config.pack import PackConfig
 from video_mae.decoding.containers import check_container, check_regular
-from video_mae.decoding.decoders import local_file
-from video_mae.decoding.opened import READERS, as_decode_error, suffix
-from video_mae.decoding.packets import Turn, orientation
-from video_mae.decoding.pyav_video import CONVERTER, frame_rate, pixels, sequential, upright
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Place, shown_times
+from video_mae.decoding.frames import READERS
+from video_mae.decoding.isolation import allocate
+from video_mae.decoding.media import (
+    MAX_CLIP_BYTES,
+    Place,
+    as_decode_error,
+    local_file,
+    shown_times,
+    suffix,
+)
+from video_mae.decoding.packets import Turn, open_container, orientation, video_stream
+from video_mae.decoding.pyav_video import CONVERTER, pixels, sequential, upright
 
 STEP_FRAMES, STEP_BYTES = 32, 2**26
-"""Between frames, and between bytes of a file, after which `go_on` returns: what takes longer makes
+"""Between frames, and between bytes of a file, after which `pack` yields: what takes longer makes
 no progress.
 """
 CLOCK = 90_000
@@ -43,88 +47,61 @@ milliseconds do.
 NPY_HEADER_BYTES = 128
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The file for a shard, and what is known of it and of its source; fps is None where there is
-    no time.
+class Packed(NamedTuple):
+    """The file for a shard, and what its row says of it and of its source: num_frames, fps (None
+    where there is no time), height, width, source_bytes, source_sha256.
     """
 
     media: NDArray[np.uint8]
-    num_frames: int
-    fps: float | None
-    height: int
-    width: int
-    source_bytes: int
-    source_sha256: str
+    about: dict[str, Any]
 
 
-_jobs: dict[int, Generator[None, None, Packed]] = {}
-_handles = count(os.getpid() << 32)  # those of a process that was replaced mean nothing to the next
-
-
-def ready() -> None:
-    """Does nothing: the libraries are loaded, which takes a moment, when it can be called."""
-
-
-def begin(place: Place, config: PackConfig) -> int:
-    """Begins with a file; the number that it returns is for `go_on`. One that was begun before is
-    given up.
-    """
-    _jobs.clear()
-    handle = next(_handles)
-    _jobs[handle] = _pack(place, config)
-    return handle
-
-
-def go_on(handle: int) -> Packed | None:
-    """Goes on with a file for a while: None, or what came of it at last. Raises: VideoDecodeError
+def pack(place: Place, config: PackConfig) -> Iterator[Packed | None]:
+    """Yields None after every while, and at last what came of a file. Raises: VideoDecodeError
     where it cannot be packed.
     """
-    try:
-        next(_jobs[handle])
-    except StopIteration as end:
-        del _jobs[handle]
-        return end.value
-    return None
-
-
-def _pack(place: Place, config: PackConfig) -> Generator[None, None, Packed]:
     reader, open_still = READERS.get(suffix(place), ("pyav", None))
     with as_decode_error(place, reader):
         if open_still and config.form == "video":
             raise ValueError("pictures and arrays are packed with form=frames only")
         check_regular(place)
-        path, kept = local_file(place)
-        size, digest = yield from _identity(path)
-        if open_still:
-            frames, rate = _images(open_still, path), None
-        else:
-            with open(path, "rb") as file:
-                check_container(file, size)
-            frames, rate = sequential(path), frame_rate(path)
-        keeps = yield from _choice(path, rate, config)
-        sink = (_Video if config.form == "video" else _Array)(config, rate)
-        stamps, places = list[float | None](), list[int]()
-        for number, frame in enumerate(frames):
-            if number % STEP_FRAMES == 0:
-                yield
-            stamps.append(frame.time)
-            if keeps(number):
-                sink.add(frame)
-                places.append(number)
-        if not places:
+        with local_file(place) as path:
+            size, digest = yield from _identity(path)
+            if open_still:
+                frames, rate = _images(open_still, path), None
+            else:
+                check_container(path)
+                frames, rate = sequential(path), _frame_rate(path)
+            kept = yield from _kept(path, rate, config)
+            sink = (_Video if config.form == "video" else _Array)(config, rate)
+            stamps, numbers = list[float | None](), list[int]()
+            for number, frame in enumerate(frames):
+                if number % STEP_FRAMES == 0:
+                    yield
+                stamps.append(frame.time)
+                if number in kept:
+                    sink.add(frame)
+                    numbers.append(number)
+        if not numbers:
             raise ValueError("the video has no frames")
-        seconds = _seconds(stamps, rate)[places] if rate else None
-        media = sink.close(seconds)
-        del kept
-        return Packed(
-            np.frombuffer(media, np.uint8),
-            len(places),
-            _fps(seconds, rate),
-            *sink.size,
-            size,
-            digest,
-        )
+        seconds, fps = None, None
+        if rate:
+            seconds, fps = _seconds(stamps, rate)[numbers], float(rate)
+            if len(seconds) > 1:
+                fps = (len(seconds) - 1) / (seconds[-1] - seconds[0])
+        height, width = sink.size
+        about = {
+            "num_frames": len(numbers),
+            "fps": fps and round(float(fps), 4),
+            "height": height,
+            "width": width,
+            "source_bytes": size,
+            "source_sha256": digest,
+        }
+        data = np.frombuffer(sink.close(seconds), np.uint8)
+        media = allocate(data.shape, data.dtype)
+        media[:] = data
+        yield Packed(media, about)
 
 
 def _identity(path: str) -> Generator[None, None, tuple[int, str]]:
@@ -139,29 +116,36 @@ def _identity(path: str) -> Generator[None, None, tuple[int, str]]:
 
 def _images(open_still: Callable[..., Any], path: str) -> Iterator[av.VideoFrame]:
     """The frames of a picture or an array. Raises: ValueError where they are not RGB."""
-    opened = open_still(path, SourceConfig(), 3)
+    opened = open_still(path, FileConfig(), 3)
     for frame_HWC in opened.read(np.arange(opened.num_frames)):
         if frame_HWC.dtype != np.uint8 or frame_HWC.shape[2] != 3:
             raise ValueError(
-                f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 is packed; list it as it is"
+                f"holds {frame_HWC.dtype} of {frame_HWC.shape[2]} channels, only uint8 of 3 "
+                "is packed; list it as it is"
             )
         yield av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
 
 
-def _choice(
+def _frame_rate(path: str) -> Fraction:
+    """Frames a second of a video, as its file says; 25 where it does not."""
+    with open_container(path) as container:
+        stream = video_stream(container)
+        return stream.average_rate or stream.guessed_rate or Fraction(25)
+
+
+def _kept(
     path: str, rate: Fraction | None, config: PackConfig
-) -> Generator[None, None, Callable[[int], bool]]:
-    """Which frames are kept, by their numbers; for fps the time stamps of all are read first."""
+) -> Generator[None, None, Container[int]]:
+    """The numbers of the frames that are kept; for fps the time stamps of all are read first."""
     if config.fps is None or rate is None:
-        return lambda number: number % config.frame_step == 0
+        return range(0, sys.maxsize, config.frame_step)
     stamps = list[float | None]()
     for frame in sequential(path):
         stamps.append(frame.time)
         if len(stamps) % STEP_FRAMES == 0:
             yield
     slots = np.floor(_seconds(stamps, rate) * config.fps + JITTER)
-    kept = np.flatnonzero(np.diff(slots, prepend=-1.0) > 0)
-    return set(kept.tolist()).__contains__
+    return set(np.flatnonzero(np.diff(slots, prepend=-1.0) > 0).tolist())
 
 
 def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float64]:
@@ -171,143 +155,138 @@ def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float
     return shown_times(np.array(stamps, dtype=np.float64), float(rate))[:, 0]  # None is NaN
 
 
-def _fps(seconds: NDArray[np.float64] | None, rate: Fraction | None) -> float | None:
-    if seconds is None or rate is None:
-        return None
-    return round(
-        float((len(seconds) - 1) / (seconds[-1] - seconds[0]) if len(seconds) > 1 else rate), 4
-    )
+class _Sink:
+    """A file in memory that frames are written to."""
+
+    remedy: str
+    """What makes it smaller."""
+
+    def __init__(self, config: PackConfig) -> None:
+        self.short_side, self.file = config.short_side, io.BytesIO()
+        self.size = (0, 0)
+        self.num_frames = self.num_bytes = 0
+
+    def begin_frame(self, height: int, width: int) -> None:
+        """Raises: ValueError where a frame is of another size than those before."""
+        if self.size not in ((0, 0), (height, width)):
+            raise ValueError("the size of the picture changes within the video")
+        self.size = (height, width)
+        self.num_frames += 1
+
+    def count(self, num_bytes: int) -> None:
+        """Raises: ValueError where it becomes too much."""
+        self.num_bytes += num_bytes
+        if self.num_bytes > MAX_CLIP_BYTES:
+            raise ValueError(
+                f"packed it would have more than 2 GB; cut it, or change {self.remedy}"
+            )
 
 
-class _Array:
+class _Array(_Sink):
     """Frames one after another, as an .npy file of uint8 [F, H, W, 3]."""
 
+    remedy = "frame_step, fps or short_side"
+
     def __init__(self, config: PackConfig, rate: Fraction | None) -> None:
-        self.short_side, self.size, self.num_frames = config.short_side, (0, 0), 0
-        self.data = bytearray(NPY_HEADER_BYTES)
+        super().__init__(config)
+        self.file.seek(NPY_HEADER_BYTES)
 
     def add(self, frame: av.VideoFrame) -> None:
-        frame_HWC = pixels(frame, self.short_side)
-        self.size = _same(self.size, frame_HWC.shape[:2])
-        self.data += np.ascontiguousarray(frame_HWC).data
-        self.num_frames += 1
-        _check_bytes(len(self.data), "frame_step, fps or short_side")
+        frame_HWC = np.ascontiguousarray(pixels(frame, self.short_side))
+        self.begin_frame(*frame_HWC.shape[:2])
+        self.count(self.file.write(frame_HWC.data))
 
-    def close(self, seconds: NDArray[np.float64] | None) -> bytearray:
-        header = io.BytesIO()
+    def close(self, seconds: NDArray[np.float64] | None) -> memoryview:
+        shape = (self.num_frames, *self.size, 3)
+        self.file.seek(0)
         npy.write_array_header_1_0(
-            header,
-            {"descr": "|u1", "fortran_order": False, "shape": (self.num_frames, *self.size, 3)},
+            self.file, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )
-        assert header.tell() == NPY_HEADER_BYTES
-        self.data[:NPY_HEADER_BYTES] = header.getvalue()
-        return self.data
+        assert self.file.tell() == NPY_HEADER_BYTES
+        return self.file.getbuffer()
 
 
-class _Video:
+class _Video(_Sink):
     """H.264 that costs little to decode: short groups, no B-frames, one reference, no filter in the
     loop; 8-bit 4:2:0, even sides.
 
     x264 alone in one thread, and without mbtree, gives the same bytes each time.
     """
 
+    remedy = "crf, fps or short_side"
+
     def __init__(self, config: PackConfig, rate: Fraction | None) -> None:
-        self.short_side, self.size = config.short_side, (0, 0)
-        self.file = io.BytesIO()
+        super().__init__(config)
         # Without edit lists, which decoders read wrongly, and without the versions of libraries in
         # the file.
         self.container = av.open(
             self.file, "w", format="mp4", options={"fflags": "+bitexact", "use_editlist": "0"}
         )
-        rate = rate or Fraction(25)
+        assert rate is not None
         options = {
             "crf": str(config.crf),
             "preset": config.preset,
             "tune": "fastdecode",
-            "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:threads=1:lookahead-threads=1",
+            "x264-params": f"keyint={config.gop}:min-keyint=1:bframes=0:ref=1:mbtree=0:"
+            "threads=1:lookahead-threads=1",
         }
         self.stream = self.container.add_stream("libx264", rate=rate, options=options)
-        self.stream.codec_context.thread_count, self.stream.codec_context.time_base = 1, 1 / rate
+        self.context = self.stream.codec_context
+        self.context.thread_count, self.context.time_base = 1, 1 / rate
         self.stream.pix_fmt, self.stream.time_base = "yuv420p", Fraction(1, CLOCK)
         self.packets: list[av.Packet] = []
-        self.num_frames = self.num_bytes = 0
 
     def add(self, frame: av.VideoFrame) -> None:
         height, width = _even_size(frame.height, frame.width, self.short_side)
         small = _upright(CONVERTER.reformat(frame, width, height, "yuv420p"), orientation(frame)[0])
         if self.num_frames == 0:
-            context = self.stream.codec_context
             self.stream.width, self.stream.height = small.width, small.height
-            context.color_range, context.colorspace = frame.color_range, frame.colorspace
-            context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
-        self.size = _same(self.size, (small.height, small.width))
-        small.pts, small.time_base = self.num_frames, self.stream.codec_context.time_base
-        self.num_frames += 1
-        self._take(self.stream.encode(small))
+            for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+                setattr(self.context, name, getattr(frame, name))
+        small.pts, small.time_base = self.num_frames, self.context.time_base
+        self.begin_frame(small.height, small.width)
+        self._encode(small)
 
     def close(self, seconds: NDArray[np.float64] | None) -> memoryview:
         assert seconds is not None
-        self._take(self.stream.encode())
+        self._encode(None)
         assert len(self.packets) == self.num_frames
+        numbers = np.arange(self.num_frames)
         ticks = np.round(seconds * CLOCK).astype(np.int64)
         # two frames within a tick
-        ticks = np.maximum.accumulate(ticks - np.arange(len(ticks))) + np.arange(len(ticks))
-        last = (
-            int(ticks[-1] - ticks[-2])
-            if len(ticks) > 1
-            else round(CLOCK / self.stream.codec_context.framerate)
-        )
+        ticks = np.maximum.accumulate(ticks - numbers) + numbers
+        last = round(CLOCK / self.context.framerate) if len(ticks) == 1 else ticks[-1] - ticks[-2]
+        durations = np.diff(ticks, append=ticks[-1] + last)
         for packet, tick, duration in zip(
-            self.packets, ticks.tolist(), [*np.diff(ticks).tolist(), last], strict=True
+            self.packets, ticks.tolist(), durations.tolist(), strict=True
         ):
-            packet.time_base, packet.pts, packet.dts, packet.duration = (
-                Fraction(1, CLOCK),
-                tick,
-                tick,
-                duration,
-            )
+            packet.time_base, packet.duration = Fraction(1, CLOCK), duration
+            packet.pts = packet.dts = tick
             self.container.mux(packet)
         self.container.close()
         return self.file.getbuffer()
 
-    def _take(self, packets: Sequence[av.Packet]) -> None:
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        packets = self.stream.encode(frame)
         self.packets += packets
-        self.num_bytes += sum(packet.size for packet in packets)
-        _check_bytes(self.num_bytes, "crf, fps or short_side")
+        self.count(sum(packet.size for packet in packets))
 
 
-def _even_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+def _even_size(height: int, width: int, short_side: int) -> list[int]:
     """(height, width) with the shorter one brought down to short_side, each the nearest even
     number, the smaller one of two.
     """
     factor = min(short_side / min(height, width), 1.0) if short_side else 1.0
-    return max(2 * math.ceil(height * factor / 2 - 0.5), 2), max(
-        2 * math.ceil(width * factor / 2 - 0.5), 2
-    )
+    return [max(2 * math.ceil(side * factor / 2 - 0.5), 2) for side in (height, width)]
 
 
 def _upright(frame: av.VideoFrame, turn: Turn) -> av.VideoFrame:
     """A frame of 4:2:0 with even sides, as it is shown."""
     if not any(turn):
         return frame
-    planes_YUV, half = (
-        frame.to_ndarray().astype(np.uint8, copy=False),
-        (frame.height // 2, frame.width // 2),
-    )
-    luma_HW = planes_YUV[: frame.height]
-    chroma = planes_YUV[frame.height :].reshape(2, *half)
-    turned = [upright(plane, turn) for plane in (luma_HW, *chroma)]
+    planes_YUV = frame.to_ndarray().astype(np.uint8, copy=False)
+    chroma = planes_YUV[frame.height :].reshape(2, frame.height // 2, frame.width // 2)
+    turned = [upright(plane, turn) for plane in (planes_YUV[: frame.height], *chroma)]
     height, width = turned[0].shape
     flat = np.concatenate([plane.ravel() for plane in turned])
     return av.VideoFrame.from_ndarray(flat.reshape(height * 3 // 2, width), format="yuv420p")
-
-
-def _same(size: tuple[int, int], new: tuple[int, ...]) -> tuple[int, int]:
-    if size not in ((0, 0), new):
-        raise ValueError("the size of the picture changes within the video")
-    return new[0], new[1]
-
-
-def _check_bytes(num_bytes: int, remedy: str) -> None:
-    if num_bytes > MAX_CLIP_BYTES:
-        raise ValueError(f"packed it would have more than 2 GB; cut it, or change {remedy}")

@@ -25,11 +25,12 @@ from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset, Failure
 from video_mae.data.loader import make_loader
-from video_mae.data.sampling import StepSampler, uniform_indices
+from video_mae.data.sampling import StepSampler
 from video_mae.data.videos import read_labeled
 from video_mae.data.views import ViewDataset, Views, make_view_loader
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Choose, Reading
+from video_mae.decoding.choices import uniform_indices
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.heads import (
     AttentiveHead,

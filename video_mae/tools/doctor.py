@@ -7,14 +7,12 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from video_mae.config.data import ReadConfig, SourceConfig
@@ -30,12 +28,14 @@ from video_mae.decoding import (
     read_clip,
     resolve_decoder,
     stream,
+    times_and_start,
 )
+from video_mae.decoding.choices import first_middle_last
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import count_frames, describe, sha256
 from video_mae.decoding.isolation import decoder_process
+from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
-from video_mae.decoding.reading import MAX_CLIP_BYTES, Member
 from video_mae.files import unicode_text
 from video_mae.tools.doctor_report import Examined, report, summarize, write
 
@@ -131,18 +131,19 @@ class Doctor:
         lines, config = self.lines, self.config
         self._compare("again", by_path=True)
         num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(lines))
-        pool, bad = ThreadPoolExecutor(num_workers), 0
+        bad = 0
         try:
-            with tqdm(total=len(lines), unit="video", disable=None) as progress:
-                for line in pool.map(self._examine, lines):  # a process decodes for each thread
+            with (
+                tqdm(total=len(lines), unit="video", disable=None) as progress,
+                closing(in_order(self._examine, lines, num_workers)) as examined,
+            ):
+                for line in examined:
                     bad += line.is_bad
                     progress.set_postfix(bad=bad, refresh=False)
                     progress.update()
         except KeyboardInterrupt:
             print("video-mae doctor: interrupted, nothing is written", file=sys.stderr, flush=True)
             return INTERRUPTED
-        finally:
-            pool.shutdown(cancel_futures=True)
         self._compare("same_content", by_path=False)
         self._check_labels_and_names()
         summary = summarize(self.source, self.notes, config.check, self.decoder, lines)
@@ -213,14 +214,16 @@ class Doctor:
         """Reads frames as a run would. Raises: VideoDecodeError."""
         config, reading = self.config, self.reading
 
-        def first_middle_last(num_frames: int) -> NDArray[np.int64]:
-            line.num_frames = num_frames
-            return np.unique([0, num_frames // 2, num_frames - 1])
-
         def refuse(reason: str) -> VideoDecodeError:
             return VideoDecodeError(str(line.path), line.decoder, reason)
 
-        found = read_clip(line.path, first_middle_last, reading)
+        try:
+            found = read_clip(line.path, first_middle_last, reading)
+        except VideoDecodeError:
+            with suppress(VideoDecodeError):  # it may open all the same
+                line.num_frames = len(times_and_start(line.path, reading)[0])
+            raise
+        line.num_frames = found.num_frames
         line.decoder, line.fallback = found.decoder, found.fallback
         frame_HWC = found.clip_THWC[0]
         line.height, line.width = frame_HWC.shape[:2]

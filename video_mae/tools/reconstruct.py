@@ -2,17 +2,18 @@
 of the hidden tubelets.
 """
 
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from video_mae.config import DataConfig, MaskConfig
 from video_mae.config.schema import Knobs, knob, section
 from video_mae.convert.model_folder import load_pretrained
 from video_mae.data.augment import crop_box, crop_clip
-from video_mae.data.sampling import clip_indices, sample_rng, sample_seed
+from video_mae.data.sampling import sample_rng, sample_seed
 from video_mae.decoding import VideoDecodeError, decode
+from video_mae.decoding.choices import clip_indices, joined
 from video_mae.model.masking import mask_counts, token_mask
 from video_mae.model.objective import pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
@@ -46,17 +47,11 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
     size = (model.config.height, model.config.width)
     mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
     rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]
-
-    def choose(num_video_frames: int) -> np.ndarray:  # all clips from one pass over the file
-        return np.concatenate(
-            [
-                clip_indices(num_video_frames, model.config.num_frames, config.stride, rng)
-                for rng in rngs
-            ]
-        )
-
+    choose = partial(clip_indices, num_frames=model.config.num_frames, stride=config.stride)
+    # all clips from one pass over the file
+    all_clips = partial(joined, choices=[partial(choose, rng=rng) for rng in rngs])
     try:
-        frames_THWC = torch.from_numpy(decode(video, choose))
+        frames_THWC = torch.from_numpy(decode(str(video), all_clips))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
     box = crop_box(

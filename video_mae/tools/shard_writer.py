@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +40,11 @@ class ShardWriter:
         except BlockingIOError:
             self._rows.close()
             raise ValueError(
-                f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose another folder"
+                f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose "
+                "another folder"
             ) from None
         self._shards = open(folder / SHARDS, "ab+", buffering=0)  # noqa: SIM115
-        self._file: io.FileIO | None = None
-        self.num_rows = self.num_refused = self._number = self._end = 0
-        self._digest = hashlib.sha256()
+        self._begin_shard(0)
         self._resume()
 
     def append(self, row: dict[str, Any], media: NDArray[Any] | None) -> None:
@@ -73,13 +74,14 @@ class ShardWriter:
                 file.close()
 
     def _append_files(self, key: str, row: dict[str, Any], media: memoryview) -> dict[str, Any]:
-        files = [(".cls", str(row["label"]).encode())] if row["label"] != -1 else []
-        files += [(".json", json_line(row)), (self.ending, media)]
+        files = [(".json", json_line(row)), (self.ending, media)]
+        if row["label"] != -1:
+            files.insert(0, (".cls", str(row["label"]).encode()))
         size = sum(BLOCK + _padded(len(data)) for _, data in files)
         if self._end and self._end + size > self.shard_bytes:
             self._end_shard()
         if self._file is None:
-            self._file = open(self.folder / SHARD.format(self._number), "ab", buffering=0)  # noqa: SIM115
+            self._file = open(self._path(self._number), "ab", buffering=0)  # noqa: SIM115
         offset = 0
         for ending, data in files:
             header = tarfile.TarInfo(key + ending)
@@ -101,118 +103,110 @@ class ShardWriter:
         self._digest.update(data)
         self._end += len(data)
 
+    def _path(self, number: int) -> Path:
+        return self.folder / SHARD.format(number)
+
+    def _begin_shard(self, number: int) -> None:
+        """A shard has no file before it has a video."""
+        self._file: io.FileIO | None = None
+        self._number, self._end, self._digest = number, 0, hashlib.sha256()
+
     def _end_shard(self) -> None:
         assert self._file is not None
         self._add(END_OF_ARCHIVE)
         os.fsync(self._file.fileno())
         self._file.close()
-        row = {
-            "name": SHARD.format(self._number),
-            "bytes": self._end,
-            "sha256": self._digest.hexdigest(),
-        }
+        self._write_shard_row(self._number, self._digest.hexdigest())
+        self._begin_shard(self._number + 1)
+
+    def _write_shard_row(self, number: int, sha256: str) -> None:
+        path = self._path(number)
+        row = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
         _write(self._shards, json_line(row))
-        self._file, self._number, self._end, self._digest = (
-            None,
-            self._number + 1,
-            0,
-            hashlib.sha256(),
-        )
 
     def _resume(self) -> None:
         """Goes back to the last row whose video is whole, and removes what lies beyond it."""
-        places, ends, refused = _read_rows(self.folder / ROWS)
-        while (last := max(places, default=NOWHERE)) != NOWHERE:
-            broken = next(
-                (
-                    row
-                    for row, place in enumerate(places)
-                    if place.number == last.number and not self._is_whole(place)
-                ),
-                None,
-            )
-            if broken is None:
-                break
-            # the machine itself went down: rows may be there before their videos
-            del places[broken:], ends[broken:], refused[broken:]
-        self._rows.truncate(ends[-1] if ends else 0)
-        self.num_rows, self.num_refused = len(places), sum(refused)
-        if last != NOWHERE:
-            self._number, self._end = last.number, last.offset + _padded(last.size)
-            self._file = open(self.folder / SHARD.format(last.number), "rb+", buffering=0)  # noqa: SIM115
+        rows = _read_rows(self.folder / ROWS)
+        # the machine itself went down: rows may be there before their videos
+        while (broken := self._first_broken(rows)) is not None:
+            del rows[broken:]
+        self._rows.truncate(rows[-1].end if rows else 0)
+        self.num_rows = len(rows)
+        written = [row for row in rows if row.shard != REFUSED]
+        self.num_refused = len(rows) - len(written)
+        if written:
+            last = written[-1]
+            self._number, self._end = last.shard, last.offset + _padded(last.size)
+            self._file = open(self._path(last.shard), "rb+", buffering=0)  # noqa: SIM115
             self._file.truncate(self._end)
             self._digest = hashlib.file_digest(self._file, "sha256")
             self._file.seek(0, os.SEEK_END)
-        for file in self.folder.glob("shard-*.tar"):
-            if file.name not in {
-                SHARD.format(number) for number in range(self._number + (last != NOWHERE))
-            }:
-                file.unlink()
+        kept = {self._path(number) for number in range(self._number + bool(written))}
+        for file in set(self.folder.glob("shard-*.tar")) - kept:
+            file.unlink()
+        for left_over in self.folder.glob(".unfinished-*"):
+            shutil.rmtree(left_over)
         self._keep_shard_rows()
 
-    def _is_whole(self, place: "_Place") -> bool:
+    def _first_broken(self, rows: "Sequence[_Row]") -> int | None:
+        """The first row of the last shard whose video is not there as it was."""
+        last = max((row.shard for row in rows), default=REFUSED)
+        for number, row in enumerate(rows):
+            if row.shard == last != REFUSED and not self._is_whole(row):
+                return number
+        return None
+
+    def _is_whole(self, row: "_Row") -> bool:
         try:
-            with open(self.folder / SHARD.format(place.number), "rb", buffering=0) as file:
-                file.seek(place.offset)
-                return hashlib.sha256(file.read(place.size)).hexdigest() == place.sha256
+            with open(self._path(row.shard), "rb", buffering=0) as file:
+                file.seek(row.offset)
+                return hashlib.sha256(file.read(row.size)).hexdigest() == row.sha256
         except FileNotFoundError:
             return False
 
     def _keep_shard_rows(self) -> None:
         """Rows of the shards before the open one, those that a power cut took away made anew."""
         self._shards.seek(0)
-        lines = [
-            line for line in self._shards.read().splitlines(keepends=True) if line.endswith(b"\n")
-        ][: self._number]
-        self._shards.truncate(sum(map(len, lines)))
-        for number in range(len(lines), self._number):
-            path = self.folder / SHARD.format(number)
-            with open(path, "rb") as file:
-                _write(
-                    self._shards,
-                    json_line(
-                        {
-                            "name": path.name,
-                            "bytes": path.stat().st_size,
-                            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-                        }
-                    ),
-                )
+        lines = self._shards.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")][: self._number]
+        self._shards.truncate(sum(map(len, whole)))
+        for number in range(len(whole), self._number):
+            with open(self._path(number), "rb") as file:
+                self._write_shard_row(number, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-class _Place(NamedTuple):
-    """Where the video of a row lies; in no shard where it was refused."""
+REFUSED = -1
+"""In no shard."""
 
-    number: int
+
+class _Row(NamedTuple):
+    """Where the row ends in its file, and where its video lies."""
+
+    end: int
+    shard: int = REFUSED
     offset: int = 0
     size: int = 0
     sha256: str = ""
 
 
-NOWHERE = _Place(-1)
-
-
-def _read_rows(path: Path) -> tuple[list[_Place], list[int], list[bool]]:
-    """The place of each row's video, where the row ends in its file, and whether it was refused; up
-    to the first that is torn.
-    """
-    places, ends, refused = list[_Place](), list[int](), list[bool]()
+def _read_rows(path: Path) -> list[_Row]:
+    """The rows up to the first that is torn."""
+    rows, end = list[_Row](), 0
     with open(path, "rb") as file:
         for line in file:
+            end += len(line)
             try:
-                row = json.loads(line) if line.endswith(b"\n") else {}
-                if row["key"] != key_of(len(places)):
+                row = json.loads(line)
+                if row["key"] != key_of(len(rows)) or not line.endswith(b"\n"):
                     break
-                places.append(
-                    NOWHERE
-                    if "refused" in row
-                    else _Place(number_of(row["shard"]), row["offset"], row["size"], row["sha256"])
-                )
+                if "refused" in row:
+                    rows.append(_Row(end))
+                    continue
+                shard = number_of(row["shard"])
+                rows.append(_Row(end, shard, row["offset"], row["size"], row["sha256"]))
             except (ValueError, KeyError, TypeError):
                 break
-            ends.append((ends[-1] if ends else 0) + len(line))
-            refused.append("refused" in row)
-    return places, ends, refused
+    return rows
 
 
 def _padded(size: int) -> int:
