@@ -33,7 +33,7 @@ from video_mae.decoding import (
 from video_mae.decoding.choices import first_middle_last
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import count_frames, describe, sha256
-from video_mae.decoding.isolation import decoder_process
+from video_mae.decoding.isolation import decoder_process, in_order
 from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.files import unicode_text
