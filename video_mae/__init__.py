@@ -49,7 +49,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, PretrainConfig, load_config",
+    "video_mae.config": "ClassifierConfig, MaskConfig, ModelConfig, ObjectiveConfig, "
+    "PretrainConfig, load_config",
     "video_mae.convert.facts": "Facts",
     "video_mae.convert.importing": "import_model",
     "video_mae.model.inflation": "deflated, inflated, resized",

@@ -1,11 +1,10 @@
-"""Packages that a plain install does not bring: one that is missing is told with the pip command."""
+"""Packages that a plain install does not bring; one that is missing is told with pip's command."""
 
 from importlib.util import find_spec
 
 EXTRAS = {
     "decord": "decord",
     "fsspec": "remote",
-    "imagecodecs": "tiff",
     "matplotlib": "plots",
     "skimage": "demo",
     "tensorboard": "tensorboard",
@@ -16,13 +15,16 @@ EXTRAS = {
 """Of each package that is imported where it is used, the extra of pyproject.toml that brings it."""
 
 
-def has_package(package: str) -> bool:
-    """Whether a package is installed; it is not imported."""
-    return find_spec(package) is not None
+class MissingPackageError(ImportError, ValueError):
+    """A package is not installed; the message says how to install it."""
 
 
-def require_package(package: str) -> None:
-    """To be called before the import. Raises: ModuleNotFoundError saying how to install it."""
-    if not has_package(package):
+def require_package(package: str, needed_for: str = "") -> None:
+    """To be called before an import. needed_for: the key that asks for the package.
+
+    Raises: MissingPackageError, which is an ImportError, and a ValueError for a user's mistake.
+    """
+    if find_spec(package) is None:
+        key = f"{needed_for}: " if needed_for else ""
         command = f"pip install 'video-mae[{EXTRAS[package]}]'"
-        raise ModuleNotFoundError(f"{package} is not installed; {command}", name=package)
+        raise MissingPackageError(f"{key}{package} is not installed; {command}", name=package)

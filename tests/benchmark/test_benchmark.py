@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from video_mae.benchmark import kernel_operations, kernels
+from video_mae.benchmark.attention_operation import AttentionOperation
 from video_mae.benchmark.clock import Ceilings, Clock, Work
 from video_mae.benchmark.kernel_measurement import judge, measure_operation
 from video_mae.benchmark.kernel_operations import (
-    AttentionOperation,
     ContrastiveOperation,
     EmbedOperation,
     GatherOperation,

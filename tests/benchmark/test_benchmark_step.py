@@ -19,14 +19,11 @@ from video_mae.benchmark.clock import Clock, Stopwatch, peak_growth, ratio
 from video_mae.benchmark.record import Record, Results
 from video_mae.benchmark.step import (
     OURS_BY_ENGINE,
-    PARTS,
-    THEIRS,
-    THEIRS_PREPARED,
     StepBench,
     StepBenchConfig,
-    tables,
 )
 from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer, kept_bytes
+from video_mae.benchmark.step_tables import PARTS, THEIRS, THEIRS_PREPARED, tables
 from video_mae.model.vit import pretraining_macs
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from video_mae.benchmark import kernels
+from video_mae.benchmark.attention_operation import AttentionOperation
 from video_mae.benchmark.clock import Ceilings, Clock, peak_growth
 from video_mae.benchmark.kernel_measurement import measure_operation
 from video_mae.benchmark.kernel_operations import (
-    AttentionOperation,
     ContrastiveOperation,
     EmbedOperation,
     GatherOperation,

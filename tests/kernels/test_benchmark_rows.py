@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from video_mae.benchmark import kernel_measurement, kernel_operations
+from video_mae.benchmark.attention_operation import AttentionOperation
 from video_mae.benchmark.clock import Call, Ceilings, Clock
 from video_mae.benchmark.kernel_operations import (
-    AttentionOperation,
     ContrastiveOperation,
     EmbedOperation,
     GatherOperation,

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
+from video_mae.benchmark.attention_operation import AttentionOperation
 from video_mae.benchmark.clock import Clock
 from video_mae.benchmark.kernel_measurement import matches, measure_operation
 from video_mae.benchmark.kernel_operations import (
     MODES,
-    AttentionOperation,
     ContrastiveOperation,
     EmbedOperation,
     GatherOperation,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from video_mae.benchmark.record import Results, Table, append, read, results_file, slower_table
 from video_mae.config.schema import Knobs, knob
+from video_mae.extras import require_package
 
 Tables = Callable[[Results], list[Table]]
 
@@ -87,13 +88,15 @@ def write_page(file: Path, tables: Tables, notes: Sequence[str] = ()) -> list[Pa
     Without matplotlib there are no plots.
     """
     found = newest(read(file))
+    plots = []
     try:
+        require_package("matplotlib")
+    except ImportError as error:
+        print(f"no plots: {error}")
+    else:
         from video_mae.benchmark.plots import draw_plots
 
         plots = draw_plots(found, file)
-    except ImportError as error:
-        print(f"no plots: {error}; pip install matplotlib")
-        plots = []
     parts = [
         f"# {file.stem}: {found[0].header['device']}",
         f"Made from `{file.name}`; newest first.",

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.decoding import Member
+from video_mae.extras import require_package
 
 FORMAT = "video-mae pack 1"
 SETTINGS, ROWS, SHARDS, MANIFEST, REFUSED = (
@@ -194,6 +195,7 @@ def _lines(source: str, name: str, what: str) -> Iterator[bytes]:
         with open(path, "rb") as file:
             yield from file
         return
+    require_package("fsspec", what)
     import fsspec
 
     try:

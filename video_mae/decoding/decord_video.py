@@ -7,12 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.decoding.media import Read, Reading, scaled_size
+from video_mae.extras import require_package
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
 
 
 def load() -> str:
     """Loads the library; returns its version."""
+    require_package("decord")
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)

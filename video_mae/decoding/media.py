@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.config.data import Decoder, FileConfig, ReadConfig
+from video_mae.extras import require_package
 
 Clip = NDArray[Any]
 """uint8, or uint16 where data.value_range says what is white: the kernels take both."""
@@ -65,6 +66,7 @@ def read_member(member: Member, offset: int = 0, size: int | None = None) -> byt
     size = member.size - offset if size is None else size
     start = member.offset + offset
     if "://" in member.archive:
+        require_package("fsspec")
         import fsspec
 
         files, path = fsspec.url_to_fs(member.archive)

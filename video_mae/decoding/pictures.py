@@ -12,16 +12,19 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from video_mae.config.data import ZYX_IS_THW, FileConfig
 from video_mae.decoding.arrays import frames_first
 from video_mae.decoding.media import MAX_CLIP_BYTES, Frames
+from video_mae.extras import require_package
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile
 
 STILLS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 STILL_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
@@ -103,7 +106,10 @@ def open_tiff(path: str, source: FileConfig, in_channels: int) -> Frames:
     return Frames(num_pages // group, read)
 
 
-def _open(path: str) -> tifffile.TiffFile:
+def _open(path: str) -> "TiffFile":
+    require_package("tifffile")
+    import tifffile
+
     # Without the dialects that keep lists of pages of their own, and the one that names other
     # files.
     return tifffile.TiffFile(
@@ -111,7 +117,7 @@ def _open(path: str) -> tifffile.TiffFile:
     )
 
 
-def _count_pages(tiff: tifffile.TiffFile) -> int:
+def _count_pages(tiff: "TiffFile") -> int:
     """Walks the chain of directories."""
     file, form, seen = tiff.filehandle, tiff.tiff, set[int]()
 
@@ -159,12 +165,14 @@ def _pages_per_frame(description: str, num_pages: int) -> int:
     return channels
 
 
-def _decode(tiff: tifffile.TiffFile, index: int, num_pages: int) -> NDArray[Any]:
+def _decode(tiff: "TiffFile", index: int, num_pages: int) -> NDArray[Any]:
     """A page, of which all parts are in the file and unpack to no more than they should; num_pages
     like it are to be kept.
     """
+    from tifffile import TiffPage
+
     page = tiff.pages[index]
-    assert isinstance(page, tifffile.TiffPage)
+    assert isinstance(page, TiffPage)
     if page.photometric == PALETTE:
         raise ValueError(f"page {index} holds places in a palette; save the colours themselves")
     if page.dtype is None or page.dtype.kind not in "uif":

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.decoding.media import Read, Reading, scaled_size
+from video_mae.extras import require_package
 
 NVDEC = "cuda"
 
 
 def load() -> str:
     """Loads the library, and torch with it; returns its version."""
+    require_package("torchcodec")
     found = version("torchcodec")  # before torch is loaded, which takes seconds
     import torch
     import torchcodec.decoders  # noqa: F401  # pyright: ignore[reportMissingImports]  (optional)

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from video_mae.extras import require_package
 from video_mae.files import one_line, unicode_text
 
 CONFIDENCE = 0.95
@@ -141,6 +141,9 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
     """Writes a PNG: of each class (row) the share of its videos that was taken for each class; rows
     without videos are white.
     """
+    require_package("matplotlib")
+    from matplotlib.figure import Figure
+
     num_classes = len(names)
     totals = confusion.sum(axis=1, keepdims=True)
     share = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)

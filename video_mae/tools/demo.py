@@ -26,7 +26,6 @@ from typing import Literal
 
 import av
 import numpy as np
-import skimage
 import torch
 from PIL import Image
 from torch import Tensor
@@ -34,6 +33,7 @@ from torch.nn.functional import grid_sample, interpolate
 from tqdm import tqdm
 
 from video_mae.config.schema import Knobs, knob, to_dict
+from video_mae.extras import require_package
 from video_mae.files import check_made_with, write_json, write_whole
 
 ACTIONS = (
@@ -162,6 +162,9 @@ def load_photograph(name: str, shorter_side: int) -> Tensor:
     """photograph_CIJ in [0, 1], its shorter side in pixels. Raises: FileNotFoundError where
     scikit-image lacks it.
     """
+    require_package("skimage")
+    import skimage
+
     path = Path(skimage.__file__).parent / "data" / name
     if not path.is_file():
         raise FileNotFoundError(

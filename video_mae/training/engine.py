@@ -4,7 +4,6 @@ it.
 
 import contextlib
 import difflib
-import importlib.util
 import io
 import math
 import os
@@ -18,6 +17,7 @@ from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
+from video_mae.extras import require_package
 from video_mae.training import checkpoint, device_step
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.step_status import StatusQueue, filled
@@ -76,18 +76,15 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": engine.precision == "fp16"},
     }
     if journal.tensorboard:
+        require_package("tensorboard", "journal.tensorboard")
         made["tensorboard"] = {
             "enabled": True,
             "output_path": config.output,
             "job_name": "tensorboard",
         }
     project = journal.wandb_project
-    if project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"journal.wandb_project: {project} needs Weights & Biases, which is not installed; "
-            "pip install wandb"
-        )
     if project:
+        require_package("wandb", "journal.wandb_project")
         group = Path(config.output).name
         made["wandb"] = {"enabled": True, "project": project, "group": group}
     for key in engine.extra:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
-
+from video_mae.extras import require_package
 from video_mae.files import draw_or_tell, read_jsonl, write_text
 from video_mae.training.journal import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Lines = list[dict[str, Any]]
 
@@ -147,6 +147,9 @@ def draw_curves(lines: Lines, path: Path) -> None:
     """Draws losses, learning rate, gradient norm, throughput with data wait, and accuracies, by
     optimizer step, as a PNG: what there are values of.
     """
+    require_package("matplotlib")
+    from matplotlib.figure import Figure
+
     measured = _measured(lines)
     shown = {label: keys for label, keys in PANELS.items() if measured.intersection(keys)}
     columns = max(1, math.ceil(len(shown) / 2))
@@ -179,7 +182,7 @@ def draw_curves(lines: Lines, path: Path) -> None:
     figure.savefig(path, format="png", dpi=100)
 
 
-def _plot(axes: Axes, lines: Lines, key: str, color: str | None = None) -> None:
+def _plot(axes: "Axes", lines: Lines, key: str, color: str | None = None) -> None:
     """One curve; null (a value that was not finite) leaves a gap."""
     known = _with(lines, key)
     values = [math.nan if line[key] is None else line[key] for line in known]
@@ -193,7 +196,9 @@ def _plot(axes: Axes, lines: Lines, key: str, color: str | None = None) -> None:
     )
 
 
-def _show_shares(axes: Axes) -> None:
+def _show_shares(axes: "Axes") -> None:
+    from matplotlib.ticker import PercentFormatter
+
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
 
