@@ -78,7 +78,7 @@ def check_clip(
         raise ValueError(
             f"{operation}: clip_BTHWC of {shape[1:4]} is not a multiple of the tubelet {tubelet}"
         )
-    if index_BN.ndim != 2 or len(index_BN) != shape[0] or index_BN.dtype != torch.int64:
+    if index_BN.ndim != 2 or index_BN.shape[0] != shape[0] or index_BN.dtype != torch.int64:
         raise ValueError(
             f"{operation}: index has shape {tuple(index_BN.shape)} of {index_BN.dtype}, "
             f"not ({shape[0]}, tokens) of int64"

@@ -178,8 +178,8 @@ def test_results_of_another_list_are_not_written_over(tmp_path: Path) -> None:
     check_results(tmp_path, {"list": "val.txt", "list_sha256": "a"})
     with pytest.raises(
         ValueError,
-        match=r"metrics\.json: was made with another list of this name; choose another folder, "
-        r"or remove this one",
+        match=r"metrics\.json: was made with another list of this name; choose another output, "
+        r"or remove it",
     ):
         check_results(tmp_path, {"list": "val.txt", "list_sha256": "b"})
     write_metrics(tmp_path, {"list": "val.txt"}, {})  # of an earlier version

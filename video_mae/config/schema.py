@@ -139,12 +139,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def from_dict(schema: type[Schema], values: dict[str, Any], where: str) -> Schema:
-    """The inverse of `to_dict`, as config.json stores it. Raises: ValueError naming `where` and the
-    key.
+def from_dict(
+    schema: type[Schema], values: dict[str, Any], where: str, section: str = ""
+) -> Schema:
+    """The inverse of `to_dict`, as config.json stores it, of one of its sections. Raises:
+    ValueError naming `where` and the key.
     """
     with _naming(f"{where}: "):
-        return _typed(values, schema, "")
+        return _typed(values, schema, section)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -256,11 +258,12 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
         del values["preset"]
     hints = get_type_hints(schema)
     by_name = {f.name: f for f in fields(schema)}
-    made = {}
-    for key, value in values.items():
+    for key in values:
         if key not in by_name:
             near = _near(key, f"{prefix}{key}", by_name, root)
             raise ValueError(f"unknown key {prefix}{key}{near}")
+    made = {}
+    for key, value in values.items():
         factory = by_name[key].default_factory
         make_part = None if factory is MISSING else factory
         made[key] = _typed(value, hints[key], f"{prefix}{key}", root, make_part)

@@ -258,5 +258,5 @@ def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | Clas
         model_config, head_config = description["model"], description[section]
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the configuration of a model folder ({error!r})") from None
-    config = from_dict(ModelConfig, model_config, f"{file}: model")
-    return config, from_dict(schema, head_config, f"{file}: {section}")
+    config = from_dict(ModelConfig, model_config, str(file), "model")
+    return config, from_dict(schema, head_config, str(file), section)

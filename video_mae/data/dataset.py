@@ -22,7 +22,13 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, plan_workers
 from video_mae.decoding import Choose, Decoded, Reading, VideoDecodeError, read_clip
-from video_mae.decoding.choices import clip_indices, dense_indices, part_indices, uniform_indices
+from video_mae.decoding.choices import (
+    Wanted,
+    clip_indices,
+    dense_indices,
+    part_indices,
+    uniform_indices,
+)
 
 MAX_ATTEMPTS = 20
 # Draws of a sample: 0, 1, ... belong to its crops and masks, this one and those above to the video
@@ -179,7 +185,7 @@ class ClipDataset(Dataset[Sample]):
             f"the files; the last was {': '.join(failures[-1])}"
         )
 
-    def read(self, index: int, choose: Choose) -> Decoded:
+    def read(self, index: int, choose: Wanted) -> Decoded:
         """The chosen frames of a video, read as its source says. Raises: VideoDecodeError."""
         reading = Reading.of(self.data, self.in_channels, self.paths.at(index).config, self.threads)
         return read_clip(self.paths[index][0], choose, reading)

@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         int64 tokens of that grid.
         Raises: ValueError for a clip that is no multiple of the tubelet.
         """
-        c, num_clips = self.config, len(clip_BTHWC)
+        c, num_clips = self.config, clip_BTHWC.shape[0]
         positions, class_position_D = self.positions(self.grid_of(clip_BTHWC))
         if visible_BV is None:
             tokens_N = torch.arange(len(positions), device=clip_BTHWC.device)
