@@ -30,11 +30,37 @@ LONG = (
     "test_attention",
     "test_contrastive",
     "test_joint",
+    "test_reconstruction",
     "test_compile_check",
     "test_matrix",
     "test_gpu_run",
     "test_fake_gpu",
     "test_benchmark_data",
+)
+# What `make quick` leaves out besides: the rest takes about a minute on two cores.
+SLOW = (
+    *LONG,
+    "test_arrays_safety",
+    "test_benchmark",
+    "test_benchmark_report",
+    "test_benchmark_step",
+    "test_compile",
+    "test_convert_safety",
+    "test_damage",
+    "test_data",
+    "test_decoders",
+    "test_doctor",
+    "test_evaluate",
+    "test_experiment",
+    "test_extract",
+    "test_finetune",
+    "test_isolation",
+    "test_key_frames",
+    "test_loader",
+    "test_names",
+    "test_pack",
+    "test_probe",
+    "test_shards",
 )
 # Of these each test function can run in another process: they share no fixture.
 KERNELS = Path(__file__).resolve().parent / "kernels"
@@ -115,6 +141,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=lambda item: (trains_here(item), item.path.stem not in LONG))
     for item in items:
+        if item.path.stem in SLOW or trains_here(item) or item.get_closest_marker("launcher"):
+            item.add_marker(pytest.mark.slow)
         group = f"{item.path.parent.name}/{item.path.stem}"
         if trains_here(item):
             group += ", training"

@@ -26,6 +26,7 @@ from video_mae.data.dataset import FIRST_ATTEMPT
 from video_mae.data.device_crop import UncutClips
 from video_mae.data.workers import keep_memory
 from video_mae.decoding import Choose, Decoded, resolve_decoder
+from video_mae.decoding.choices import Wanted
 
 STAGES = ("decode", "crop", "floats", "collate")
 SEED = 0
@@ -74,7 +75,7 @@ class Pipeline:
 class _Watched(ClipDataset):
     watch: Stopwatch
 
-    def read(self, index: int, choose: Choose) -> Decoded:
+    def read(self, index: int, choose: Wanted) -> Decoded:
         decoded = super().read(index, choose)
         self.watch.lap("decode")
         return decoded
