@@ -165,3 +165,12 @@ def test_public_names_tell_what_they_are(name):
                 assert function.returns is not None, (
                     f"{name}.{function.name} does not say what it returns"
                 )
+
+
+def test_a_class_has_a_name_of_its_own():
+    homes: dict[str, str] = {}
+    for name, tree in SOURCES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name not in homes, f"{node.name}: {homes[node.name]} and {name}"
+                homes[node.name] = name

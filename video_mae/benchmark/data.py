@@ -21,8 +21,8 @@ from video_mae.benchmark.pipelines import (
     PIPELINES,
     STAGES,
     ClipTask,
-    Form,
     Pipeline,
+    SourceForm,
     bare,
     begin,
     official,
@@ -133,7 +133,7 @@ def measure(config: DataBenchConfig) -> Iterator[Results]:
             make_demo_data(Path(workshop) / "videos", RENDERED)
             source = str(Path(workshop) / "videos" / "train.txt")
         pipelines = [pipeline for pipeline in PIPELINES if pipeline.name in (config.rows or ALL)]
-        forms: set[Form] = {pipeline.form for pipeline in pipelines}
+        forms: set[SourceForm] = {pipeline.form for pipeline in pipelines}
         sources, sizes = make_forms(source, Path(workshop), config.stride, forms)
         task = ClipTask(sources, config.num_frames, config.stride, config.side, config.batch)
         name = f"videos of {one_line(Path(source).name)}"
@@ -151,13 +151,13 @@ def measure(config: DataBenchConfig) -> Iterator[Results]:
 
 
 def make_forms(
-    source: str, workshop: Path, stride: int, forms: Collection[Form]
-) -> tuple[dict[Form, str], dict[str, int]]:
+    source: str, workshop: Path, stride: int, forms: Collection[SourceForm]
+) -> tuple[dict[SourceForm, str], dict[str, int]]:
     """The videos in the forms that are asked for, and the bytes of each form."""
     videos = read_annotations(SourceConfig(source=source))
-    sources: dict[Form, str] = {"plain": source}
+    sources: dict[SourceForm, str] = {"plain": source}
     sizes = {"plain": sum(os.path.getsize(videos[i][0]) for i in range(len(videos)))}
-    settings: dict[Form, PackConfig] = {
+    settings: dict[SourceForm, PackConfig] = {
         "video": PackConfig(form="video"),
         "frames": PackConfig(form="frames", frame_step=stride),
     }

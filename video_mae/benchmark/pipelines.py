@@ -30,7 +30,7 @@ from video_mae.decoding.choices import Wanted
 
 STAGES = ("decode", "crop", "floats", "collate")
 SEED = 0
-Form = Literal["plain", "video", "frames"]
+SourceForm = Literal["plain", "video", "frames"]
 Batches = Iterator[tuple[torch.Tensor, int]]
 """Clips, or the bytes of which the device makes them, and how many clips they are."""
 
@@ -41,7 +41,7 @@ class ClipTask:
     them), and the clips to be made.
     """
 
-    sources: Mapping[Form, str]
+    sources: Mapping[SourceForm, str]
     num_frames: int
     stride: int
     side: int
@@ -56,7 +56,7 @@ class Pipeline:
 
     name: str
     make: Callable[["Pipeline", ClipTask, int, Stopwatch], Batches]
-    form: Form = "plain"
+    form: SourceForm = "plain"
     decoder: Literal["pyav", "decord", "torchcodec"] = "pyav"
     crops: int = 1
     crop_where: Literal["worker", "device"] = "worker"

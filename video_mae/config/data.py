@@ -6,7 +6,7 @@ from typing import Literal
 
 from video_mae.config.schema import Knobs, knob, require
 
-Decoder = Literal["auto", "pyav", "decord", "torchcodec"]
+DecoderName = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
 ListFormat = Literal["auto", "label", "frames_label", "start_frames", "header"]
 """What stands in a line of a list file."""
@@ -94,7 +94,7 @@ class WeightedSourceConfig(SourceConfig):
 class ReadConfig(FileConfig):
     """How files are read, and what decodes those that are videos, within which limits."""
 
-    decoder: Decoder = knob(
+    decoder: DecoderName = knob(
         "auto",
         "the library that reads videos, one for a run; auto: the first that works here. A file "
         "that it cannot open, or is known to read wrongly, is left to the next, and counted",

@@ -4,10 +4,9 @@ from typing import Literal
 
 from video_mae.config.data import ReadConfig
 from video_mae.config.schema import Knobs, knob, require, section
+from video_mae.config.training import Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
-"""Of activations; weights stay float32."""
-Kind = Literal["linear", "attentive", "knn"]
+ProbeKind = Literal["linear", "attentive", "knn"]
 """Of probes."""
 ClipSampling = Literal["dense", "uniform"]
 """How the frames of a clip are chosen."""
@@ -174,7 +173,7 @@ class ProbeConfig(EncodingConfig):
     encode_batch: int = knob(8, "videos that go through the encoder at once", low=1)
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[ProbeKind, ...]:
         """The kinds of probes to make."""
         return ("linear", "attentive", "knn") if self.kind == "all" else (self.kind,)
 

@@ -10,6 +10,8 @@ from video_mae.config.data import DataConfig
 from video_mae.config.model import ModelConfig
 from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
 
 class ObjectiveConfig(Knobs):
     """L_total = L_rec + contrastive_weight * L_con (docs/objective.md)."""
@@ -146,7 +148,7 @@ class EngineConfig(Knobs):
         "what lives in CPU memory: with zero_stage 1 to 3 the optimizer "
         "state, with zero_stage 3 also the parameters",
     )
-    precision: Literal["fp32", "bf16", "fp16"] = knob(
+    precision: Precision = knob(
         "bf16", "of activations and gradients; parameters have a float32 master copy"
     )
     activation_checkpointing: bool = knob(

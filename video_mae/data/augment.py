@@ -143,19 +143,19 @@ def crop_clip(
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
 
 
-Operation = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
+PixelChange = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
 """From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video."""
 
 
-def _plain(change: Callable[[torch.Tensor], torch.Tensor]) -> Operation:
+def _plain(change: Callable[[torch.Tensor], torch.Tensor]) -> PixelChange:
     return lambda video, level, fill: change(video)
 
 
-def _adjust(adjust: Callable[[torch.Tensor, float], torch.Tensor]) -> Operation:
+def _adjust(adjust: Callable[[torch.Tensor, float], torch.Tensor]) -> PixelChange:
     return lambda video, level, fill: adjust(video, max(0.1, 1 + 0.9 * level))
 
 
-def _move(shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> Operation:
+def _move(shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> PixelChange:
     """At full strength, along x and y: slopes, and shares of the sides."""
 
     def move(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
@@ -186,7 +186,7 @@ def _solarize_add(video: torch.Tensor, level: float, fill: list[float]) -> torch
 
 # Stronger with the level, all of them ("inc1"). Source: timm's table; translations and shears are
 # bilinear here, bicubic there.
-OPERATIONS: dict[str, Operation] = {
+OPERATIONS: dict[str, PixelChange] = {
     "autocontrast": _plain(F.autocontrast),
     "equalize": _plain(F.equalize),
     "invert": _plain(F.invert),

@@ -7,11 +7,11 @@ from functools import cache
 from importlib import import_module
 from typing import Any, get_args
 
-from video_mae.config.data import Decoder
+from video_mae.config.data import DecoderName
 from video_mae.decoding.media import Frames, Place, Reading, one_line
 from video_mae.decoding.packets import Survey, survey
 
-NAMES: tuple[str, ...] = tuple(name for name in get_args(Decoder) if name != "auto")
+NAMES: tuple[str, ...] = tuple(name for name in get_args(DecoderName) if name != "auto")
 """In the order in which they are tried."""
 OF_AVI = ("mjpeg", "mpeg4")
 OF_DECORD = ("ffv1", "h264", "mjpeg", "mpeg4", "prores", "vp9")

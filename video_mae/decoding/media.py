@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.config.data import Decoder, FileConfig, ReadConfig
+from video_mae.config.data import DecoderName, FileConfig, ReadConfig
 from video_mae.extras import require_package
 
 Clip = NDArray[Any]
@@ -89,7 +89,7 @@ class Reading:
     clip may take, before its process is ended.
     """
 
-    decoder: Decoder = "auto"
+    decoder: DecoderName = "auto"
     source: FileConfig = FileConfig()
     in_channels: int = 3
     short_side: int = 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from video_mae.config.evaluation import Precision
+from video_mae.config.training import Precision
 from video_mae.convert.model_folder import Model
 from video_mae.model.vit import VideoClassifier
 

@@ -9,7 +9,8 @@ import torch
 
 from video_mae.config import ClassifierConfig
 from video_mae.config.data import ReadConfig
-from video_mae.config.evaluation import Precision, PredictConfig
+from video_mae.config.evaluation import PredictConfig
+from video_mae.config.training import Precision
 from video_mae.convert.model_folder import Model, choose_frames, find_model_folder, load_pretrained
 from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from video_mae.config import DataConfig
-from video_mae.config.evaluation import Kind, ProbeConfig
+from video_mae.config.evaluation import ProbeConfig, ProbeKind
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset, Failure
@@ -209,17 +209,17 @@ class Probing:
         label_X = torch.tensor(videos.label_M).repeat_interleave(self.num_views)
         return FeatureSet(pooled_XD, tokens_XND, label_X, seen_X, failures)
 
-    def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[Kind, HeadGrid]:
+    def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[ProbeKind, HeadGrid]:
         """The heads that are asked for: those of all kinds and settings are trained in one pass
         over the same batches.
         """
         config, width = self.config, encoder.config.embed_dim
         settings = [Setting(lr, decay) for lr, decay in product(config.lrs, config.weight_decays)]
-        makers: dict[Kind, Callable[[], LinearHead | AttentiveHead]] = {
+        makers: dict[ProbeKind, Callable[[], LinearHead | AttentiveHead]] = {
             "linear": partial(LinearHead, width, self.num_classes),
             "attentive": partial(AttentiveHead, width, self.num_classes, self.num_heads),
         }
-        grids: dict[Kind, HeadGrid] = {}
+        grids: dict[ProbeKind, HeadGrid] = {}
         for kind, make in makers.items():
             if kind in config.kinds:
                 torch.manual_seed(config.seed)
@@ -265,7 +265,10 @@ class Probing:
             yield read, batch.label_B
 
     def _probe(
-        self, kind: Kind, grids: Mapping[Kind, HeadGrid], features: Mapping[str, FeatureSet]
+        self,
+        kind: ProbeKind,
+        grids: Mapping[ProbeKind, HeadGrid],
+        features: Mapping[str, FeatureSet],
     ) -> dict[str, Any]:
         """What metrics.json says of a kind."""
         settings: list[dict[str, float]] = [{"k": k} for k in self.config.ks]

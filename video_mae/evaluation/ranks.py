@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from video_mae.config.evaluation import Precision
+from video_mae.config.training import Precision
 from video_mae.config.world import World
 from video_mae.training.engine import leave, prepare_environment
 

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from video_mae.config import ModelConfig
-
-Grid = tuple[int, int, int]
+from video_mae.model.masking import Grid
 
 
 def sinusoid_positions(

@@ -47,7 +47,7 @@ class Item(NamedTuple):
     mistake: str = ""
 
 
-Outcome = tuple[dict[str, Any], NDArray[Any] | None]
+PackedRow = tuple[dict[str, Any], NDArray[Any] | None]
 """What becomes of an item: a row, and the file where there is one."""
 
 
@@ -176,12 +176,12 @@ def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, st
             stop.asked = True  # those at work leave their videos
 
 
-def _num_bytes(outcome: Outcome | None) -> int:
+def _num_bytes(outcome: PackedRow | None) -> int:
     media = outcome[1] if outcome else None
     return 0 if media is None else media.nbytes
 
 
-def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> Outcome | None:
+def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> PackedRow | None:
     """What becomes of an item; None where the packing ends before."""
     row: dict[str, Any] = {"path": item.name, "label": item.label}
     reason = item.mistake

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from video_mae.config.training import Precision
 from video_mae.files import Register, cut_after, json_line, one_line
 from video_mae.training.engine import Engine
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
 """From the data wait, the milliseconds of a clip in each stage of loading and clips/s to the stage
 that limits the run, and one line.

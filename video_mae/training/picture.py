@@ -41,7 +41,7 @@ NOTES = {
 }
 
 
-class Frames(NamedTuple):
+class PictureFrames(NamedTuple):
     """The rows of a picture by their names, uint8 [B, T, H, W, C] each, and two lines that tell
     whose statistics were used, and how much is hidden.
     """
@@ -80,7 +80,7 @@ def reconstruction_frames(
     normalize: Normalize,
     statistics: Statistics = "visible",
     pixel_scale: PixelScale | None = None,
-) -> Frames:
+) -> PictureFrames:
     """The frames of a picture: the uint8 clip, its visible tubelets, and those with the
     predictions; the rest is grey.
 
@@ -129,10 +129,10 @@ def reconstruction_frames(
         f"{masked_BM.shape[1]} predicted"
     )
     predicted_BTHWC = untokenize(shown_BNP, grid, tubelet)
-    return Frames(clip_BTHWC, visible_BTHWC, predicted_BTHWC, f"{note}\n{counts}")
+    return PictureFrames(clip_BTHWC, visible_BTHWC, predicted_BTHWC, f"{note}\n{counts}")
 
 
-def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> None:
+def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]) -> None:
     """Writes a PNG with three rows of frames a clip, original, visible and predicted, under the
     title of the clip.
 
@@ -172,7 +172,7 @@ def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> No
         # of a path that is too long the end tells most: its beginning is left of the picture
         text = one_line(title)
         write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
-        for i, name in enumerate(Frames._fields[:3]):
+        for i, name in enumerate(PictureFrames._fields[:3]):
             write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
     write_whole(path, partial(canvas.save, format="PNG"))
 
