@@ -462,7 +462,6 @@ def test_a_run_folder_is_converted_from_its_model(tmp_path):
                 str(tmp_path / "run"),
                 str(tmp_path / "hub"),
                 "format=hugging_face",
-                "layout=v4",
             ]
         )
     assert exit_.value.code == 0

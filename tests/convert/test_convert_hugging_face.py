@@ -233,9 +233,7 @@ def test_there_and_back_changes_no_bit(kind, bias, tmp_path):
     theirs = random_model(kind, config)
     theirs.save_pretrained(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", ConvertConfig())
-    lines = convert(
-        tmp_path / "ours", tmp_path / "back", ConvertConfig(format="hugging_face", layout="v4")
-    )
+    lines = convert(tmp_path / "ours", tmp_path / "back", ConvertConfig(format="hugging_face"))
     assert len(lines) == 1, lines  # nothing to remark
     back = open_theirs(kind, tmp_path / "back")
     assert same(back, theirs)

@@ -39,9 +39,6 @@ class ConvertConfig(Facts):
         "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
         "for transformers, a program of torch.export (.pt2, classifiers)",
     )
-    layout: Literal["v4"] = knob(
-        "v4", "hugging_face: the version of transformers whose names are used; version 5 reads them"
-    )
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
         False,
