@@ -760,3 +760,16 @@ def test_grid_and_sizes(config, grid, tokens, values):
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"model\.preset: .*small, base, large, huge, giant"):
         ModelConfig.preset("tiny")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.betas=[0.9]", r"optim\.betas: \[0\.9\] is not of type tuple\[float, float\]"),
+        ("optim.micro_batch={a: 1}", r"optim\.micro_batch: \{'a': 1\} is not of type int"),
+    ],
+)
+def test_a_value_of_the_wrong_shape_is_shown_as_it_was_written(tmp_path, override, said):
+    (tmp_path / "c.yaml").write_text("{}")
+    with pytest.raises(ValueError, match=said):
+        load_config(tmp_path / "c.yaml", [override])

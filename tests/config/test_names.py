@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(
         assert (tmp_path / "out" / "metrics.json").is_file()  # figures come first
         raise RuntimeError("no fonts\nanywhere")
 
-    monkeypatch.setattr("video_mae.evaluation.scores.Figure", fail)
+    monkeypatch.setattr("matplotlib.figure.Figure", fail)
     assert (
         status(
             "evaluate", str(models / "classifier"), str(data), f"output={tmp_path / 'out'}", *QUICK
@@ -447,7 +447,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
 def test_training_ends_well_and_writes_json(
     tiny, tiny_finetune, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("video_mae.training.report.Figure", None)  # and without pictures
+    monkeypatch.setattr("matplotlib.figure.Figure", None)  # and without pictures
     monkeypatch.setattr("video_mae.training.picture.Image.fromarray", None)
     output = tmp_path / "$r\udce4n_"
     config = tiny(

@@ -23,6 +23,7 @@ from video_mae.decoding import (
     decode,
     read_clip,
     resolve_decoder,
+    stream,
     times_and_start,
     transcode,
 )
@@ -30,6 +31,7 @@ from video_mae.decoding import decoders as table
 from video_mae.decoding.choices import uniform_indices
 from video_mae.decoding.containers import ASF, EDIT_LIST, NO_INDEX, PACKED_B_FRAMES
 from video_mae.decoding.inspection import describe
+from video_mae.decoding.isolation import Isolated
 from video_mae.decoding.media import scaled_size
 from video_mae.decoding.packets import ADJACENT_KEYS, OPEN_GROUPS
 from video_mae.decoding.pyav_video import pixels, sequential
@@ -540,3 +542,29 @@ def test_packing_bakes_in_how_a_picture_is_shown_and_when(form, tmp_path):
                 times_and_start(str(path), Reading())[0],
                 atol=1e-4,
             )
+
+
+def test_frames_are_chosen_by_any_function(
+    write_video: Callable[..., Path], tmp_path: Path
+) -> None:
+    frames_THWC = np.zeros((9, 32, 48, 3), dtype=np.uint8)
+    frames_THWC[4:] = 200
+    path = str(write_video(tmp_path / "a.mp4", frames_THWC))
+    clip_THWC = decode(path, lambda num_frames: np.array([0, num_frames - 1, 0]))
+    assert [int(frame.mean()) > 100 for frame in clip_THWC] == [False, True, False]
+    assert np.array_equal(clip_THWC, decode(path, [0, -1, 0]))
+    found = [index for _, index, _ in stream(path, lambda num_frames: np.arange(num_frames)[::4])]
+    assert found == [0, 4, 8]
+
+
+def test_a_file_that_fails_loads_no_torch(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.mp4")
+    Path(path).write_bytes(bytes(1000))
+    process = Isolated()
+    try:
+        with pytest.raises(ValueError):  # noqa: PT011  (of any decoder)
+            process.call(table.open_video, path, path, Reading(decoder="pyav"), seconds=60)
+        # a function of this file would bring what the file imports
+        assert not process.call(eval, "'torch' in __import__('sys').modules", seconds=60)
+    finally:
+        process.close()

@@ -491,8 +491,7 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
         ),
         (
             "journal.wandb_project=mine",
-            "journal.wandb_project: mine needs Weights & Biases, which is not "
-            "installed; pip install wandb",
+            r"journal.wandb_project: wandb is not installed; pip install 'video-mae\[wandb\]'",
         ),
         (
             "engine.extra={gradient_clipping: 1.0}",

@@ -244,7 +244,8 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
         with suppress(ValueError, OverflowError):
             return kind(value)
     name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    raise ValueError(f"{where}: {value!r:.100} is not of type {name}")
+    said = _typed(value, Any, where)
+    raise ValueError(f"{where}: {said!r:.100} is not of type {name}")
 
 
 def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:

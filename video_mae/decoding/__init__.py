@@ -14,6 +14,7 @@ from video_mae.decoding.frames import (
     read_clip,
     resolve_decoder,
     stream,
+    times,
     times_and_start,
 )
 from video_mae.decoding.media import Member, Place, Reading, VideoDecodeError
@@ -34,5 +35,6 @@ __all__ = [
     "read_clip",
     "resolve_decoder",
     "stream",
+    "times",
     "times_and_start",
 ]

@@ -6,6 +6,7 @@ a video.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,14 @@ Choose = Callable[[int], NDArray[np.int64]]
 """From the number of frames of a video to the indices of the wanted ones, in any shape."""
 Wanted = Choose | NDArray[np.int64] | Sequence[int] | slice
 """A function that can be sent to another process; or the indices, from the end where negative."""
+
+
+def is_sent(wanted: Wanted) -> bool:
+    """Whether another process can be given it: not a lambda or a function of a script."""
+    while isinstance(wanted, partial):
+        wanted = wanted.func
+    home, name = getattr(wanted, "__module__", ""), getattr(wanted, "__qualname__", "")
+    return home != "__main__" and "<" not in name
 
 
 def chosen(wanted: Wanted, num_video_frames: int) -> NDArray[np.int64]:

@@ -75,8 +75,10 @@ def open_video(path: str, place: Place, reading: Reading) -> tuple[Frames, str, 
     try:
         return _open(first, path, reading), first, ""
     except Exception as error:  # each library has types of its own
-        others = [name for name in NAMES if name != first and not problem(name)]
-        for second in others[:1]:
+        # Only as far as needed: to ask whether torchcodec works loads torch.
+        others = (name for name in NAMES if name != first and not problem(name))
+        second = next(others, None)
+        if second:
             with suppress(Exception):
                 return _open(second, path, reading), second, f"{first}: {one_line(error, place)}"
         raise

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from video_mae.config.data import FileConfig
 from video_mae.decoding import decoders, pictures
 from video_mae.decoding.arrays import open_npy, open_npz, open_packed
-from video_mae.decoding.choices import Wanted, chosen
+from video_mae.decoding.choices import Wanted, chosen, is_sent
 from video_mae.decoding.containers import check_regular
 from video_mae.decoding.isolation import START_SECONDS, KilledError, allocate, decoder_process
 from video_mae.decoding.media import (
@@ -148,6 +148,8 @@ def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
     had to be ended.
     """
     with _caller(place, reading) as (call, _, reading):
+        if not is_sent(wanted):
+            wanted = chosen(wanted, call(_count, place, reading))
         return call(_read, place, reading, wanted)
 
 
@@ -161,7 +163,9 @@ def stream(
     Yields: (frames of the video, index, frame_HWC as in the clips of `decode`). Raises: as
     `decode`, when it comes to a frame that cannot be decoded.
     """
-    with _caller(place, reading) as (_, iterate, reading):
+    with _caller(place, reading) as (call, iterate, reading):
+        if not is_sent(wanted):
+            wanted = chosen(wanted, call(_count, place, reading))
         for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
             for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
                 yield num_frames, index, frame_HWC
@@ -176,6 +180,11 @@ def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64]
     """
     with _caller(place, reading) as (call, _, reading):
         return call(_times, place, reading)
+
+
+def times(place: Place, reading: Reading) -> NDArray[np.float64]:
+    """When each frame is shown: `times_and_start` without the start."""
+    return times_and_start(place, reading)[0]
 
 
 @cache
@@ -260,6 +269,11 @@ def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
             if file.frames.num_frames < 1:
                 raise ValueError("the video has no frames")
         yield file
+
+
+def _count(place: Place, reading: Reading) -> int:
+    with open_file(place, reading) as (frames, _, _):
+        return frames.num_frames
 
 
 def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:

@@ -192,7 +192,7 @@ class Doctor:
         if isinstance(line.path, str):
             _, mistake = file_mistake(line.path, line.label)
             if mistake:
-                line.add("no_file", mistake)
+                line.add("no_file", mistake.replace(" or root", " or data.root"))
                 return line
         with suppress(OSError):  # it may be gone by now: the decoder will say so
             line.num_bytes = (

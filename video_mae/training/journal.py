@@ -48,7 +48,7 @@ FORMS = {
     "grad_norm": ("grad norm", ".3g"),
     "clips_per_second": ("clips/s", ".1f"),
     "data_wait": ("data wait", ".0%"),
-    "memory_gb": ("memory in GB", ".1f"),
+    "memory_gb": ("memory", ".1f"),
     "mfu": ("MFU", ".1%"),
     "skipped_steps": ("skipped steps", "d"),
     "bad_videos": ("bad videos", "d"),
@@ -291,7 +291,9 @@ def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:
     for key in ("mfu", "skipped_steps", "bad_videos"):
         if not line[key]:
             del forms[key]
-    return {name: number(line[key], form) for key, (name, form) in forms.items()}
+    words = {name: number(line[key], form) for key, (name, form) in forms.items()}
+    words["memory"] += " GB"
+    return words
 
 
 def number(value: float | None, form: str) -> str:
