@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,10 +90,11 @@ class Isolated:
         seconds: how long it may take; memory_gb: what it may allocate, 0 is no limit.
         Raises: what the function raises; KilledError when the process ended or had to be.
         """
-        connection = self._connect()
+        connection, begin = self._connect(), time.monotonic()
         try:
             connection.send_bytes(pickle.dumps((function, arguments, memory_gb, _folder())))
-            if not connection.poll(seconds):
+            # Late is late, also where this process comes to look only after the answer.
+            if not connection.poll(seconds) or time.monotonic() - begin > seconds:
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
             answer = connection.recv_bytes()
