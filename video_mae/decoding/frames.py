@@ -148,8 +148,7 @@ def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
     had to be ended.
     """
     with _caller(place, reading) as (call, _, reading):
-        if not is_sent(wanted):
-            wanted = chosen(wanted, call(_count, place, reading))
+        wanted = _sendable(wanted, call, place, reading)
         return call(_read, place, reading, wanted)
 
 
@@ -164,8 +163,7 @@ def stream(
     `decode`, when it comes to a frame that cannot be decoded.
     """
     with _caller(place, reading) as (call, iterate, reading):
-        if not is_sent(wanted):
-            wanted = chosen(wanted, call(_count, place, reading))
+        wanted = _sendable(wanted, call, place, reading)
         for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
             for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
                 yield num_frames, index, frame_HWC
@@ -269,6 +267,13 @@ def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
             if file.frames.num_frames < 1:
                 raise ValueError("the video has no frames")
         yield file
+
+
+def _sendable(wanted: Wanted, call: Callable[..., Any], place: Place, reading: Reading) -> Wanted:
+    """The choice as the process that reads can be given it: a lambda as its indices."""
+    if is_sent(wanted):
+        return wanted
+    return chosen(wanted, call(_count, place, reading))
 
 
 def _count(place: Place, reading: Reading) -> int:

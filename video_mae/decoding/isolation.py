@@ -265,7 +265,6 @@ def in_order(
 
 # From here on: what runs in the process.
 
-
 _running: dict[int, Iterator[Any]] = {}
 _shared: "SharedMemory | None" = None
 """Of such a process."""
