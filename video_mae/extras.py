@@ -6,6 +6,7 @@ EXTRAS = {
     "decord": "decord",
     "fsspec": "remote",
     "matplotlib": "plots",
+    "pybullet": "people",
     "skimage": "demo",
     "tensorboard": "tensorboard",
     "tifffile": "tiff",

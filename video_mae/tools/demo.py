@@ -1,5 +1,5 @@
-"""The embedded default data set: eight actions that only motion tells apart, rendered to H.264
-files from real photographs.
+"""The embedded default data set, rendered to H.264 files from real photographs: people in action
+(people.py), or eight motions of a cut-out that one frame does not tell apart.
 
 The photographs lie inside scikit-image's wheel, so nothing is downloaded. Their licences, as
 scikit-image's documentation states them: CC0: brick (cc0textures.com), camera (L. Varshney),
@@ -8,11 +8,11 @@ retina (M. Haggstrom). Public domain: astronaut and hubble_deep_field (NASA), ro
 known copyright restrictions: coins (Brooklyn Museum), ihc (CMMI). Pictures of the wheel without
 such a statement (moon, motorcycle) are not used.
 
-Why one frame says nothing: a frame is a function of a pose (place on a torus, angle), and eight
-videos, one an action, start from each pose that is drawn, so their first frames are equal. Place
-and angle are drawn uniformly, and every action moves them by adding something that does not depend
-on them: so frame t has the same distribution for every t and every action. Mirroring a video
-changes its action: train on it with `data.flip=false`.
+Why one frame of a cut-out says nothing: a frame is a function of a pose (place on a torus, angle),
+and eight videos, one an action, start from each pose that is drawn, so their first frames are
+equal. Place and angle are drawn uniformly, and every action moves them by adding something that
+does not depend on them: so frame t has the same distribution for every t and every action.
+Mirroring a video changes its action: train on it with `data.flip=false`. People may be mirrored.
 
 Letters: T frames, H W pixels of a frame, C channels, I J pixels of a photograph.
 """
@@ -32,9 +32,10 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from tqdm import tqdm
 
-from video_mae.config.schema import Knobs, knob, to_dict
+from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.extras import require_package
 from video_mae.files import check_made_with, write_json, write_whole
+from video_mae.tools import people
 
 ACTIONS = (
     "left",
@@ -73,24 +74,34 @@ class DemoConfig(Knobs):
     """What `make_demo_data` renders."""
 
     seed: int = knob(0, "of the poses, speeds and photographs drawn", low=0, below=2**63)
-    train_clips: int = knob(
-        1024, "training videos, of all actions the same number", low=8, multiple_of=len(ACTIONS)
+    subject: Literal["people", "cutouts"] = knob(
+        "cutouts",
+        "what moves: people in 15 actions (needs pybullet), or cut-outs of photographs in 8",
     )
-    validation_clips: int = knob(
-        256,
-        "validation videos, of other photographs, likewise",
-        low=8,
-        multiple_of=len(ACTIONS),
-    )
+    train_clips: int = knob(1024, "training videos, of all actions the same number", low=8)
+    validation_clips: int = knob(256, "validation videos, of other photographs, likewise", low=8)
     num_frames: int = knob(32, "frames of a video", low=2)
     height: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
     width: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
     fps: int = knob(16, "frames a second", low=1)
     difficulty: Literal["easy", "medium", "hard"] = knob(
         "easy",
-        "what moves: a bright cut-out of a photograph over another, dimmed and "
+        "of cut-outs: a bright cut-out of a photograph over another, dimmed and "
         "still; the same, both as bright as they are; or the whole picture",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        num = len(self.actions)
+        for name in ("train_clips", "validation_clips"):
+            clips = getattr(self, name)
+            remedy = f"must be a multiple of the {num} actions of subject = {self.subject}"
+            require(clips % num == 0, name, clips, remedy)
+
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """The classes, by their labels."""
+        return people.ACTIONS if self.subject == "people" else ACTIONS
 
 
 def start(folder: str, config: DemoConfig) -> int:
@@ -112,7 +123,8 @@ def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
     """
     folder = Path(folder).absolute()
     facts = folder / "demo.json"
-    check_made_with(facts, to_dict(config), section="config")
+    # a folder of before there were people does not say what moves
+    check_made_with(facts, to_dict(config), section="config", earlier={"subject": "cutouts"})
     if facts.is_file():
         return
     if folder.is_dir():
@@ -121,8 +133,10 @@ def make_demo_data(folder: str | Path, config: DemoConfig) -> None:
     def render(made: Path) -> None:
         for split, num_clips in (("train", config.train_clips), ("val", config.validation_clips)):
             _render_split(made, split, num_clips, config)
-        (made / "classes.txt").write_text("".join(f"{action}\n" for action in ACTIONS))
-        packages = ("scikit-image", "pillow", "torch", "av", "numpy")
+        (made / "classes.txt").write_text("".join(f"{action}\n" for action in config.actions))
+        packages = ["scikit-image", "pillow", "torch", "av", "numpy"]
+        if config.subject == "people":
+            packages.append("pybullet")
         told = {
             "config": to_dict(config),
             "photographs": PHOTOGRAPHS,
@@ -137,23 +151,29 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
     # the largest that a scene asks for
     side = round(PHOTOGRAPH_SIDES[1] * min(config.height, config.width))
     photographs = [load_photograph(name, side) for name in PHOTOGRAPHS[split]]
-    for action in ACTIONS:
+    actions = config.actions
+    for action in actions:
         (folder / split / action).mkdir(parents=True)
 
     def render(turn: int) -> str:
         random = np.random.default_rng([config.seed, sorted(PHOTOGRAPHS).index(split), turn])
-        scene, lines = _Scene(random, turn, photographs, config), ""
-        for label, action in enumerate(ACTIONS):
-            path = f"{split}/{action}/{turn * len(ACTIONS) + label:05d}.mp4"
+        lines = ""
+        if config.subject == "people":
+            size = config.num_frames, config.height, config.width
+            scene = people.PeopleScene(random, split, photographs, size, config.fps)
+        else:
+            scene = _Scene(random, turn, photographs, config)
+        for label, action in enumerate(actions):
+            path = f"{split}/{action}/{turn * len(actions) + label:05d}.mp4"
             _write_video(folder / path, scene.render(action), config.fps)
             lines += f"{path} {label}\n"
         return lines
 
-    turns = range(num_clips // len(ACTIONS))
+    turns = range(num_clips // len(actions))
     # the encoder and torch release the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         lines = threads.map(render, turns)
-        what = f"{split} videos, {len(ACTIONS)} a step"
+        what = f"{split} videos, {len(actions)} a step"
         text = "".join(tqdm(lines, what, len(turns), disable=None))
     (folder / f"{split}.txt").write_text(text)
 
