@@ -82,6 +82,24 @@ class AugmentConfig(Knobs):
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
+class LoraConfig(Knobs):
+    """Low-rank updates of matrices of the encoder, which stay as they are. Source: LoRA (Hu et al.,
+    2021).
+    """
+
+    rank: int = knob(
+        0,
+        "rank of the update of each matrix, those of query, key and value apart; 0 has no updates "
+        "and trains the matrices",
+        low=0,
+    )
+    alpha: float = knob(16.0, "an update counts alpha / rank times", above=0)
+    targets: Literal["attention", "attention_mlp"] = knob(
+        "attention_mlp",
+        "which matrices have one: query, key, value and projection, or those of the MLP too",
+    )
+
+
 class FinetuneConfig(RunConfig):
     """The fine-tuning stage: `deepspeed --module video_mae finetune CONFIG.yaml key=value ...`."""
 
@@ -92,6 +110,15 @@ class FinetuneConfig(RunConfig):
         "",
         "the pretrained model: a model folder, a run folder, or what another project wrote; "
         "empty: random weights",
+    )
+    freeze_blocks: int = knob(
+        0,
+        "how many of the encoder's first blocks stay as they are, and with them all that comes "
+        "before; model.depth of them: the head and its norm alone are trained",
+        low=0,
+    )
+    lora: LoraConfig = section(
+        LoraConfig, "low-rank updates in place of a training of the whole encoder"
     )
     classifier: ClassifierConfig = section(
         ClassifierConfig,
@@ -122,6 +149,33 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        depth, rank = self.model.depth, self.lora.rank
+        is_whole = self.freeze_blocks == 0 and rank == 0
+        require(
+            self.freeze_blocks <= depth,
+            "freeze_blocks",
+            self.freeze_blocks,
+            f"is more than model.depth = {depth}",
+        )
+        require(
+            rank == 0 or self.freeze_blocks < depth,
+            "lora.rank",
+            rank,
+            f"updates no block, freeze_blocks = {self.freeze_blocks} are all; lower one of them",
+        )
+        require(
+            rank <= self.model.embed_dim,
+            "lora.rank",
+            rank,
+            f"is more than a matrix can have: model.embed_dim = {self.model.embed_dim}",
+        )
+        require(
+            is_whole or self.checkpoint != "",
+            "checkpoint",
+            "(empty)",
+            "would freeze random weights: name the pretrained model, or leave out freeze_blocks "
+            "and lora.rank",
+        )
         require(
             self.data.stride in (DataConfig().stride, self.classifier.stride),
             "data.stride",

@@ -22,9 +22,10 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
-from video_mae.training.engine import partitioned_weights
+from video_mae.training.engine import FROZEN, partitioned_weights
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
@@ -145,11 +146,15 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     if "classifier" in read_keys(file):
         config = load_config(file, schema=FinetuneConfig)
         model = VideoClassifier(config.model, config.classifier)
+        choose_trained(model, config.freeze_blocks, config.lora)
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
     is_partitioned = manifest["zero_stage"] > 0
     state = partitioned_weights(folder) if is_partitioned else _whole_weights(folder, model, config)
+    if isinstance(config, FinetuneConfig):
+        state = merged(model, state)
+        model = VideoClassifier(config.model, config.classifier)
     model.load_state_dict(state)
     return model.eval()
 
@@ -171,4 +176,5 @@ def _whole_weights(
         for group, values in zip(groups, masters, strict=True):
             for parameter, value in zip(group["params"], values, strict=True):
                 state[names[parameter]] = value
+    state.update(content.get(FROZEN, {}))
     return {name: tensor.detach().float() for name, tensor in state.items()}
