@@ -24,7 +24,8 @@ CONFIG = ModelConfig(
     num_heads=3,
     mlp_ratio=2.5,
 )
-LORA, ATTENTION = LoraConfig(rank=5, alpha=7.0), LoraConfig(rank=2, targets="attention")
+LORA = LoraConfig(rank=5, alpha=7.0, targets="attention_mlp")
+ATTENTION = LoraConfig(rank=2)
 
 
 def make(
@@ -166,7 +167,7 @@ def test_nothing_is_kept_of_blocks_before_the_first_trained_one(rank: int) -> No
     none = saved_bytes(3, LoraConfig())
     assert none < 3 * (2 * 36 + 10) * 4  # fc_norm and head of 3 clips
     assert three > two > one > 20 * none
-    assert two - one == pytest.approx(one - none, rel=0.1)  # a block is as much as another
+    assert two - one == pytest.approx(one - none, rel=0.15)  # a block is about as much as another
 
 
 @pytest.mark.parametrize(("rank", "freeze_blocks"), [(0, 0), (0, 1), (0, 3), (2, 0), (2, 2)])

@@ -48,7 +48,12 @@ def is_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize(
     "changes",
     [
-        ["lora.rank=3", "engine.zero_stage=0", "engine.precision=bf16"],
+        [
+            "lora.rank=3",
+            "lora.targets=attention_mlp",
+            "engine.zero_stage=0",
+            "engine.precision=bf16",
+        ],
         ["lora.rank=3", "freeze_blocks=1", "engine.zero_stage=1"],
         ["freeze_blocks=2", "engine.zero_stage=2", "engine.offload=optimizer"],
         [
@@ -120,7 +125,9 @@ def test_a_run_goes_on_with_the_frozen_weights_that_it_began_with(
 def test_the_optimizer_and_the_log_know_only_what_is_trained(
     tiny_finetune: Tiny, pretrained: Path
 ) -> None:
-    config = tiny_finetune(f"checkpoint={pretrained}", "freeze_blocks=1", "lora.rank=3")
+    config = tiny_finetune(
+        f"checkpoint={pretrained}", "freeze_blocks=1", "lora.rank=3", "lora.targets=attention_mlp"
+    )
     run(prepare(config))
     folder = Path(config.output)
     file = folder / "checkpoints" / "step_00000004" / "mp_rank_00_model_states.pt"
@@ -137,7 +144,7 @@ def test_factors_learn_at_the_rate_of_their_layer_and_decay_as_matrices_do(
 ) -> None:
     config = tiny_finetune("model.depth=3")
     model = VideoClassifier(config.model, config.classifier)
-    choose_trained(model, 1, LoraConfig(rank=2))
+    choose_trained(model, 1, LoraConfig(rank=2, targets="attention_mlp"))
     found = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in parameter_groups(model, 0.05, 0.5):

@@ -43,8 +43,13 @@ FINETUNE_CURVE = [
 ]
 # Fine-tuning in which something of the encoder stays as it is.
 PARTS = {
-    "lora2": ["lora.rank=3", "engine.zero_stage=2", "engine.precision=bf16"],
-    "lora3": ["lora.rank=3", "lora.targets=attention", "engine.zero_stage=3"],
+    "lora2": [
+        "lora.rank=3",
+        "lora.targets=attention_mlp",
+        "engine.zero_stage=2",
+        "engine.precision=bf16",
+    ],
+    "lora3": ["lora.rank=3", "engine.zero_stage=3"],
     "frozen1": ["freeze_blocks=2", "engine.zero_stage=1", "engine.precision=bf16"],
     "frozen3": ["freeze_blocks=1", "engine.zero_stage=3", "engine.precision=bf16"],
 }

@@ -95,8 +95,9 @@ class LoraConfig(Knobs):
     )
     alpha: float = knob(16.0, "an update counts alpha / rank times", above=0)
     targets: Literal["attention", "attention_mlp"] = knob(
-        "attention_mlp",
-        "which matrices have one: query, key, value and projection, or those of the MLP too",
+        "attention",
+        "which matrices have one: query, key, value and projection (as the paper), or those of the "
+        "MLP too",
     )
 
 
