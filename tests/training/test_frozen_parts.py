@@ -6,10 +6,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from video_mae import VideoClassifier, load_pretrained, save_model_folder
 from video_mae.config import FinetuneConfig, LoraConfig
@@ -17,7 +20,7 @@ from video_mae.data.dataset import ValidationClips, collate
 from video_mae.data.videos import read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.tools.convert import ConvertConfig, convert
-from video_mae.training.finetune import prepare, run
+from video_mae.training.finetune import Finetuning, prepare, run
 from video_mae.training.loop import DONE
 from video_mae.training.optim import parameter_groups
 
@@ -136,7 +139,7 @@ def test_the_optimizer_and_the_log_know_only_what_is_trained(
     # A and B of query, key, value and projection, then of the MLP of width 128, in 1 block
     factors = 4 * 3 * (32 + 32) + 2 * 3 * (32 + 128)
     assert sum(moments) == factors + 2 * 32 + 8 * 33  # fc_norm and head
-    assert "0.00206 million of them trained, 8 classes" in (folder / "log.txt").read_text()
+    assert "; 0.00206 million parameters are trained" in (folder / "log.txt").read_text()
 
 
 def test_factors_learn_at_the_rate_of_their_layer_and_decay_as_matrices_do(
@@ -159,14 +162,34 @@ def test_factors_learn_at_the_rate_of_their_layer_and_decay_as_matrices_do(
     assert len(found) == 2 * 4 * 2
 
 
+@pytest.mark.parametrize(("rank", "freeze_blocks"), [(0, 0), (0, 1), (0, 3), (2, 0), (2, 2)])
+def test_a_step_counts_as_what_it_multiplies(
+    tiny_finetune: Tiny, rank: int, freeze_blocks: int
+) -> None:
+    config = tiny_finetune(
+        "checkpoint=somewhere",
+        "model.depth=4",
+        f"freeze_blocks={freeze_blocks}",
+        f"lora.rank={rank}",
+        "lora.targets=attention_mlp",
+        "engine.kernels=reference",
+    )
+    training: Any = SimpleNamespace(config=config, weights={}, weights_line="")
+    model, macs = Finetuning.make_model(training)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)).sum().backward()
+    # the factors are 2 of 32 wide, and some inputs need no gradient
+    assert 3 * 2 * macs == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["freeze_blocks=3"], "freeze_blocks: 3 is more than model.depth = 2"),
+        (["freeze_blocks=3"], "freeze_blocks: 3 is too many: there are model.depth = 2"),
         (["freeze_blocks=-1"], "freeze_blocks: -1 must be at least 0"),
         (
             ["freeze_blocks=2", "lora.rank=4"],
-            "lora.rank: 4 updates no block, freeze_blocks = 2 are all; lower one of them",
+            "freeze_blocks: 2 is too many: there are model.depth = 2, of which lora.rank needs one",
         ),
         (
             ["lora.rank=33"],

@@ -150,32 +150,20 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        depth, rank = self.model.depth, self.lora.rank
-        is_whole = self.freeze_blocks == 0 and rank == 0
+        frozen, rank, model = self.freeze_blocks, self.lora.rank, self.model
         require(
-            self.freeze_blocks <= depth,
+            frozen <= model.depth - (rank > 0),
             "freeze_blocks",
-            self.freeze_blocks,
-            f"is more than model.depth = {depth}",
+            frozen,
+            f"is too many: there are model.depth = {model.depth}, of which lora.rank needs one",
         )
+        remedy = f"is more than a matrix can have: model.embed_dim = {model.embed_dim}"
+        require(rank <= model.embed_dim, "lora.rank", rank, remedy)
         require(
-            rank == 0 or self.freeze_blocks < depth,
-            "lora.rank",
-            rank,
-            f"updates no block, freeze_blocks = {self.freeze_blocks} are all; lower one of them",
-        )
-        require(
-            rank <= self.model.embed_dim,
-            "lora.rank",
-            rank,
-            f"is more than a matrix can have: model.embed_dim = {self.model.embed_dim}",
-        )
-        require(
-            is_whole or self.checkpoint != "",
+            bool(self.checkpoint) or frozen == rank == 0,
             "checkpoint",
             "(empty)",
-            "would freeze random weights: name the pretrained model, or leave out freeze_blocks "
-            "and lora.rank",
+            "would freeze random weights: name a model, or leave out freeze_blocks and lora.rank",
         )
         require(
             self.data.stride in (DataConfig().stride, self.classifier.stride),

@@ -29,7 +29,6 @@ from video_mae.training.engine import FROZEN, partitioned_weights
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
-WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # of a checkpoint without ZeRO
 
 
 class ConvertConfig(Facts):
@@ -150,8 +149,13 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
-    is_partitioned = manifest["zero_stage"] > 0
-    state = partitioned_weights(folder) if is_partitioned else _whole_weights(folder, model, config)
+    file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
+    content = torch.load(file, map_location="cpu", weights_only=False)
+    if manifest["zero_stage"] > 0:
+        state = partitioned_weights(folder)
+    else:
+        state = _whole_weights(content, model, config)
+    state |= content.get(FROZEN, {})
     if isinstance(config, FinetuneConfig):
         state = merged(model, state)
         model = VideoClassifier(config.model, config.classifier)
@@ -160,12 +164,11 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
 
 
 def _whole_weights(
-    folder: Path, model: Model, config: PretrainConfig | FinetuneConfig
+    content: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
 ) -> dict[str, torch.Tensor]:
     """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
     its order.
     """
-    content = torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=False)
     state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
     if masters is not None:
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -176,5 +179,4 @@ def _whole_weights(
         for group, values in zip(groups, masters, strict=True):
             for parameter, value in zip(group["params"], values, strict=True):
                 state[names[parameter]] = value
-    state.update(content.get(FROZEN, {}))
     return {name: tensor.detach().float() for name, tensor in state.items()}

@@ -144,11 +144,11 @@ class Engine:
         fused = config.engine.offload == "none"
         self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
         # DeepSpeed rounds them to the precision of the run, and no optimizer has a master of them.
-        self.frozen: dict[str, torch.Tensor] = {}
-        if world.rank == 0:
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    self.frozen[name] = parameter.detach().cpu().clone()
+        self.frozen = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad and world.rank == 0
+        }
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
         # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -313,11 +313,9 @@ def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    # in ZeRO 3 each rank has a file
-    file = min(folder.glob("*mp_rank_00_model_states.pt"))
-    frozen = torch.load(file, map_location="cpu", weights_only=False).get(FROZEN, {})
-    return {**(weights or {}), **frozen}
+        return dict(
+            get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {}
+        )
 
 
 def leave() -> None:

@@ -19,8 +19,8 @@ from video_mae.data.sampling import sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.inflation import resized
-from video_mae.model.lora import choose_trained, trained_macs
-from video_mae.model.vit import VideoClassifier
+from video_mae.model.lora import choose_trained
+from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Training, is_due
 
 # Fields of a model that fine-tuning may change, or that its encoder does not have.
@@ -154,22 +154,24 @@ class Finetuning(Training[FinetuneConfig]):
         if self.weights:
             assert all(name.startswith(("fc_norm.", "head.", "encoder.norm.")) for name in missing)
         choose_trained(model, config.freeze_blocks, config.lora)
-        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return model, trained_macs(config.model, config.freeze_blocks, config.lora.rank)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.weights_line += f"; {trained / 1e6:.3g} million parameters are trained"
+        # Frozen blocks have no backward pass; frozen matrices with an update have half of it.
+        backward = (1 if config.lora.rank else 2) * (1 - config.freeze_blocks / config.model.depth)
+        macs = encoder_macs(config.model, config.model.num_tokens)
+        return model, macs * (1 + backward) / 3
 
     def make_dataset(self) -> LabelledClips:
         return LabelledClips(self.videos, self.config)
 
     def introduce(self) -> str:
-        config, classifier, trained = self.config, self.config.classifier, ""
-        if config.freeze_blocks or config.lora.rank:
-            trained = f"{self.num_trained / 1e6:.3g} million of them trained, "
+        classifier = self.config.classifier
         frames = "frames spread over each video"
         if classifier.sampling == "dense":
             frames = f"dense clips of stride {classifier.stride}"
         return (
-            f"{trained}{classifier.num_classes} classes, {frames}, "
-            f"{len(self.validation or ()) or 'no'} validation videos; {self.weights_line}"
+            f"{classifier.num_classes} classes, {frames}, {len(self.validation or ()) or 'no'} "
+            f"validation videos; {self.weights_line}"
         )
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
