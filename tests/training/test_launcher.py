@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from video_mae.config import load_config
+from video_mae import VideoClassifier, save_model_folder
+from video_mae.config import FinetuneConfig, load_config
 from video_mae.config.schema import save_config
 
 RUNS = Path(__file__).parent / "launched" / "runs.py"
@@ -39,6 +41,18 @@ FINETUNE_CURVE = [
     "optim.layer_decay=0.7",
     "journal.log_interval=2",
 ]
+# Fine-tuning in which something of the encoder stays as it is.
+PARTS = {
+    "lora2": [
+        "lora.rank=3",
+        "lora.targets=attention_mlp",
+        "engine.zero_stage=2",
+        "engine.precision=bf16",
+    ],
+    "lora3": ["lora.rank=3", "engine.zero_stage=3"],
+    "frozen1": ["freeze_blocks=2", "engine.zero_stage=1", "engine.precision=bf16"],
+    "frozen3": ["freeze_blocks=1", "engine.zero_stage=3", "engine.precision=bf16"],
+}
 
 pytestmark = pytest.mark.launcher
 
@@ -163,8 +177,26 @@ def finetuned(tiny_finetune_file: Path, tmp_path_factory: pytest.TempPathFactory
         }
         for stage in range(4)
     ]
+    folder = tmp_path_factory.mktemp("finetuned")
+    config = load_config(tiny_finetune_file, schema=FinetuneConfig)
+    torch.manual_seed(5)
+    save_model_folder(folder / "pretrained", VideoClassifier(config.model, config.classifier))
+    double += [
+        {
+            "name": name,
+            "crash_after": 3,
+            "overrides": [
+                *RESUMED,
+                *changes,
+                f"checkpoint={folder / 'pretrained'}",
+                "model.drop_path=0.3",
+                "optim.micro_batch=2",
+            ],
+        }
+        for name, changes in PARTS.items()
+    ]
     return launch_runs(
-        tmp_path_factory.mktemp("finetuned"),
+        folder,
         {"stage": "finetune", "config": str(tiny_finetune_file)},
         single,
         double,
@@ -232,6 +264,33 @@ def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(
     ]
     assert scores[0] == scores[1]
     assert [line["step"] for line in scores[0]] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_frozen_keeps_its_bits_and_the_rest_resumes_with_the_same(
+    finetuned: Path, name: str
+) -> None:
+    before, resumed, uninterrupted = (
+        load_file(finetuned / folder / "model.safetensors")
+        for folder in ("pretrained", f"{name}/model", f"{name}/model_uninterrupted")
+    )
+    assert before.keys() == resumed.keys() == uninterrupted.keys()
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in resumed)
+    assert losses(finetuned / name) == losses(finetuned / name, "metrics_uninterrupted.jsonl")
+    changed = {key for key in before if not torch.equal(before[key], resumed[key])}
+    blocks = {key for key in before if key.startswith("encoder.blocks.")}
+    expected = {
+        "lora2": {key for key in blocks if re.search(r"(qkv|proj|mlp\.\d)\.weight$", key)},
+        "lora3": {key for key in blocks if re.search(r"(qkv|proj)\.weight$", key)},
+        "frozen1": set(),
+        "frozen3": {key for key in blocks if key.startswith("encoder.blocks.1.")},
+    }
+    assert changed == expected[name] | {
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -3,7 +3,7 @@
 """
 
 from video_mae.config.data import DataConfig
-from video_mae.config.finetune import AugmentConfig, FinetuneConfig
+from video_mae.config.finetune import AugmentConfig, FinetuneConfig, LoraConfig
 from video_mae.config.model import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -32,6 +32,7 @@ __all__ = [
     "EngineConfig",
     "FinetuneConfig",
     "JournalConfig",
+    "LoraConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",

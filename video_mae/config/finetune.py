@@ -82,6 +82,25 @@ class AugmentConfig(Knobs):
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
+class LoraConfig(Knobs):
+    """Low-rank updates of matrices of the encoder, which stay as they are. Source: LoRA (Hu et al.,
+    2021).
+    """
+
+    rank: int = knob(
+        0,
+        "rank of the update of each matrix, those of query, key and value apart; 0 has no updates "
+        "and trains the matrices",
+        low=0,
+    )
+    alpha: float = knob(16.0, "an update counts alpha / rank times", above=0)
+    targets: Literal["attention", "attention_mlp"] = knob(
+        "attention",
+        "which matrices have one: query, key, value and projection (as the paper), or those of the "
+        "MLP too",
+    )
+
+
 class FinetuneConfig(RunConfig):
     """The fine-tuning stage: `deepspeed --module video_mae finetune CONFIG.yaml key=value ...`."""
 
@@ -92,6 +111,15 @@ class FinetuneConfig(RunConfig):
         "",
         "the pretrained model: a model folder, a run folder, or what another project wrote; "
         "empty: random weights",
+    )
+    freeze_blocks: int = knob(
+        0,
+        "how many of the encoder's first blocks stay as they are, and with them all that comes "
+        "before; model.depth of them: the head and its norm alone are trained",
+        low=0,
+    )
+    lora: LoraConfig = section(
+        LoraConfig, "low-rank updates in place of a training of the whole encoder"
     )
     classifier: ClassifierConfig = section(
         ClassifierConfig,
@@ -122,6 +150,21 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        frozen, rank, model = self.freeze_blocks, self.lora.rank, self.model
+        require(
+            frozen <= model.depth - (rank > 0),
+            "freeze_blocks",
+            frozen,
+            f"is too many: there are model.depth = {model.depth}, of which lora.rank needs one",
+        )
+        remedy = f"is more than a matrix can have: model.embed_dim = {model.embed_dim}"
+        require(rank <= model.embed_dim, "lora.rank", rank, remedy)
+        require(
+            bool(self.checkpoint) or frozen == rank == 0,
+            "checkpoint",
+            "(empty)",
+            "would freeze random weights: name a model, or leave out freeze_blocks and lora.rank",
+        )
         require(
             self.data.stride in (DataConfig().stride, self.classifier.stride),
             "data.stride",

@@ -17,6 +17,7 @@ from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
 from video_mae.convert.facts import MAX_TOKENS, Facts
 from video_mae.files import json_text, write_whole
+from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
@@ -40,13 +41,15 @@ def save_model_folder(
     """Writes a model folder whole or not at all, replacing an earlier one.
 
     state: the weights, where they do not live in `model` (under ZeRO they are gathered first);
-    float32 is written. more: what further files of JSON hold, by name.
+    float32 is written, low-rank updates as part of their matrices. more: what further files of JSON
+    hold, by name.
     """
     is_classifier = isinstance(model, VideoClassifier)
     head = model.classifier_config if is_classifier else model.objective_config
     kind = type(model).__name__
     description = {"kind": kind, "model": to_dict(model.config), HEADS[kind][0]: to_dict(head)}
-    write_weights(folder, state or model.state_dict(), {"config.json": description, **(more or {})})
+    state = merged(model, state or model.state_dict())
+    write_weights(folder, state, {"config.json": description, **(more or {})})
 
 
 def write_weights(

@@ -22,13 +22,13 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
-from video_mae.training.engine import partitioned_weights
+from video_mae.training.engine import FROZEN, partitioned_weights
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
-WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # of a checkpoint without ZeRO
 
 
 class ConvertConfig(Facts):
@@ -145,22 +145,30 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     if "classifier" in read_keys(file):
         config = load_config(file, schema=FinetuneConfig)
         model = VideoClassifier(config.model, config.classifier)
+        choose_trained(model, config.freeze_blocks, config.lora)
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
-    is_partitioned = manifest["zero_stage"] > 0
-    state = partitioned_weights(folder) if is_partitioned else _whole_weights(folder, model, config)
+    file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
+    content = torch.load(file, map_location="cpu", weights_only=False)
+    if manifest["zero_stage"] > 0:
+        state = partitioned_weights(folder)
+    else:
+        state = _whole_weights(content, model, config)
+    state |= content.get(FROZEN, {})
+    if isinstance(config, FinetuneConfig):
+        state = merged(model, state)
+        model = VideoClassifier(config.model, config.classifier)
     model.load_state_dict(state)
     return model.eval()
 
 
 def _whole_weights(
-    folder: Path, model: Model, config: PretrainConfig | FinetuneConfig
+    content: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
 ) -> dict[str, torch.Tensor]:
     """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
     its order.
     """
-    content = torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=False)
     state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
     if masters is not None:
         names = {parameter: name for name, parameter in model.named_parameters()}

@@ -50,6 +50,9 @@ EXTRA_KEYS = frozenset(
     }
 )
 
+FROZEN = "frozen_weights"
+"""Of a checkpoint of rank 0: the float32 values of what is not trained, by name."""
+
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     """DeepSpeed's dictionary. Raises: ValueError where engine.extra sets a key that is ours, or one
@@ -140,6 +143,12 @@ class Engine:
             torch.cuda.set_device(self.device)
         fused = config.engine.offload == "none"
         self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
+        # DeepSpeed rounds them to the precision of the run, and no optimizer has a master of them.
+        self.frozen = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad and world.rank == 0
+        }
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
         # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -222,8 +231,8 @@ class Engine:
             self.deepspeed.monitor.write_events(events)
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """Every parameter in float32 on the CPU, from the master copies, whatever the stage; every
-        rank must call it.
+        """Every parameter in float32 on the CPU, from the master copies, whatever the stage, and
+        frozen ones as they were; every rank must call it.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -233,8 +242,10 @@ class Engine:
             wrapper = self.deepspeed.optimizer
             for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
-        state: dict[str, torch.Tensor] = {}
+        state = dict(self.frozen)
         for name, parameter in self.deepspeed.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             value = masters.get(id(parameter), parameter)
             if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # partitioned
                 value = safe_get_full_fp32_param(parameter)
@@ -257,7 +268,7 @@ class Engine:
         self.deepspeed.save_checkpoint(
             str(self.checkpoints),
             tag=building.name,
-            client_state={"step": step, "memory": memory},
+            client_state={"step": step, "memory": memory, FROZEN: self.frozen},
             save_latest=False,
             exclude_frozen_parameters=False,
         )
@@ -288,6 +299,8 @@ class Engine:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
         _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
+        if self.rank == 0:
+            self.frozen = state.get(FROZEN, self.frozen)
         return manifest["step"], state.get("memory", {})  # earlier versions wrote none
 
 

@@ -19,6 +19,7 @@ from video_mae.data.sampling import sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.inflation import resized
+from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Training, is_due
 
@@ -152,7 +153,13 @@ class Finetuning(Training[FinetuneConfig]):
         assert not unexpected
         if self.weights:
             assert all(name.startswith(("fc_norm.", "head.", "encoder.norm.")) for name in missing)
-        return model, encoder_macs(config.model, config.model.num_tokens)
+        choose_trained(model, config.freeze_blocks, config.lora)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.weights_line += f"; {trained / 1e6:.3g} million parameters are trained"
+        # Frozen blocks have no backward pass; frozen matrices with an update have half of it.
+        backward = (1 if config.lora.rank else 2) * (1 - config.freeze_blocks / config.model.depth)
+        macs = encoder_macs(config.model, config.model.num_tokens)
+        return model, macs * (1 + backward) / 3
 
     def make_dataset(self) -> LabelledClips:
         return LabelledClips(self.videos, self.config)
