@@ -21,7 +21,7 @@ from video_mae.decoding import decoders, pictures
 from video_mae.decoding.arrays import open_npy, open_npz, open_packed
 from video_mae.decoding.choices import Wanted, chosen, is_sent
 from video_mae.decoding.containers import check_regular
-from video_mae.decoding.isolation import START_SECONDS, KilledError, allocate, decoder_process
+from video_mae.decoding.isolation import START_SECONDS, KilledError, decoder_process
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
     Clip,
@@ -352,7 +352,7 @@ def _gathered(
         if frame_HWC.shape != shape:
             raise ValueError("the size of the picture changes within the video")
         if clip_FHWC is None:
-            clip_FHWC = allocate((num, *shape), frame_HWC.dtype)
+            clip_FHWC = np.empty((num, *shape), frame_HWC.dtype)
         clip_FHWC[done - 1] = frame_HWC
     if clip_FHWC is None or done < num:
         raise ValueError(f"only {done} of {num} frames can be decoded")

@@ -20,7 +20,6 @@ from video_mae.config.data import FileConfig
 from video_mae.config.pack import PackConfig
 from video_mae.decoding.containers import check_container, check_regular
 from video_mae.decoding.frames import READERS
-from video_mae.decoding.isolation import allocate
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
     Place,
@@ -98,10 +97,7 @@ def pack(place: Place, config: PackConfig) -> Iterator[Packed | None]:
             "source_bytes": size,
             "source_sha256": digest,
         }
-        data = np.frombuffer(sink.close(seconds), np.uint8)
-        media = allocate(data.shape, data.dtype)
-        media[:] = data
-        yield Packed(media, about)
+        yield Packed(np.frombuffer(sink.close(seconds), np.uint8), about)
 
 
 def _identity(path: str) -> Generator[None, None, tuple[int, str]]:
