@@ -24,8 +24,10 @@ from video_mae.decoding.containers import check_regular
 from video_mae.decoding.isolation import START_SECONDS, KilledError, decoder_process
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
+    Array,
     Clip,
     Frames,
+    Indices,
     Member,
     Place,
     Reading,
@@ -109,7 +111,7 @@ class Decoded:
     """
 
     frames_FHWC: Clip
-    places: NDArray[np.int64]
+    places: Indices
     num_frames: int
     decoder: str
     fallback: str
@@ -335,7 +337,7 @@ def _idle_seconds() -> float:
 
 
 def _gathered(
-    frames: Iterator[NDArray[Any]], num: int, reading: Reading, shape: tuple[int, ...] | None = None
+    frames: Iterator[Array], num: int, reading: Reading, shape: tuple[int, ...] | None = None
 ) -> Clip:
     """The next frames, as the model takes them: clip_FHWC. shape: of those before, if any. Raises:
     ValueError, and what reads them does.
@@ -359,7 +361,7 @@ def _gathered(
     return clip_FHWC
 
 
-def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
+def _pixels(frame_HWC: Array, reading: Reading) -> Clip:
     """A frame as the model takes it. Raises: ValueError where it has other channels or values."""
     source, channels = reading.source, frame_HWC.shape[2]
     if source.channels:

@@ -14,10 +14,9 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from numpy.typing import NDArray
 
 from video_mae.decoding.containers import check_container
-from video_mae.decoding.media import Frames, Reading, scaled_size
+from video_mae.decoding.media import Array, Frames, Indices, Reading, scaled_size
 from video_mae.decoding.packets import (
     IN_ORDER,
     Packet,
@@ -63,14 +62,14 @@ def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
         yield from container.decode(stream)
 
 
-def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
+def pixels(frame: av.VideoFrame, short_side: int) -> Array:
     """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
     height, width = scaled_size(frame.height, frame.width, short_side)
     scaled = CONVERTER.reformat(frame, width, height, "rgb24")
     return upright(np.asarray(scaled.to_ndarray(), np.uint8), orientation(frame)[0])
 
 
-def upright(picture: NDArray[Any], turn: Turn) -> NDArray[Any]:
+def upright(picture: Array, turn: Turn) -> Array:
     """A stored picture [H, W, ...] as it is shown: a view."""
     transposed, mirrored, upside_down = turn
     if transposed:
@@ -131,7 +130,7 @@ class _Video:
         self.stream = video_stream(self.container)
         _set_threads(self.stream, self.reading.threads)
 
-    def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    def read(self, wanted: Indices) -> Iterator[Array]:
         """The frames of these rising indices."""
         frames = self._in_order if self.in_order else self._by_seeking
         for frame in frames(wanted.tolist()):

@@ -22,6 +22,7 @@ from video_mae.decoding.containers import check_container, check_regular
 from video_mae.decoding.frames import READERS
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
+    Array,
     Place,
     as_decode_error,
     local_file,
@@ -51,7 +52,7 @@ class Packed(NamedTuple):
     where there is no time), height, width, source_bytes, source_sha256.
     """
 
-    media: NDArray[np.uint8]
+    media: Array
     about: dict[str, Any]
 
 
