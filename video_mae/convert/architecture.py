@@ -27,6 +27,8 @@ from video_mae.convert.facts import (
     USUAL_SIDE,
     USUAL_STRIDE,
     Facts,
+    Options,
+    Tensors,
 )
 from video_mae.convert.tensor_names import NamedTensors
 from video_mae.model.positions import computed_positions
@@ -43,8 +45,8 @@ class Draft(NamedTensors):
 
     facts: Facts
     # what the source says beside its tensors, by keys of Facts and some more; None: nothing
-    told: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
+    told: Options = field(default_factory=dict)
+    fields: Options = field(default_factory=dict)
     head: ObjectiveConfig | ClassifierConfig = field(default_factory=ObjectiveConfig)
     notes: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)  # name in the file -> why
@@ -199,7 +201,7 @@ class Draft(NamedTensors):
         Raises: ValueError.
         """
         f = self.fields
-        kept: dict[str, torch.Tensor] = {}
+        kept: Tensors = {}
         differences: dict[str, float] = {}  # by names of the file
         for side in self.sides:
             width = f["embed_dim" if side == "encoder" else "decoder_embed_dim"]
@@ -320,7 +322,7 @@ class Draft(NamedTensors):
         return config
 
 
-def whole(values: Mapping[str, Any], *keys: str) -> int | None:
+def whole(values: Options, *keys: str) -> int | None:
     """The first positive whole number that a source tells under some keys, or None."""
     for key in keys:
         value = values.get(key)
@@ -329,7 +331,7 @@ def whole(values: Mapping[str, Any], *keys: str) -> int | None:
     return None
 
 
-def sizes_in(options: Mapping[str, Any]) -> dict[str, int | None]:
+def sizes_in(options: Options) -> dict[str, int | None]:
     """Heads and the clip's size, as options of a training name them."""
     return {
         "num_heads": whole(options, "num_heads"),

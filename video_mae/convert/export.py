@@ -6,14 +6,12 @@ same.
 """
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
-from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE
+from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE, Options, Tensors
 from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
@@ -23,7 +21,6 @@ from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
-Tensors = dict[str, torch.Tensor]
 
 
 def export_official(model: Model, path: str | Path) -> list[str]:
@@ -63,7 +60,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
             "patch_embed.proj.weight: is that of a Conv2d, which MAE-pytorch loads; VideoMAE's own "
             "class has a Conv3d"
         )
-    arguments: dict[str, Any] = {
+    arguments: Options = {
         "num_frames": c.num_frames,
         "height": c.height,
         "width": c.width,
@@ -149,12 +146,12 @@ def export_program(model: Model, path: str | Path) -> list[str]:
     return []
 
 
-def _videomae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
+def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
     c, name = model.config, "Hugging Face's VideoMAE"
     _require(model, name, {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0})
     pixels = "unit" if c.in_channels == 3 else "normalized"
     remarks = _differences(model, name, "channel", pixels, {"head_norm_eps": HEAD_NORM_EPS})
-    config: dict[str, Any] = {
+    config: Options = {
         "model_type": "videomae",
         "num_frames": c.num_frames,
         "tubelet_size": c.tubelet_size,
@@ -192,7 +189,7 @@ def _videomae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
     return state, config, remarks + left
 
 
-def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
+def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
     c, name = model.config, "Hugging Face's ViTMAE"
     if not isinstance(model, VideoMAE):
         raise ValueError(
@@ -237,9 +234,7 @@ def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * (channels // len(values))
 
 
-def _named(
-    model: Model, own: Mapping[str, torch.Tensor], names: TensorNames
-) -> tuple[Tensors, list[str]]:
+def _named(model: Model, own: Tensors, names: TensorNames) -> tuple[Tensors, list[str]]:
     """(tensors by a project's names, remarks on those that it has no name for). Raises: ValueError
     where these matter.
     """
@@ -270,7 +265,7 @@ def _named(
     return theirs, remarks
 
 
-def _require(model: Model, name: str, values: Mapping[str, Any]) -> None:
+def _require(model: Model, name: str, values: Options) -> None:
     """Raises: ValueError where the format would compute something else."""
     c = model.config
     for key, value in values.items():
@@ -285,9 +280,7 @@ def _require(model: Model, name: str, values: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(
-    model: Model, name: str, normalize: str, pixels: str, fixed: Mapping[str, Any]
-) -> list[str]:
+def _differences(model: Model, name: str, normalize: str, pixels: str, fixed: Options) -> list[str]:
     """Remarks on settings that the format fixes at a value, or does not have."""
     c = model.config
     remarks = []

@@ -9,12 +9,11 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from video_mae.convert.facts import Options, Tensors
 from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder
 from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, things_in
 
@@ -39,9 +38,9 @@ class ForeignModel:
 
     path: Path
     files: tuple[str, ...]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    config: Options = field(default_factory=dict)
+    arguments: Options = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,7 +61,7 @@ def read_source(path: str | Path) -> ForeignModel:
     return _read_file(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Options:
     """A JSON object. Raises: ValueError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

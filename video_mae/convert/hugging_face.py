@@ -1,10 +1,10 @@
 """Folders of Hugging Face transformers: VideoMAE and ViTMAE in the names of versions 4 and 5."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from video_mae.convert.architecture import Draft, whole
+from video_mae.convert.facts import Options
 from video_mae.convert.foreign_files import read_json
 from video_mae.convert.tensor_names import TensorNames, apart
 
@@ -22,7 +22,7 @@ SIZES = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
 }
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, Options] = {
     "videomae": {
         **SIZES,
         "num_frames": 16,
@@ -165,7 +165,7 @@ def describe(draft: Draft) -> None:
         draft.objective("tubelet" if is_image else "channel", "unit" if is_unit else "normalized")
 
 
-def sizes(fields: Mapping[str, Any]) -> dict[str, int]:
+def sizes(fields: Options) -> dict[str, int]:
     """What config.json says of a model, by what a ModelConfig does; without a decoder, where it has
     none.
     """
@@ -179,7 +179,7 @@ def sizes(fields: Mapping[str, Any]) -> dict[str, int]:
     return said
 
 
-def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
+def _compare(draft: Draft, config: Options, where: str) -> None:
     """Raises: ValueError where config.json and the tensors tell different architectures."""
     found = sizes(draft.fields) | {"tubelet_size": draft.fields["tubelet_size"]}
     for key, value in found.items():
@@ -187,14 +187,14 @@ def _compare(draft: Draft, config: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key} is {config[key]}, but the weights have {value}")
 
 
-def _whole(config: Mapping[str, Any], key: str, where: str) -> int:
+def _whole(config: Options, key: str, where: str) -> int:
     value = whole(config, key)
     if value is None:
         raise ValueError(f"{where}: {key} is {config[key]!r}, not a positive whole number")
     return value
 
 
-def _pair(config: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
+def _pair(config: Options, key: str, where: str) -> tuple[int, int]:
     """(height, width), of which a single number stands for both."""
     value = config[key]
     if not isinstance(value, list) or len(value) != 2:
@@ -203,7 +203,7 @@ def _pair(config: Mapping[str, Any], key: str, where: str) -> tuple[int, int]:
     return height, width
 
 
-def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+def _flag(config: Options, key: str, where: str) -> bool:
     if not isinstance(config[key], bool):
         raise ValueError(f"{where}: {key} is {config[key]!r}, neither true nor false")
     return config[key]
@@ -226,7 +226,7 @@ def _numbers(values: Any) -> tuple[float, ...]:
     return ()
 
 
-def _names(config: Mapping[str, Any], num_classes: int, where: str) -> tuple[str, ...]:
+def _names(config: Options, num_classes: int, where: str) -> tuple[str, ...]:
     """The classes' names, where config.json has more than its placeholders."""
     names = config.get("id2label", {})
     if not isinstance(names, dict):

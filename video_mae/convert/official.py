@@ -3,11 +3,10 @@ embedding), and of mmaction2.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
 from video_mae.config import PRESETS
 from video_mae.convert.architecture import Draft, sizes_in, whole
+from video_mae.convert.facts import Options
 from video_mae.convert.tensor_names import TensorNames
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
@@ -101,7 +100,7 @@ def describe(draft: Draft) -> None:
         draft.objective("channel", "unit")
 
 
-def _frames(told: Mapping[str, Any]) -> tuple[str | None, int | None]:
+def _frames(told: Options) -> tuple[str | None, int | None]:
     """(sampling, stride) of a classifier as the options of its training tell them, or the
     configuration that mmengine keeps as a text.
     """

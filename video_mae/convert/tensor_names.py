@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from video_mae.convert.facts import Tensors
 from video_mae.convert.foreign_files import ForeignModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -110,8 +111,8 @@ class NamedTensors:
 
     source: ForeignModel
     names: TensorNames
-    ours: dict[str, torch.Tensor] = field(default_factory=dict)
-    unknown: dict[str, torch.Tensor] = field(default_factory=dict)
+    ours: Tensors = field(default_factory=dict)
+    unknown: Tensors = field(default_factory=dict)
     # our name, or a plain name that is none -> name in the file
     spelled: dict[str, str] = field(default_factory=dict)
 
