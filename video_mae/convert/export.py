@@ -15,7 +15,7 @@ from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE, Options, Te
 from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
-from video_mae.convert.tensor_names import TensorNames
+from video_mae.convert.project import Project
 from video_mae.files import write_whole
 from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
@@ -30,7 +30,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
     Returns: remarks on what the file does not say. Raises: ValueError for a model that this code
     has no place for.
     """
-    c, name = model.config, "the official VideoMAE"
+    c = model.config
     is_classifier, has_learned = isinstance(model, VideoClassifier), c.positions == "learned"
     if has_learned and not is_classifier:
         raise ValueError(
@@ -42,9 +42,8 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         required["encoder_norm"] = True
     if not has_learned:
         required["positions"] = "sinusoid"
-    _require(model, name, required)
     fixed = {"norm_eps": 1e-6, "head_norm_eps": 1e-6, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    remarks = _differences(model, name, "channel", "unit", fixed)
+    remarks = _checked(model, OFFICIAL, required, fixed)
     own = dict(model.state_dict())
     own.pop("encoder.positions.table", None)
     state, left = _named(model, own, OFFICIAL)
@@ -147,10 +146,9 @@ def export_program(model: Model, path: str | Path) -> list[str]:
 
 
 def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
-    c, name = model.config, "Hugging Face's VideoMAE"
-    _require(model, name, {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0})
-    pixels = "unit" if c.in_channels == 3 else "normalized"
-    remarks = _differences(model, name, "channel", pixels, {"head_norm_eps": HEAD_NORM_EPS})
+    c, name = model.config, VIDEOMAE.name
+    required = {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0}
+    remarks = _checked(model, VIDEOMAE, required, {"head_norm_eps": HEAD_NORM_EPS})
     config: Options = {
         "model_type": "videomae",
         "num_frames": c.num_frames,
@@ -190,7 +188,7 @@ def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
 
 
 def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
-    c, name = model.config, "Hugging Face's ViTMAE"
+    c = model.config
     if not isinstance(model, VideoMAE):
         raise ValueError(
             "format: transformers has no classifier of ViTMAE with a class token; hugging_face is "
@@ -206,10 +204,9 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
         "predicted_frames": None,
         "width": c.height,
     }
-    _require(model, name, required)
-    if c.positions not in ("sincos", "learned"):
-        raise ValueError(f"format: {name} has no positions = {c.positions}")
-    remarks = _differences(model, name, "tubelet", "normalized", {"head_norm_eps": c.norm_eps})
+    if c.positions != "learned":
+        required["positions"] = "sincos"
+    remarks = _checked(model, VITMAE, required, {"head_norm_eps": c.norm_eps})
     config = {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining"],
@@ -222,7 +219,7 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
         if key.endswith("qkv.q_bias"):
             own.setdefault(key.replace("q_bias", "k_bias"), torch.zeros_like(own[key]))
     state, left = _named(model, own, VITMAE)
-    for key, side in zip(VITMAE.positions, (model.encoder, model.decoder), strict=True):
+    for key, side in zip(VITMAE.positions.values(), (model.encoder, model.decoder), strict=True):
         table_ND, class_row_D = side.positions(c.grid)
         if not isinstance(class_row_D, torch.Tensor):
             class_row_D = torch.zeros(table_ND.shape[1])
@@ -234,7 +231,7 @@ def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * (channels // len(values))
 
 
-def _named(model: Model, own: Tensors, names: TensorNames) -> tuple[Tensors, list[str]]:
+def _named(model: Model, own: Tensors, names: Project) -> tuple[Tensors, list[str]]:
     """(tensors by a project's names, remarks on those that it has no name for). Raises: ValueError
     where these matter.
     """
@@ -265,10 +262,12 @@ def _named(model: Model, own: Tensors, names: TensorNames) -> tuple[Tensors, lis
     return theirs, remarks
 
 
-def _require(model: Model, name: str, values: Options) -> None:
-    """Raises: ValueError where the format would compute something else."""
-    c = model.config
-    for key, value in values.items():
+def _checked(model: Model, project: Project, required: Options, fixed: Options) -> list[str]:
+    """Remarks on settings that a format fixes at a value, or does not have. Raises: ValueError
+    where it would compute something else than what is required.
+    """
+    c, name = model.config, project.name
+    for key, value in required.items():
         if getattr(c, key) != value:
             raise ValueError(f"format: {name} has no model.{key} = {getattr(c, key)}")
     if isinstance(model, VideoClassifier) and model.classifier_config.pooling == "rest":
@@ -278,11 +277,6 @@ def _require(model: Model, name: str, values: Options) -> None:
             f"format: {name} has no positions interpolated from another grid "
             f"(model.position_grid = {c.position_grid})"
         )
-
-
-def _differences(model: Model, name: str, normalize: str, pixels: str, fixed: Options) -> list[str]:
-    """Remarks on settings that the format fixes at a value, or does not have."""
-    c = model.config
     remarks = []
     for key, value in fixed.items():
         if getattr(c, key) != value:
@@ -292,15 +286,16 @@ def _differences(model: Model, name: str, normalize: str, pixels: str, fixed: Op
             f"model.drop_path = {c.drop_path}: left out, it is a setting of the training"
         )
     if isinstance(model, VideoMAE):
-        objective = model.objective_config
+        objective, pixels = model.objective_config, project.pixels(c.in_channels)
         if objective.contrastive_weight:
             remarks.append(
                 f"objective.contrastive_weight = {objective.contrastive_weight}: left out, the "
                 f"loss of {name} is reconstruction"
             )
-        if objective.normalize not in (normalize, "none"):
+        if objective.normalize not in (project.normalize, "none"):
             remarks.append(
-                f"objective.normalize = {objective.normalize}: {name} knows {normalize} or none"
+                f"objective.normalize = {objective.normalize}: {name} knows {project.normalize} "
+                "or none"
             )
         if objective.pixels != pixels:
             remarks.append(f"objective.pixels = {objective.pixels}: {name} has them {pixels}")

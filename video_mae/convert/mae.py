@@ -2,16 +2,12 @@
 normalisation.
 """
 
-from typing import Literal
-
-from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
-from video_mae.convert.architecture import Draft, sizes_in, whole
+from video_mae.convert.architecture import Draft, told_by
 from video_mae.convert.facts import USUAL_FRAMES
 from video_mae.convert.official import ONE_BIAS, TIMM
-from video_mae.convert.tensor_names import TensorNames, apart
+from video_mae.convert.project import Project, apart
 
 DECODER_HEADS = {512: 16}
-MAE_ST_MEAN, MAE_ST_STD = (0.45,) * 3, (0.225,) * 3
 
 SPELLINGS = (
     (r"(^|\.)_orig_mod\.", r"\1"),
@@ -38,18 +34,25 @@ SEPARATE = {
     for ours, theirs in (("space", "spatial"), ("time", "temporal"), ("class_row", "class"))
 }
 
-MAE = TensorNames(
-    project="MAE",
+MAE = Project(
+    name="MAE",
+    is_mae=True,
     spellings=SPELLINGS,
-    positions=tuple(JOINT.values()),
+    positions=JOINT,
+    computed="sincos",
+    decoder_heads=DECODER_HEADS,
     outside=OUTSIDE,
     blocks=BLOCKS,
     inside=TIMM | ONE_BIAS,
 )
-MAE_ST = TensorNames(
-    project="mae_st",
+MAE_ST = Project(
+    name="mae_st",
+    is_mae=True,
     spellings=SPELLINGS,
-    positions=(*JOINT.values(), *SEPARATE.values()),
+    positions=JOINT | SEPARATE,
+    tolerance=None,
+    decoder_heads=DECODER_HEADS,
+    statistics=((0.45,) * 3, (0.225,) * 3),
     outside=OUTSIDE | {"decoder.class_token": "decoder_cls_token"},
     blocks=BLOCKS,
     inside={name: TIMM[name] for name in TIMM if "qkv" not in name}
@@ -59,20 +62,18 @@ MAE_ST = TensorNames(
 
 def describe(draft: Draft) -> None:
     """The configuration of an image MAE."""
-    draft.told = sizes_in(draft.source.arguments) | {"num_frames": None}
-    draft.shapes(decoder_embed_bias=True)
-    draft.heads(DECODER_HEADS)
+    draft.told = told_by(draft.source.arguments) | {"num_frames": None}
+    draft.architecture()
     table = draft.table("pos_embed")
     draft.clip(places=None if table is None else len(table) - draft.fields["class_tokens"])
-    draft.positions("sincos", JOINT, 0.0, required=True)
-    _purpose(draft, (IMAGENET_MEAN, IMAGENET_STD), "mean")
+    draft.positions()
+    draft.purpose()
 
 
 def describe_st(draft: Draft) -> None:
     """The configuration of a mae_st: positions are learned, of space and time or joint ones."""
-    draft.told = sizes_in(draft.source.arguments)
-    draft.shapes(decoder_embed_bias=True, decoder_class_token="own")
-    draft.heads(DECODER_HEADS)
+    draft.told = told_by(draft.source.arguments)
+    draft.architecture()
     class_tokens = draft.fields["class_tokens"]
     space, time = draft.table("pos_embed_spatial"), draft.table("pos_embed_temporal")
     table = draft.table("pos_embed")
@@ -89,7 +90,7 @@ def describe_st(draft: Draft) -> None:
                 "give num_frames=..."
             )
         draft.clip(times=times, places=tokens // times)
-        draft.positions("sinusoid", JOINT, None, required=True)
+        draft.positions()
     else:
         raise draft.wrong(
             "has no positions: neither pos_embed nor pos_embed_spatial and pos_embed_temporal"
@@ -108,7 +109,7 @@ def describe_st(draft: Draft) -> None:
         for name in [name for name in draft.ours if name.startswith("encoder.norm.")]:
             draft.ours[name.replace("encoder.norm", "fc_norm")] = draft.ours.pop(name)
     # Its classifier leaves the first token out of the mean, where there is no class token too.
-    _purpose(draft, (MAE_ST_MEAN, MAE_ST_STD), "mean" if class_tokens else "rest")
+    draft.purpose("mean" if class_tokens else "rest")
 
 
 def _separate(draft: Draft) -> None:
@@ -123,18 +124,3 @@ def _separate(draft: Draft) -> None:
             table = table[0]
         draft.ours[ours] = table
         draft.unknown.pop(name)
-
-
-def _purpose(
-    draft: Draft,
-    usual: tuple[tuple[float, ...], tuple[float, ...]],
-    pooling: Literal["mean", "rest"],
-) -> None:
-    options = draft.source.arguments
-    draft.told["normalized"] = options.get("norm_pix_loss")
-    draft.told["stride"] = whole(options, "sampling_rate")
-    draft.statistics(usual)
-    if draft.is_classifier:
-        draft.classifier(pooling)
-    else:
-        draft.objective("tubelet", "normalized")

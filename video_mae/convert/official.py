@@ -3,11 +3,12 @@ embedding), and of mmaction2.
 """
 
 import re
+from dataclasses import replace
 
 from video_mae.config import PRESETS
-from video_mae.convert.architecture import Draft, sizes_in, whole
+from video_mae.convert.architecture import Draft, told_by
 from video_mae.convert.facts import Options
-from video_mae.convert.tensor_names import TensorNames
+from video_mae.convert.project import Project
 
 ROUNDING = 1e-6  # of one table computed in two ways; nothing is to be written back to the bit
 DECODER_HEADS = {
@@ -37,10 +38,12 @@ TIMM = {
 ONE_BIAS = {"attn.qkv.bias": "attn.qkv.bias"}
 TWO_BIASES = {"attn.qkv.q_bias": "attn.q_bias", "attn.qkv.v_bias": "attn.v_bias"}
 
-OFFICIAL = TensorNames(
-    project="VideoMAE",
+OFFICIAL = Project(
+    name="VideoMAE",
     spellings=SPELLINGS,
-    positions=("encoder.pos_embed", "decoder.pos_embed"),
+    positions={"encoder": "encoder.pos_embed", "decoder": "decoder.pos_embed"},
+    tolerance=ROUNDING,
+    decoder_heads=DECODER_HEADS,
     outside={
         "encoder.patch_embed": "encoder.patch_embed.proj",
         "encoder.norm": "encoder.norm",
@@ -56,18 +59,16 @@ OFFICIAL = TensorNames(
     also=ONE_BIAS,  # of a fork
 )
 
-MMACTION = TensorNames(
-    project="mmaction2",
-    spellings=SPELLINGS,
-    positions=("encoder.pos_embed",),
+MMACTION = replace(
+    OFFICIAL,
+    name="mmaction2",
     outside={
         "encoder.patch_embed": "encoder.patch_embed.projection",
         "encoder.norm": "encoder.norm",
         "fc_norm": "fc_norm",
         "head": "cls_head.fc_cls",
     },
-    blocks={"encoder.blocks": "encoder.blocks"},
-    inside=TIMM | TWO_BIASES | {"mlp.0": "mlp.layers.0.0", "mlp.2": "mlp.layers.1"},
+    inside=OFFICIAL.inside | {"mlp.0": "mlp.layers.0.0", "mlp.2": "mlp.layers.1"},
 )
 
 
@@ -79,52 +80,44 @@ def describe(draft: Draft) -> None:
     # a folder of VideoMAE V2 on the Hugging Face hub
     if isinstance(draft.source.config.get("model_config"), dict):
         options = draft.source.config["model_config"]
-    draft.told = sizes_in(options)
-    draft.told["normalized"] = options.get("normlize_target")  # their spelling
-    draft.told["sampling"], draft.told["stride"] = _frames(options)
+    draft.told = told_by(options) | _frames(options)
     # a training of VideoMAE V2 tells of dual masking, an export of ours says it
     skipped, context = options.get("decoder_mask_ratio"), options.get("decoder_context")
     if context in ("scored", "all"):
         draft.told["decoder_context"] = context
     elif isinstance(skipped, float) and 0 < skipped < 1:
         draft.told["decoder_context"] = "all"
-    draft.shapes(decoder_embed_bias=False)
-    draft.heads(DECODER_HEADS)
+    draft.architecture()
     draft.clip()
-    encoder, decoder = OFFICIAL.positions
-    draft.positions("sinusoid", {"encoder": encoder, "decoder": decoder}, ROUNDING, required=False)
-    draft.statistics()
-    if draft.is_classifier:
-        draft.classifier()
-    else:
-        draft.objective("channel", "unit")
+    draft.positions()
+    draft.purpose()
 
 
-def _frames(told: Options) -> tuple[str | None, int | None]:
-    """(sampling, stride) of a classifier as the options of its training tell them, or the
+def _frames(told: Options) -> Options:
+    """How a classifier's frames are chosen, as the options of its training tell it, or the
     configuration that mmengine keeps as a text.
     """
-    stride, data_set, config = whole(told, "sampling_rate"), told.get("data_set"), told.get("cfg")
+    data_set, sparse, config = told.get("data_set"), told.get("sparse_sample"), told.get("cfg")
     if isinstance(config, str):
         return _frames_of_pipelines(config)
-    sparse = told.get("sparse_sample")
     if not isinstance(data_set, str) and not isinstance(sparse, bool):
-        return None, stride
+        return {}
     is_something = re.search("ssv|sth|something", str(data_set), re.IGNORECASE)
-    return "uniform" if sparse is True or is_something else "dense", stride
+    return {"sampling": "uniform" if sparse is True or is_something else "dense"}
 
 
-def _frames_of_pipelines(config: str) -> tuple[str | None, int | None]:
-    """Likewise; (None, None) where the pipelines of a configuration differ."""
-    found: set[tuple[str, int | None]] = set()
+def _frames_of_pipelines(config: str) -> Options:
+    """Likewise; nothing where the pipelines of a configuration differ."""
+    found: list[Options] = []
     for step in re.findall(r"dict\(([^()]*)\)", config):
         keys = dict(re.findall(r"(\w+)\s*=\s*['\"]?([\w.]+)", step))
         kind = keys.get("type", "").split(".")[-1]  # mmengine takes mmaction.SampleFrames too
         if kind in ("UniformSample", "UniformSampleFrames") or (
             kind == "SampleFrames" and keys.get("clip_len") == "1"
         ):
-            found.add(("uniform", None))
+            found.append({"sampling": "uniform"})
         elif kind in ("SampleFrames", "DenseSampleFrames"):
             apart = keys.get("frame_interval", "1")
-            found.add(("dense", int(apart) if re.fullmatch(r"[1-9]\d{0,3}", apart) else None))
-    return next(iter(found)) if len(found) == 1 else (None, None)
+            stride = int(apart) if re.fullmatch(r"[1-9]\d{0,3}", apart) else None
+            found.append({"sampling": "dense", "stride": stride})
+    return found[0] if found and found.count(found[0]) == len(found) else {}

@@ -4,13 +4,14 @@ A file is opened, read and closed by a function that is called in a process of i
 frames of a file, T frames of a clip, H W pixels, C channels.
 """
 
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -182,11 +183,6 @@ def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64]
         return call(_times, place, reading)
 
 
-def times(place: Place, reading: Reading) -> NDArray[np.float64]:
-    """When each frame is shown: `times_and_start` without the start."""
-    return times_and_start(place, reading)[0]
-
-
 @cache
 def resolve_decoder(decoder: str) -> str:
     """The decoder of a run on this machine, tried in a process of its own. Raises: ValueError
@@ -216,7 +212,7 @@ def _caller(
     if is_video(place):
         reading = replace(reading, decoder=resolve_decoder(reading.decoder))
     if _is_for_this_process(place):
-        yield _here, _here, reading
+        yield operator.call, operator.call, reading
         return
     process = decoder_process()
     process.load(decoders.resolve, reading.decoder)
@@ -229,10 +225,6 @@ def _caller(
         raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
 
 
-def _here(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 def _is_for_this_process(place: Place) -> bool:
     """Arrays of local files, which are only copied; and what lies in the memory of this process."""
     archive = place.archive if isinstance(place, Member) else ""
@@ -242,33 +234,27 @@ def _is_for_this_process(place: Place) -> bool:
 # From here on: what runs where the file is read.
 
 
-class OpenFile(NamedTuple):
-    """A file that is open, what reads it, and why that is not the first decoder."""
-
-    frames: Frames
-    decoder: str
-    fallback: str = ""
-
-
 @contextmanager
-def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
-    """Opens a file within. Raises: VideoDecodeError where it cannot be opened."""
+def open_file(place: Place, reading: Reading) -> Iterator[tuple[Frames, str, str]]:
+    """Opens a file within: its frames, what reads them, and why that is not the first decoder.
+    Raises: VideoDecodeError where it cannot be opened.
+    """
     decoder, open_other = READERS.get(suffix(place), (reading.decoder, None))
+    fallback = ""
     with ExitStack() as kept:
         with as_decode_error(place, decoder):
             check_regular(place)
             if isinstance(place, Member) and suffix(place) == ".npy":
-                file = OpenFile(open_packed(place), decoder)
+                frames = open_packed(place)
             else:
                 path = kept.enter_context(local_file(place))
                 if open_other is None:
-                    file = OpenFile(*decoders.open_video(path, place, reading))
+                    frames, decoder, fallback = decoders.open_video(path, place, reading)
                 else:
                     frames = open_other(path, reading.source, reading.in_channels)
-                    file = OpenFile(frames, decoder)
-            if file.frames.num_frames < 1:
+            if frames.num_frames < 1:
                 raise ValueError("the video has no frames")
-        yield file
+        yield frames, decoder, fallback
 
 
 def _sendable(wanted: Wanted, call: Callable[..., Any], place: Place, reading: Reading) -> Wanted:
