@@ -46,8 +46,8 @@ class Draft(NamedTensors):
     told: Options = field(default_factory=dict)
     fields: Options = field(default_factory=dict)
     head: ObjectiveConfig | ClassifierConfig = field(default_factory=ObjectiveConfig)
+    pooling: Literal["mean", "rest"] = "mean"  # where there is a norm after it
     notes: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # name in the file -> why
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -78,8 +78,8 @@ class Draft(NamedTensors):
         return guess
 
     def architecture(self) -> None:
-        """Everything that names and shapes alone tell, and heads, which no shape tells; what a
-        project always has is no matter of shapes, so that a tensor that is lost is missed.
+        """Everything that names and shapes alone tell; what a project always has is no matter of
+        shapes, so that a tensor that is lost is missed.
         """
         embed = self.tensor("encoder.patch_embed.weight")
         if embed.dim() not in (4, 5) or embed.shape[-1] != embed.shape[-2] or not embed.numel():
@@ -104,7 +104,6 @@ class Draft(NamedTensors):
             qkv_bias="qkv" if "k" in biases else "qv" if biases else "none",
             encoder_norm=self.has_decoder or self.is_classifier or self.has("encoder.norm."),
         )
-        self._heads("num_heads", width, HEADS)
         if self.has_decoder:
             width = self.length("decoder.encoder_to_decoder.weight")
             has_own = "decoder.class_token" in self.project.outside
@@ -115,7 +114,6 @@ class Draft(NamedTensors):
                 decoder_embed_bias=self.project.is_mae,
                 decoder_class_token="own" if has_own else "encoded",
             )
-            self._heads("decoder_num_heads", width, self.project.decoder_heads)
 
     def _heads(self, key: str, width: int, published: Mapping[int, int]) -> None:
         guess = published.get(width)
@@ -213,19 +211,23 @@ class Draft(NamedTensors):
         f["positions"] = kind
         for spelled, difference in differences.items():
             equal = f", equal to {difference:.0e}" if difference else ""
-            self.left_out[spelled] = f"is computed here{equal}"
+            self.source.left_out[spelled] = f"is computed here{equal}"
 
-    def purpose(self, pooling: Literal["mean", "rest"] = "mean") -> None:
-        """Means and deviations of the input, usual ones of RGB where the source does not say; then
-        the classifier or the objective.
+    def purpose(self) -> None:
+        """What no tensor tells: heads; means and deviations of the input, usual ones of RGB where
+        the source does not say; then the classifier or the objective.
         """
+        self._heads("num_heads", self.fields["embed_dim"], HEADS)
+        if self.has_decoder:
+            width = self.fields["decoder_embed_dim"]
+            self._heads("decoder_num_heads", width, self.project.decoder_heads)
         usual, why = self.project.statistics, "as usual"
         if self.fields["in_channels"] != 3:
             usual, why = ((0.0,), (1.0,)), "for want of others"
         self.fields["mean"] = self.settle("mean", usual[0], why)
         self.fields["std"] = self.settle("std", usual[1], why)
         if self.is_classifier:
-            self._classifier(pooling)
+            self._classifier()
         else:
             self._objective()
 
@@ -255,7 +257,7 @@ class Draft(NamedTensors):
             pixels=self.project.pixels(self.fields["in_channels"]),
         )
 
-    def _classifier(self, pooling: Literal["mean", "rest"]) -> None:
+    def _classifier(self) -> None:
         """A head on the mean of the tokens where there is fc_norm, on the first token where there
         is not.
 
@@ -278,7 +280,7 @@ class Draft(NamedTensors):
         self.head = ClassifierConfig(
             num_classes=classes,
             class_names=self.told.get("class_names", ()),
-            pooling=pooling if self.has("fc_norm.") else "first",
+            pooling=self.pooling if self.has("fc_norm.") else "first",
             sampling=sampling,
             stride=self.settle("stride", USUAL_STRIDE, "as usual"),
             antialias=self.fields["tubelet_size"] == 1,

@@ -43,10 +43,9 @@ def export_official(model: Model, path: str | Path) -> list[str]:
     if not has_learned:
         required["positions"] = "sinusoid"
     fixed = {"norm_eps": 1e-6, "head_norm_eps": 1e-6, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    remarks = _checked(model, OFFICIAL, required, fixed)
     own = dict(model.state_dict())
     own.pop("encoder.positions.table", None)
-    state, left = _named(model, own, OFFICIAL)
+    state, remarks = _named(model, own, OFFICIAL, required, fixed)
     if has_learned:
         table_ND = model.encoder.positions(c.grid)[0]
         state["encoder.pos_embed"] = table_ND[None].detach().float().cpu()
@@ -77,7 +76,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         }
     content = {"model": state, "args": arguments}
     write_whole(Path(path), lambda building: torch.save(content, building))
-    return remarks + left
+    return remarks
 
 
 def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
@@ -148,7 +147,8 @@ def export_program(model: Model, path: str | Path) -> list[str]:
 def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
     c, name = model.config, VIDEOMAE.name
     required = {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0}
-    remarks = _checked(model, VIDEOMAE, required, {"head_norm_eps": HEAD_NORM_EPS})
+    fixed = {"head_norm_eps": HEAD_NORM_EPS}
+    state, remarks = _named(model, model.state_dict(), VIDEOMAE, required, fixed)
     config: Options = {
         "model_type": "videomae",
         "num_frames": c.num_frames,
@@ -183,8 +183,7 @@ def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
-    state, left = _named(model, model.state_dict(), VIDEOMAE)
-    return state, config, remarks + left
+    return state, config, remarks
 
 
 def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
@@ -206,7 +205,6 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
     }
     if c.positions != "learned":
         required["positions"] = "sincos"
-    remarks = _checked(model, VITMAE, required, {"head_norm_eps": c.norm_eps})
     config = {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining"],
@@ -218,29 +216,32 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
     for key in list(own):
         if key.endswith("qkv.q_bias"):
             own.setdefault(key.replace("q_bias", "k_bias"), torch.zeros_like(own[key]))
-    state, left = _named(model, own, VITMAE)
+    fixed = {"head_norm_eps": c.norm_eps}
+    state, remarks = _named(model, own, VITMAE, required, fixed)
     for key, side in zip(VITMAE.positions.values(), (model.encoder, model.decoder), strict=True):
         table_ND, class_row_D = side.positions(c.grid)
         if not isinstance(class_row_D, torch.Tensor):
             class_row_D = torch.zeros(table_ND.shape[1])
         state[key] = torch.cat([class_row_D[None], table_ND])[None]
-    return state, config, remarks + left
+    return state, config, remarks
 
 
 def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
     return list(values) * (channels // len(values))
 
 
-def _named(model: Model, own: Tensors, names: Project) -> tuple[Tensors, list[str]]:
-    """(tensors by a project's names, remarks on those that it has no name for). Raises: ValueError
-    where these matter.
+def _named(
+    model: Model, own: Tensors, project: Project, required: Options, fixed: Options
+) -> tuple[Tensors, list[str]]:
+    """(tensors by a project's names, remarks on what its format does not hold). Raises: ValueError
+    where that matters.
     """
+    remarks = _checked(model, project, required, fixed)
     c = model.config
     patch = [c.in_channels, c.tubelet_size, c.patch_size, c.patch_size]
-    if names is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
+    if project is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
         patch.pop(1)
     theirs: Tensors = {}
-    remarks: list[str] = []
     for name, tensor in own.items():
         values = tensor.detach().float().cpu()
         if name == "encoder.patch_embed.weight":
@@ -248,11 +249,11 @@ def _named(model: Model, own: Tensors, names: Project) -> tuple[Tensors, list[st
         elif name.endswith("_token"):
             values = values.reshape(1, 1, -1)
         parts = {name: values}
-        if name.endswith("qkv.weight") and names.to_theirs(name) is None:
+        if name.endswith("qkv.weight") and project.to_theirs(name) is None:
             apart = [name.replace("weight", f"{letter}_weight") for letter in "qkv"]
             parts = dict(zip(apart, values.chunk(3), strict=True))
         for part, values in parts.items():
-            their_name = names.to_theirs(part)
+            their_name = project.to_theirs(part)
             if their_name is not None:
                 theirs[their_name] = values.contiguous()
             elif part.endswith("k_bias") or part.startswith("objective."):

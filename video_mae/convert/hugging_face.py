@@ -124,7 +124,7 @@ def describe(draft: Draft) -> None:
     sides: Options = {"height": height, "width": width}
     is_size = None not in (whole(sides, "height"), whole(sides, "width"))
     require(is_size, "image_size", "a positive whole number, or two")
-    draft.told = {
+    draft.told |= {
         "num_heads": number("num_attention_heads"),
         "decoder_num_heads": number("decoder_num_attention_heads"),
         "num_frames": number("num_frames"),
@@ -132,12 +132,11 @@ def describe(draft: Draft) -> None:
         **sides,
         **_statistics(draft.source.path),
     }
-    draft.architecture()
     f = draft.fields
     for key, value in (sizes(f) | {"tubelet_size": f["tubelet_size"]}).items():
         is_right = config.get(key, value) in (value, [value, value])
         require(is_right, key, f"the {value} that the weights have")
-    if f["embed_dim"] == 384 and f["num_heads"] == 16:
+    if f["embed_dim"] == 384 and (draft.facts.num_heads or draft.told["num_heads"]) == 16:
         draft.notes.append(
             "num_heads = 16: from config.json, but the official model that is 384 wide has 6, and "
             "the hub's conversions of it say 16; if this is one, give num_heads=6 "
@@ -159,7 +158,6 @@ def describe(draft: Draft) -> None:
             )
     if draft.is_classifier:
         draft.told["class_names"] = _names(draft, config.get("id2label", {}))
-    draft.purpose()
 
 
 def sizes(fields: Options) -> dict[str, int]:

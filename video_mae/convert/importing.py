@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from video_mae.config import ObjectiveConfig
-from video_mae.convert import hugging_face, mae, official
-from video_mae.convert.architecture import Draft
+from video_mae.convert import hugging_face, official
+from video_mae.convert.architecture import Draft, told_by
 from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import ForeignModel, read_source
 from video_mae.convert.model_folder import fitted
@@ -18,10 +18,10 @@ from video_mae.model.vit import VideoClassifier, VideoMAE
 
 # What describes a file, by the names of its tensors.
 PROJECTS: dict[Project, Callable[[Draft], None]] = {
-    official.OFFICIAL: official.describe,
-    official.MMACTION: official.describe,
-    mae.MAE: mae.describe,
-    mae.MAE_ST: mae.describe_st,
+    official.OFFICIAL: official.describe_videomae,
+    official.MMACTION: official.describe_videomae,
+    official.MAE: official.describe_mae,
+    official.MAE_ST: official.describe_mae_st,
     hugging_face.VIDEOMAE: hugging_face.describe,
     hugging_face.VITMAE: hugging_face.describe,
 }
@@ -78,9 +78,12 @@ def import_model(
     """
     source = read_source(path)
     project = recognise(source.tensors, _candidates(source), str(source.path))
-    draft = Draft(source=source, project=project, facts=facts or Facts())
+    told = told_by(source.arguments)
+    draft = Draft(source=source, project=project, facts=facts or Facts(), told=told)
     _refuse_unknown(draft)
+    draft.architecture()
     PROJECTS[project](draft)
+    draft.purpose()
     return _build(draft, impl)
 
 
@@ -120,7 +123,7 @@ def _refuse_unknown(draft: Draft) -> None:
 
 def _build(draft: Draft, impl: str) -> tuple[VideoMAE | VideoClassifier, ImportReport]:
     config, head, source = draft.config(), draft.head, draft.source
-    left_out = {**source.left_out, **draft.left_out}
+    left_out = source.left_out
     # Layers that files have beside what a model computes with.
     superfluous = {}
     if isinstance(head, ObjectiveConfig):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
 from video_mae.convert.facts import MAX_TOKENS, Facts, Options, Tensors
-from video_mae.files import json_text, write_whole
+from video_mae.files import json_text, one_line, write_whole
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
@@ -61,6 +61,14 @@ def write_weights(folder: str | Path, state: Tensors, files: Options) -> None:
             (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write)
+
+
+def read_safetensors(file: Path) -> Tensors:
+    """All tensors of a file. Raises: ValueError naming the file."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(one_line(f"{file}: cannot be read as safetensors ({error})")) from None
 
 
 @overload
@@ -176,10 +184,7 @@ def _load_folder(folder: Path, impl: str) -> Model:
             )
     config, head = _read_configuration(folder / "config.json")
     file = folder / "model.safetensors"
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+    state = read_safetensors(file)
     where = f"{folder / 'config.json'}: model"
     if config.num_tokens > MAX_TOKENS:
         raise ValueError(

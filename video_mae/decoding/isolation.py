@@ -28,7 +28,6 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 START_SECONDS = 120.0
 """Within them a process is there, its libraries loaded, also on a busy machine."""
@@ -40,11 +39,9 @@ HELD_BYTES = 2**30
 """What results may hold until they are taken; beyond it no more items are begun."""
 SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals to a group of processes are meant for the trainer; blocked until they are ignored."""
-SHARED_BYTES = 2**36
-"""Addresses for the arrays of an answer, more than any needs: memory is taken as they are used."""
 KEPT_BYTES = 2**28
-"""Of that memory, for the next answer: new memory costs more than a copy. 16 frames of 340 x 256
-pixels take 4 MB.
+"""Shared memory that stays for the next answer: new memory costs more than a copy. 16 frames of
+340 x 256 pixels take 4 MB.
 """
 PR_SET_PDEATHSIG = 1
 COMMAND = (
@@ -67,7 +64,7 @@ class Isolated:
         self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._shared: mmap.mmap | None = None
+        self._shared: Any = None
         self._num_files = self._num_running = 0
 
     def load(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -92,15 +89,23 @@ class Isolated:
         seconds: how long it may take; memory_gb: what it may allocate, 0 is no limit.
         Raises: what the function raises; KilledError when the process ended or had to be.
         """
-        connection, begin = self._connect(), time.monotonic()
+        connection, begin, folder = self._connect(), time.monotonic(), ""
+        with suppress(FileNotFoundError):  # it was removed: no relative path leads anywhere
+            folder = os.getcwd()
         try:
-            connection.send((function, arguments, memory_gb, _folder()))
+            connection.send((function, arguments, memory_gb, folder))
             # Late is late, also where this process comes to look only after the answer.
             if not connection.poll(seconds) or time.monotonic() - begin > seconds:
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
             answer, places = connection.recv()
-            arrays = [self._copied(begin, num_bytes) for begin, num_bytes in places]
+            end = sum(num_bytes for _, num_bytes in places)
+            if end > len(self._shared):
+                self._shared.resize(end)
+            arrays = [
+                np.frombuffer(self._shared, np.uint8, num_bytes, begin).copy()
+                for begin, num_bytes in places
+            ]
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
         succeeded, result = pickle.loads(answer, buffers=arrays)
@@ -170,8 +175,8 @@ class Isolated:
         self._num_files = 0
         ours, theirs = socket.socketpair()
         memory = os.memfd_create("answer")
-        os.ftruncate(memory, SHARED_BYTES)
-        self._shared = mmap.mmap(memory, SHARED_BYTES)
+        os.ftruncate(memory, mmap.PAGESIZE)
+        self._shared = mmap.mmap(memory, 0)
         command = COMMAND.format(
             path=[os.path.abspath(entry) for entry in sys.path],
             socket=theirs.fileno(),
@@ -196,10 +201,6 @@ class Isolated:
         self._connection = Connection(ours.detach())
         return self._connection
 
-    def _copied(self, begin: int, num_bytes: int) -> NDArray[np.uint8]:
-        assert self._shared is not None
-        return np.frombuffer(self._shared, np.uint8, num_bytes, begin).copy()
-
     def _reason(self) -> str:
         process = self._process
         assert process is not None
@@ -217,13 +218,6 @@ class Isolated:
         if self._connection is not None:
             self._connection.close()
             self._connection = self._shared = None
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # it was removed: no relative path leads anywhere
-        return ""
 
 
 _numbers = count()
@@ -287,17 +281,15 @@ def main(socket: int, memory: int, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about damaged files
-    connection, shared = Connection(socket), mmap.mmap(memory, SHARED_BYTES)
-    places: list[tuple[int, int]] = []
+    connection, shared = Connection(socket), mmap.mmap(memory, 0)
     while True:
         try:
             request = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
-        if sum(num_bytes for _, num_bytes in places) > KEPT_BYTES:
-            shared.madvise(mmap.MADV_REMOVE)
-        answer, places = _answer(request, shared)
-        connection.send((answer, places))
+        if len(shared) > KEPT_BYTES:
+            shared.resize(mmap.PAGESIZE)
+        connection.send(_answer(request, shared))
 
 
 def _answer(request: bytes, shared: mmap.mmap) -> tuple[bytes, list[tuple[int, int]]]:
@@ -324,14 +316,17 @@ def _answer(request: bytes, shared: mmap.mmap) -> tuple[bytes, list[tuple[int, i
         return data, []
     try:
         data = pickle.dumps((True, result), protocol=5, buffer_callback=buffers.append)
+        contents = [buffer.raw() for buffer in buffers]
+        end = sum(map(len, contents))
+        if end > len(shared):
+            shared.resize(end)
     except Exception as error:  # pickle asks the objects themselves
         return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {error}"))), []
-    places, end = [], 0
-    for buffer in buffers:
-        content = buffer.raw()
-        places.append((end, len(content)))
-        end += len(content)
-        shared[end - len(content) : end] = content
+    places = []
+    shared.seek(0)
+    for content in contents:
+        places.append((shared.tell(), len(content)))
+        shared.write(content)
     return data, places
 
 
