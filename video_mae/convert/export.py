@@ -102,7 +102,7 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
         "initializer_range": 0.02,
     }
     size = {"height": c.height, "width": c.width}
-    preprocessor = {
+    preprocessor: Options = {
         "image_processor_type": "ViTImageProcessor" if is_image else "VideoMAEImageProcessor",
         "do_resize": True,
         "size": size if is_image else {"shortest_edge": min(c.height, c.width)},
@@ -111,9 +111,9 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _a_channel(c.mean, c.in_channels),
-        "image_std": _a_channel(c.std, c.in_channels),
     }
+    for name, values in (("image_mean", c.mean), ("image_std", c.std)):
+        preprocessor[name] = list(values) * (c.in_channels // len(values))  # one a channel
     files = {"config.json": config, "preprocessor_config.json": preprocessor}
     write_weights(folder, state, files)
     return remarks
@@ -224,10 +224,6 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
             class_row_D = torch.zeros(table_ND.shape[1])
         state[key] = torch.cat([class_row_D[None], table_ND])[None]
     return state, config, remarks
-
-
-def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
-    return list(values) * (channels // len(values))
 
 
 def _named(

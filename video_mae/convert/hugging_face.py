@@ -1,5 +1,6 @@
 """Folders of Hugging Face transformers: VideoMAE and ViTMAE in the names of versions 4 and 5."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,12 @@ HEAD_NORM_EPS = 1e-5
 # What configuration classes fill in where config.json leaves out what the tensors do not tell.
 USUAL: Options = {
     "image_size": 224,
+    "num_frames": 16,
     "num_attention_heads": 12,
+    "decoder_num_attention_heads": 6,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-12,
-}
-USUAL_VIDEO: Options = {
-    **USUAL,
-    "num_frames": 16,
     "use_mean_pooling": True,
-    "decoder_num_attention_heads": 6,
     "norm_pix_loss": True,
 }
 USUAL_IMAGE: Options = {
@@ -103,7 +101,7 @@ def describe(draft: Draft) -> None:
     if not draft.source.config:
         raise draft.wrong("has no config.json beside it; give the folder that holds both")
     is_image = draft.project is VITMAE
-    config = {**(USUAL_IMAGE if is_image else USUAL_VIDEO), **draft.source.config}
+    config = {**(USUAL_IMAGE if is_image else USUAL), **draft.source.config}
 
     def require(is_right: bool, key: str, wanted: str) -> None:
         if not is_right:
@@ -174,21 +172,16 @@ def sizes(fields: Options) -> dict[str, int]:
     return said
 
 
-def _statistics(folder: Path) -> dict[str, tuple[float, ...]]:
+def _statistics(folder: Path) -> Options:
     """Means and deviations of the preprocessor, where one is in the folder."""
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             said = read_json(folder / name)
-            mean, std = _numbers(said.get("image_mean")), _numbers(said.get("image_std"))
-            if mean and std:
-                return {"mean": mean, "std": std}
+            with suppress(KeyError, TypeError, ValueError):  # some say nothing, or no numbers
+                mean, std = (tuple(map(float, said[f"image_{key}"])) for key in ("mean", "std"))
+                if mean and std:
+                    return {"mean": mean, "std": std}
     return {}
-
-
-def _numbers(values: Any) -> tuple[float, ...]:
-    if isinstance(values, list) and all(isinstance(value, float | int) for value in values):
-        return tuple(float(value) for value in values)
-    return ()
 
 
 def _names(draft: Draft, names: Any) -> tuple[str, ...]:

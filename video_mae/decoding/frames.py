@@ -150,8 +150,8 @@ def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
     other values or not `in_channels` channels, when a frame cannot be decoded, or when the process
     had to be ended.
     """
+    wanted = _sendable(wanted, place, reading)
     with _caller(place, reading) as (call, _, reading):
-        wanted = _sendable(wanted, call, place, reading)
         return call(_read, place, reading, wanted)
 
 
@@ -165,8 +165,8 @@ def stream(
     Yields: (frames of the video, index, frame_HWC as in the clips of `decode`). Raises: as
     `decode`, when it comes to a frame that cannot be decoded.
     """
-    with _caller(place, reading) as (call, iterate, reading):
-        wanted = _sendable(wanted, call, place, reading)
+    wanted = _sendable(wanted, place, reading)
+    with _caller(place, reading) as (_, iterate, reading):
         for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
             for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
                 yield num_frames, index, frame_HWC
@@ -231,6 +231,14 @@ def _is_for_this_process(place: Place) -> bool:
     return archive.startswith("memory://") or (suffix(place) == ".npy" and "://" not in archive)
 
 
+def _sendable(wanted: Wanted, place: Place, reading: Reading) -> Wanted:
+    """The choice as the process that reads can be given it: a lambda as its indices."""
+    if is_sent(wanted):
+        return wanted
+    times_F2, _ = times_and_start(place, reading)
+    return chosen(wanted, len(times_F2))
+
+
 # From here on: what runs where the file is read.
 
 
@@ -255,18 +263,6 @@ def open_file(place: Place, reading: Reading) -> Iterator[tuple[Frames, str, str
             if frames.num_frames < 1:
                 raise ValueError("the video has no frames")
         yield frames, decoder, fallback
-
-
-def _sendable(wanted: Wanted, call: Callable[..., Any], place: Place, reading: Reading) -> Wanted:
-    """The choice as the process that reads can be given it: a lambda as its indices."""
-    if is_sent(wanted):
-        return wanted
-    return chosen(wanted, call(_count, place, reading))
-
-
-def _count(place: Place, reading: Reading) -> int:
-    with open_file(place, reading) as (frames, _, _):
-        return frames.num_frames
 
 
 def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:

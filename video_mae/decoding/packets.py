@@ -100,13 +100,15 @@ def open_container(path: str) -> Any:
     return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
 
 
-def video_stream(container: Any) -> Any:
-    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
+def video_stream(container: Any, threads: int = 1) -> Any:
+    """The stream that is decoded, FFmpeg's choice, by so many threads. Raises: ValueError."""
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file has no video stream")
     if stream.codec_context is None:
         raise ValueError("there is no decoder for its video")
+    stream.codec_context.thread_count = threads
+    stream.thread_type = "AUTO" if threads > 1 else "NONE"
     return stream
 
 
@@ -138,7 +140,6 @@ def survey(path: str) -> Survey:
     trait = check_container(path)
     with open_container(path) as container:
         stream = video_stream(container)
-        stream.thread_type = "NONE"
         return _read(container, stream, container.demux(stream), trait, thorough=True)
 
 

@@ -57,8 +57,7 @@ def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
     access is measured by.
     """
     with open_container(path) as container:
-        stream = video_stream(container)
-        _set_threads(stream, threads)
+        stream = video_stream(container, threads)
         yield from container.decode(stream)
 
 
@@ -75,11 +74,6 @@ def upright(picture: Array, turn: Turn) -> Array:
     if transposed:
         picture = picture.swapaxes(0, 1)
     return picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
-
-
-def _set_threads(stream: Any, threads: int) -> None:
-    stream.codec_context.thread_count = threads
-    stream.thread_type = "AUTO" if threads > 1 else "NONE"
 
 
 def _at(frames: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
@@ -127,8 +121,7 @@ class _Video:
     def _open(self) -> None:
         self._close()
         self.container = open_container(self.path)
-        self.stream = video_stream(self.container)
-        _set_threads(self.stream, self.reading.threads)
+        self.stream = video_stream(self.container, self.reading.threads)
 
     def read(self, wanted: Indices) -> Iterator[Array]:
         """The frames of these rising indices."""
