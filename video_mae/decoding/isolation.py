@@ -103,8 +103,8 @@ class Isolated:
             if end > len(self._shared):
                 self._shared.resize(end)
             arrays = [
-                np.frombuffer(self._shared, np.uint8, num_bytes, begin).copy()
-                for begin, num_bytes in places
+                np.frombuffer(self._shared, np.uint8, num_bytes, first).copy()
+                for first, num_bytes in places
             ]
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
