@@ -9,11 +9,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+JsonObject = dict[str, Any]
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
 # Unicode takes them.
@@ -137,19 +138,15 @@ def draw_or_tell(
         )
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[JsonObject]:
     """The objects of a JSON-lines file, oldest first: none for a missing file, and without a line
     that a crash tore.
     """
-    return list(_objects(path.read_bytes())) if path.exists() else []
-
-
-def _objects(text: bytes) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):  # torn by a crash
-            entry = json.loads(line)
-            if isinstance(entry, dict):
-                yield entry
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def cut_after(path: Path, last_step: int) -> None:
@@ -209,8 +206,6 @@ LIST_DIGEST = "list_sha256"
 """The setting that tells one list from another under the same name; earlier versions did not write
 it.
 """
-AS_EARLIER = {"antialias": True}
-"""What earlier versions did, and had no setting for."""
 
 
 def choose_folder(output: str, model: str, name: str = "") -> Path:
@@ -229,16 +224,48 @@ def choose_folder(output: str, model: str, name: str = "") -> Path:
     )
 
 
-def check_settings(
-    file: Path,
-    before: dict[str, Any],
-    settings: dict[str, Any],
-    remedy: str = "choose another folder, or remove this one",
+def check_made_with(
+    file: Path, settings: JsonObject, earlier: JsonObject | None = None, section: str = ""
+) -> None:
+    """A folder that a stage writes is new, or `file` in it holds these very settings.
+
+    earlier: what earlier versions did, and had no setting for. section: of the file, which holds
+    the settings; "" is all of it.
+    Raises: ValueError naming what is there, and the remedy.
+    """
+    folder = file.parent
+    if file.is_file():
+        remedy = "choose another folder, or remove this one"
+        _check_settings(file, settings, earlier or {}, section, remedy)
+    # What a stopped writer leaves is hidden.
+    elif folder.exists() and (
+        not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
+    ):
+        raise ValueError(f"{folder}: is not empty and has no {file.name}; choose another folder")
+
+
+def check_results(folder: Path, settings: JsonObject) -> None:
+    """Raises: ValueError where the folder has a metrics.json that was made with other settings."""
+    file = folder / METRICS_FILE
+    if file.exists():
+        # what earlier versions did, and had no setting for
+        earlier = {"antialias": True, LIST_DIGEST: settings.get(LIST_DIGEST)}
+        remedy = "choose another output, or remove it"
+        _check_settings(file, settings, earlier, "settings", remedy)
+
+
+def _check_settings(
+    file: Path, settings: JsonObject, earlier: JsonObject, section: str, remedy: str
 ) -> None:
     """Compares the settings that a folder's `file` holds with those of now, as JSON keeps them.
 
     Raises: ValueError naming the first setting that is another, and the remedy.
     """
+    try:
+        there = json.loads(file.read_bytes())
+        before = {**earlier, **(there[section] if section else there)}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file}: is not readable; {remedy}") from None
     for key, value in as_read_back(settings).items():
         if before.get(key) == value:
             continue
@@ -248,46 +275,6 @@ def check_settings(
         raise ValueError(f"{file}: was made with {change}; {remedy}")
 
 
-def check_made_with(
-    file: Path, settings: dict[str, Any], earlier: dict[str, Any] | None = None, section: str = ""
-) -> None:
-    """A folder that a stage writes is new, or `file` in it holds these very settings.
-
-    earlier: what earlier versions did, and had no setting for. section: of the file, which holds
-    the settings; "" is all of it.
-    Raises: ValueError naming what is there, and the remedy.
-    """
-    folder = file.parent
-    if not file.is_file():
-        # What a stopped writer leaves is hidden.
-        if folder.exists() and (
-            not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
-        ):
-            raise ValueError(
-                f"{folder}: is not empty and has no {file.name}; choose another folder"
-            )
-        return
-    try:
-        there = json.loads(file.read_bytes())
-        before = {**(earlier or {}), **(there[section] if section else there)}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: is not readable; choose another folder") from None
-    check_settings(file, before, settings)
-
-
-def check_results(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises: ValueError where the folder has a metrics.json that was made with other settings."""
-    file = folder / METRICS_FILE
-    if not file.exists():
-        return
-    try:
-        written = json.loads(file.read_bytes())["settings"]
-        before = {**AS_EARLIER, LIST_DIGEST: settings.get(LIST_DIGEST), **written}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: is no result of this program; choose another output") from None
-    check_settings(file, before, settings, "choose another output, or remove it")
-
-
-def write_metrics(folder: Path, settings: dict[str, Any], metrics: dict[str, Any]) -> None:
+def write_metrics(folder: Path, settings: JsonObject, metrics: JsonObject) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})

@@ -321,7 +321,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             "tubelet_size": 1,
             "width": 16,
         },
-        "ViTMAE has no positions = separate",
+        "ViTMAE has no model.positions = separate",
     ),
     ("torch_export", {}, "for classifiers"),
 ]

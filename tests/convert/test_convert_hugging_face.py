@@ -350,12 +350,12 @@ def test_biases_that_an_early_version_5_lost_are_remarked(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("hidden_size", 32, "hidden_size is 32, but the weights have 48"),
+        ("hidden_size", 32, "hidden_size is 32, not the 48 that the weights have"),
         ("num_hidden_layers", 3, "num_hidden_layers is 3"),
         (
             "decoder_num_hidden_layers",
             12,
-            "decoder_num_hidden_layers is 12, but the weights have 2",
+            "decoder_num_hidden_layers is 12, not the 2 that the weights have",
         ),
         ("intermediate_size", 3072, "intermediate_size"),
         ("patch_size", 16, "patch_size is 16"),

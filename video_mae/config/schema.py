@@ -25,7 +25,7 @@ from typing import (
 )
 
 from video_mae.config.yaml_text import ScalarNode, load, read_word, refuse_interpolation, to_yaml
-from video_mae.files import one_line, read_text
+from video_mae.files import JsonObject, as_read_back, one_line, read_text
 
 Schema = TypeVar("Schema")
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -122,7 +122,7 @@ def parse(
         return _typed(values, schema, "")
 
 
-def read_keys(path: Path) -> dict[str, Any]:
+def read_keys(path: Path) -> JsonObject:
     """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
     text = read_text(path)
     with _naming(f"{path}: "):
@@ -134,14 +134,12 @@ def save_config(config: Any, path: str | Path) -> None:
     Path(path).write_text(to_yaml(asdict(config)), encoding="utf-8")
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: Any) -> JsonObject:
     """A dataclass of knobs as plain JSON-ready data (tuples as lists)."""
-    return json.loads(json.dumps(asdict(config)))
+    return as_read_back(asdict(config))
 
 
-def from_dict(
-    schema: type[Schema], values: dict[str, Any], where: str, section: str = ""
-) -> Schema:
+def from_dict(schema: type[Schema], values: JsonObject, where: str, section: str = "") -> Schema:
     """The inverse of `to_dict`, as config.json stores it, of one of its sections. Raises:
     ValueError naming `where` and the key.
     """
@@ -149,9 +147,9 @@ def from_dict(
         return _typed(values, schema, section)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> JsonObject:
     """{"optim.micro_batch": 32, ...}: every knob with its dotted key."""
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for f in fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
         if is_dataclass(value):
@@ -299,7 +297,7 @@ def _type_of(schema: Any, names: Sequence[str]) -> Any:
     return hint
 
 
-def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def _merge(values: JsonObject, more: JsonObject) -> JsonObject:
     """The values with those of `more`, which win; mappings are merged key by key."""
     merged = {**values, **more}
     for key in values.keys() & more.keys():
@@ -308,7 +306,7 @@ def _merge(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _read_file(text: str) -> dict[str, Any]:
+def _read_file(text: str) -> JsonObject:
     """The keys of a file. Raises: ValueError."""
     values = load(text)
     refuse_interpolation(text)
@@ -319,7 +317,7 @@ def _read_file(text: str) -> dict[str, Any]:
     return values
 
 
-def _read_override(override: str, schema: Any) -> dict[str, Any]:
+def _read_override(override: str, schema: Any) -> JsonObject:
     """{"optim": {"steps": 5}} of `optim.steps=5`. Raises: ValueError."""
     key, is_given, text = override.partition("=")
     names = key.split(".")

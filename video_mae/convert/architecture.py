@@ -13,8 +13,6 @@ from typing import Any, Literal
 import torch
 
 from video_mae.config import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PRESETS,
     ClassifierConfig,
     ModelConfig,
@@ -27,8 +25,10 @@ from video_mae.convert.facts import (
     USUAL_SIDE,
     USUAL_STRIDE,
     Facts,
+    Options,
+    Tensors,
 )
-from video_mae.convert.tensor_names import NamedTensors
+from video_mae.convert.project import NamedTensors
 from video_mae.model.positions import computed_positions
 
 # of VideoMAE; MAE and mae_st have the same
@@ -43,11 +43,11 @@ class Draft(NamedTensors):
 
     facts: Facts
     # what the source says beside its tensors, by keys of Facts and some more; None: nothing
-    told: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
+    told: Options = field(default_factory=dict)
+    fields: Options = field(default_factory=dict)
     head: ObjectiveConfig | ClassifierConfig = field(default_factory=ObjectiveConfig)
+    pooling: Literal["mean", "rest"] = "mean"  # where there is a norm after it
     notes: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)  # name in the file -> why
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -77,14 +77,9 @@ class Draft(NamedTensors):
         self.notes.append(f"{key} = {guess}: not in the source, {why}")
         return guess
 
-    def shapes(
-        self,
-        *,
-        decoder_embed_bias: bool,
-        decoder_class_token: Literal["encoded", "own"] = "encoded",
-    ) -> None:
-        """Everything that names and shapes alone tell; given is what a project always has, so that
-        a tensor that is lost is missed.
+    def architecture(self) -> None:
+        """Everything that names and shapes alone tell; what a project always has is no matter of
+        shapes, so that a tensor that is lost is missed.
         """
         embed = self.tensor("encoder.patch_embed.weight")
         if embed.dim() not in (4, 5) or embed.shape[-1] != embed.shape[-2] or not embed.numel():
@@ -111,28 +106,14 @@ class Draft(NamedTensors):
         )
         if self.has_decoder:
             width = self.length("decoder.encoder_to_decoder.weight")
+            has_own = "decoder.class_token" in self.project.outside
             self.fields.update(
                 decoder_embed_dim=width,
                 decoder_depth=len(self.blocks("decoder")),
                 decoder_mlp_ratio=self.length("decoder.blocks.0.mlp.0.weight") / width,
-                decoder_embed_bias=decoder_embed_bias,
-                decoder_class_token=decoder_class_token,
+                decoder_embed_bias=self.project.is_mae,
+                decoder_class_token="own" if has_own else "encoded",
             )
-
-    def heads(self, decoder_heads: Mapping[int, int]) -> None:
-        """Attention heads, which no shape tells; decoder_heads: those of the project's published
-        decoders by width.
-        """
-        f = self.fields
-        self._heads("num_heads", f["embed_dim"], HEADS)
-        if self.has_decoder:
-            self._heads("decoder_num_heads", f["decoder_embed_dim"], decoder_heads)
-            return
-        # a new decoder starts from random weights: the published one of this encoder
-        for preset in PRESETS.values():
-            if preset["embed_dim"] == f["embed_dim"]:
-                f.update({key: preset[key] for key in preset if key.startswith("decoder_")})
-                return
 
     def _heads(self, key: str, width: int, published: Mapping[int, int]) -> None:
         guess = published.get(width)
@@ -184,29 +165,22 @@ class Draft(NamedTensors):
         f = self.fields
         return f"a clip of {f['num_frames']} x {f['height']} x {f['width']}"
 
-    def positions(
-        self,
-        kind: Literal["sinusoid", "sincos"],
-        tables: Mapping[str, str],
-        tolerance: float | None,
-        *,
-        required: bool,
-    ) -> None:
-        """Tables of the file (plain name by side) are not kept where they are what is computed
-        here, to a tolerance.
+    def positions(self) -> None:
+        """Tables of the file are not kept where they are what is computed here, to the project's
+        tolerance.
 
-        If one is another, or tolerance is None (they are learned), all are kept as parameters.
-        Raises: ValueError.
+        If one is another, or all are learned, all are kept as parameters. Raises: ValueError.
         """
-        f = self.fields
-        kept: dict[str, torch.Tensor] = {}
+        f, kind, tolerance = self.fields, self.project.computed, self.project.tolerance
+        kept: Tensors = {}
         differences: dict[str, float] = {}  # by names of the file
         for side in self.sides:
             width = f["embed_dim" if side == "encoder" else "decoder_embed_dim"]
             table_ND, class_row_D = computed_positions(kind, self.grid, width), torch.zeros(width)
-            given = self.table(tables[side]) if side in tables else None
+            name = self.project.positions.get(side, "")
+            given = self.table(name)
             if given is not None:
-                spelled, rows = self.spelled[tables[side]], len(given) - len(table_ND)
+                spelled, rows = self.spelled[name], len(given) - len(table_ND)
                 if rows not in (0, f["class_tokens"]) or given.shape[1] != width:
                     raise self.wrong(
                         f"{spelled}: has shape {(1, *given.shape)}, but {self._clip} has "
@@ -217,9 +191,9 @@ class Draft(NamedTensors):
                 differences[spelled] = float((given - computed).abs().max())
                 table_ND = given[rows:]
                 class_row_D = given[0] if rows else class_row_D
-                self.unknown.pop(tables[side])
-            elif required:
-                raise self.wrong(f"{tables[side]} is missing")
+                self.unknown.pop(name)
+            elif self.project.is_mae:
+                raise self.wrong(f"{name} is missing")
             kept[f"{side}.positions.table"] = table_ND
             if f["class_tokens"]:
                 kept[f"{side}.positions.class_row"] = class_row_D
@@ -237,24 +211,31 @@ class Draft(NamedTensors):
         f["positions"] = kind
         for spelled, difference in differences.items():
             equal = f", equal to {difference:.0e}" if difference else ""
-            self.left_out[spelled] = f"is computed here{equal}"
+            self.source.left_out[spelled] = f"is computed here{equal}"
 
-    def statistics(
-        self, usual: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
-    ) -> None:
-        """Means and deviations of the input, usual ones of RGB where the source does not say."""
-        why = "as usual"
+    def purpose(self) -> None:
+        """What no tensor tells: heads; means and deviations of the input, usual ones of RGB where
+        the source does not say; then the classifier or the objective.
+        """
+        self._heads("num_heads", self.fields["embed_dim"], HEADS)
+        if self.has_decoder:
+            width = self.fields["decoder_embed_dim"]
+            self._heads("decoder_num_heads", width, self.project.decoder_heads)
+        usual, why = self.project.statistics, "as usual"
         if self.fields["in_channels"] != 3:
             usual, why = ((0.0,), (1.0,)), "for want of others"
         self.fields["mean"] = self.settle("mean", usual[0], why)
         self.fields["std"] = self.settle("std", usual[1], why)
+        if self.is_classifier:
+            self._classifier()
+        else:
+            self._objective()
 
-    def objective(
-        self, usual: Literal["channel", "tubelet"], pixels: Literal["unit", "normalized"]
-    ) -> None:
+    def _objective(self) -> None:
         """What pretraining minimises. Of an encoder alone it is what it would. Told is whether its
         targets are `normalized`.
         """
+        usual = self.project.normalize
         for key in ("sampling", "stride"):
             if getattr(self.facts, key) is not None:
                 raise self.wrong(
@@ -272,10 +253,11 @@ class Draft(NamedTensors):
         if isinstance(normalized, bool):
             self.told["normalize"] = usual if normalized else "none"
         self.head = ObjectiveConfig(
-            normalize=self.settle("normalize", usual, "as published"), pixels=pixels
+            normalize=self.settle("normalize", usual, "as published"),
+            pixels=self.project.pixels(self.fields["in_channels"]),
         )
 
-    def classifier(self, pooling: Literal["mean", "rest"] = "mean") -> None:
+    def _classifier(self) -> None:
         """A head on the mean of the tokens where there is fc_norm, on the first token where there
         is not.
 
@@ -298,7 +280,7 @@ class Draft(NamedTensors):
         self.head = ClassifierConfig(
             num_classes=classes,
             class_names=self.told.get("class_names", ()),
-            pooling=pooling if self.has("fc_norm.") else "first",
+            pooling=self.pooling if self.has("fc_norm.") else "first",
             sampling=sampling,
             stride=self.settle("stride", USUAL_STRIDE, "as usual"),
             antialias=self.fields["tubelet_size"] == 1,
@@ -306,6 +288,11 @@ class Draft(NamedTensors):
 
     def config(self) -> ModelConfig:
         """Raises: ValueError where the fields do not go together."""
+        # a new decoder starts from random weights: the published one of this encoder
+        for preset in PRESETS.values():
+            if preset["embed_dim"] == self.fields["embed_dim"] and not self.has_decoder:
+                new = {key: preset[key] for key in preset if key.startswith("decoder_")}
+                self.fields.update(new)
         try:
             config = ModelConfig(**self.fields)
         except ValueError as error:
@@ -320,7 +307,7 @@ class Draft(NamedTensors):
         return config
 
 
-def whole(values: Mapping[str, Any], *keys: str) -> int | None:
+def whole(values: Options, *keys: str) -> int | None:
     """The first positive whole number that a source tells under some keys, or None."""
     for key in keys:
         value = values.get(key)
@@ -329,9 +316,13 @@ def whole(values: Mapping[str, Any], *keys: str) -> int | None:
     return None
 
 
-def sizes_in(options: Mapping[str, Any]) -> dict[str, int | None]:
-    """Heads and the clip's size, as options of a training name them."""
+def told_by(options: Options) -> Options:
+    """What options of a training tell: heads, the clip's size and stride, and whether targets are
+    normalised.
+    """
     return {
+        "normalized": options.get("normlize_target", options.get("norm_pix_loss")),
+        "stride": whole(options, "sampling_rate"),
         "num_heads": whole(options, "num_heads"),
         "decoder_num_heads": whole(options, "decoder_num_heads"),
         "num_frames": whole(options, "num_frames"),

@@ -6,24 +6,21 @@ same.
 """
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
-from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE
+from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE, Options, Tensors
 from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
-from video_mae.convert.tensor_names import TensorNames
+from video_mae.convert.project import Project
 from video_mae.files import write_whole
 from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
 PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
-Tensors = dict[str, torch.Tensor]
 
 
 def export_official(model: Model, path: str | Path) -> list[str]:
@@ -33,7 +30,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
     Returns: remarks on what the file does not say. Raises: ValueError for a model that this code
     has no place for.
     """
-    c, name = model.config, "the official VideoMAE"
+    c = model.config
     is_classifier, has_learned = isinstance(model, VideoClassifier), c.positions == "learned"
     if has_learned and not is_classifier:
         raise ValueError(
@@ -45,12 +42,10 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         required["encoder_norm"] = True
     if not has_learned:
         required["positions"] = "sinusoid"
-    _require(model, name, required)
     fixed = {"norm_eps": 1e-6, "head_norm_eps": 1e-6, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    remarks = _differences(model, name, "channel", "unit", fixed)
     own = dict(model.state_dict())
     own.pop("encoder.positions.table", None)
-    state, left = _named(model, own, OFFICIAL)
+    state, remarks = _named(model, own, OFFICIAL, required, fixed)
     if has_learned:
         table_ND = model.encoder.positions(c.grid)[0]
         state["encoder.pos_embed"] = table_ND[None].detach().float().cpu()
@@ -63,7 +58,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
             "patch_embed.proj.weight: is that of a Conv2d, which MAE-pytorch loads; VideoMAE's own "
             "class has a Conv3d"
         )
-    arguments: dict[str, Any] = {
+    arguments: Options = {
         "num_frames": c.num_frames,
         "height": c.height,
         "width": c.width,
@@ -81,7 +76,7 @@ def export_official(model: Model, path: str | Path) -> list[str]:
         }
     content = {"model": state, "args": arguments}
     write_whole(Path(path), lambda building: torch.save(content, building))
-    return remarks + left
+    return remarks
 
 
 def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
@@ -107,7 +102,7 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
         "initializer_range": 0.02,
     }
     size = {"height": c.height, "width": c.width}
-    preprocessor = {
+    preprocessor: Options = {
         "image_processor_type": "ViTImageProcessor" if is_image else "VideoMAEImageProcessor",
         "do_resize": True,
         "size": size if is_image else {"shortest_edge": min(c.height, c.width)},
@@ -116,9 +111,9 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _a_channel(c.mean, c.in_channels),
-        "image_std": _a_channel(c.std, c.in_channels),
     }
+    for name, values in (("image_mean", c.mean), ("image_std", c.std)):
+        preprocessor[name] = list(values) * (c.in_channels // len(values))  # one a channel
     files = {"config.json": config, "preprocessor_config.json": preprocessor}
     write_weights(folder, state, files)
     return remarks
@@ -149,12 +144,12 @@ def export_program(model: Model, path: str | Path) -> list[str]:
     return []
 
 
-def _videomae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
-    c, name = model.config, "Hugging Face's VideoMAE"
-    _require(model, name, {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0})
-    pixels = "unit" if c.in_channels == 3 else "normalized"
-    remarks = _differences(model, name, "channel", pixels, {"head_norm_eps": HEAD_NORM_EPS})
-    config: dict[str, Any] = {
+def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
+    c, name = model.config, VIDEOMAE.name
+    required = {**PLAIN, "positions": "sinusoid", "layer_scale": 0.0}
+    fixed = {"head_norm_eps": HEAD_NORM_EPS}
+    state, remarks = _named(model, model.state_dict(), VIDEOMAE, required, fixed)
+    config: Options = {
         "model_type": "videomae",
         "num_frames": c.num_frames,
         "tubelet_size": c.tubelet_size,
@@ -188,12 +183,11 @@ def _videomae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
             "id2label": {str(i): name for i, name in enumerate(names)},
             "label2id": {name: i for i, name in enumerate(names)},
         }
-    state, left = _named(model, model.state_dict(), VIDEOMAE)
-    return state, config, remarks + left
+    return state, config, remarks
 
 
-def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
-    c, name = model.config, "Hugging Face's ViTMAE"
+def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
+    c = model.config
     if not isinstance(model, VideoMAE):
         raise ValueError(
             "format: transformers has no classifier of ViTMAE with a class token; hugging_face is "
@@ -209,10 +203,8 @@ def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
         "predicted_frames": None,
         "width": c.height,
     }
-    _require(model, name, required)
-    if c.positions not in ("sincos", "learned"):
-        raise ValueError(f"format: {name} has no positions = {c.positions}")
-    remarks = _differences(model, name, "tubelet", "normalized", {"head_norm_eps": c.norm_eps})
+    if c.positions != "learned":
+        required["positions"] = "sincos"
     config = {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining"],
@@ -224,31 +216,28 @@ def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
     for key in list(own):
         if key.endswith("qkv.q_bias"):
             own.setdefault(key.replace("q_bias", "k_bias"), torch.zeros_like(own[key]))
-    state, left = _named(model, own, VITMAE)
-    for key, side in zip(VITMAE.positions, (model.encoder, model.decoder), strict=True):
+    fixed = {"head_norm_eps": c.norm_eps}
+    state, remarks = _named(model, own, VITMAE, required, fixed)
+    for key, side in zip(VITMAE.positions.values(), (model.encoder, model.decoder), strict=True):
         table_ND, class_row_D = side.positions(c.grid)
         if not isinstance(class_row_D, torch.Tensor):
             class_row_D = torch.zeros(table_ND.shape[1])
         state[key] = torch.cat([class_row_D[None], table_ND])[None]
-    return state, config, remarks + left
-
-
-def _a_channel(values: tuple[float, ...], channels: int) -> list[float]:
-    return list(values) * (channels // len(values))
+    return state, config, remarks
 
 
 def _named(
-    model: Model, own: Mapping[str, torch.Tensor], names: TensorNames
+    model: Model, own: Tensors, project: Project, required: Options, fixed: Options
 ) -> tuple[Tensors, list[str]]:
-    """(tensors by a project's names, remarks on those that it has no name for). Raises: ValueError
-    where these matter.
+    """(tensors by a project's names, remarks on what its format does not hold). Raises: ValueError
+    where that matters.
     """
+    remarks = _checked(model, project, required, fixed)
     c = model.config
     patch = [c.in_channels, c.tubelet_size, c.patch_size, c.patch_size]
-    if names is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
+    if project is not VIDEOMAE and c.tubelet_size == c.num_frames == 1:  # of a Conv2d
         patch.pop(1)
     theirs: Tensors = {}
-    remarks: list[str] = []
     for name, tensor in own.items():
         values = tensor.detach().float().cpu()
         if name == "encoder.patch_embed.weight":
@@ -256,11 +245,11 @@ def _named(
         elif name.endswith("_token"):
             values = values.reshape(1, 1, -1)
         parts = {name: values}
-        if name.endswith("qkv.weight") and names.to_theirs(name) is None:
+        if name.endswith("qkv.weight") and project.to_theirs(name) is None:
             apart = [name.replace("weight", f"{letter}_weight") for letter in "qkv"]
             parts = dict(zip(apart, values.chunk(3), strict=True))
         for part, values in parts.items():
-            their_name = names.to_theirs(part)
+            their_name = project.to_theirs(part)
             if their_name is not None:
                 theirs[their_name] = values.contiguous()
             elif part.endswith("k_bias") or part.startswith("objective."):
@@ -270,10 +259,12 @@ def _named(
     return theirs, remarks
 
 
-def _require(model: Model, name: str, values: Mapping[str, Any]) -> None:
-    """Raises: ValueError where the format would compute something else."""
-    c = model.config
-    for key, value in values.items():
+def _checked(model: Model, project: Project, required: Options, fixed: Options) -> list[str]:
+    """Remarks on settings that a format fixes at a value, or does not have. Raises: ValueError
+    where it would compute something else than what is required.
+    """
+    c, name = model.config, project.name
+    for key, value in required.items():
         if getattr(c, key) != value:
             raise ValueError(f"format: {name} has no model.{key} = {getattr(c, key)}")
     if isinstance(model, VideoClassifier) and model.classifier_config.pooling == "rest":
@@ -283,13 +274,6 @@ def _require(model: Model, name: str, values: Mapping[str, Any]) -> None:
             f"format: {name} has no positions interpolated from another grid "
             f"(model.position_grid = {c.position_grid})"
         )
-
-
-def _differences(
-    model: Model, name: str, normalize: str, pixels: str, fixed: Mapping[str, Any]
-) -> list[str]:
-    """Remarks on settings that the format fixes at a value, or does not have."""
-    c = model.config
     remarks = []
     for key, value in fixed.items():
         if getattr(c, key) != value:
@@ -299,15 +283,16 @@ def _differences(
             f"model.drop_path = {c.drop_path}: left out, it is a setting of the training"
         )
     if isinstance(model, VideoMAE):
-        objective = model.objective_config
+        objective, pixels = model.objective_config, project.pixels(c.in_channels)
         if objective.contrastive_weight:
             remarks.append(
                 f"objective.contrastive_weight = {objective.contrastive_weight}: left out, the "
                 f"loss of {name} is reconstruction"
             )
-        if objective.normalize not in (normalize, "none"):
+        if objective.normalize not in (project.normalize, "none"):
             remarks.append(
-                f"objective.normalize = {objective.normalize}: {name} knows {normalize} or none"
+                f"objective.normalize = {objective.normalize}: {name} knows {project.normalize} "
+                "or none"
             )
         if objective.pixels != pixels:
             remarks.append(f"objective.pixels = {objective.pixels}: {name} has them {pixels}")

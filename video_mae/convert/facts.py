@@ -1,9 +1,14 @@
 """What a user may say of another project's model, and what is usual where nobody says it."""
 
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from video_mae.config.schema import Knobs, knob, require
 
+Tensors = dict[str, torch.Tensor]
+Options = dict[str, Any]
+"""What a file says beside its tensors, by its own keys."""
 USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
 # of Something-Something, V1 and V2, whose models take one frame of each part of a video
 SOMETHING_CLASSES = 174

@@ -9,13 +9,9 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder
+from video_mae.convert.facts import Options, Tensors
+from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder, read_safetensors
 from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, things_in
 
 # under which the projects keep the weights, in order of preference
@@ -39,9 +35,9 @@ class ForeignModel:
 
     path: Path
     files: tuple[str, ...]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    config: Options = field(default_factory=dict)
+    arguments: Options = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,7 +58,7 @@ def read_source(path: str | Path) -> ForeignModel:
     return _read_file(path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Options:
     """A JSON object. Raises: ValueError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -89,6 +85,9 @@ def _read_folder(folder: Path) -> ForeignModel:
     for name in unread:
         if not name.endswith(".json"):
             source.left_out[name] = f"a file that was not read, because {chosen} is there"
+    options = config.get("model_config")  # of VideoMAE V2 on the Hugging Face hub
+    if isinstance(options, dict):
+        source.arguments = options
     return replace(source, path=folder, config=config)
 
 
@@ -129,12 +128,7 @@ def _read_file(path: Path) -> ForeignModel:
         if start == b"version h":
             raise ValueError(f"{path}: is a pointer of Git LFS; `git lfs pull` fetches the file")
         if start[8:] == b"{":
-            try:
-                source.tensors = load_file(path)
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise ValueError(
-                    f"{path}: cannot be read as safetensors ({_one_line(error)})"
-                ) from None
+            source.tensors = read_safetensors(path)
         elif start.startswith((b"PK", b"\x80")):
             try:
                 file = TorchFile(opened)

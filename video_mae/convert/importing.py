@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 
 from video_mae.config import ObjectiveConfig
-from video_mae.convert import hugging_face, mae, official
-from video_mae.convert.architecture import Draft
+from video_mae.convert import hugging_face, official
+from video_mae.convert.architecture import Draft, told_by
 from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import ForeignModel, read_source
 from video_mae.convert.model_folder import fitted
-from video_mae.convert.tensor_names import TensorNames, recognise
+from video_mae.convert.project import Project, recognise
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 # What describes a file, by the names of its tensors.
-PROJECTS: dict[TensorNames, Callable[[Draft], None]] = {
-    official.OFFICIAL: official.describe,
-    official.MMACTION: official.describe,
-    mae.MAE: mae.describe,
-    mae.MAE_ST: mae.describe_st,
+PROJECTS: dict[Project, Callable[[Draft], None]] = {
+    official.OFFICIAL: official.describe_videomae,
+    official.MMACTION: official.describe_videomae,
+    official.MAE: official.describe_mae,
+    official.MAE_ST: official.describe_mae_st,
     hugging_face.VIDEOMAE: hugging_face.describe,
     hugging_face.VITMAE: hugging_face.describe,
 }
@@ -77,14 +77,17 @@ def import_model(
     Executes nothing from the files.
     """
     source = read_source(path)
-    names = recognise(source.tensors, _candidates(source), str(source.path))
-    draft = Draft(source=source, names=names, facts=facts or Facts())
+    project = recognise(source.tensors, _candidates(source), str(source.path))
+    told = told_by(source.arguments)
+    draft = Draft(source=source, project=project, facts=facts or Facts(), told=told)
     _refuse_unknown(draft)
-    PROJECTS[names](draft)
+    draft.architecture()
+    PROJECTS[project](draft)
+    draft.purpose()
     return _build(draft, impl)
 
 
-def _candidates(source: ForeignModel) -> list[TensorNames]:
+def _candidates(source: ForeignModel) -> list[Project]:
     """The projects that a source may have: config.json names one, where there is one."""
     if "model_type" not in source.config:
         return list(PROJECTS)
@@ -101,8 +104,8 @@ def _candidates(source: ForeignModel) -> list[TensorNames]:
 
 def _refuse_unknown(draft: Draft) -> None:
     """Raises: ValueError for a tensor without which the model would compute something else."""
-    names = draft.names
-    blocks = tuple(f"{prefix}." for prefix in names.blocks.values())
+    tables = draft.project.positions.values()
+    blocks = tuple(f"{prefix}." for prefix in draft.project.blocks.values())
     for name in draft.unknown:
         spelled = draft.spelled[name]
         if name.endswith("attn.scale"):
@@ -110,7 +113,7 @@ def _refuse_unknown(draft: Draft) -> None:
                 f"{spelled}: is of cosine attention (cos_attn of VideoMAE V2), which is not "
                 "supported"
             )
-        aside = name in names.positions or (name.startswith("decoder") and not draft.has_decoder)
+        aside = name in tables or (name.startswith("decoder") and not draft.has_decoder)
         if name.startswith(blocks) or (ESSENTIAL.search(name) and not aside):
             raise draft.wrong(
                 f"{spelled}: is a part of a model that is not known here; without it the model "
@@ -120,7 +123,7 @@ def _refuse_unknown(draft: Draft) -> None:
 
 def _build(draft: Draft, impl: str) -> tuple[VideoMAE | VideoClassifier, ImportReport]:
     config, head, source = draft.config(), draft.head, draft.source
-    left_out = {**source.left_out, **draft.left_out}
+    left_out = source.left_out
     # Layers that files have beside what a model computes with.
     superfluous = {}
     if isinstance(head, ObjectiveConfig):
@@ -149,7 +152,7 @@ def _build(draft: Draft, impl: str) -> tuple[VideoMAE | VideoClassifier, ImportR
     return model, ImportReport(
         source=source.path.name,
         files=source.files,
-        project=draft.names.project,
+        project=draft.project.name,
         kind=type(model).__name__,
         used=len(source.tensors.keys() - left_out.keys()),
         left_out=left_out,

@@ -4,10 +4,10 @@ ever read.
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
 from safetensors import SafetensorError
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
-from video_mae.convert.facts import MAX_TOKENS, Facts
-from video_mae.files import json_text, write_whole
+from video_mae.convert.facts import MAX_TOKENS, Facts, Options, Tensors
+from video_mae.files import json_text, one_line, write_whole
 from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
@@ -35,8 +35,8 @@ RUN_MANIFEST = "MANIFEST.json"  # of a checkpoint of ours, which lies in a run f
 def save_model_folder(
     folder: str | Path,
     model: Model,
-    state: Mapping[str, torch.Tensor] | None = None,
-    more: Mapping[str, Any] | None = None,
+    state: Tensors | None = None,
+    more: Options | None = None,
 ) -> None:
     """Writes a model folder whole or not at all, replacing an earlier one.
 
@@ -52,9 +52,7 @@ def save_model_folder(
     write_weights(folder, state, {"config.json": description, **(more or {})})
 
 
-def write_weights(
-    folder: str | Path, state: Mapping[str, torch.Tensor], files: Mapping[str, Any]
-) -> None:
+def write_weights(folder: str | Path, state: Tensors, files: Options) -> None:
     """Writes a folder of model.safetensors in float32 and files of JSON, whole or not at all."""
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
 
@@ -66,6 +64,14 @@ def write_weights(
             (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write)
+
+
+def read_safetensors(file: Path) -> Tensors:
+    """All tensors of a file. Raises: ValueError naming the file."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(one_line(f"{file}: cannot be read as safetensors ({error})")) from None
 
 
 @overload
@@ -181,10 +187,7 @@ def _load_folder(folder: Path, impl: str) -> Model:
             )
     config, head = _read_configuration(folder / "config.json")
     file = folder / "model.safetensors"
-    try:
-        state = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from None
+    state = read_safetensors(file)
     where = f"{folder / 'config.json'}: model"
     if config.num_tokens > MAX_TOKENS:
         raise ValueError(
@@ -210,7 +213,7 @@ def _load_folder(folder: Path, impl: str) -> Model:
 def fitted(
     config: ModelConfig,
     head: ObjectiveConfig | ClassifierConfig,
-    state: Mapping[str, torch.Tensor],
+    state: Tensors,
     impl: str,
     *,
     called: Callable[[str], str] = str,

@@ -14,7 +14,6 @@ from video_mae.decoding.frames import (
     read_clip,
     resolve_decoder,
     stream,
-    times,
     times_and_start,
 )
 from video_mae.decoding.media import Member, Place, Reading, VideoDecodeError
@@ -35,6 +34,5 @@ __all__ = [
     "read_clip",
     "resolve_decoder",
     "stream",
-    "times",
     "times_and_start",
 ]

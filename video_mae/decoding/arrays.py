@@ -14,10 +14,9 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from video_mae.config.data import FileConfig
-from video_mae.decoding.media import MAX_CLIP_BYTES, Frames, Member, read_member
+from video_mae.decoding.media import MAX_CLIP_BYTES, Array, Frames, Indices, Member, read_member
 
 MAX_HEADER_BYTES = 10_000
 PACKED_HEAD_BYTES = 4096
@@ -76,7 +75,7 @@ def open_packed(member: Member) -> Frames:
         raise ValueError(f"the member has {member.size} bytes, its header says {begin + num_bytes}")
     frame_bytes = num_bytes // shape[0]
 
-    def read_url(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    def read_url(wanted: Indices) -> Iterator[Array]:
         most = max(URL_BYTES // frame_bytes, 1)
         for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
             for first in range(0, len(run), most):
@@ -86,7 +85,7 @@ def open_packed(member: Member) -> Frames:
                 )
                 yield from np.frombuffer(data, dtype).reshape(-1, *shape[1:])
 
-    def read_file(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    def read_file(wanted: Indices) -> Iterator[Array]:
         # the same for all, so that it stays in the cache until it is copied
         frame = np.empty(shape[1:], dtype)
         with open(member.archive, "rb", buffering=0) as file:
@@ -100,7 +99,7 @@ def open_packed(member: Member) -> Frames:
     return Frames(shape[0], read_url if "://" in member.archive else read_file)
 
 
-def frames_first(array: NDArray[Any], axes: str) -> NDArray[Any]:
+def frames_first(array: Array, axes: str) -> Array:
     """A view [T, H, W, C] of an array whose axes are named by letters of THWC; an axis that it does
     not have has length 1.
 
@@ -117,10 +116,10 @@ def frames_first(array: NDArray[Any], axes: str) -> NDArray[Any]:
     return np.expand_dims(view, ["THWC".index(axis) for axis in set("THWC") - set(names)])
 
 
-def _frames(array: NDArray[Any], axes: str) -> Frames:
+def _frames(array: Array, axes: str) -> Frames:
     view_THWC = frames_first(array, axes)
 
-    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    def read(wanted: Indices) -> Iterator[Array]:
         for index in wanted:
             yield view_THWC[int(index)]
 
@@ -152,7 +151,7 @@ def _header(
     return shape, "F" if is_fortran else "C", dtype, math.prod(shape) * dtype.itemsize
 
 
-def _map(file: BinaryIO, end: int) -> NDArray[Any]:
+def _map(file: BinaryIO, end: int) -> Array:
     shape, order, dtype, needed = _header(file)
     start = file.tell()
     if needed > end - start:
@@ -162,7 +161,7 @@ def _map(file: BinaryIO, end: int) -> NDArray[Any]:
     return np.memmap(file, dtype, "r", start, shape, order)
 
 
-def _inflate(stream: BinaryIO) -> NDArray[Any]:
+def _inflate(stream: BinaryIO) -> Array:
     shape, order, dtype, needed = _header(stream)
     if needed > MAX_CLIP_BYTES:
         raise ValueError(

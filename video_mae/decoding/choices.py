@@ -10,13 +10,13 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from video_mae.config.model import Sampling
+from video_mae.decoding.media import Indices
 
-Choose = Callable[[int], NDArray[np.int64]]
+Choose = Callable[[int], Indices]
 """From the number of frames of a video to the indices of the wanted ones, in any shape."""
-Wanted = Choose | NDArray[np.int64] | Sequence[int] | slice
+Wanted = Choose | Indices | Sequence[int] | slice
 """A function that can be sent to another process; or the indices, from the end where negative."""
 
 
@@ -28,7 +28,7 @@ def is_sent(wanted: Wanted) -> bool:
     return home != "__main__" and "<" not in name
 
 
-def chosen(wanted: Wanted, num_video_frames: int) -> NDArray[np.int64]:
+def chosen(wanted: Wanted, num_video_frames: int) -> Indices:
     """The indices of the wanted frames. Raises: what the function does; IndexError."""
     if callable(wanted):
         return wanted(num_video_frames)
@@ -42,7 +42,7 @@ def clip_indices(
     rng: np.random.Generator,
     *,
     reach_end: bool = True,
-) -> NDArray[np.int64]:
+) -> Indices:
     """Frame indices [T] of a clip: a random start, then every stride-th frame; a short video starts
     at 0 and repeats its last step.
 
@@ -58,7 +58,7 @@ def clip_indices(
 
 def dense_indices(
     num_video_frames: int, num_frames: int, stride: int, rng: np.random.Generator | None = None
-) -> NDArray[np.int64]:
+) -> Indices:
     """Frame indices [T] of a labelled clip: a random start, or the middle without rng, then on
     average every stride-th frame.
 
@@ -83,7 +83,7 @@ def dense_indices(
 
 def uniform_indices(
     num_video_frames: int, num_frames: int, rng: np.random.Generator | None = None
-) -> NDArray[np.int64]:
+) -> Indices:
     """Frame indices [T]: one of each of T equal parts of the video, drawn, or the part's middle
     without rng.
 
@@ -100,7 +100,7 @@ def part_indices(
     num_frames: int,
     short: Literal["first", "all"],
     rng: np.random.Generator | None = None,
-) -> NDArray[np.int64]:
+) -> Indices:
     """Frame indices [T]: one of each of T parts of num_video_frames // T whole frames, drawn, or
     the part's middle without rng.
 
@@ -123,7 +123,7 @@ def part_indices(
 
 def view_indices(
     num_video_frames: int, num_frames: int, stride: int, num_clips: int, sampling: Sampling
-) -> NDArray[np.int64]:
+) -> Indices:
     """Frame indices [S, T] of the clips of a test.
 
     dense: of every stride-th frame the T from number int(clip * (frames - T) / (S - 1)) on, the
@@ -143,16 +143,14 @@ def view_indices(
     return stride * np.minimum(starts_S[:, None] + places_T, num_strided - 1)
 
 
-def spread(free: int, num: int) -> NDArray[np.int64]:
+def spread(free: int, num: int) -> Indices:
     """`num` starts from 0 to `free`, evenly spread and rounded down; the middle where it is one."""
     if num == 1:
         return np.array([free // 2], dtype=np.int64)
     return np.arange(num, dtype=np.int64) * free // (num - 1)
 
 
-def window_indices(
-    num_video_frames: int, num_frames: int, stride: int, hop: int
-) -> NDArray[np.int64]:
+def window_indices(num_video_frames: int, num_frames: int, stride: int, hop: int) -> Indices:
     """Frame indices [S, T] of clips along a video: one every `hop` frames, until a clip reaches its
     end, beyond which the last frame repeats; no frame is left out where hop <= num_frames * stride.
     """
@@ -162,11 +160,11 @@ def window_indices(
     return np.minimum(starts_S1 + places_T * stride, num_video_frames - 1)
 
 
-def joined(num_video_frames: int, choices: Sequence[Choose]) -> NDArray[np.int64]:
+def joined(num_video_frames: int, choices: Sequence[Choose]) -> Indices:
     """The indices [S, T] of several clips [T]."""
     return np.stack([choose(num_video_frames) for choose in choices])
 
 
-def first_middle_last(num_video_frames: int) -> NDArray[np.int64]:
+def first_middle_last(num_video_frames: int) -> Indices:
     """The indices of three frames, or fewer where there are fewer."""
     return np.unique([0, num_video_frames // 2, num_video_frames - 1])

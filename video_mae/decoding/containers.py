@@ -86,9 +86,16 @@ def check_container(path: str) -> str:
         if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
             return _check_avi(file, head, num_bytes)
         if head[4:8] in _MP4_BOXES:
-            _check_mp4(file, num_bytes)
+            for kind, end in _boxes(file, 0, num_bytes):
+                if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
+                    raise ValueError(
+                        f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box "
+                        f"ends at {end}"
+                    )
             return ""
-        if not head.startswith(_SIGNATURES) and not _is_blu_ray(file):
+        file.seek(_BLU_RAY_STAMP)
+        is_blu_ray = file.read(_BLU_RAY_PACKET + 1)[::_BLU_RAY_PACKET] == b"\x47\x47"
+        if not head.startswith(_SIGNATURES) and not is_blu_ray:
             raise ValueError(
                 "not a video container (mp4, mov, mkv, webm, avi, ts, mpg, flv, ogg, wmv, "
                 "gif, mxf, y4m, h264, mjpeg)"
@@ -112,25 +119,11 @@ def _check_avi(file: BinaryIO, head: bytes, num_bytes: int) -> str:
     return "" if flags & _AVI_HAS_INDEX else NO_INDEX
 
 
-def _is_blu_ray(file: BinaryIO) -> bool:
-    file.seek(_BLU_RAY_STAMP)
-    return file.read(_BLU_RAY_PACKET + 1)[::_BLU_RAY_PACKET] == b"\x47\x47"
-
-
 def has_offsets(path: str) -> bool:
     """Whether an mp4 file may show frames at other times than it decodes them."""
     table = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"ctts")
     with open(path, "rb") as file:
         return any(True for _ in _boxes(file, 0, os.path.getsize(path), *table))
-
-
-def _check_mp4(file: BinaryIO, num_bytes: int) -> None:
-    for kind, end in _boxes(file, 0, num_bytes):
-        if end > num_bytes and kind in _MP4_NEEDED:  # a cut in anything else does no harm
-            raise ValueError(
-                f"the file is cut off: it has {num_bytes} bytes, its {kind.decode()} box ends "
-                f"at {end}"
-            )
 
 
 def _boxes(file: BinaryIO, start: int, end: int, *path: bytes) -> Iterator[tuple[bytes, int]]:

@@ -3,10 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from video_mae.decoding.media import Read, Reading, scaled_size
+from video_mae.decoding.media import Array, Indices, Read, Reading, scaled_size
 from video_mae.extras import require_package
 
 BATCH = 16  # frames that are asked for at once: cheaper than one by one
@@ -42,7 +39,7 @@ def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int,
         fault_tol=1,
     )
 
-    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    def read(wanted: Indices) -> Iterator[Array]:
         for first in range(0, len(wanted), BATCH):
             frames_FHWC = _batch(reader, wanted[first : first + BATCH])
             if first + BATCH >= len(wanted):
@@ -53,7 +50,7 @@ def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int,
     return len(reader), read
 
 
-def _batch(reader: Any, wanted: NDArray[np.int64]) -> Iterable[NDArray[np.uint8]]:
+def _batch(reader: Any, wanted: Indices) -> Iterable[Array]:
     """Frames asked for at once; one by one where their rows are padded, or their size changes,
     which decord finds to be no batch.
     """
@@ -67,7 +64,7 @@ def _batch(reader: Any, wanted: NDArray[np.int64]) -> Iterable[NDArray[np.uint8]
     return [reader[int(index)].asnumpy() for index in wanted]
 
 
-def _without_padding(frame_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _without_padding(frame_HWC: Array) -> Array:
     """Where rows are padded to 4/3 of their length (48 pixels wide, for one), decord takes the
     padding for a fourth channel.
     """

@@ -4,13 +4,14 @@ A file is opened, read and closed by a function that is called in a process of i
 frames of a file, T frames of a clip, H W pixels, C channels.
 """
 
+import operator
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -21,11 +22,13 @@ from video_mae.decoding import decoders, pictures
 from video_mae.decoding.arrays import open_npy, open_npz, open_packed
 from video_mae.decoding.choices import Wanted, chosen, is_sent
 from video_mae.decoding.containers import check_regular
-from video_mae.decoding.isolation import START_SECONDS, KilledError, allocate, decoder_process
+from video_mae.decoding.isolation import START_SECONDS, KilledError, decoder_process
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
+    Array,
     Clip,
     Frames,
+    Indices,
     Member,
     Place,
     Reading,
@@ -109,7 +112,7 @@ class Decoded:
     """
 
     frames_FHWC: Clip
-    places: NDArray[np.int64]
+    places: Indices
     num_frames: int
     decoder: str
     fallback: str
@@ -147,8 +150,8 @@ def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
     other values or not `in_channels` channels, when a frame cannot be decoded, or when the process
     had to be ended.
     """
+    wanted = _sendable(wanted, place, reading)
     with _caller(place, reading) as (call, _, reading):
-        wanted = _sendable(wanted, call, place, reading)
         return call(_read, place, reading, wanted)
 
 
@@ -162,8 +165,8 @@ def stream(
     Yields: (frames of the video, index, frame_HWC as in the clips of `decode`). Raises: as
     `decode`, when it comes to a frame that cannot be decoded.
     """
-    with _caller(place, reading) as (call, iterate, reading):
-        wanted = _sendable(wanted, call, place, reading)
+    wanted = _sendable(wanted, place, reading)
+    with _caller(place, reading) as (_, iterate, reading):
         for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
             for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
                 yield num_frames, index, frame_HWC
@@ -178,11 +181,6 @@ def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64]
     """
     with _caller(place, reading) as (call, _, reading):
         return call(_times, place, reading)
-
-
-def times(place: Place, reading: Reading) -> NDArray[np.float64]:
-    """When each frame is shown: `times_and_start` without the start."""
-    return times_and_start(place, reading)[0]
 
 
 @cache
@@ -214,7 +212,7 @@ def _caller(
     if is_video(place):
         reading = replace(reading, decoder=resolve_decoder(reading.decoder))
     if _is_for_this_process(place):
-        yield _here, _here, reading
+        yield operator.call, operator.call, reading
         return
     process = decoder_process()
     process.load(decoders.resolve, reading.decoder)
@@ -227,58 +225,44 @@ def _caller(
         raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
 
 
-def _here(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
 def _is_for_this_process(place: Place) -> bool:
     """Arrays of local files, which are only copied; and what lies in the memory of this process."""
     archive = place.archive if isinstance(place, Member) else ""
     return archive.startswith("memory://") or (suffix(place) == ".npy" and "://" not in archive)
 
 
+def _sendable(wanted: Wanted, place: Place, reading: Reading) -> Wanted:
+    """The choice as the process that reads can be given it: a lambda as its indices."""
+    if is_sent(wanted):
+        return wanted
+    times_F2, _ = times_and_start(place, reading)
+    return chosen(wanted, len(times_F2))
+
+
 # From here on: what runs where the file is read.
 
 
-class OpenFile(NamedTuple):
-    """A file that is open, what reads it, and why that is not the first decoder."""
-
-    frames: Frames
-    decoder: str
-    fallback: str = ""
-
-
 @contextmanager
-def open_file(place: Place, reading: Reading) -> Iterator[OpenFile]:
-    """Opens a file within. Raises: VideoDecodeError where it cannot be opened."""
+def open_file(place: Place, reading: Reading) -> Iterator[tuple[Frames, str, str]]:
+    """Opens a file within: its frames, what reads them, and why that is not the first decoder.
+    Raises: VideoDecodeError where it cannot be opened.
+    """
     decoder, open_other = READERS.get(suffix(place), (reading.decoder, None))
+    fallback = ""
     with ExitStack() as kept:
         with as_decode_error(place, decoder):
             check_regular(place)
             if isinstance(place, Member) and suffix(place) == ".npy":
-                file = OpenFile(open_packed(place), decoder)
+                frames = open_packed(place)
             else:
                 path = kept.enter_context(local_file(place))
                 if open_other is None:
-                    file = OpenFile(*decoders.open_video(path, place, reading))
+                    frames, decoder, fallback = decoders.open_video(path, place, reading)
                 else:
                     frames = open_other(path, reading.source, reading.in_channels)
-                    file = OpenFile(frames, decoder)
-            if file.frames.num_frames < 1:
+            if frames.num_frames < 1:
                 raise ValueError("the video has no frames")
-        yield file
-
-
-def _sendable(wanted: Wanted, call: Callable[..., Any], place: Place, reading: Reading) -> Wanted:
-    """The choice as the process that reads can be given it: a lambda as its indices."""
-    if is_sent(wanted):
-        return wanted
-    return chosen(wanted, call(_count, place, reading))
-
-
-def _count(place: Place, reading: Reading) -> int:
-    with open_file(place, reading) as (frames, _, _):
-        return frames.num_frames
+        yield frames, decoder, fallback
 
 
 def _read(place: Place, reading: Reading, wanted: Wanted) -> Decoded:
@@ -335,7 +319,7 @@ def _idle_seconds() -> float:
 
 
 def _gathered(
-    frames: Iterator[NDArray[Any]], num: int, reading: Reading, shape: tuple[int, ...] | None = None
+    frames: Iterator[Array], num: int, reading: Reading, shape: tuple[int, ...] | None = None
 ) -> Clip:
     """The next frames, as the model takes them: clip_FHWC. shape: of those before, if any. Raises:
     ValueError, and what reads them does.
@@ -352,14 +336,14 @@ def _gathered(
         if frame_HWC.shape != shape:
             raise ValueError("the size of the picture changes within the video")
         if clip_FHWC is None:
-            clip_FHWC = allocate((num, *shape), frame_HWC.dtype)
+            clip_FHWC = np.empty((num, *shape), frame_HWC.dtype)
         clip_FHWC[done - 1] = frame_HWC
     if clip_FHWC is None or done < num:
         raise ValueError(f"only {done} of {num} frames can be decoded")
     return clip_FHWC
 
 
-def _pixels(frame_HWC: NDArray[Any], reading: Reading) -> Clip:
+def _pixels(frame_HWC: Array, reading: Reading) -> Clip:
     """A frame as the model takes it. Raises: ValueError where it has other channels or values."""
     source, channels = reading.source, frame_HWC.shape[2]
     if source.channels:

@@ -11,7 +11,6 @@ from video_mae.decoding.decoders import NAMES, distrust
 from video_mae.decoding.media import Member, Place, local_file, read_member
 from video_mae.decoding.packets import (
     UPRIGHT,
-    Turn,
     is_mirrored,
     open_container,
     survey,
@@ -84,6 +83,10 @@ def describe(place: Place) -> Description:
             length = ticks[-1] - ticks[0] + usual if ticks else 0
             keys = [number for number, packet in enumerate(found.packets) if packet.is_key]
             groups = pairwise([0, *keys, len(found.packets)])
+            transposed, mirrored, upside_down = found.turn
+            has_mirror = is_mirrored(found.turn)
+            # of a mirrored picture before it is mirrored
+            rotation = ROTATIONS[transposed, mirrored != has_mirror, upside_down]
             return Description(
                 container=found.container,
                 codec=found.codec,
@@ -96,8 +99,8 @@ def describe(place: Place) -> Description:
                 fps=float(stream.average_rate or stream.guessed_rate or 0),
                 constant_rate=all(abs(step - usual) <= UNEVEN * usual for step in steps),
                 key_frame_distance=max(after - key for key, after in groups),
-                rotation=_rotation(found.turn),
-                mirrored=is_mirrored(found.turn),
+                rotation=rotation,
+                mirrored=has_mirror,
                 bits=max((component.bits for component in colour), default=0),
                 has_sound=bool(container.streams.audio),
             )
@@ -109,9 +112,3 @@ def count_frames(place: Place) -> int:
     """
     with local_file(place) as path:
         return sum(1 for _ in sequential(path))
-
-
-def _rotation(turn: Turn) -> int:
-    """Degrees against the clock; of a mirrored picture before it is mirrored."""
-    transposed, mirrored, upside_down = turn
-    return ROTATIONS[transposed, mirrored != is_mirrored(turn), upside_down]

@@ -5,11 +5,10 @@ A decoder that hangs in native code cannot be interrupted, one that crashes take
 one that is told to allocates gigabytes. `Isolated` is the side that asks: it starts the process
 when it is first needed, and replaces it when a call has ended it. `main` is the process: it calls
 the functions it is asked to, and dies with who asks, or of what it reads. Answers come back through
-a socket, a clip in them through memory that both see.
+a socket, the arrays in them through memory that both see.
 """
 
 import ctypes
-import math
 import mmap
 import os
 import pickle
@@ -29,7 +28,6 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 START_SECONDS = 120.0
 """Within them a process is there, its libraries loaded, also on a busy machine."""
@@ -42,7 +40,9 @@ HELD_BYTES = 2**30
 SPARED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals to a group of processes are meant for the trainer; blocked until they are ignored."""
 KEPT_BYTES = 2**28
-"""Shared memory that stays for the next answer; 16 frames of 340 x 256 pixels take 4 MB."""
+"""Shared memory that stays for the next answer: new memory costs more than a copy. 16 frames of
+340 x 256 pixels take 4 MB.
+"""
 PR_SET_PDEATHSIG = 1
 COMMAND = (
     "import sys; sys.path[:] = {path!r}; from video_mae.decoding.isolation import main; "
@@ -64,8 +64,7 @@ class Isolated:
         self._owner = os.getpid()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
-        self._memory = -1
-        self._map: mmap.mmap | None = None
+        self._shared: Any = None
         self._num_files = self._num_running = 0
 
     def load(self, function: Callable[..., Any], *arguments: Any) -> None:
@@ -90,18 +89,26 @@ class Isolated:
         seconds: how long it may take; memory_gb: what it may allocate, 0 is no limit.
         Raises: what the function raises; KilledError when the process ended or had to be.
         """
-        connection, begin = self._connect(), time.monotonic()
+        connection, begin, folder = self._connect(), time.monotonic(), ""
+        with suppress(FileNotFoundError):  # it was removed: no relative path leads anywhere
+            folder = os.getcwd()
         try:
-            connection.send_bytes(pickle.dumps((function, arguments, memory_gb, _folder())))
+            connection.send((function, arguments, memory_gb, folder))
             # Late is late, also where this process comes to look only after the answer.
             if not connection.poll(seconds) or time.monotonic() - begin > seconds:
                 self.close()
                 raise KilledError(f"no answer within {seconds:g} seconds")
-            answer = connection.recv_bytes()
-            buffers = [self._copied(num_bytes) for num_bytes in connection.recv()]
+            answer, places = connection.recv()
+            end = sum(num_bytes for _, num_bytes in places)
+            if end > len(self._shared):
+                self._shared.resize(end)
+            arrays = [
+                np.frombuffer(self._shared, np.uint8, num_bytes, first).copy()
+                for first, num_bytes in places
+            ]
         except (EOFError, OSError):  # it is gone, or closes what it has as it goes
             raise KilledError(self._reason()) from None
-        succeeded, result = pickle.loads(answer, buffers=buffers)
+        succeeded, result = pickle.loads(answer, buffers=arrays)
         if succeeded:
             return result
         try:
@@ -167,11 +174,13 @@ class Isolated:
         self._forget()
         self._num_files = 0
         ours, theirs = socket.socketpair()
-        self._memory = os.memfd_create("answer", os.MFD_CLOEXEC)
+        memory = os.memfd_create("answer")
+        os.ftruncate(memory, mmap.PAGESIZE)
+        self._shared = mmap.mmap(memory, 0)
         command = COMMAND.format(
             path=[os.path.abspath(entry) for entry in sys.path],
             socket=theirs.fileno(),
-            memory=self._memory,
+            memory=memory,
             parent=os.getpid(),
         )
         # glibc keeps a heap a thread, and decoders start threads for each file: with two heaps
@@ -181,20 +190,16 @@ class Isolated:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", command],
-                pass_fds=(theirs.fileno(), self._memory),
+                pass_fds=(theirs.fileno(), memory),
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()
+            theirs.close()
+            os.close(memory)
         self._connection = Connection(ours.detach())
         return self._connection
-
-    def _copied(self, num_bytes: int) -> NDArray[np.uint8]:
-        if self._map is None or len(self._map) < num_bytes:
-            self._map = mmap.mmap(self._memory, num_bytes)
-        return np.frombuffer(self._map, np.uint8, num_bytes).copy()
 
     def _reason(self) -> str:
         process = self._process
@@ -212,15 +217,7 @@ class Isolated:
     def _forget(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            os.close(self._memory)
-            self._connection = self._map = None
-
-
-def _folder() -> str:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # it was removed: no relative path leads anywhere
-        return ""
+            self._connection = self._shared = None
 
 
 _numbers = count()
@@ -266,47 +263,6 @@ def in_order(
 # From here on: what runs in the process.
 
 _running: dict[int, Iterator[Any]] = {}
-_shared: "SharedMemory | None" = None
-"""Of such a process."""
-
-
-class SharedMemory:
-    """Memory that both processes see, and that is kept: new memory costs more than a copy."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.is_free = descriptor, True
-        self.map: mmap.mmap | None = None
-
-    def clear(self) -> None:
-        """Forgets what was allocated, and gives back what a very large answer took."""
-        self.is_free = True
-        if self.map is not None and len(self.map) > KEPT_BYTES:
-            self.map = None
-            os.ftruncate(self.descriptor, 0)
-
-    def reserve(self, num_bytes: int) -> mmap.mmap:
-        """At least so many bytes."""
-        self.is_free = False
-        if self.map is None or len(self.map) < num_bytes:
-            os.ftruncate(self.descriptor, num_bytes)
-            self.map = mmap.mmap(self.descriptor, num_bytes)
-        return self.map
-
-    def holds(self, data: NDArray[np.uint8]) -> bool:
-        """Whether these bytes are the ones that were reserved."""
-        if self.map is None or self.is_free:
-            return False
-        return data.ctypes.data == np.frombuffer(self.map, np.uint8).ctypes.data
-
-
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array for an answer, its content undefined; the first one of an answer lies where the
-    other process sees it.
-    """
-    num = math.prod(shape)
-    if _shared is None or not _shared.is_free or num == 0:
-        return np.empty(shape, dtype)
-    return np.frombuffer(_shared.reserve(num * dtype.itemsize), dtype, num).reshape(shape)
 
 
 def end_with(parent: int) -> None:
@@ -319,37 +275,28 @@ def end_with(parent: int) -> None:
 
 def main(socket: int, memory: int, parent: int) -> None:
     """Answers calls until the other side is gone."""
-    global _shared
     end_with(parent)
     for number in SPARED:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SPARED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # FFmpeg's complaints about damaged files
-    connection, _shared = Connection(socket), SharedMemory(memory)
+    connection, shared = Connection(socket), mmap.mmap(memory, 0)
     while True:
         try:
             request = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)
-        _shared.clear()
-        lengths: list[int] = []
-        connection.send_bytes(_answer(request, _shared, lengths))
-        connection.send(lengths)
+        if len(shared) > KEPT_BYTES:
+            shared.resize(mmap.PAGESIZE)
+        connection.send(_answer(request, shared))
 
 
-def _answer(request: bytes, shared: SharedMemory, lengths: list[int]) -> bytes:
-    """(whether it succeeded, the result or the error) as bytes, and the bytes that belong to them
-    in shared memory.
+def _answer(request: bytes, shared: mmap.mmap) -> tuple[bytes, list[tuple[int, int]]]:
+    """(whether it succeeded, the result or the error) as bytes; and where the bytes of the arrays
+    in it are in shared memory.
     """
-
-    def is_inside(buffer: pickle.PickleBuffer) -> bool:
-        data = np.frombuffer(buffer.raw(), np.uint8)
-        is_outside = data.nbytes > 0 and shared.holds(data)
-        if is_outside:
-            lengths.append(data.nbytes)
-        return not is_outside
-
+    buffers: list[pickle.PickleBuffer] = []
     try:
         function, arguments, memory_gb, folder = pickle.loads(request)
         if folder:
@@ -364,14 +311,23 @@ def _answer(request: bytes, shared: SharedMemory, lengths: list[int]) -> bytes:
             data = pickle.dumps((False, error))
             # exceptions of some libraries go in, and do not come out again
             pickle.loads(data)
-            return data
         except Exception:
-            return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+            data = pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
+        return data, []
     try:
-        return pickle.dumps((True, result), protocol=5, buffer_callback=is_inside)
+        data = pickle.dumps((True, result), protocol=5, buffer_callback=buffers.append)
+        contents = [buffer.raw() for buffer in buffers]
+        end = sum(map(len, contents))
+        if end > len(shared):
+            shared.resize(end)
     except Exception as error:  # pickle asks the objects themselves
-        lengths.clear()
-        return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {error}")))
+        return pickle.dumps((False, RuntimeError(f"an answer that cannot be sent: {error}"))), []
+    places = []
+    shared.seek(0)
+    for content in contents:
+        places.append((shared.tell(), len(content)))
+        shared.write(content)
+    return data, places
 
 
 def _begin(number: int, function: Callable[..., Iterator[Any]], arguments: tuple[Any, ...]) -> None:

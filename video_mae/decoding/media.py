@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from video_mae.config.data import DecoderName, FileConfig, ReadConfig
 from video_mae.extras import require_package
 
-Clip = NDArray[Any]
+Array = NDArray[Any]
+Indices = NDArray[np.int64]
+Clip = Array
 """uint8, or uint16 where data.value_range says what is white: the kernels take both."""
 
 MAX_CLIP_BYTES = 2**31
@@ -153,7 +155,7 @@ def shown_times(stamps_F: NDArray[np.float64], fps: float) -> NDArray[np.float64
     return np.stack([begin_F, np.append(begin_F[1:], begin_F[-1] * num / (num - 1))], axis=1)
 
 
-Read = Callable[[NDArray[np.int64]], Iterator[NDArray[Any]]]
+Read = Callable[[Indices], Iterator[Array]]
 """From rising indices to those frames_HWC, one after another, each to be copied before the next one
 is asked for.
 """

@@ -9,7 +9,7 @@ into an mp4 copies that as well.
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
@@ -87,8 +87,8 @@ class Survey:
     codec: str
     packets: Sequence[Packet]
     traits: tuple[str, ...]
-    reorders: bool
     stamps: Stamps
+    reorders: bool = False
     turn: Turn = UPRIGHT
     size: tuple[int, int] = (0, 0)
 
@@ -100,13 +100,15 @@ def open_container(path: str) -> Any:
     return av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"})
 
 
-def video_stream(container: Any) -> Any:
-    """The stream that is decoded, FFmpeg's choice. Raises: ValueError."""
+def video_stream(container: Any, threads: int = 1) -> Any:
+    """The stream that is decoded, FFmpeg's choice, by so many threads. Raises: ValueError."""
     stream = container.streams.best("video")
     if stream is None:
         raise ValueError("the file has no video stream")
     if stream.codec_context is None:
         raise ValueError("there is no decoder for its video")
+    stream.codec_context.thread_count = threads
+    stream.thread_type = "AUTO" if threads > 1 else "NONE"
     return stream
 
 
@@ -138,10 +140,7 @@ def survey(path: str) -> Survey:
     trait = check_container(path)
     with open_container(path) as container:
         stream = video_stream(container)
-        stream.thread_type = "NONE"
-        found = _read(container, stream, container.demux(stream), thorough=True)
-    traits = (trait, *found.traits) if trait else found.traits
-    return replace(found, traits=tuple(dict.fromkeys(traits)))
+        return _read(container, stream, container.demux(stream), trait, thorough=True)
 
 
 def read_packets(path: str, container: Any, stream: Any) -> Survey:
@@ -154,7 +153,7 @@ def read_packets(path: str, container: Any, stream: Any) -> Survey:
     if packets:
         traits = _stamp_traits("mp4", packets, reorders=False, is_cut=False)
         return _survey(container, stream, packets, traits)
-    return _read(container, stream, chain(head, rest), thorough=False)
+    return _read(container, stream, chain(head, rest), "", thorough=False)
 
 
 def stamps_of(stream: Any, ticks: list[Any]) -> Stamps:
@@ -168,16 +167,16 @@ def _survey(
     stream: Any,
     packets: Sequence[Packet],
     traits: Iterable[str],
-    reorders: bool = False,
+    *more: Any,
 ) -> Survey:
     ticks = sorted(packet.pts for packet in packets if packet.pts is not None)
     return Survey(
         _name(container),
         stream.codec_context.codec.canonical_name,
         packets,
-        tuple(traits),
-        reorders,
+        tuple(dict.fromkeys(filter(None, traits))),
         stamps_of(stream, ticks),
+        *more,
     )
 
 
@@ -208,8 +207,12 @@ def _indexed(path: str, container: Any, stream: Any, first_pts: Any) -> list[Pac
     ]
 
 
-def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -> Survey:
-    """thorough: the first frame is decoded, and key frames are looked into."""
+def _read(
+    container: Any, stream: Any, rest: Iterator[Any], trait: str, *, thorough: bool
+) -> Survey:
+    """trait: of the container. thorough: the first frame is decoded, and key frames are looked
+    into.
+    """
     context, entries, name = stream.codec_context, stream.index_entries, _name(container)
     codec, properties = context.codec.canonical_name, context.codec.properties
     extradata = context.extradata
@@ -237,26 +240,23 @@ def _read(container: Any, stream: Any, rest: Iterator[Any], *, thorough: bool) -
             has_open_groups |= IDR not in types
     # FFmpeg discards what an edit list hides, leaves it out, or shows it again
     is_edited = is_cut or (name == "mp4" and stream.frames not in (0, num_stored))
-    traits = [EDIT_LIST] if is_edited else []
+    traits = [trait, EDIT_LIST if is_edited else ""]
     traits += _stamp_traits(name, packets, reorders=reorders, is_cut=is_cut)
     may_have_others = not properties & INTRA_ONLY
     without_index = name not in SEEKABLE or (name == "avi" and len(entries) < len(packets))
+    turn, size, is_straight = UPRIGHT, (0, 0), True
+    if frame is not None:
+        turn, is_straight = orientation(frame)
+        size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
     for trait, is_there in (
-        (LATE_START, is_late and LATE_START not in traits),  # one that an edit list hides
+        (LATE_START, is_late),  # one that an edit list hides
         (ALL_KEYS, may_have_others and _calls_all_keys(name, codec, packets, entries)),
         (NO_INDEX, without_index),
         (OPEN_GROUPS, has_open_groups),
+        (MIRRORED, not is_straight),
     ):
-        if is_there:
-            traits.append(trait)
-    found = _survey(container, stream, packets, traits, reorders)
-    if frame is None:
-        return found
-    turn, is_straight = orientation(frame)
-    size = (frame.width, frame.height) if turn[0] else (frame.height, frame.width)
-    if not is_straight:
-        traits.append(MIRRORED)
-    return replace(found, traits=tuple(traits), turn=turn, size=size)
+        traits.append(trait if is_there else "")
+    return _survey(container, stream, packets, traits, reorders, turn, size)
 
 
 def _calls_all_keys(

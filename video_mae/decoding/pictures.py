@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from video_mae.config.data import ZYX_IS_THW, FileConfig
 from video_mae.decoding.arrays import frames_first
-from video_mae.decoding.media import MAX_CLIP_BYTES, Frames
+from video_mae.decoding.media import MAX_CLIP_BYTES, Array, Frames, Indices
 from video_mae.extras import require_package
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def open_tiff(path: str, source: FileConfig, in_channels: int) -> Frames:
     if not axes.startswith("T"):  # all pages are one frame
         group, axes = num_pages, f"T{axes}"
 
-    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    def read(wanted: Indices) -> Iterator[Array]:
         with _open(path) as tiff:
             for index in wanted.tolist():
                 first = index * group
@@ -165,7 +164,7 @@ def _pages_per_frame(description: str, num_pages: int) -> int:
     return channels
 
 
-def _decode(tiff: "TiffFile", index: int, num_pages: int) -> NDArray[Any]:
+def _decode(tiff: "TiffFile", index: int, num_pages: int) -> Array:
     """A page, of which all parts are in the file and unpack to no more than they should; num_pages
     like it are to be kept.
     """

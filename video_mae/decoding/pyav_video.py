@@ -14,10 +14,9 @@ from typing import Any
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from numpy.typing import NDArray
 
 from video_mae.decoding.containers import check_container
-from video_mae.decoding.media import Frames, Reading, scaled_size
+from video_mae.decoding.media import Array, Frames, Indices, Reading, scaled_size
 from video_mae.decoding.packets import (
     IN_ORDER,
     Packet,
@@ -58,29 +57,23 @@ def sequential(path: str, threads: int = 1) -> Iterator[av.VideoFrame]:
     access is measured by.
     """
     with open_container(path) as container:
-        stream = video_stream(container)
-        _set_threads(stream, threads)
+        stream = video_stream(container, threads)
         yield from container.decode(stream)
 
 
-def pixels(frame: av.VideoFrame, short_side: int) -> NDArray[np.uint8]:
+def pixels(frame: av.VideoFrame, short_side: int) -> Array:
     """A decoded frame as RGB, upright, scaled down to short_side: frame_HWC."""
     height, width = scaled_size(frame.height, frame.width, short_side)
     scaled = CONVERTER.reformat(frame, width, height, "rgb24")
     return upright(np.asarray(scaled.to_ndarray(), np.uint8), orientation(frame)[0])
 
 
-def upright(picture: NDArray[Any], turn: Turn) -> NDArray[Any]:
+def upright(picture: Array, turn: Turn) -> Array:
     """A stored picture [H, W, ...] as it is shown: a view."""
     transposed, mirrored, upside_down = turn
     if transposed:
         picture = picture.swapaxes(0, 1)
     return picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
-
-
-def _set_threads(stream: Any, threads: int) -> None:
-    stream.codec_context.thread_count = threads
-    stream.thread_type = "AUTO" if threads > 1 else "NONE"
 
 
 def _at(frames: Iterator[av.VideoFrame], stamp: int) -> av.VideoFrame | None:
@@ -128,10 +121,9 @@ class _Video:
     def _open(self) -> None:
         self._close()
         self.container = open_container(self.path)
-        self.stream = video_stream(self.container)
-        _set_threads(self.stream, self.reading.threads)
+        self.stream = video_stream(self.container, self.reading.threads)
 
-    def read(self, wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    def read(self, wanted: Indices) -> Iterator[Array]:
         """The frames of these rising indices."""
         frames = self._in_order if self.in_order else self._by_seeking
         for frame in frames(wanted.tolist()):

@@ -6,10 +6,7 @@ import os
 from collections.abc import Iterator
 from importlib.metadata import version
 
-import numpy as np
-from numpy.typing import NDArray
-
-from video_mae.decoding.media import Read, Reading, scaled_size
+from video_mae.decoding.media import Array, Indices, Read, Reading, scaled_size
 from video_mae.extras import require_package
 
 NVDEC = "cuda"
@@ -52,7 +49,7 @@ def open_video(path: str, reading: Reading, size: tuple[int, int]) -> tuple[int,
         transforms=[] if smaller == size else [Resize(smaller)],
     )
 
-    def read(wanted: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    def read(wanted: Indices) -> Iterator[Array]:
         for index in wanted:
             yield decoder.get_frame_at(int(index)).data.cpu().numpy()
 

@@ -20,9 +20,9 @@ from video_mae.config.data import FileConfig
 from video_mae.config.pack import PackConfig
 from video_mae.decoding.containers import check_container, check_regular
 from video_mae.decoding.frames import READERS
-from video_mae.decoding.isolation import allocate
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
+    Array,
     Place,
     as_decode_error,
     local_file,
@@ -52,7 +52,7 @@ class Packed(NamedTuple):
     where there is no time), height, width, source_bytes, source_sha256.
     """
 
-    media: NDArray[np.uint8]
+    media: Array
     about: dict[str, Any]
 
 
@@ -84,24 +84,22 @@ def pack(place: Place, config: PackConfig) -> Iterator[Packed | None]:
                     numbers.append(number)
         if not numbers:
             raise ValueError("the video has no frames")
-        seconds, fps = None, None
+        seconds = fps = None
         if rate:
             seconds, fps = _seconds(stamps, rate)[numbers], float(rate)
             if len(seconds) > 1:
                 fps = (len(seconds) - 1) / (seconds[-1] - seconds[0])
+            fps = round(float(fps), 4)
         height, width = sink.size
         about = {
             "num_frames": len(numbers),
-            "fps": fps and round(float(fps), 4),
+            "fps": fps,
             "height": height,
             "width": width,
             "source_bytes": size,
             "source_sha256": digest,
         }
-        data = np.frombuffer(sink.close(seconds), np.uint8)
-        media = allocate(data.shape, data.dtype)
-        media[:] = data
-        yield Packed(media, about)
+        yield Packed(np.frombuffer(sink.close(seconds), np.uint8), about)
 
 
 def _identity(path: str) -> Generator[None, None, tuple[int, str]]:
@@ -158,9 +156,6 @@ def _seconds(stamps: Sequence[float | None], rate: Fraction) -> NDArray[np.float
 class _Sink:
     """A file in memory that frames are written to."""
 
-    remedy: str
-    """What makes it smaller."""
-
     def __init__(self, config: PackConfig) -> None:
         self.short_side, self.file = config.short_side, io.BytesIO()
         self.size = (0, 0)
@@ -178,14 +173,13 @@ class _Sink:
         self.num_bytes += num_bytes
         if self.num_bytes > MAX_CLIP_BYTES:
             raise ValueError(
-                f"packed it would have more than 2 GB; cut it, or change {self.remedy}"
+                "packed it would have more than 2 GB; cut it, or change frame_step, fps, "
+                "short_side or crf"
             )
 
 
 class _Array(_Sink):
     """Frames one after another, as an .npy file of uint8 [F, H, W, 3]."""
-
-    remedy = "frame_step, fps or short_side"
 
     def __init__(self, config: PackConfig, rate: Fraction | None) -> None:
         super().__init__(config)
@@ -212,8 +206,6 @@ class _Video(_Sink):
 
     x264 alone in one thread, and without mbtree, gives the same bytes each time.
     """
-
-    remedy = "crf, fps or short_side"
 
     def __init__(self, config: PackConfig, rate: Fraction | None) -> None:
         super().__init__(config)

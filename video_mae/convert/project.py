@@ -1,14 +1,17 @@
-"""How a project names its tensors: tables from our names to theirs, read in both directions; and
-the tensors of a file by our names.
+"""What a project always has: names of tensors, in tables from ours to theirs that are read in both
+directions, and what no file says; and the tensors of a file by our names.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 
+from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
+from video_mae.convert.facts import Tensors
 from video_mae.convert.foreign_files import ForeignModel
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,21 +19,43 @@ OF_A_BLOCK = re.compile(r"(.+?)\.(0|[1-9]\d*)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TensorNames:
+class Project:
     """A project's names, by ours: of layers and tokens outside of blocks, of the lists of blocks,
     and of what is inside a block. `also`: other names inside, that are read.
 
     `spellings` brings the variants of a name to the one of the tables, one regular expression after
-    another; `positions` are tables that may be there.
+    another. `positions` are tables that may be there, by side or by our name; `computed` says which
+    ones they are, to a tolerance (None: they are learned).
     """
 
-    project: str
+    name: str
     outside: dict[str, str]
     blocks: dict[str, str]
     inside: dict[str, str]
     also: dict[str, str] = field(default_factory=dict)
     spellings: tuple[tuple[str, str], ...] = ()
-    positions: tuple[str, ...] = ()
+    positions: dict[str, str] = field(default_factory=dict)
+    computed: Literal["sinusoid", "sincos"] = "sinusoid"
+    tolerance: float | None = 0.0
+    is_mae: bool = False
+    """MAE and its kin: positions are in the file, the decoder's embedding has a bias, targets are
+    normalised by tubelet, and are of the normalised input.
+    """
+    is_unit_in_rgb_alone: bool = False
+    """Targets of other channels are of the normalised input too."""
+    decoder_heads: dict[int, int] = field(default_factory=dict)
+    """Of the published decoders, by width."""
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
+
+    @property
+    def normalize(self) -> Literal["channel", "tubelet"]:
+        """What the targets of pretraining are normalised by, where they are."""
+        return "tubelet" if self.is_mae else "channel"
+
+    def pixels(self, channels: int) -> Literal["unit", "normalized"]:
+        """What the targets of pretraining are of."""
+        is_normalized = self.is_mae or (self.is_unit_in_rgb_alone and channels != 3)
+        return "normalized" if is_normalized else "unit"
 
     def plain(self, name: str) -> str:
         """A name in the file as the tables have it."""
@@ -83,13 +108,13 @@ def apart(query: str, key: str, value: str) -> dict[str, str]:
     return table
 
 
-def recognise(tensors: Iterable[str], projects: Iterable[TensorNames], where: str) -> TensorNames:
+def recognise(tensors: Iterable[str], projects: Iterable[Project], where: str) -> Project:
     """The project whose names explain most tensors. Raises: ValueError where none knows a block."""
     most, best = 0, None
     for project in projects:
         names = [project.plain(name) for name in tensors]
         known = [ours for ours in map(project.to_ours, names) if ours]
-        count = len(known) + sum(name in project.positions for name in names)
+        count = len(known) + sum(name in project.positions.values() for name in names)
         if count > most and any(".blocks." in ours for ours in known):
             most, best = count, project
     if best is None:
@@ -109,9 +134,9 @@ class NamedTensors:
     """
 
     source: ForeignModel
-    names: TensorNames
-    ours: dict[str, torch.Tensor] = field(default_factory=dict)
-    unknown: dict[str, torch.Tensor] = field(default_factory=dict)
+    project: Project
+    ours: Tensors = field(default_factory=dict)
+    unknown: Tensors = field(default_factory=dict)
     # our name, or a plain name that is none -> name in the file
     spelled: dict[str, str] = field(default_factory=dict)
 
@@ -120,8 +145,8 @@ class NamedTensors:
         likes.
         """
         for name, tensor in self.source.tensors.items():
-            plain = self.names.plain(name)
-            ours = self.names.to_ours(plain)
+            plain = self.project.plain(name)
+            ours = self.project.to_ours(plain)
             key = ours or plain
             if key in self.spelled:
                 raise self.wrong(f"{name} and {self.spelled[key]} are two tensors for one thing")
@@ -194,7 +219,7 @@ class NamedTensors:
 
     def called(self, ours: str) -> str:
         """What the file calls a tensor of ours, as far as that can be said."""
-        return self.spelled.get(ours) or self.names.to_theirs(ours) or ours
+        return self.spelled.get(ours) or self.project.to_theirs(ours) or ours
 
     @property
     def has_decoder(self) -> bool:
