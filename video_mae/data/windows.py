@@ -6,7 +6,6 @@ C clips of a video, T frames of a clip, B clips of a piece, H W pixels, C channe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -18,21 +17,26 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.dataset import Failure
 from video_mae.data.loader import worker_options
-from video_mae.decoding import (
-    Choose,
-    Place,
-    Reading,
-    VideoDecodeError,
-    stream,
-    times_and_start,
-)
+from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
 from video_mae.decoding.choices import view_indices, window_indices
+
+
+class Times(NamedTuple):
+    """When the clips of a video are: first frames, begin of the first and end of the last frame
+    that each spans, in seconds from the first frame of the video on; which by the file's own clock
+    is shown at video_start_seconds. NaN for files without time, such as arrays.
+    """
+
+    start_frame_C: NDArray[np.int64]
+    start_seconds_C: NDArray[np.float64]
+    end_seconds_C: NDArray[np.float64]
+    video_start_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """Where clips lie along a video: one every `hop` frames, each spanning num_frames * stride of
-    them, resized to height x width.
+    them, resized to height x width; no frame is left out where hop <= span.
 
     With sampling = uniform there is one, of the middle frame of each of num_frames equal parts of
     the video.
@@ -54,39 +58,32 @@ class Windows:
         """
         return self.num_frames * self.stride
 
-    def ends(self, num_video_frames: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The first and the last frame [C] that each clip spans: every hop-th one begins a clip,
-        until one reaches the end of the video; no frame is left out where hop <= span.
+    def read(self, path: Place) -> tuple[Times, Iterator[torch.Tensor]]:
+        """The times of the clips of a video as its time stamps say, and clip_THWC after clip_THWC.
+        Raises: VideoDecodeError, as the iterator does.
         """
-        if self.sampling == "uniform":
-            return np.array([0]), np.array([num_video_frames - 1])
-        first_C = self.frames(num_video_frames)[:, 0]
-        return first_C, np.minimum(first_C + self.span, num_video_frames) - 1
-
-    @property
-    def frames(self) -> Choose:
-        """Frame indices [C, T] of a video from the number of its frames."""
-        choice = partial(view_indices, num_clips=1, sampling="uniform")
+        seconds_F2, start = times_and_start(path, self.reading)
+        num_video_frames = len(seconds_F2)
         if self.sampling == "dense":
-            choice = partial(window_indices, hop=self.hop)
-        return partial(choice, num_frames=self.num_frames, stride=self.stride)
+            indices_CT = window_indices(num_video_frames, self.num_frames, self.stride, self.hop)
+            first_C = indices_CT[:, 0]
+            end_C = np.minimum(first_C + self.span, num_video_frames)
+        else:
+            indices_CT = view_indices(num_video_frames, self.num_frames, self.stride, 1, "uniform")
+            first_C, end_C = np.array([0]), np.array([num_video_frames])
+        times = Times(first_C, seconds_F2[first_C, 0], seconds_F2[end_C - 1, 1], start)
+        return times, self._clips(path, indices_CT)
 
-    def clips(self, path: Place) -> Iterator[tuple[int, torch.Tensor]]:
-        """(frames of the video, clip_THWC), clip after clip; only frames that a later clip needs
-        are kept. Raises: VideoDecodeError.
-        """
-        indices_CT: NDArray[np.int64] | None = None
+    def _clips(self, path: Place, indices_CT: NDArray[np.int64]) -> Iterator[torch.Tensor]:
+        """Only frames that a later clip needs are kept."""
+        frames = stream(path, indices_CT, self.reading)
         kept: dict[int, torch.Tensor] = {}
-        done = 0
-        for total, place, frame in stream(path, self.frames, self.reading):
-            if indices_CT is None:
-                indices_CT = self.frames(total)
-            kept[place] = self._fit(torch.from_numpy(frame))
-            while done < len(indices_CT) and indices_CT[done, -1] <= place:
-                yield total, torch.stack([kept[index] for index in indices_CT[done].tolist()])
-                done += 1
-                first = indices_CT[done, 0] if done < len(indices_CT) else total
-                kept = {index: kept_frame for index, kept_frame in kept.items() if index >= first}
+        for indices in indices_CT.tolist():
+            kept = {place: frame for place, frame in kept.items() if place >= indices[0]}
+            while indices[-1] not in kept:
+                _, place, frame = next(frames)
+                kept[place] = self._fit(torch.from_numpy(frame))
+            yield torch.stack([kept[index] for index in indices])
 
     def _fit(self, frame_HWC: torch.Tensor) -> torch.Tensor:
         height, width = frame_HWC.shape[:2]
@@ -94,27 +91,6 @@ class Windows:
         if self.crop == "center":
             box = central_box(height, width, self.width / self.height)
         return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
-
-
-class Times(NamedTuple):
-    """When the clips of a video are: first frames, begin of the first and end of the last frame
-    that each spans, in seconds from the first frame of the video on; which by the file's own clock
-    is shown at video_start_seconds.
-    """
-
-    start_frame_C: NDArray[np.int64]
-    start_seconds_C: NDArray[np.float64]
-    end_seconds_C: NDArray[np.float64]
-    video_start_seconds: float
-
-
-def clip_times(path: Place, num_video_frames: int, windows: Windows) -> Times:
-    """The times of the clips of a video as its time stamps say; NaN for files without time, such as
-    arrays.
-    """
-    seconds_F2, start = times_and_start(path, windows.reading)
-    first_C, last_C = windows.ends(num_video_frames)
-    return Times(first_C, seconds_F2[first_C, 0], seconds_F2[last_C, 1], start)
 
 
 @dataclass(frozen=True)
@@ -145,17 +121,12 @@ class PieceStream(IterableDataset[Piece]):
         mine = self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
         for video in mine:
             try:
-                yield from self._pieces(video)
+                times, clips = self.windows.read(self.paths[video])
+                while batch := list(islice(clips, self.batch_size)):
+                    yield Piece(video, torch.stack(batch), times)
+                    times = None
             except VideoDecodeError as error:
                 yield Piece(video, failure=Failure(*error.args))
-
-    def _pieces(self, video: int) -> Iterator[Piece]:
-        path, is_first = self.paths[video], True
-        clips = self.windows.clips(path)
-        while batch := list(islice(clips, self.batch_size)):
-            times = clip_times(path, batch[0][0], self.windows) if is_first else None
-            is_first = False
-            yield Piece(video, torch.stack([clip_THWC for _, clip_THWC in batch]), times)
 
 
 def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":
