@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
-from video_mae.data.augment import crop_box, crop_clip, strengthen_clip
-from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
+from video_mae.data.augment import crop_box, strengthen_clip
+from video_mae.data.device_crop import Crop, CropSize, UncutClips, cut, for_trainer
 from video_mae.data.sampling import Key, sample_rng, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
@@ -64,11 +64,6 @@ class Sample:
     costs: Costs = Costs()
     crops: tuple[Crop, ...] = ()
     crop_size: CropSize | None = None
-
-    @property
-    def clip_RTHWC(self) -> torch.Tensor:  # noqa: N802  (shape letters)
-        """The clips as one tensor."""
-        return torch.stack(self.clips)
 
 
 @dataclass(kw_only=True)
@@ -136,8 +131,7 @@ class ClipDataset(Dataset[Sample]):
     """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone,
     whatever the worker, rank and batch.
 
-    antialias: of the pixels that resizing leaves out, whether they are averaged in, or not looked
-    at.
+    classifier: how frames are chosen and clips resized to be classified; None: to pretrain.
     """
 
     videos: InitVar[VideoList | Sources]
@@ -147,14 +141,14 @@ class ClipDataset(Dataset[Sample]):
     width: int
     seed: int
     in_channels: int = 3
-    antialias: bool = True
+    classifier: ClassifierConfig | None = None
 
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)
         self.paths = Sources([("data", self.data, videos)]) if is_list else videos
-        self.size = CropSize(
-            self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
-        )
+        self.size = CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit)
+        if self.classifier is not None:
+            self.size = self.size._replace(antialias=self.classifier.antialias)
         self.threads = plan_workers(self.data.num_workers, self.data.decoder_threads).threads
 
     def __len__(self) -> int:
@@ -211,12 +205,14 @@ class ClipDataset(Dataset[Sample]):
             sample.crop_size = self.size
         else:
             sample.clips = tuple(
-                self._finish(self._cut(frames_THWC, crop), seed)
+                self._finish(cut(frames_THWC, crop, self.size), seed)
                 for crop, seed in zip(crops, seeds, strict=True)
             )
         return sample
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
+        if self.classifier is not None:
+            return frame_choice(self.classifier, self.num_frames, rng)
         return partial(
             clip_indices,
             num_frames=self.num_frames,
@@ -224,15 +220,6 @@ class ClipDataset(Dataset[Sample]):
             rng=rng,
             reach_end=self.data.reach_end,
         )
-
-    def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
-        clip_THWC = crop_clip(
-            frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias
-        )
-        # The clips of a run have one type; 257 = 65535 / 255.
-        if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8:
-            clip_THWC = clip_THWC.to(torch.uint16) * 257
-        return clip_THWC
 
     def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
         """What a worker does to a clip that is cut."""
@@ -266,11 +253,8 @@ class LabelledClips(ClipDataset):
             model.width,
             config.seed,
             model.in_channels,
-            config.classifier.antialias,
+            config.classifier,
         )
-
-    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return frame_choice(self.config.classifier, self.num_frames, rng)
 
     def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
         augment, model = self.config.augment, self.config.model
