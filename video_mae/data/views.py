@@ -4,18 +4,14 @@ S clips of a video, V views = S clips x crops, T frames of a clip, F different f
 need, H W pixels, C channels.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config.model import Sampling
 from video_mae.data.augment import crop_clip
-from video_mae.data.dataset import Failure
-from video_mae.data.loader import Loader, worker_options
-from video_mae.decoding import Choose, Place, Reading, VideoDecodeError, read_clip
+from video_mae.decoding import Choose, Place, Reading, read_clip
 from video_mae.decoding.choices import spread, view_indices
 
 
@@ -102,46 +98,3 @@ class VideoViews:
             for top, left in self.views.corners(*self.frames_FHWC.shape[1:3])
         ]
         return torch.stack(crops, dim=1).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class ViewedVideo:
-    """A video of a list by its place there, with its views or with the reason why it has none."""
-
-    index: int
-    views: VideoViews | None
-    failure: Failure | None
-
-
-@dataclass(frozen=True)
-class ViewDataset(Dataset[ViewedVideo]):
-    """dataset[index]: the views of a video; one that cannot be decoded is told, not replaced."""
-
-    paths: Sequence[Place]
-    views: Views
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> ViewedVideo:
-        try:
-            return ViewedVideo(index, self.views.read(self.paths[index]), None)
-        except VideoDecodeError as error:
-            return ViewedVideo(index, None, Failure(*error.args))
-
-
-def make_view_loader(
-    dataset: ViewDataset, order: Sequence[int], batch_size: int, num_workers: int
-) -> "Loader[list[ViewedVideo]]":
-    """Lists of `ViewedVideo`, batch_size at a time and fewer at the end: the videos `order`, in
-    that order, each once.
-    """
-    workers = min(num_workers, len(order))
-
-    def make(delivered: int) -> "DataLoader[ViewedVideo]":
-        rest = order[delivered * batch_size :]
-        return DataLoader(
-            dataset, batch_size=batch_size, sampler=rest, collate_fn=list, **worker_options(workers)
-        )
-
-    return Loader(make)

@@ -4,7 +4,7 @@ memory.
 C clips of a video, T frames of a clip, B clips of a piece, H W pixels, C channels (last axis).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
@@ -12,12 +12,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from video_mae.data.augment import central_box, crop_clip
-from video_mae.data.dataset import Failure
-from video_mae.data.loader import worker_options
-from video_mae.decoding import Place, Reading, VideoDecodeError, stream, times_and_start
+from video_mae.decoding import Place, Reading, stream, times_and_start
 from video_mae.decoding.choices import view_indices, window_indices
 
 
@@ -74,6 +71,15 @@ class Windows:
         times = Times(first_C, seconds_F2[first_C, 0], seconds_F2[end_C - 1, 1], start)
         return times, self._clips(path, indices_CT)
 
+    def pieces(self, path: Place, batch_size: int) -> Iterator[tuple[torch.Tensor, Times | None]]:
+        """A video from start to end as clip_BTHWC of at most batch_size clips; with the first one
+        come the times of all. Raises: VideoDecodeError.
+        """
+        times, clips = self.read(path)
+        while batch := list(islice(clips, batch_size)):
+            yield torch.stack(batch), times
+            times = None
+
     def _clips(self, path: Place, indices_CT: NDArray[np.int64]) -> Iterator[torch.Tensor]:
         """Only frames that a later clip needs are kept."""
         frames = stream(path, indices_CT, self.reading)
@@ -91,45 +97,3 @@ class Windows:
         if self.crop == "center":
             box = central_box(height, width, self.width / self.height)
         return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next clips of a video, by its place in the list; the first piece has the times of all its
-    clips. Or why there are no more.
-    """
-
-    video: int
-    clip_BTHWC: torch.Tensor | None = None
-    times: Times | None = None
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class PieceStream(IterableDataset[Piece]):
-    """Videos from start to end as pieces of at most batch_size clips; with workers each video is
-    read by one of them.
-    """
-
-    paths: Sequence[Place]
-    videos: Sequence[int]
-    windows: Windows
-    batch_size: int
-
-    def __iter__(self) -> Iterator[Piece]:
-        worker = get_worker_info()
-        mine = self.videos if worker is None else self.videos[worker.id :: worker.num_workers]
-        for video in mine:
-            try:
-                times, clips = self.windows.read(self.paths[video])
-                while batch := list(islice(clips, self.batch_size)):
-                    yield Piece(video, torch.stack(batch), times)
-                    times = None
-            except VideoDecodeError as error:
-                yield Piece(video, failure=Failure(*error.args))
-
-
-def make_piece_loader(pieces: PieceStream, num_workers: int) -> "DataLoader[Piece]":
-    """The pieces; those of a video come in their order, those of several videos may take turns."""
-    workers = min(num_workers, len(pieces.videos))
-    return DataLoader(pieces, batch_size=None, **worker_options(workers))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
+from video_mae.data.video_stream import load_views
 from video_mae.data.videos import read_labeled
-from video_mae.data.views import ViewDataset, make_view_loader
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.predict import classify_views, names_of, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
@@ -82,7 +82,9 @@ class Evaluation:
         self.names = self.videos.class_names or names_of(head)
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
         num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
-        self.views = views_of(self.model, num_clips, config.num_crops, data, self.workers.threads)
+        self.views = views_of(
+            self.model.config, head, num_clips, config.num_crops, data, self.workers.threads
+        )
         self.num_views = num_clips * config.num_crops
         self.settings = {
             "model": str(model_folder.absolute()),
@@ -120,19 +122,17 @@ class Evaluation:
         )
         nothing_K = np.full(model.classifier_config.num_classes, np.nan)
         outcomes: list[Outcome] = []
-        loader = make_view_loader(
-            ViewDataset(self.videos.paths, views), mine, config.batch_size, self.workers.num
-        )
+        ahead = 2 * config.batch_size
+        loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)
         with ranks.progress(len(mine)) as progress:
-            for batch in loader:
-                for video in batch:
-                    scores_K, bad = nothing_K, ""
-                    if video.failure:
-                        bad = video.failure.reason
-                    if video.views:
-                        scores_K = classify_views(model, video.views, config.precision).numpy()
-                    outcomes.append(Outcome(video.index, scores_K, bad))
-                    progress.update()
+            for video, viewed, failure in loader:
+                scores_K, bad = nothing_K, ""
+                if failure:
+                    bad = failure.reason
+                else:
+                    scores_K = classify_views(model, viewed, config.precision).numpy()
+                outcomes.append(Outcome(video, scores_K, bad))
+                progress.update()
         return outcomes
 
     def _conclude(self, outcomes: list[Outcome]) -> int:

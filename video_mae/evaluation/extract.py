@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,9 @@ from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
+from video_mae.data.video_stream import VideoStream
 from video_mae.data.videos import read_annotations
-from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
+from video_mae.data.windows import Times, Windows
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
@@ -132,21 +134,20 @@ class Extraction:
         )
         bad: dict[int, str] = {}
         files: dict[int, FeatureFile] = {}
-        loader = make_piece_loader(
-            PieceStream(self.paths, mine, self.windows, config.batch_size), self.workers.num
-        )
+        read = partial(self.windows.pieces, batch_size=config.batch_size)
+        stream = VideoStream(self.paths, mine, read)
         with ranks.progress(len(mine)) as progress:
-            for piece in loader:
-                video = piece.video
-                if piece.failure:
-                    bad[video] = piece.failure.reason
+            for video, piece, failure in stream.load(self.workers.num):
+                if failure:
+                    bad[video] = failure.reason
                     if video in files:
                         files.pop(video).discard()
                     progress.update()
                     continue
-                features = self._encode(encoder, piece.clip_BTHWC)
-                if piece.times:
-                    files[video] = self._new_file(piece, features.shape[1:])
+                clip_BTHWC, times = piece
+                features = self._encode(encoder, clip_BTHWC)
+                if times:
+                    files[video] = self._new_file(self.files[video], times, features.shape[1:])
                 files[video].append(features)
                 if files[video].missing == 0:
                     files.pop(video).close()
@@ -162,9 +163,7 @@ class Extraction:
         tokens = tokens_BND if pyramid_BLND is None else pyramid_BLND
         return tokens.unflatten(-2, encoder.config.grid).cpu().numpy()
 
-    def _new_file(self, piece: Piece, shape: tuple[int, ...]) -> "FeatureFile":
-        times, config = piece.times, self.config
-        assert times is not None
+    def _new_file(self, path: Path, times: Times, shape: tuple[int, ...]) -> "FeatureFile":
         beside = {
             "start_frame": times.start_frame_C,
             "start_seconds": times.start_seconds_C,
@@ -173,7 +172,7 @@ class Extraction:
         if times.video_start_seconds:  # the file's own clock does not begin with its first frame
             beside["video_start_seconds"] = np.array(times.video_start_seconds)
         whole = (len(times.start_frame_C), *shape)
-        return FeatureFile(self.files[piece.video], config.format, whole, config.dtype, beside)
+        return FeatureFile(path, self.config.format, whole, self.config.dtype, beside)
 
     def _conclude(self, bad: dict[int, str]) -> int:
         lines = []
