@@ -287,7 +287,7 @@ def test_every_sample_is_read_as_its_source_says(joint: DataConfig) -> None:
     for epoch in range(4):
         for index in range(len(clips)):
             source, sample = clips.paths.at(index), clips[epoch, index]
-            clip_THWC = torch.stack(sample.clips)[0]
+            clip_THWC = sample.clips[0]
             assert clip_THWC.shape == (4, 16, 16, 3)
             assert clip_THWC.dtype == torch.uint16  # all of a run, since one source has 16 bits
             shown = clip_THWC.float().mean(dim=(1, 2)) / 257
