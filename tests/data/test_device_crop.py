@@ -15,7 +15,7 @@ from video_mae.config import DataConfig, FinetuneConfig
 from video_mae.config.schema import parse
 from video_mae.data import ClipDataset, StepSampler, collate, make_loader, read_annotations
 from video_mae.data.augment import crop_clip
-from video_mae.data.dataset import LabelledClips, ValidationClips
+from video_mae.data.dataset import ValidationClips, labelled_clips
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, cut
 from video_mae.data.loader import DevicePrefetcher
 from video_mae.data.videos import read_training_videos, read_validation_videos
@@ -221,7 +221,7 @@ def test_fine_tuning_cuts_on_the_device_and_validates_as_ever(
     batches, validations = [], []
     for changes in (["augment.where=device"], ["augment.where=device", "data.crop_where=device"]):
         config = tiny_finetune(*changes)
-        clips = LabelledClips(read_training_videos(config)[0], config)
+        clips = labelled_clips(read_training_videos(config)[0], config)
         batches.append(collate([clips[1, index] for index in (0, 5)]).to("cpu"))
         validation = ValidationClips(read_validation_videos(config), config)
         validations.append(collate([validation[2], validation[-1]]).clip_BTHWC)

@@ -11,10 +11,11 @@ from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.model import Sampling
 from video_mae.data.augment import crop_clip
 from video_mae.data.dataset import (
-    LabelledClips,
+    ClipDataset,
     ValidationClips,
     collate,
     frame_choice,
+    labelled_clips,
     share_batches,
 )
 from video_mae.data.device_crop import Crop, cut
@@ -41,8 +42,8 @@ def test_every_video_is_visited_once_by_ranks_of_equal_length(
     assert len(ranks[0]) == -(-num_videos // (batch * world_size))  # and no more
 
 
-def clips(config: FinetuneConfig) -> LabelledClips:
-    return LabelledClips(read_training_videos(config)[0], config)
+def clips(config: FinetuneConfig) -> ClipDataset:
+    return labelled_clips(read_training_videos(config)[0], config)
 
 
 def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(

@@ -132,6 +132,7 @@ class ClipDataset(Dataset[Sample]):
     whatever the worker, rank and batch.
 
     classifier: how frames are chosen and clips resized to be classified; None: to pretrain.
+    finish: what a worker does to a clip that is cut, with a seed.
     """
 
     videos: InitVar[VideoList | Sources]
@@ -142,6 +143,7 @@ class ClipDataset(Dataset[Sample]):
     seed: int
     in_channels: int = 3
     classifier: ClassifierConfig | None = None
+    finish: Callable[..., torch.Tensor] | None = None
 
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)
@@ -204,10 +206,11 @@ class ClipDataset(Dataset[Sample]):
             sample.crops = tuple(crops)
             sample.crop_size = self.size
         else:
-            sample.clips = tuple(
-                self._finish(cut(frames_THWC, crop, self.size), seed)
-                for crop, seed in zip(crops, seeds, strict=True)
-            )
+            clips = [cut(frames_THWC, crop, self.size) for crop in crops]
+            if self.finish is not None:
+                pairs = zip(clips, seeds, strict=True)
+                clips = [self.finish(clip_THWC, seed=seed) for clip_THWC, seed in pairs]
+            sample.clips = tuple(clips)
         return sample
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
@@ -220,10 +223,6 @@ class ClipDataset(Dataset[Sample]):
             rng=rng,
             reach_end=self.data.reach_end,
         )
-
-    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
-        """What a worker does to a clip that is cut."""
-        return clip_THWC
 
 
 def frame_choice(
@@ -238,29 +237,24 @@ def frame_choice(
     return partial(part_indices, num_frames=num_frames, short=short, rng=rng)
 
 
-class LabelledClips(ClipDataset):
+def labelled_clips(videos: VideoList | Sources, config: FinetuneConfig) -> ClipDataset:
     """Clips to train on: dataset[epoch, index] is a function of (seed, epoch, index) alone, and so
     is what augments it.
     """
-
-    def __init__(self, paths: VideoList | Sources, config: FinetuneConfig) -> None:
-        self.config, model = config, config.model
-        super().__init__(
-            paths,
-            config.data,
-            model.num_frames,
-            model.height,
-            model.width,
-            config.seed,
-            model.in_channels,
-            config.classifier,
-        )
-
-    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
-        augment, model = self.config.augment, self.config.model
-        if augment.where == "device":
-            return clip_THWC
-        return strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
+    c, augment, finish = config.model, config.augment, None
+    if augment.where == "worker":
+        finish = partial(strengthen_clip, config=augment, mean=c.mean, std=c.std)
+    return ClipDataset(
+        videos,
+        config.data,
+        c.num_frames,
+        c.height,
+        c.width,
+        config.seed,
+        c.in_channels,
+        config.classifier,
+        finish,
+    )
 
 
 class ValidationClips(Dataset[Sample]):
@@ -279,7 +273,7 @@ class ValidationClips(Dataset[Sample]):
             ),
             augment=replace(config.augment, where="device"),  # which does not come to that
         )
-        self.clips = LabelledClips(paths, plain)
+        self.clips = labelled_clips(paths, plain)
         self.choose = frame_choice(config.classifier, config.model.num_frames)
 
     def __getitem__(self, index: int) -> Sample:

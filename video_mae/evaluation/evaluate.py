@@ -143,20 +143,17 @@ class Evaluation:
         scores = Scores(np.stack([outcome.scores_K for outcome in outcomes]), self.videos.label_M)
         has_scores_M, paths = scores.has_scores(), self.videos.paths
         bad = [outcome for outcome in outcomes if outcome.bad]
-        for video, _, reason in outcomes:
-            if not has_scores_M[video] and not reason:
-                print(
-                    f"no figures: the scores of {paths[video]} are not finite; try precision=fp32, "
-                    "or another model",
-                    flush=True,
-                )
-                return NO_FIGURES
-        if not has_scores_M.any():
-            print(
-                f"no figures: none of the {len(bad)} videos could be decoded; {paths[0]}: "
-                f"{bad[0].bad}",
-                flush=True,
+        why = ""
+        odd = [video for video, _, reason in outcomes if not reason and not has_scores_M[video]]
+        if odd:
+            why = (
+                f"the scores of {paths[odd[0]]} are not finite; try precision=fp32, or another "
+                "model"
             )
+        elif len(bad) == len(outcomes):
+            why = f"none of the {len(bad)} videos could be decoded; {paths[0]}: {bad[0].bad}"
+        if why:
+            print(f"no figures: {why}", flush=True)
             return NO_FIGURES
         figures = scores
         if self.config.skip_bad:

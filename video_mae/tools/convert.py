@@ -82,12 +82,11 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
     """(model, lines about it, what further files of its folder hold)."""
     if not source.is_file() and not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    facts = Facts(**{f.name: getattr(config, f.name) for f in fields(Facts)})
     if not is_model_folder(source):
-        model, report = import_model(source, facts)
+        model, report = import_model(source, config)
         return model, report.lines(), {REPORT: asdict(report)}
     for f in fields(Facts):
-        if f.name not in ("sampling", "stride") and getattr(facts, f.name) != f.default:
+        if f.name not in ("sampling", "stride") and getattr(config, f.name) != f.default:
             raise ValueError(
                 f"{f.name}: is for files of other projects; {source} is of this one, and leaves "
                 "nothing open"
@@ -104,7 +103,7 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
         model, lines = load_pretrained(folder), [f"model of {folder}"]
         if (folder / REPORT).is_file():
             more[REPORT] = read_json(folder / REPORT)
-    lines += choose_frames(model, facts.sampling, facts.stride)
+    lines += choose_frames(model, config.sampling, config.stride)
     return model, lines, more
 
 
