@@ -21,15 +21,13 @@ from video_mae.config.pack import PackConfig
 from video_mae.data import ClipDataset, StepSampler, make_loader, read_annotations, read_sources
 from video_mae.data.sampling import Key, ShardStream, epoch_order
 from video_mae.data.shards import ROW, Members
-from video_mae.data.video_stream import load_views
 from video_mae.data.videos import (
     VideoList,
     read_labeled,
     read_training_videos,
     read_validation_videos,
 )
-from video_mae.data.views import Views
-from video_mae.data.windows import Windows
+from video_mae.data.views import Views, Windows, load_views
 from video_mae.decoding import Member, Reading, VideoDecodeError, decode, read_clip
 from video_mae.evaluation.extract import _paths, file_name
 from video_mae.tools import pack

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from video_mae.data import views as module
 from video_mae.data.augment import crop_clip
-from video_mae.data.video_stream import load_views
-from video_mae.data.views import Views
+from video_mae.data.views import Views, load_views
 from video_mae.decoding import Decoded, Reading, decode, read_clip
 
 

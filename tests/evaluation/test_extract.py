@@ -29,8 +29,8 @@ from video_mae import (
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
-from video_mae.data import windows as module
-from video_mae.data.windows import Windows
+from video_mae.data import views as module
+from video_mae.data.views import Windows
 from video_mae.decoding import Reading, decode, stream
 from video_mae.evaluation.extract import FeatureFile, file_name, start
 from video_mae.evaluation.features import FrozenEncoder

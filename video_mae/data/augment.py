@@ -143,15 +143,17 @@ def crop_clip(
     return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
 
 
-PixelChange = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
-"""From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video."""
+PixelChange = Callable[..., torch.Tensor]
+"""From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video; of
+torchvision's some take less.
+"""
 
 
-def _plain(change: Callable[[torch.Tensor], torch.Tensor]) -> PixelChange:
+def _plain(change: PixelChange) -> PixelChange:
     return lambda video, level, fill: change(video)
 
 
-def _adjust(adjust: Callable[[torch.Tensor, float], torch.Tensor]) -> PixelChange:
+def _adjust(adjust: PixelChange) -> PixelChange:
     return lambda video, level, fill: adjust(video, max(0.1, 1 + 0.9 * level))
 
 

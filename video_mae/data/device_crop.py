@@ -47,12 +47,10 @@ def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """Memory for what a worker hands over, which the trainer sees too: anything else would be
     copied once more on its way.
     """
-    empty = torch.empty(0, dtype=dtype)
     if get_worker_info() is None:
-        return empty.new_empty(shape)
-    num = math.prod(shape)
-    storage = empty.untyped_storage()._new_shared(num * dtype.itemsize)
-    return empty.set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
 
 
 def cut(frames_FHWC: torch.Tensor, crop: Crop, size: CropSize) -> torch.Tensor:

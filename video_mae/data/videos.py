@@ -157,14 +157,12 @@ def read_lines(
 
 
 def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
-    folders = [entry.name for entry in source.iterdir() if entry.is_dir()]
-    classes = sorted(name for name in folders if not name.startswith("."))
+    entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+    classes = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     found = [
-        Line(0, path, label)
-        for label, name in enumerate(classes)
-        for path in _files(source / name, deep=True)
+        Line(0, path, label) for label, name in enumerate(classes) for path in _files(source / name)
     ]
-    found += [Line(0, path) for path in _files(source, deep=False)]
+    found += [Line(0, entry.path) for entry in entries if not entry.is_dir()]
     endings = Counter(_ending(line.path) for line in found)
     wanted = _wanted(source, set(endings))
     videos = [line for line in found if _ending(line.path) in wanted]
@@ -220,8 +218,8 @@ def _few(words: Iterable[str]) -> str:
     return ", ".join(shown)
 
 
-def _files(folder: Path, *, deep: bool) -> list[str]:
-    """The files of a folder, sorted; not one of them is touched: there may be millions.
+def _files(folder: Path) -> list[str]:
+    """The files below a folder, sorted; not one of them is touched: there may be millions.
 
     Links to files are followed, and a class may itself be a link; links to folders further down are
     not, they may lead in circles.
@@ -234,10 +232,8 @@ def _files(folder: Path, *, deep: bool) -> list[str]:
         )
 
     found: list[str] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    for parent, _, names in os.walk(folder, onerror=refuse):
         found += [os.path.join(parent, name) for name in names]
-        if not deep:
-            folders.clear()
     return sorted(found, key=lambda path: path.split(os.sep))
 
 

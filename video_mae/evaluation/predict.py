@@ -95,7 +95,7 @@ def classify_views(
     was_training = model.training
     model.eval()
     with autocast(device, precision):
-        logits_VK = model(views.to(device).clips())
+        logits_VK = model(views.clips(device))
     model.train(was_training)
     return merge_views(logits_VK)
 

@@ -26,8 +26,8 @@ from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset, Failure
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler
-from video_mae.data.video_stream import load_views
 from video_mae.data.videos import VideoList, read_labeled
+from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.heads import (
@@ -189,7 +189,7 @@ class Probing:
                 failures += [failure for _, _, failure in batch if failure]
                 views_of_video = {video: views for video, views, _ in batch if views}
                 if views_of_video:
-                    clips = [views.to(encoder.device).clips() for views in views_of_video.values()]
+                    clips = [views.clips(encoder.device) for views in views_of_video.values()]
                     features, places = encoder(torch.cat(clips)), list(views_of_video)
                     seen_M[places] = True
                     pooled_MVD[places] = features.pooled_BD.cpu().unflatten(0, (-1, num[1]))

@@ -126,7 +126,7 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             if mine.any():
                 top1 = f"{(place_M[mine] == 0).mean():.4f}"
                 top5 = f"{(place_M[mine] < min(5, len(names))).mean():.4f}"
-            worst = confusion[label].argmax()
+            worst = int(confusion[label].argmax())
             times = confusion[label, worst]
             if times:
                 taken = unicode_text(names[worst])
