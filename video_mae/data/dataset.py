@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
@@ -55,8 +56,8 @@ class Sample:
     fallback: where the video was not read by the run's decoder.
     """
 
-    clips: tuple[torch.Tensor, ...]
-    seeds_R: torch.Tensor
+    clips: tuple[Tensor, ...]
+    seeds_R: Tensor
     label: int
     index: int
     failures: tuple[Failure, ...] = ()
@@ -75,17 +76,17 @@ class Batch:
     brings them there. costs: of all its clips together.
     """
 
-    clip_BTHWC: torch.Tensor
-    seeds_B: torch.Tensor
-    label_B: torch.Tensor
-    index_B: torch.Tensor
-    host_seeds_B: torch.Tensor
+    clip_BTHWC: Tensor
+    seeds_B: Tensor
+    label_B: Tensor
+    index_B: Tensor
+    host_seeds_B: Tensor
     failures: tuple[Failure, ...]
     fallbacks: tuple[Failure, ...] = ()
     costs: Costs = Costs()
 
     @property
-    def on_device(self) -> tuple[torch.Tensor, ...]:
+    def on_device(self) -> tuple[Tensor, ...]:
         """The tensors that `to` moves."""
         return self.clip_BTHWC, self.seeds_B, self.label_B
 
@@ -97,7 +98,7 @@ class Batch:
         """The batch on a device, copied without waiting, its clips cut there."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         clip_BTHWC, seeds_B, label_B = map(move, self.on_device)
         return replace(self, clip_BTHWC=clip_BTHWC, seeds_B=seeds_B, label_B=label_B)
 
@@ -143,7 +144,7 @@ class ClipDataset(Dataset[Sample]):
     seed: int
     in_channels: int = 3
     classifier: ClassifierConfig | None = None
-    finish: Callable[..., torch.Tensor] | None = None
+    finish: Callable[..., Tensor] | None = None
 
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from video_mae.data.augment import Box, crop_clip
@@ -43,7 +44,7 @@ class CropSize(NamedTuple):
         return torch.uint16 if self.sixteen_bit else torch.uint8
 
 
-def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for what a worker hands over, which the trainer sees too: anything else would be
     copied once more on its way.
     """
@@ -53,7 +54,7 @@ def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
 
 
-def cut(frames_FHWC: torch.Tensor, crop: Crop, size: CropSize) -> torch.Tensor:
+def cut(frames_FHWC: Tensor, crop: Crop, size: CropSize) -> Tensor:
     """The clip clip_FHWC of a crop: what workers and devices do."""
     clip_FHWC = crop_clip(frames_FHWC, crop.box, size[1:3], crop.flip, antialias=size.antialias)
     # The clips of a run have one type; 257 = 65535 / 255. Few operations know uint16.
@@ -68,13 +69,13 @@ class UncutClips:
     (F, H, W, C) of its frames, and the crops to be cut out of them.
     """
 
-    bytes_N: torch.Tensor
+    bytes_N: Tensor
     videos: Sequence[tuple[torch.dtype, torch.Size, Sequence[Crop]]]
     size: CropSize
 
     @classmethod
     def gather(
-        cls, frames: Sequence[torch.Tensor], crops: Sequence[Sequence[Crop]], size: CropSize
+        cls, frames: Sequence[Tensor], crops: Sequence[Sequence[Crop]], size: CropSize
     ) -> "UncutClips":
         """Of each video its frames_FHWC, uint8 or uint16, and its R crops; a still, shown T times
         from the same memory, is taken once.
@@ -87,7 +88,7 @@ class UncutClips:
             there_FHWC.copy_(video)
         return clips
 
-    def _frames(self, bytes_N: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _frames(self, bytes_N: Tensor) -> Iterator[Tensor]:
         """The frames_FHWC of each video: views of the bytes."""
         begin = 0
         for dtype, shape, _ in self.videos:
@@ -99,7 +100,7 @@ class UncutClips:
         """The same in page-locked memory."""
         return replace(self, bytes_N=self.bytes_N.pin_memory())
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> torch.Tensor:
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Tensor:
         """The clips clip_BTHWC, cut on a device as `cut` does it: on a CPU the pixels are those of
         workers, on a GPU they are within 1 level, as torch rounds uint8 on a CPU once more.
         """
@@ -124,7 +125,7 @@ def _even(num_bytes: int) -> int:
     return num_bytes + num_bytes % 2
 
 
-def _at_once(frames_FHWC: torch.Tensor, crop: Crop, size: CropSize) -> int:
+def _at_once(frames_FHWC: Tensor, crop: Crop, size: CropSize) -> int:
     """How many frames are cut at once; torch resizes them as float32, and copies them for it."""
     num_frames, _, _, channels = frames_FHWC.shape
     if num_frames == 1:

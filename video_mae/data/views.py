@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from video_mae.config.model import Sampling
@@ -95,11 +96,11 @@ class VideoViews:
     than the views themselves.
     """
 
-    frames_FHWC: torch.Tensor
-    places_ST: torch.Tensor
+    frames_FHWC: Tensor
+    places_ST: Tensor
     views: Views
 
-    def clips(self, device: torch.device | str = "cpu") -> torch.Tensor:
+    def clips(self, device: torch.device | str = "cpu") -> Tensor:
         """All views, uint8 clip_VTHWC, cut on a device: the crops of a clip follow one another."""
         height, width = self.views.height, self.views.width
         frames_FHWC = self.frames_FHWC.to(device, non_blocking=True)
@@ -148,7 +149,7 @@ class Windows:
         """
         return self.num_frames * self.stride
 
-    def read(self, path: Place) -> tuple[Times, Iterator[torch.Tensor]]:
+    def read(self, path: Place) -> tuple[Times, Iterator[Tensor]]:
         """The times of the clips of a video as its time stamps say, and clip_THWC after clip_THWC.
         Raises: VideoDecodeError, as the iterator does.
         """
@@ -164,7 +165,7 @@ class Windows:
         times = Times(first_C, seconds_F2[first_C, 0], seconds_F2[end_C - 1, 1], start)
         return times, self._clips(path, indices_CT)
 
-    def pieces(self, path: Place, batch_size: int) -> Iterator[tuple[torch.Tensor, Times | None]]:
+    def pieces(self, path: Place, batch_size: int) -> Iterator[tuple[Tensor, Times | None]]:
         """A video from start to end as clip_BTHWC of at most batch_size clips; with the first one
         come the times of all. Raises: VideoDecodeError.
         """
@@ -173,10 +174,10 @@ class Windows:
             yield torch.stack(batch), times
             times = None
 
-    def _clips(self, path: Place, indices_CT: NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    def _clips(self, path: Place, indices_CT: NDArray[np.int64]) -> Iterator[Tensor]:
         """Only frames that a later clip needs are kept."""
         frames = stream(path, indices_CT, self.reading)
-        kept: dict[int, torch.Tensor] = {}
+        kept: dict[int, Tensor] = {}
         for indices in indices_CT.tolist():
             kept = {place: frame for place, frame in kept.items() if place >= indices[0]}
             while indices[-1] not in kept:
@@ -184,7 +185,7 @@ class Windows:
                 kept[place] = self._fit(torch.from_numpy(frame))
             yield torch.stack([kept[index] for index in indices])
 
-    def _fit(self, frame_HWC: torch.Tensor) -> torch.Tensor:
+    def _fit(self, frame_HWC: Tensor) -> Tensor:
         height, width = frame_HWC.shape[:2]
         box = (0, 0, height, width)
         if self.crop == "center":

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from video_mae.config import ClassifierConfig, DataConfig
@@ -50,7 +51,7 @@ CHOICE = (
 )
 # other values of these give the same results
 FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads", "data.list_format")
-Examples = Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
+Examples = Iterator[tuple[dict[str, Tensor], Tensor]]
 """Batches for the heads: the features that each kind reads, and labels [B]."""
 
 
@@ -68,10 +69,10 @@ class FeatureSet(NamedTuple):
     seen_M: whether the video could be decoded; where not, its features are 0.
     """
 
-    pooled_MVD: torch.Tensor
-    tokens_MVND: torch.Tensor | None
-    label_M: torch.Tensor
-    seen_M: torch.Tensor
+    pooled_MVD: Tensor
+    tokens_MVND: Tensor | None
+    label_M: Tensor
+    seen_M: Tensor
     failures: Sequence[Failure]
 
 
@@ -273,7 +274,7 @@ class Probing:
             scores[name] = [Scores(score_MK, label_M) for score_MK in score_GMK.numpy()]
         return choose_setting(settings, scores)
 
-    def _votes(self, train: FeatureSet, query_MVD: torch.Tensor) -> torch.Tensor:
+    def _votes(self, train: FeatureSet, query_MVD: Tensor) -> Tensor:
         """score_GMK of the neighbours, those of a video's views averaged."""
         score_GBK = neighbour_scores(
             query_MVD.flatten(0, 1),
@@ -285,7 +286,7 @@ class Probing:
         )
         return score_GBK.unflatten(1, (-1, self.num_views)).mean(dim=2).double()
 
-    def _head_scores(self, grid: HeadGrid, features_MV: torch.Tensor) -> torch.Tensor:
+    def _head_scores(self, grid: HeadGrid, features_MV: Tensor) -> Tensor:
         """score_GMK of all heads, the softmaxes of a video's views averaged."""
         device, scores = next(grid.parameters()).device, []
         for part_MV in features_MV.split(max(self.config.batch_size // self.num_views, 1)):
