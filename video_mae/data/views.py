@@ -222,7 +222,9 @@ class VideoStream(IterableDataset[Found]):
         their order, and where each video has one part, they come in the order of the videos.
         """
         workers = min(num_workers, len(self.order))
-        return DataLoader(self, batch_size=None, **worker_options(workers, ahead))
+        options = worker_options(workers, ahead)
+        # as it is: DataLoader would make tensors of arrays
+        return DataLoader(self, batch_size=None, collate_fn=lambda found: found, **options)
 
 
 def load_views(
