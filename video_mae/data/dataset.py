@@ -149,9 +149,10 @@ class ClipDataset(Dataset[Sample]):
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)
         self.paths = Sources([("data", self.data, videos)]) if is_list else videos
-        self.size = CropSize(self.num_frames, self.height, self.width, self.data.sixteen_bit)
-        if self.classifier is not None:
-            self.size = self.size._replace(antialias=self.classifier.antialias)
+        antialias = self.classifier is None or self.classifier.antialias
+        self.size = CropSize(
+            self.num_frames, self.height, self.width, self.data.sixteen_bit, antialias
+        )
         self.threads = plan_workers(self.data.num_workers, self.data.decoder_threads).threads
 
     def __len__(self) -> int:
@@ -267,14 +268,11 @@ class ValidationClips(Dataset[Sample]):
     """
 
     def __init__(self, paths: VideoList, config: FinetuneConfig) -> None:
-        plain = replace(
-            config,
-            data=replace(
-                config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
-            ),
-            augment=replace(config.augment, where="device"),  # which does not come to that
+        self.clips = labelled_clips(paths, config)
+        self.clips.finish = None
+        self.clips.data = replace(
+            config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
         )
-        self.clips = labelled_clips(paths, plain)
         self.choose = frame_choice(config.classifier, config.model.num_frames)
 
     def __getitem__(self, index: int) -> Sample:
