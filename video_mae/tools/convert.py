@@ -28,6 +28,11 @@ from video_mae.training.engine import partitioned_weights
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
+EXPORTS = {
+    "official": export_official,
+    "hugging_face": export_hugging_face,
+    "torch_export": export_program,
+}
 WEIGHTS_FILE = "mp_rank_00_model_states.pt"  # of a checkpoint without ZeRO
 
 
@@ -69,13 +74,8 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
     model, lines, more = _read(source, config)
     if config.format == "model":
         save_model_folder(destination, model, more=more)
-    elif config.format == "official":
-        lines += export_official(model, destination)
-    elif config.format == "hugging_face":
-        lines += export_hugging_face(model, destination)
-    else:
-        lines += export_program(model, destination)
-    return lines
+        return lines
+    return lines + EXPORTS[config.format](model, destination)
 
 
 def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[str, Any]]:
