@@ -79,10 +79,12 @@ def test_ours_is_the_data_set_that_trains(task, pipeline):
     assert (config.source, config.clips_per_video) == (task.sources[pipeline.form], pipeline.crops)
     dataset = ClipDataset(read_annotations(config), config, 4, 32, 32, seed=0)
     clips = clips_of(pipeline, task, epoch=2)
-    assert torch.equal(clips, torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]))
+    assert torch.equal(
+        clips, torch.cat([torch.stack(dataset[2, index].clips) for index in range(7)])
+    )
     if pipeline.form != "frames":  # of which other frames can be chosen
         plain = ClipDataset(read_annotations(OURS.data(task)), OURS.data(task), 4, 32, 32, seed=0)
-        alike = torch.cat([plain[2, index].clip_RTHWC for index in range(7)])
+        alike = torch.cat([torch.stack(plain[2, index].clips) for index in range(7)])
         # packing is a second compression
         assert (clips[:: pipeline.crops].float() - alike.float()).abs().mean() < 4
 
@@ -97,7 +99,8 @@ def test_decoding_alone_reads_the_frames_that_ours_does(task, pipeline):
     config = replace(OURS.data(task), crop="center")
     dataset = ClipDataset(read_annotations(config), config, 4, 48, 64, seed=0)
     assert (
-        frames.float() - torch.cat([dataset[2, index].clip_RTHWC for index in range(7)]).float()
+        frames.float()
+        - torch.cat([torch.stack(dataset[2, index].clips) for index in range(7)]).float()
     ).abs().mean() < 0.1
 
 

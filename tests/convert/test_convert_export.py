@@ -226,7 +226,9 @@ def test_a_model_of_parts_comes_back_with_the_same_frames_in_tests(sampling, tmp
     for source in ("x.pth", "hub"):
         back, _ = import_model(tmp_path / source)
         assert isinstance(back, VideoClassifier)
-        ours, theirs = views_of(model, 2, 3), views_of(back, 2, 3)
+        ours, theirs = (
+            views_of(each.config, each.classifier_config, 2, 3) for each in (model, back)
+        )
         for num_video_frames in range(1, 200):
             assert np.array_equal(ours.frames(num_video_frames), theirs.frames(num_video_frames))
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from video_mae.config import DataConfig
-from video_mae.data import class_names, paths, read_annotations, videos
+from video_mae.data import paths, read_annotations, videos
 from video_mae.data.lists import format_line, read_list, split_line
 
 
@@ -44,7 +44,7 @@ def test_a_list_has_paths_with_spaces_optional_labels_and_blank_lines(folder, tm
         (f"{folder}/clip of 2.mp4", {"label": -1}),
         (f"{folder}/clip of 9.mp4", {"label": -2}),
     ]
-    assert class_names(config) == ()
+    assert read_annotations(config).class_names == ()
 
 
 def test_relative_paths_start_at_the_root_or_else_at_the_list(folder, tmp_path):
@@ -296,7 +296,7 @@ def test_a_folder_per_class_gives_labels_in_sorted_order(tmp_path):
         (str(tmp_path / name), {"label": label})
         for name, label in (("ant/c.avi", 0), ("zebra/a.MP4", 1), ("zebra/deep/b.mkv", 1))
     ]
-    assert class_names(config) == ("ant", "zebra")
+    assert read_annotations(config).class_names == ("ant", "zebra")
     (tmp_path / "stray.mp4").write_bytes(b"x")
     with pytest.raises(ValueError, match="in no class folder"):
         read_annotations(config)

@@ -173,15 +173,13 @@ def test_every_real_file_gives_clips():
 
 def test_a_sample_shows_the_frames_its_random_numbers_choose(data):
     sample = dataset(data)[2, 5]
-    shown = frames_shown(sample.clip_RTHWC[0])
+    shown = frames_shown(sample.clips[0])
     assert shown[0] + 6 == shown[3] <= 39
     assert (sample.label, sample.index, sample.failures) == (40, 5, ())
     assert sample.seeds_R.tolist() == [sample_seed(3, 2, 5, 0)]
-    assert torch.equal(sample.clip_RTHWC, dataset(data)[2, 5].clip_RTHWC)
-    assert (
-        len({tuple(frames_shown(dataset(data)[epoch, 5].clip_RTHWC[0])) for epoch in range(8)}) > 3
-    )
-    assert [frames_shown(dataset(data)[0, short].clip_RTHWC[0]) for short in (0, 1)] == [
+    assert torch.equal(torch.stack(sample.clips), torch.stack(dataset(data)[2, 5].clips))
+    assert len({tuple(frames_shown(dataset(data)[epoch, 5].clips[0])) for epoch in range(8)}) > 3
+    assert [frames_shown(dataset(data)[0, short].clips[0]) for short in (0, 1)] == [
         [0, 0, 0, 0],
         [0, 0, 0, 0],
     ]
@@ -199,12 +197,12 @@ def test_crops_of_a_video_share_frames_and_differ_in_box_and_mask(tmp_path):
     config = DataConfig(source=str(tmp_path / "list"), clips_per_video=5, flip=True, stride=1)
     (tmp_path / "list").write_text("noise.mp4")
     sample = dataset(config)[0, 0]
-    assert sample.clip_RTHWC.shape == (5, 4, 32, 32, 3)
+    assert torch.stack(sample.clips).shape == (5, 4, 32, 32, 3)
     assert len(set(sample.seeds_R.tolist())) == 5
-    assert len({clip.numpy().tobytes() for clip in sample.clip_RTHWC}) >= 4
+    assert len({clip.numpy().tobytes() for clip in torch.stack(sample.clips)}) >= 4
     assert torch.equal(
-        sample.clip_RTHWC[0],
-        dataset(DataConfig(source=config.source, flip=True, stride=1))[0, 0].clip_RTHWC[0],
+        sample.clips[0],
+        dataset(DataConfig(source=config.source, flip=True, stride=1))[0, 0].clips[0],
     )
 
 
@@ -215,7 +213,7 @@ def test_a_broken_video_gives_way_to_the_same_other_video_each_time(data):
     assert Path(first.failures[0].path).name == "broken.mp4"
     assert "cut off" in first.failures[0].reason
     assert (first.index, first.failures) == (again.index, again.failures)
-    assert torch.equal(first.clip_RTHWC, again.clip_RTHWC)
+    assert torch.equal(torch.stack(first.clips), torch.stack(again.clips))
     assert len({dataset(data)[epoch, 6].index for epoch in range(12)}) > 2
     # The mask belongs to the place in the stream, whichever video fills it.
     assert first.seeds_R.tolist() == [sample_seed(3, 1, 6, 0)]

@@ -15,8 +15,8 @@ from video_mae.config import DataConfig, FinetuneConfig
 from video_mae.config.schema import parse
 from video_mae.data import ClipDataset, StepSampler, collate, make_loader, read_annotations
 from video_mae.data.augment import crop_clip
-from video_mae.data.dataset import LabelledClips, ValidationClips
-from video_mae.data.device_crop import Crop, CropSize, UncutClips
+from video_mae.data.dataset import ValidationClips, labelled_clips
+from video_mae.data.device_crop import Crop, CropSize, UncutClips, cut
 from video_mae.data.loader import DevicePrefetcher
 from video_mae.data.videos import read_training_videos, read_validation_videos
 
@@ -122,22 +122,17 @@ def test_what_cutting_takes_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) 
     from video_mae.data import device_crop
 
     largest = 0
-    resized = device_crop._resized
 
-    def watch(frames_VFHWC: torch.Tensor, crop_VR5: torch.Tensor, size: CropSize) -> torch.Tensor:
+    def watch(frames_FHWC: torch.Tensor, crop: Crop, size: CropSize) -> torch.Tensor:
         nonlocal largest
-        (videos, num, height, width, channels), crops = frames_VFHWC.shape, crop_VR5.shape[1]
-        largest = max(
-            largest,
-            4
-            * videos
-            * num
-            * channels
-            * (height * width + crops * size.height * (width + 2 * size.width)),
-        )
-        return resized(frames_VFHWC, crop_VR5, size)
+        num, _, _, channels = frames_FHWC.shape
+        _, _, rows, columns = crop.box
+        # as float32, once more for torch to resize them
+        num_bytes = 8 * num * channels * (rows * columns + size.height * size.width)
+        largest = max(largest, num_bytes)
+        return cut(frames_FHWC, crop, size)
 
-    monkeypatch.setattr(device_crop, "_resized", watch)
+    monkeypatch.setattr(device_crop, "cut", watch)
     monkeypatch.setattr(device_crop, "CHUNK_BYTES", 4_000_000)
     frames, crops = videos_and_crops((np.uint8,), 3)
     UncutClips.gather(frames, crops, CropSize(5, *SIZE, False)).to("cpu")
@@ -226,7 +221,7 @@ def test_fine_tuning_cuts_on_the_device_and_validates_as_ever(
     batches, validations = [], []
     for changes in (["augment.where=device"], ["augment.where=device", "data.crop_where=device"]):
         config = tiny_finetune(*changes)
-        clips = LabelledClips(read_training_videos(config)[0], config)
+        clips = labelled_clips(read_training_videos(config)[0], config)
         batches.append(collate([clips[1, index] for index in (0, 5)]).to("cpu"))
         validation = ValidationClips(read_validation_videos(config), config)
         validations.append(collate([validation[2], validation[-1]]).clip_BTHWC)

@@ -11,13 +11,14 @@ from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.model import Sampling
 from video_mae.data.augment import crop_clip
 from video_mae.data.dataset import (
-    LabelledClips,
+    ClipDataset,
     ValidationClips,
     collate,
     frame_choice,
+    labelled_clips,
     share_batches,
 )
-from video_mae.data.device_crop import Crop
+from video_mae.data.device_crop import Crop, cut
 from video_mae.data.videos import read_training_videos, read_validation_videos
 
 WHOLE = Crop((0, 0, 48, 48), flip=False)
@@ -41,8 +42,8 @@ def test_every_video_is_visited_once_by_ranks_of_equal_length(
     assert len(ranks[0]) == -(-num_videos // (batch * world_size))  # and no more
 
 
-def clips(config: FinetuneConfig) -> LabelledClips:
-    return LabelledClips(read_training_videos(config)[0], config)
+def clips(config: FinetuneConfig) -> ClipDataset:
+    return labelled_clips(read_training_videos(config)[0], config)
 
 
 def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(
@@ -50,10 +51,10 @@ def test_a_training_sample_is_a_function_of_its_key_and_its_clips_differ(
 ) -> None:
     config = tiny_finetune("data.clips_per_video=3")
     sample, again = clips(config)[2, 5], clips(config)[2, 5]
-    assert sample.clip_RTHWC.shape == (3, 4, 32, 32, 3)
-    assert torch.equal(sample.clip_RTHWC, again.clip_RTHWC)
-    assert len({clip.numpy().tobytes() for clip in sample.clip_RTHWC}) == 3
-    assert not torch.equal(sample.clip_RTHWC, clips(config)[3, 5].clip_RTHWC)
+    assert torch.stack(sample.clips).shape == (3, 4, 32, 32, 3)
+    assert torch.equal(torch.stack(sample.clips), torch.stack(again.clips))
+    assert len({clip.numpy().tobytes() for clip in torch.stack(sample.clips)}) == 3
+    assert not torch.equal(torch.stack(sample.clips), torch.stack(clips(config)[3, 5].clips))
     assert (sample.label, clips(config)[0, 9].label) == (0, 1)
 
 
@@ -64,8 +65,8 @@ def test_a_worker_strengthens_clips_unless_the_device_does(tiny_finetune: Tiny) 
         for where in ("device", "worker")
     )
     for key in ((0, 0), (1, 7)):
-        assert torch.equal(device[key].clip_RTHWC, plain[key].clip_RTHWC)
-        assert not torch.equal(worker[key].clip_RTHWC, plain[key].clip_RTHWC)
+        assert torch.equal(torch.stack(device[key].clips), torch.stack(plain[key].clips))
+        assert not torch.equal(torch.stack(worker[key].clips), torch.stack(plain[key].clips))
 
 
 @pytest.mark.parametrize("where", ["worker", "device"])
@@ -89,12 +90,10 @@ def test_training_and_validation_resize_as_the_classifier_says(
             torch.from_numpy(whole), (0, 0, 48, 48), (16, 16), flip=False, antialias=antialias
         )
         assert torch.equal(
-            ValidationClips(read_training_videos(config)[0], config).clips._cut(
-                torch.from_numpy(whole), WHOLE
-            ),
+            cut(torch.from_numpy(whole), WHOLE, clips(config).size),
             expected,
         )
-        found.append((training.clip_BTHWC.float(), validation[2].clip_RTHWC.float()))
+        found.append((training.clip_BTHWC.float(), torch.stack(validation[2].clips).float()))
     for smooth, sharp in zip(*found, strict=True):
         assert 0.5 < (smooth - sharp).abs().mean() < 20
 

@@ -27,8 +27,7 @@ from video_mae.data.videos import (
     read_training_videos,
     read_validation_videos,
 )
-from video_mae.data.views import ViewDataset, Views
-from video_mae.data.windows import Windows, clip_times
+from video_mae.data.views import Views, Windows, load_views
 from video_mae.decoding import Member, Reading, VideoDecodeError, decode, read_clip
 from video_mae.evaluation.extract import _paths, file_name
 from video_mae.tools import pack
@@ -416,7 +415,7 @@ def test_packed_frames_give_the_clips_of_the_files(
         dataset, key_at = ClipDataset(sources, data, 4, 32, 32, SEED), sources.stream(SEED)
         found.append([dataset[key_at(position)] for position in range(6)])
     for packed, plain in zip(*found, strict=True):
-        assert torch.equal(packed.clip_RTHWC, plain.clip_RTHWC)
+        assert torch.equal(torch.stack(packed.clips), torch.stack(plain.clips))
         assert (packed.label, packed.index) == (plain.label, plain.index)
 
 
@@ -431,7 +430,7 @@ def test_packed_and_plain_sources_mix(folders: dict[str, Path], demo_folder: Pat
     wanted = ShardStream(members_of(folders["frames"]).shard_sizes(), 5, SEED, 0)
     assert own == [wanted.key_at(position)[1] for position in range(250)]
     dataset = ClipDataset(sources, data, 4, 32, 32, SEED)
-    assert {dataset[key_at(position)].clip_RTHWC.shape for position in range(6)} == {
+    assert {torch.stack(dataset[key_at(position)].clips).shape for position in range(6)} == {
         (1, 4, 32, 32, 3)
     }
 
@@ -498,15 +497,16 @@ def test_views_windows_and_names_of_feature_files_know_members(
     views = Views(
         num_frames=4, height=32, width=32, sampling="dense", stride=2, num_clips=2, num_crops=3
     )
-    viewed = ViewDataset(videos.paths, views)[2]
-    assert viewed.views is not None
-    assert viewed.views.clips().shape == (6, 4, 32, 32, 3)
+    ((video, viewed, failure),) = load_views(videos.paths, [2], views, 0)
+    assert (video, failure) == (2, None)
+    assert viewed.clips().shape == (6, 4, 32, 32, 3)
     windows = Windows(
         num_frames=4, height=32, width=32, stride=2, hop=8, crop="whole", reading=Reading()
     )
     member, _ = videos_of(folders["video"])[0]
-    assert len(list(windows.clips(member))) == 2
-    assert np.isfinite(clip_times(member, 16, windows).end_seconds_C).all()
+    times, clips = windows.read(member)
+    assert len(list(clips)) == 2
+    assert np.isfinite(times.end_seconds_C).all()
     paths = _paths(str(folders["video"]), "")
     names = [file_name(path, "npz") for path in paths]
     assert len(set(names)) == 24

@@ -287,7 +287,7 @@ def test_every_sample_is_read_as_its_source_says(joint: DataConfig) -> None:
     for epoch in range(4):
         for index in range(len(clips)):
             source, sample = clips.paths.at(index), clips[epoch, index]
-            clip_THWC = sample.clip_RTHWC[0]
+            clip_THWC = sample.clips[0]
             assert clip_THWC.shape == (4, 16, 16, 3)
             assert clip_THWC.dtype == torch.uint16  # all of a run, since one source has 16 bits
             shown = clip_THWC.float().mean(dim=(1, 2)) / 257
@@ -302,7 +302,7 @@ def test_without_a_range_the_clips_of_all_sources_have_eight_bits(joint: DataCon
     data = DataConfig(
         num_workers=0, sources={name: joint.sources[name] for name in ("videos", "pictures")}
     )
-    assert {dataset(data)[0, index].clip_RTHWC.dtype for index in range(5)} == {torch.uint8}
+    assert {torch.stack(dataset(data)[0, index].clips).dtype for index in range(5)} == {torch.uint8}
 
 
 def test_a_broken_file_is_replaced_within_its_source(joint: DataConfig) -> None:

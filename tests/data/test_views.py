@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from video_mae.data import views as module
 from video_mae.data.augment import crop_clip
-from video_mae.data.views import ViewDataset, Views, make_view_loader
+from video_mae.data.views import Views, load_views
 from video_mae.decoding import Decoded, Reading, decode, read_clip
 
 
@@ -199,12 +199,11 @@ def test_a_loader_gives_each_video_once_in_order_and_names_the_bad_one(
     pixels = np.full((5, 16, 16, 3), 99, dtype=np.uint8)
     paths = [str(write_video(tmp_path / f"{i}.mp4", pixels)) for i in range(4)]
     Path(paths[2]).write_bytes(b"no video at all")
-    loader = make_view_loader(
-        ViewDataset(paths, views(num_frames=2, height=16, width=16)), [3, 2, 0], 2, workers
+    found: list[Any] = list(
+        load_views(paths, [3, 2, 0], views(num_frames=2, height=16, width=16), workers)
     )
-    batches: list[Any] = list(loader)
-    assert [[video.index for video in batch] for batch in batches] == [[3, 2], [0]]
-    bad = batches[0][1]
-    assert bad.views is None
-    assert (bad.failure.path, bad.failure.decoder) == (paths[2], "pyav")
-    assert batches[1][0].views.clips().shape == (15, 2, 16, 16, 3)
+    assert [video for video, _, _ in found] == [3, 2, 0]
+    _, nothing, failure = found[1]
+    assert nothing is None
+    assert (failure.path, failure.decoder) == (paths[2], "pyav")
+    assert found[2][1].clips().shape == (15, 2, 16, 16, 3)

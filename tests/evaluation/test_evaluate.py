@@ -110,7 +110,7 @@ def test_scores_are_the_mean_over_views_of_the_softmax(
     for row in found:
         if "bad" in row:
             continue
-        video = views_of(classifier, 2, 2).read(row["path"])
+        video = views_of(classifier.config, classifier.classifier_config, 2, 2).read(row["path"])
         with torch.no_grad():
             scores = [classifier(clip[None]).double().softmax(dim=1)[0] for clip in video.clips()]
         expected = torch.stack(scores).mean(dim=0)

@@ -29,8 +29,8 @@ from video_mae import (
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
-from video_mae.data import windows as module
-from video_mae.data.windows import Windows, clip_times
+from video_mae.data import views as module
+from video_mae.data.views import Windows
 from video_mae.decoding import Reading, decode, stream
 from video_mae.evaluation.extract import FeatureFile, file_name, start
 from video_mae.evaluation.features import FrozenEncoder
@@ -209,13 +209,13 @@ def test_times_follow_the_stamps_of_a_variable_frame_rate(shared_videos: Path) -
         seconds = sorted(
             frame.time for frame in container.decode(video=0) if frame.time is not None
         )
-    times = clip_times(str(shared_videos / "real" / "vfr.mp4"), len(seconds), windows)
+    times, _ = windows.read(str(shared_videos / "real" / "vfr.mp4"))
     first = seconds[0]
     assert times.start_seconds_C == pytest.approx(
         [second - first for second in seconds[: len(times.start_frame_C) * 5 : 5]], abs=1e-3
     )
     # without stamps on some frames
-    avi = clip_times(str(shared_videos / "real" / "tests_data_test.avi"), 164, windows)
+    avi, _ = windows.read(str(shared_videos / "real" / "tests_data_test.avi"))
     assert avi.start_seconds_C == pytest.approx(avi.start_frame_C / 25)
 
 
@@ -255,8 +255,8 @@ def test_clips_are_made_while_the_video_is_read_and_frames_are_let_go(
         num_frames=4, height=16, width=16, stride=3, hop=2, crop="whole", reading=Reading()
     )
     most = []
-    for total, clip_THWC in windows.clips(str(video)):
-        assert (total, clip_THWC.shape) == (103, (4, 16, 16, 3))
+    for clip_THWC in windows.read(str(video))[1]:
+        assert clip_THWC.shape == (4, 16, 16, 3)
         assert len(read) <= 2 * len(most) + 10  # frames that are wanted up to the end of this clip
         most.append(len(alive))
     assert len(most) == 47
@@ -274,7 +274,7 @@ def test_the_middle_or_all_of_a_frame_is_seen(
         windows = Windows(
             num_frames=4, height=16, width=16, stride=1, hop=4, crop=crop, reading=Reading()
         )
-        ((_, clips[crop]),) = windows.clips(path)
+        (clips[crop],) = windows.read(path)[1]
     assert clips["center"].float().mean() < 10
     assert clips["whole"].float().mean() == pytest.approx(127, abs=10)
 

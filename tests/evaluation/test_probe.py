@@ -217,10 +217,9 @@ def test_features_are_those_of_the_encoder_one_by_one(
     )
     features = probing.encode("train", FrozenEncoder(load_pretrained(model), CPU), tmp_path)
     assert (tmp_path / "train").is_file()
-    assert features.tokens_XND is not None
-    pooled_MVD = features.pooled_XD.unflatten(0, (24, 2))
-    tokens_MVND = features.tokens_XND.unflatten(0, (24, 2))
-    assert features.seen_X.tolist() == [i not in (8, 9) for i in range(48)]
+    pooled_MVD, tokens_MVND = features.pooled_MVD, features.tokens_MVND
+    assert tokens_MVND is not None
+    assert features.seen_M.tolist() == [i != 4 for i in range(24)]
     for video in (0, 3, 23):
         with torch.no_grad():
             path = probing.lists["train"].paths[video]

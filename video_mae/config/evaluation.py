@@ -76,7 +76,7 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
     )
     batch_size: int = knob(
         1,
-        "videos that are handed over and copied at once; each goes through the model by itself, "
+        "half of the videos that each worker keeps ready; each goes through the model by itself, "
         "so that no figure depends on it",
         low=1,
     )

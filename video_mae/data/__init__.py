@@ -6,7 +6,7 @@ from video_mae.data.dataset import Batch, ClipDataset, Failure, collate
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler, sample_rng
 from video_mae.data.sources import read_sources
-from video_mae.data.videos import class_names, read_annotations
+from video_mae.data.videos import read_annotations
 from video_mae.decoding import VideoDecodeError, decode
 from video_mae.decoding.choices import clip_indices
 
@@ -16,7 +16,6 @@ __all__ = [
     "Failure",
     "StepSampler",
     "VideoDecodeError",
-    "class_names",
     "clip_indices",
     "collate",
     "decode",

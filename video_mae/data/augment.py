@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
@@ -113,8 +114,8 @@ def _random_box(
 
 
 def crop_clip(
-    clip_THWC: torch.Tensor, box: Box, size: tuple[int, int], flip: bool, *, antialias: bool = True
-) -> torch.Tensor:
+    clip_THWC: Tensor, box: Box, size: tuple[int, int], flip: bool, *, antialias: bool = True
+) -> Tensor:
     """Cuts one box out of every frame, resizes it to size = (height, width), mirrors it if asked:
     clip_THWC, contiguous, of its type.
 
@@ -140,25 +141,27 @@ def crop_clip(
         video_TCHW = F.horizontal_flip(video_TCHW)
     if dtype == torch.uint16:
         video_TCHW = video_TCHW.round().to(dtype)
-    return video_TCHW.as_subclass(torch.Tensor).permute(0, 2, 3, 1).contiguous()
+    return video_TCHW.as_subclass(Tensor).permute(0, 2, 3, 1).contiguous()
 
 
-PixelChange = Callable[[torch.Tensor, float, list[float]], torch.Tensor]
-"""From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video."""
+PixelChange = Callable[..., Tensor]
+"""From video_TCHW, a strength in [-1, 1] and the filling of empty corners to the changed video; of
+torchvision's some take less.
+"""
 
 
-def _plain(change: Callable[[torch.Tensor], torch.Tensor]) -> PixelChange:
+def _plain(change: PixelChange) -> PixelChange:
     return lambda video, level, fill: change(video)
 
 
-def _adjust(adjust: Callable[[torch.Tensor, float], torch.Tensor]) -> PixelChange:
+def _adjust(adjust: PixelChange) -> PixelChange:
     return lambda video, level, fill: adjust(video, max(0.1, 1 + 0.9 * level))
 
 
 def _move(shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 0)) -> PixelChange:
     """At full strength, along x and y: slopes, and shares of the sides."""
 
-    def move(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+    def move(video: Tensor, level: float, fill: list[float]) -> Tensor:
         height, width = video.shape[-2:]
         return F.affine(
             video,
@@ -174,12 +177,12 @@ def _move(shear: tuple[float, float] = (0, 0), shift: tuple[float, float] = (0, 
     return move
 
 
-def _solarize(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+def _solarize(video: Tensor, level: float, fill: list[float]) -> Tensor:
     threshold = 256 - int(256 * abs(level))
     return F.solarize(video, threshold) if threshold < 256 else video
 
 
-def _solarize_add(video: torch.Tensor, level: float, fill: list[float]) -> torch.Tensor:
+def _solarize_add(video: Tensor, level: float, fill: list[float]) -> Tensor:
     added = (video.int() + int(110 * abs(level))).clamp(max=255).to(video.dtype)
     return torch.where(video < 128, added, video)
 
@@ -206,12 +209,12 @@ OPERATIONS: dict[str, PixelChange] = {
 
 
 def strengthen_clip(
-    clip_THWC: torch.Tensor,
+    clip_THWC: Tensor,
     config: AugmentConfig,
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
-) -> torch.Tensor:
+) -> Tensor:
     """RandAugment, then random erasing, of a clip that is cropped: uint8 clip_THWC on its own
     device, a function of clip and seed.
 
@@ -225,8 +228,8 @@ def strengthen_clip(
 
 
 def _rand_augment(
-    clip_THWC: torch.Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator
-) -> torch.Tensor:
+    clip_THWC: Tensor, config: AugmentConfig, mean: Sequence[float], rng: np.random.Generator
+) -> Tensor:
     """augment.randaugment_ops operations, each drawn, done with probability 0.5, at a strength
     normal around the given one.
 
@@ -252,8 +255,8 @@ def _rand_augment(
 
 
 def _erase(
-    clip_THWC: torch.Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator
-) -> torch.Tensor:
+    clip_THWC: Tensor, mean: Sequence[float], std: Sequence[float], rng: np.random.Generator
+) -> Tensor:
     """One box of all frames becomes noise, new in each frame, as normal as the normalised pixels
     are meant to be (kept in [0, 255]).
 
@@ -275,8 +278,8 @@ def _erase(
 
 
 def mix_batch(
-    clip_BTHWC: torch.Tensor, target_BK: torch.Tensor, config: AugmentConfig, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    clip_BTHWC: Tensor, target_BK: Tensor, config: AugmentConfig, seed: int
+) -> tuple[Tensor, Tensor]:
     """Mixup or cutmix of each clip with the one before it in the batch, and of their targets: one
     draw for all, from `seed` alone.
 
@@ -300,7 +303,7 @@ def mix_batch(
         video_BTCHW, target_BK = v2.RandomApply([choice], config.mix_probability)(
             video_BTCHW, target_BK
         )
-    mixed_BTHWC = video_BTCHW.as_subclass(torch.Tensor).permute(0, 1, 3, 4, 2)
+    mixed_BTHWC = video_BTCHW.as_subclass(Tensor).permute(0, 1, 3, 4, 2)
     if not clip_BTHWC.is_floating_point():
         mixed_BTHWC = mixed_BTHWC.round_()
     return mixed_BTHWC.to(clip_BTHWC.dtype).contiguous(), target_BK

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
-from video_mae.data.augment import crop_box, crop_clip, strengthen_clip
-from video_mae.data.device_crop import Crop, CropSize, UncutClips, for_trainer
+from video_mae.data.augment import crop_box, strengthen_clip
+from video_mae.data.device_crop import Crop, CropSize, UncutClips, cut, for_trainer
 from video_mae.data.sampling import Key, sample_rng, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
@@ -55,8 +56,8 @@ class Sample:
     fallback: where the video was not read by the run's decoder.
     """
 
-    clips: tuple[torch.Tensor, ...]
-    seeds_R: torch.Tensor
+    clips: tuple[Tensor, ...]
+    seeds_R: Tensor
     label: int
     index: int
     failures: tuple[Failure, ...] = ()
@@ -64,11 +65,6 @@ class Sample:
     costs: Costs = Costs()
     crops: tuple[Crop, ...] = ()
     crop_size: CropSize | None = None
-
-    @property
-    def clip_RTHWC(self) -> torch.Tensor:  # noqa: N802  (shape letters)
-        """The clips as one tensor."""
-        return torch.stack(self.clips)
 
 
 @dataclass(kw_only=True)
@@ -80,17 +76,17 @@ class Batch:
     brings them there. costs: of all its clips together.
     """
 
-    clip_BTHWC: torch.Tensor
-    seeds_B: torch.Tensor
-    label_B: torch.Tensor
-    index_B: torch.Tensor
-    host_seeds_B: torch.Tensor
+    clip_BTHWC: Tensor
+    seeds_B: Tensor
+    label_B: Tensor
+    index_B: Tensor
+    host_seeds_B: Tensor
     failures: tuple[Failure, ...]
     fallbacks: tuple[Failure, ...] = ()
     costs: Costs = Costs()
 
     @property
-    def on_device(self) -> tuple[torch.Tensor, ...]:
+    def on_device(self) -> tuple[Tensor, ...]:
         """The tensors that `to` moves."""
         return self.clip_BTHWC, self.seeds_B, self.label_B
 
@@ -102,7 +98,7 @@ class Batch:
         """The batch on a device, copied without waiting, its clips cut there."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         clip_BTHWC, seeds_B, label_B = map(move, self.on_device)
         return replace(self, clip_BTHWC=clip_BTHWC, seeds_B=seeds_B, label_B=label_B)
 
@@ -136,8 +132,8 @@ class ClipDataset(Dataset[Sample]):
     """Clips for pretraining: dataset[epoch, index] is a function of (seed, epoch, index) alone,
     whatever the worker, rank and batch.
 
-    antialias: of the pixels that resizing leaves out, whether they are averaged in, or not looked
-    at.
+    classifier: how frames are chosen and clips resized to be classified; None: to pretrain.
+    finish: what a worker does to a clip that is cut, with a seed.
     """
 
     videos: InitVar[VideoList | Sources]
@@ -147,13 +143,15 @@ class ClipDataset(Dataset[Sample]):
     width: int
     seed: int
     in_channels: int = 3
-    antialias: bool = True
+    classifier: ClassifierConfig | None = None
+    finish: Callable[..., Tensor] | None = None
 
     def __post_init__(self, videos: VideoList | Sources) -> None:
         is_list = isinstance(videos, VideoList)
         self.paths = Sources([("data", self.data, videos)]) if is_list else videos
+        antialias = self.classifier is None or self.classifier.antialias
         self.size = CropSize(
-            self.num_frames, self.height, self.width, self.data.sixteen_bit, self.antialias
+            self.num_frames, self.height, self.width, self.data.sixteen_bit, antialias
         )
         self.threads = plan_workers(self.data.num_workers, self.data.decoder_threads).threads
 
@@ -210,13 +208,16 @@ class ClipDataset(Dataset[Sample]):
             sample.crops = tuple(crops)
             sample.crop_size = self.size
         else:
-            sample.clips = tuple(
-                self._finish(self._cut(frames_THWC, crop), seed)
-                for crop, seed in zip(crops, seeds, strict=True)
-            )
+            clips = [cut(frames_THWC, crop, self.size) for crop in crops]
+            if self.finish is not None:
+                pairs = zip(clips, seeds, strict=True)
+                clips = [self.finish(clip_THWC, seed=seed) for clip_THWC, seed in pairs]
+            sample.clips = tuple(clips)
         return sample
 
     def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
+        if self.classifier is not None:
+            return frame_choice(self.classifier, self.num_frames, rng)
         return partial(
             clip_indices,
             num_frames=self.num_frames,
@@ -224,19 +225,6 @@ class ClipDataset(Dataset[Sample]):
             rng=rng,
             reach_end=self.data.reach_end,
         )
-
-    def _cut(self, frames_THWC: torch.Tensor, crop: Crop) -> torch.Tensor:
-        clip_THWC = crop_clip(
-            frames_THWC, crop.box, (self.height, self.width), crop.flip, antialias=self.antialias
-        )
-        # The clips of a run have one type; 257 = 65535 / 255.
-        if self.data.sixteen_bit and clip_THWC.dtype == torch.uint8:
-            clip_THWC = clip_THWC.to(torch.uint16) * 257
-        return clip_THWC
-
-    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
-        """What a worker does to a clip that is cut."""
-        return clip_THWC
 
 
 def frame_choice(
@@ -251,32 +239,24 @@ def frame_choice(
     return partial(part_indices, num_frames=num_frames, short=short, rng=rng)
 
 
-class LabelledClips(ClipDataset):
+def labelled_clips(videos: VideoList | Sources, config: FinetuneConfig) -> ClipDataset:
     """Clips to train on: dataset[epoch, index] is a function of (seed, epoch, index) alone, and so
     is what augments it.
     """
-
-    def __init__(self, paths: VideoList | Sources, config: FinetuneConfig) -> None:
-        self.config, model = config, config.model
-        super().__init__(
-            paths,
-            config.data,
-            model.num_frames,
-            model.height,
-            model.width,
-            config.seed,
-            model.in_channels,
-            config.classifier.antialias,
-        )
-
-    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return frame_choice(self.config.classifier, self.num_frames, rng)
-
-    def _finish(self, clip_THWC: torch.Tensor, seed: int) -> torch.Tensor:
-        augment, model = self.config.augment, self.config.model
-        if augment.where == "device":
-            return clip_THWC
-        return strengthen_clip(clip_THWC, augment, model.mean, model.std, seed)
+    c, augment, finish = config.model, config.augment, None
+    if augment.where == "worker":
+        finish = partial(strengthen_clip, config=augment, mean=c.mean, std=c.std)
+    return ClipDataset(
+        videos,
+        config.data,
+        c.num_frames,
+        c.height,
+        c.width,
+        config.seed,
+        c.in_channels,
+        config.classifier,
+        finish,
+    )
 
 
 class ValidationClips(Dataset[Sample]):
@@ -288,14 +268,11 @@ class ValidationClips(Dataset[Sample]):
     """
 
     def __init__(self, paths: VideoList, config: FinetuneConfig) -> None:
-        plain = replace(
-            config,
-            data=replace(
-                config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
-            ),
-            augment=replace(config.augment, where="device"),  # which does not come to that
+        self.clips = labelled_clips(paths, config)
+        self.clips.finish = None
+        self.clips.data = replace(
+            config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
         )
-        self.clips = LabelledClips(paths, plain)
         self.choose = frame_choice(config.classifier, config.model.num_frames)
 
     def __getitem__(self, index: int) -> Sample:

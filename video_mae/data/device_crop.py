@@ -1,25 +1,24 @@
-"""The crops of a batch, cut on the device: whole frames go there once, all boxes are cut and
-resized in a few launches.
+"""The crops of a batch, cut on the device: whole frames go there once, each box is cut and resized
+there.
 
-V videos, R crops of each, F frames that are there (1 of a still, else T), T frames of a clip, H W
-pixels of the frames, h w of the crops, C channels, B = V x R.
+R crops of a video, F frames that are there (1 of a still, else T), T frames of a clip, H W pixels
+of the frames, C channels, B clips.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from video_mae.data.augment import Box
+from video_mae.data.augment import Box, crop_clip
 
 CHUNK_BYTES = 2**28
-"""What the steps of cutting some videos may take at once on the device, beside the frames and the
-crops themselves.
+"""What the steps of cutting a clip may take at once on the device, beside the frames and the clips
+themselves.
 """
 
 
@@ -45,162 +44,92 @@ class CropSize(NamedTuple):
         return torch.uint16 if self.sixteen_bit else torch.uint8
 
 
-def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for what a worker hands over, which the trainer sees too: anything else would be
     copied once more on its way.
     """
-    empty = torch.empty(0, dtype=dtype)
     if get_worker_info() is None:
-        return empty.new_empty(shape)
-    num = math.prod(shape)
-    storage = empty.untyped_storage()._new_shared(num * dtype.itemsize)
-    return empty.set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
+
+
+def cut(frames_FHWC: Tensor, crop: Crop, size: CropSize) -> Tensor:
+    """The clip clip_FHWC of a crop: what workers and devices do."""
+    clip_FHWC = crop_clip(frames_FHWC, crop.box, size[1:3], crop.flip, antialias=size.antialias)
+    # The clips of a run have one type; 257 = 65535 / 255. Few operations know uint16.
+    if size.sixteen_bit and clip_FHWC.dtype == torch.uint8:
+        clip_FHWC = (clip_FHWC.int() * 257).to(torch.uint16)
+    return clip_FHWC
 
 
 @dataclass(frozen=True)
 class UncutClips:
-    """Frames of videos, as bytes one after another, videos of one size neighbours, and what is to
-    be cut out of them.
-
-    crop_VR5: (top, left, height, width, flip). order_V: where each video's clips stand in the
-    batch. groups: the type of neighbours, and their frames' shape (V, F, H, W, C).
+    """Frames of videos, as bytes one after another, and of each video the type and shape
+    (F, H, W, C) of its frames, and the crops to be cut out of them.
     """
 
-    bytes_N: torch.Tensor
-    crop_VR5: torch.Tensor
-    order_V: torch.Tensor
-    groups: tuple[tuple[torch.dtype, tuple[int, ...]], ...]
+    bytes_N: Tensor
+    videos: Sequence[tuple[torch.dtype, torch.Size, Sequence[Crop]]]
     size: CropSize
 
     @classmethod
     def gather(
-        cls, frames: Sequence[torch.Tensor], crops: Sequence[Sequence[Crop]], size: CropSize
+        cls, frames: Sequence[Tensor], crops: Sequence[Sequence[Crop]], size: CropSize
     ) -> "UncutClips":
         """Of each video its frames_FHWC, uint8 or uint16, and its R crops; a still, shown T times
         from the same memory, is taken once.
         """
         frames = [video[:1] if video.stride(0) == 0 else video for video in frames]
-
-        places_of = defaultdict[Any, list[int]](list)
-        for place, video in enumerate(frames):
-            places_of[video.dtype, video.shape].append(place)
-        # uint16 comes first, so that it lies at even bytes
-        kinds = sorted(places_of, key=lambda kind: -kind[0].itemsize)
-        order = [place for kind in kinds for place in places_of[kind]]
-        clips = cls(
-            for_trainer((sum(video.nbytes for video in frames),), torch.uint8),
-            torch.tensor([[(*crop.box, crop.flip) for crop in crops[place]] for place in order]),
-            torch.tensor(order),
-            tuple((dtype, (len(places_of[dtype, shape]), *shape)) for dtype, shape in kinds),
-            size,
-        )
-        there = chain.from_iterable(clips._frames(clips.bytes_N))
-        for place, there_FHWC in zip(order, there, strict=True):
-            there_FHWC.copy_(frames[place])
+        videos = [(v.dtype, v.shape, c) for v, c in zip(frames, crops, strict=True)]
+        num_bytes = sum(_even(video.nbytes) for video in frames)
+        clips = cls(for_trainer((num_bytes,), torch.uint8), videos, size)
+        for there_FHWC, video in zip(clips._frames(clips.bytes_N), frames, strict=True):
+            there_FHWC.copy_(video)
         return clips
 
-    def _frames(self, bytes_N: torch.Tensor) -> list[torch.Tensor]:
-        """The frames of each group, frames_VFHWC: views of the bytes."""
-        sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in self.groups]
-        return [
-            part_N.view(dtype).view(shape)
-            for part_N, (dtype, shape) in zip(bytes_N.split(sizes), self.groups, strict=True)
-        ]
+    def _frames(self, bytes_N: Tensor) -> Iterator[Tensor]:
+        """The frames_FHWC of each video: views of the bytes."""
+        begin = 0
+        for dtype, shape, _ in self.videos:
+            num_bytes = dtype.itemsize * shape.numel()
+            yield bytes_N[begin : begin + num_bytes].view(dtype).view(shape)
+            begin += _even(num_bytes)
 
     def pin_memory(self) -> "UncutClips":
         """The same in page-locked memory."""
-        return replace(
-            self,
-            bytes_N=self.bytes_N.pin_memory(),
-            crop_VR5=self.crop_VR5.pin_memory(),
-            order_V=self.order_V.pin_memory(),
-        )
+        return replace(self, bytes_N=self.bytes_N.pin_memory())
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> torch.Tensor:
-        """The clips clip_BTHWC, cut on a device: of each frame the box, resized bilinearly with a
-        triangle filter as wide as a pixel of the result (torchvision's antialias; without it as a
-        pixel of the frame), mirrored where asked.
-
-        Resizing is two products of matrices: with the weights of rows, then with those of columns.
-        Within 1 level of `crop_clip`, which rounds uint8 between the two.
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Tensor:
+        """The clips clip_BTHWC, cut on a device as `cut` does it: on a CPU the pixels are those of
+        workers, on a GPU they are within 1 level, as torch rounds uint8 on a CPU once more.
         """
-        bytes_N, crop_VR5, order_V = (
-            tensor.to(device, non_blocking=non_blocking)
-            for tensor in (self.bytes_N, self.crop_VR5, self.order_V)
-        )
-        size, num_crops = self.size, crop_VR5.shape[1]
-        shape = len(order_V), num_crops, *size[:3], self.groups[0][1][-1]
-        clip_VRTHWC = torch.empty(shape, dtype=size.dtype, device=device)
-        # few operations know uint16
-        bits = clip_VRTHWC.view(torch.int16) if size.sixteen_bit else clip_VRTHWC
-        nums = [of_group[0] for _, of_group in self.groups]
-        for frames_VFHWC, some_crops, some_order in zip(
-            self._frames(bytes_N), crop_VR5.split(nums), order_V.split(nums), strict=True
-        ):
-            num_videos, num_frames = _at_once(frames_VFHWC, num_crops, size)
-            for videos in range(0, len(frames_VFHWC), num_videos):
-                here = slice(videos, videos + num_videos)
-                for first in range(0, frames_VFHWC.shape[1], num_frames):
-                    times = slice(first, first + num_frames)
-                    part = _resized(frames_VFHWC[here, times], some_crops[here], size)
-                    if frames_VFHWC.shape[1] == 1:  # a still
-                        times, part = slice(None), part.expand(-1, -1, size.num_frames, -1, -1, -1)
-                    bits[:, :, times].index_copy_(0, some_order[here], part.view(bits.dtype))
-        return clip_VRTHWC.flatten(0, 1)
+        size, (_, (*_, channels), _) = self.size, self.videos[0]
+        num_clips = sum(len(crops) for _, _, crops in self.videos)
+        shape = num_clips, *size[:3], channels
+        clip_BTHWC = torch.empty(shape, dtype=size.dtype, device=device)
+        left = iter(clip_BTHWC)
+        frames = self._frames(self.bytes_N.to(device, non_blocking=non_blocking))
+        for frames_FHWC, (_, _, crops) in zip(frames, self.videos, strict=True):
+            for crop in crops:
+                num_frames = _at_once(frames_FHWC, crop, size)
+                parts = frames_FHWC.split(num_frames)
+                # a still becomes all frames of its clip
+                for there_THWC, part in zip(next(left).split(num_frames), parts, strict=True):
+                    there_THWC.copy_(cut(part, crop, size))
+        return clip_BTHWC
 
 
-def _number(frames_VFHWC: torch.Tensor, size: CropSize) -> torch.dtype:
-    """Of the products: float16 holds every uint8, and rounding weights and lines to it costs a
-    fifth of a level; a CPU is slow with it.
-    """
-    is_small = frames_VFHWC.dtype == torch.uint8 and not size.sixteen_bit
-    return torch.float16 if frames_VFHWC.is_cuda and is_small else torch.float32
+def _even(num_bytes: int) -> int:
+    """Room for frames, so that uint16 lies at even bytes."""
+    return num_bytes + num_bytes % 2
 
 
-def _at_once(frames_VFHWC: torch.Tensor, num_crops: int, size: CropSize) -> tuple[int, int]:
-    """How many videos, and how many of their frames, are cut at once."""
-    _, num_frames, height, width, channels = frames_VFHWC.shape
-    pixels = height * width + num_crops * size.height * (width + 2 * size.width)
-    frame_bytes = pixels * channels * _number(frames_VFHWC, size).itemsize
-    weight_bytes = 3 * 4 * num_crops * (size.height * height + size.width * width)
-    videos = CHUNK_BYTES // (num_frames * frame_bytes + weight_bytes)
-    frames = (CHUNK_BYTES - weight_bytes) // frame_bytes
-    return max(videos, 1), max(frames, 1)
-
-
-def _resized(frames_VFHWC: torch.Tensor, crop_VR5: torch.Tensor, size: CropSize) -> torch.Tensor:
-    """All crops of some videos of one size: clip_VRFhwC, of the type that the batch has."""
-    (num, frames, height, width, channels), num_crops = frames_VFHWC.shape, crop_VR5.shape[1]
-    number = _number(frames_VFHWC, size)
-    top_B, left_B, rows_B, columns_B, flip_B = crop_VR5.flatten(0, 1).unbind(1)
-    row_BhH = _weights(top_B, rows_B, size.height, height, antialias=size.antialias)
-    column_BwW = _weights(left_B, columns_B, size.width, width, antialias=size.antialias)
-    column_BwW = torch.where(flip_B[:, None, None] > 0, column_BwW.flip(1), column_BwW)
-    frame_VHFCW = frames_VFHWC.permute(0, 2, 1, 4, 3)
-    frame_VHN = frame_VHFCW.to(number, memory_format=torch.contiguous_format).flatten(2)
-    line_VNN = row_BhH.to(number).view(num, -1, height) @ frame_VHN
-    pixel_BNw = line_VNN.view(num * num_crops, -1, width) @ column_BwW.to(number).mT
-    if size.sixteen_bit and frames_VFHWC.dtype == torch.uint8:
-        pixel_BNw = pixel_BNw.round_().clamp_(0, 255).mul_(257)  # 65535 / 255
-    pixel_BNw = pixel_BNw.round_().clamp_(0, torch.iinfo(size.dtype).max)
-    pixel_VRhFCw = pixel_BNw.view(num, num_crops, size.height, frames, channels, size.width)
-    return pixel_VRhFCw.permute(0, 1, 3, 2, 5, 4).to(size.dtype)
-
-
-def _weights(
-    begin_B: torch.Tensor, length_B: torch.Tensor, num_out: int, num_in: int, *, antialias: bool
-) -> torch.Tensor:
-    """What each of num_in pixels gives to each of num_out: weight_Boi of the boxes [begin, begin +
-    length), rows of sum 1.
-
-    In float32, in the order in which torch computes them: a weight of the border of a large box is
-    the same.
-    """
-    scale_B = length_B.float() / num_out
-    center_Bo = scale_B[:, None] * (torch.arange(num_out, device=begin_B.device) + 0.5)
-    place_Bi = torch.arange(num_in, device=begin_B.device) - begin_B[:, None]
-    reach_B = scale_B.clamp(min=1) if antialias else torch.ones_like(scale_B)
-    distance_Boi = (place_Bi[:, None] - center_Bo[:, :, None] + 0.5) * (1 / reach_B)[:, None, None]
-    weight_Boi = (1 - distance_Boi.abs()).clamp(min=0)
-    weight_Boi = weight_Boi * ((place_Bi >= 0) & (place_Bi < length_B[:, None]))[:, None]
-    return weight_Boi / weight_Boi.sum(dim=2, keepdim=True)
+def _at_once(frames_FHWC: Tensor, crop: Crop, size: CropSize) -> int:
+    """How many frames are cut at once; torch resizes them as float32, and copies them for it."""
+    num_frames, _, _, channels = frames_FHWC.shape
+    if num_frames == 1:
+        return size.num_frames
+    _, _, rows, columns = crop.box
+    frame_bytes = 2 * 4 * channels * (rows * columns + size.height * size.width)
+    return max(CHUNK_BYTES // frame_bytes, 1)

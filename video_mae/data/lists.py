@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from video_mae.config.data import ListFormat
 from video_mae.decoding.containers import is_regular
@@ -56,12 +56,12 @@ _VALUE = re.compile(r"[-+.\d]+|.*/.*")  # no name of a column
 
 
 class Line(NamedTuple):
-    """A file that a list or a folder names: its line from 1 on (0: no list), its path and label
+    """A file that a list or a folder names: its line from 1 on (0: no list), its place and label
     (-1: none), and what is wrong with it ("": nothing).
     """
 
     number: int
-    path: str
+    path: Any
     label: int = -1
     mistake: str = ""
 

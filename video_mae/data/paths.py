@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from video_mae.data.lists import NO_FRAMES, NO_INTEGER
 from video_mae.decoding.containers import is_regular
 
-STAT_THREADS, STAT_CHUNK = 16, 2000
+STAT_THREADS, STAT_CHUNK = 16, 100
 LISTED = 16
 """Paths of one folder from which on it is listed, at most LISTED_MORE times as many names as paths,
 before files are asked for singly.
@@ -130,14 +130,10 @@ def first_bad(paths: Paths) -> int | None:
         return next((index for index in indices if not is_regular(paths[index])), None)
 
     left = np.flatnonzero(~_listed_as_regular(paths)).tolist()
+    shares = [left[first : first + STAT_CHUNK] for first in range(0, len(left), STAT_CHUNK)]
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        for first in range(0, len(left), STAT_CHUNK):
-            chunk = left[first : first + STAT_CHUNK]
-            shares = [chunk[thread::STAT_THREADS] for thread in range(STAT_THREADS)]
-            bad = [index for index in pool.map(first_of, shares) if index is not None]
-            if bad:
-                return min(bad)
-    return None
+        # what is left of the shares is not begun once one is found
+        return next((index for index in pool.map(first_of, shares) if index is not None), None)
 
 
 def _listed_as_regular(paths: Paths) -> NDArray[np.bool_]:

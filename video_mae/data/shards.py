@@ -45,13 +45,6 @@ def key_of(number: int) -> str:
     return f"{number:09d}"
 
 
-def number_of(shard: str) -> int:
-    """The number of a shard by its name. Raises: ValueError."""
-    if not _SHARD_NAME.fullmatch(shard):
-        raise ValueError(f"{shard} is no name of a shard")
-    return int(shard[6:-4])
-
-
 ROW = np.dtype([("shard", "i4"), ("number", "i8"), ("offset", "i8"), ("size", "i8")])
 """Where a packed video lies: its shard, its row in the list, and its bytes in the shard."""
 

@@ -22,13 +22,14 @@ from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.lists import Line, read_list
 from video_mae.data.paths import Paths, file_mistake, first_bad, printable
-from video_mae.data.shards import Members, is_packed, read_manifest, read_packed
+from video_mae.data.shards import Members, is_packed, read_packed
 from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS
 from video_mae.decoding.pictures import STILLS
 from video_mae.files import one_line, read_text
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 CLASS_FILE = "classes.txt"
+NO_LINES = "the list is empty, write lines `PATH LABEL` into it"
 TOLD = 8  # endings and classes that a note names
 
 
@@ -66,8 +67,8 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
     """The videos of data.source; one without a label has -1.
 
     A list file has lines as `read_list` reads them, or as data.list_format says; relative paths
-    start at data.root or at the folder of the list. A folder has a folder per class (`class_names`
-    gives their order), searched to any depth, or files without labels; all are videos, or none is.
+    start at data.root or at the folder of the list. A folder has a folder per class, sorted by
+    name, searched to any depth, or files without labels; all are videos, or none is.
     A file that a folder would give is itself the only one. The notes of the result tell what a
     folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
     one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and
@@ -80,7 +81,7 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
         members, label_M, names = read_packed(data.source, what)
         return VideoList(members, label_M, class_names=names)
     paths, labels, numbers = Paths(), array("q"), array("q")
-    lines, notes = read_entries(data, what)
+    lines, notes, names = read_entries(data, what)
     for number, path, label, mistake in lines:
         if mistake:
             raise ValueError(f"{place(data.source, number)}: {mistake}")
@@ -88,12 +89,12 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
         labels.append(label)
         numbers.append(number)
     if not len(paths):
-        raise ValueError(f"{data.source}: the list is empty, write lines `PATH LABEL` into it")
+        raise ValueError(f"{data.source}: {NO_LINES}")
     bad = first_bad(paths)
     if bad is not None:
         error, mistake = file_mistake(paths[bad], labels[bad])
         raise error(f"{place(data.source, numbers[bad])}: {mistake}")
-    return VideoList(paths, np.array(labels), notes, class_names(data))
+    return VideoList(paths, np.array(labels), notes, names)
 
 
 def place(source: str, number: int) -> str:
@@ -103,9 +104,10 @@ def place(source: str, number: int) -> str:
 
 def read_entries(
     data: SourceConfig, what: str = "data.source"
-) -> tuple[Iterator[Line], tuple[str, ...]]:
-    """What a list or folder names, in its order, and what is to be told about it; no file is
-    touched but the first of a list, and a line that is wrong is a Line with a mistake.
+) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
+    """What a list or folder names, in its order; what is to be told about it; and the names of the
+    labels 0, 1, ... where it is a folder with a folder per class. No file is touched but the first
+    of a list, and a line that is wrong is a Line with a mistake.
 
     Raises: FileNotFoundError or ValueError where there is no such source, or a folder has no files
     that fit.
@@ -124,43 +126,43 @@ def read_entries(
             f"runs in {Path.cwd()})"
         )
     if _ending(data.source) in EXTENSIONS:
-        return iter([Line(0, data.source)]), ()
+        return iter([Line(0, data.source)]), (), ()
     if data.root and not Path(data.root).is_dir():
         raise FileNotFoundError(
             f"{re.sub('source$', 'root', what)}: no such folder: {data.root}, relative paths of "
             f"{source} start there"
         )
-    return read_list(source, data.list_format, os.path.join(data.root or source.parent, ""))
+    folder = os.path.join(data.root or source.parent, "")
+    return *read_list(source, data.list_format, folder), ()
 
 
-def class_names(data: SourceConfig) -> tuple[str, ...]:
-    """The names of the labels 0, 1, ... where data.source is a folder with a folder per class, or
-    was packed from one; else none.
+def read_lines(
+    data: SourceConfig, what: str = "data.source"
+) -> tuple[list[Line], tuple[str, ...], tuple[str, ...]]:
+    """All that a list, a folder or a packed folder names, as `read_entries` reads it, good or bad;
+    what is to be told about it; and the names of the classes, those of a classes.txt beside a list
+    as well.
+
+    Raises: as `read_entries`, and ValueError where nothing is named.
     """
     if is_packed(data.source):
-        return tuple(read_manifest(data.source)["class_names"])
-    source = Path(data.source)
-    if not source.is_dir():
-        return ()
-    return tuple(one_line(name) for name in _class_folders(source))
+        members, label_M, names = read_packed(data.source, what)
+        pairs = zip(members, label_M.tolist(), strict=True)
+        return [Line(number, *pair) for number, pair in enumerate(pairs, start=1)], (), names
+    entries, notes, names = read_entries(data, what)
+    lines = list(entries)
+    if not lines:
+        raise ValueError(f"{data.source}: {NO_LINES}")
+    return lines, notes, names or class_file(Path(data.source))
 
 
-def _class_folders(source: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in source.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-
-
-def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...]]:
-    classes = _class_folders(source)
+def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
+    entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+    classes = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
     found = [
-        Line(0, path, label)
-        for label, name in enumerate(classes)
-        for path in _files(source / name, deep=True)
+        Line(0, path, label) for label, name in enumerate(classes) for path in _files(source / name)
     ]
-    found += [Line(0, path) for path in _files(source, deep=False)]
+    found += [Line(0, entry.path) for entry in entries if not entry.is_dir()]
     endings = Counter(_ending(line.path) for line in found)
     wanted = _wanted(source, set(endings))
     videos = [line for line in found if _ending(line.path) in wanted]
@@ -187,7 +189,7 @@ def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...]]:
             f"{source}: {len(empty)} of {len(classes)} classes have no videos, and keep their "
             f"labels: {_few(empty)}"
         )
-    return iter(videos), tuple(notes)
+    return iter(videos), tuple(notes), tuple(map(one_line, classes))
 
 
 def _wanted(source: Path, endings: set[str]) -> set[str]:
@@ -216,8 +218,8 @@ def _few(words: Iterable[str]) -> str:
     return ", ".join(shown)
 
 
-def _files(folder: Path, *, deep: bool) -> list[str]:
-    """The files of a folder, sorted; not one of them is touched: there may be millions.
+def _files(folder: Path) -> list[str]:
+    """The files below a folder, sorted; not one of them is touched: there may be millions.
 
     Links to files are followed, and a class may itself be a link; links to folders further down are
     not, they may lead in circles.
@@ -230,10 +232,8 @@ def _files(folder: Path, *, deep: bool) -> list[str]:
         )
 
     found: list[str] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    for parent, _, names in os.walk(folder, onerror=refuse):
         found += [os.path.join(parent, name) for name in names]
-        if not deep:
-            folders.clear()
     return sorted(found, key=lambda path: path.split(os.sep))
 
 

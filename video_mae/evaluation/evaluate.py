@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
 from video_mae.data.videos import read_labeled
-from video_mae.data.views import ViewDataset, make_view_loader
+from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.predict import classify_views, names_of, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
@@ -82,7 +82,9 @@ class Evaluation:
         self.names = self.videos.class_names or names_of(head)
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
         num_clips = config.num_clips or (5 if head.sampling == "dense" else 2)
-        self.views = views_of(self.model, num_clips, config.num_crops, data, self.workers.threads)
+        self.views = views_of(
+            self.model.config, head, num_clips, config.num_crops, data, self.workers.threads
+        )
         self.num_views = num_clips * config.num_crops
         self.settings = {
             "model": str(model_folder.absolute()),
@@ -120,43 +122,35 @@ class Evaluation:
         )
         nothing_K = np.full(model.classifier_config.num_classes, np.nan)
         outcomes: list[Outcome] = []
-        loader = make_view_loader(
-            ViewDataset(self.videos.paths, views), mine, config.batch_size, self.workers.num
-        )
+        ahead = 2 * config.batch_size
+        loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)
         with ranks.progress(len(mine)) as progress:
-            for batch in loader:
-                for video in batch:
-                    scores_K, bad = nothing_K, ""
-                    if video.failure:
-                        bad = video.failure.reason
-                    if video.views:
-                        scores_K = classify_views(model, video.views, config.precision).numpy()
-                    outcomes.append(Outcome(video.index, scores_K, bad))
-                    progress.update()
+            for video, viewed, failure in loader:
+                scores_K, bad = nothing_K, ""
+                if failure:
+                    bad = failure.reason
+                else:
+                    scores_K = classify_views(model, viewed, config.precision).numpy()
+                outcomes.append(Outcome(video, scores_K, bad))
+                progress.update()
         return outcomes
 
     def _conclude(self, outcomes: list[Outcome]) -> int:
         outcomes.sort(key=lambda outcome: outcome.video)
-        assert [outcome.video for outcome in outcomes] == list(range(len(self.videos))), (
-            "a video is missing, or came twice"
-        )
         scores = Scores(np.stack([outcome.scores_K for outcome in outcomes]), self.videos.label_M)
         has_scores_M, paths = scores.has_scores(), self.videos.paths
         bad = [outcome for outcome in outcomes if outcome.bad]
-        for video, _, reason in outcomes:
-            if not has_scores_M[video] and not reason:
-                print(
-                    f"no figures: the scores of {paths[video]} are not finite; try precision=fp32, "
-                    "or another model",
-                    flush=True,
-                )
-                return NO_FIGURES
-        if not has_scores_M.any():
-            print(
-                f"no figures: none of the {len(bad)} videos could be decoded; {paths[0]}: "
-                f"{bad[0].bad}",
-                flush=True,
+        why = ""
+        odd = [video for video, _, reason in outcomes if not reason and not has_scores_M[video]]
+        if odd:
+            why = (
+                f"the scores of {paths[odd[0]]} are not finite; try precision=fp32, or another "
+                "model"
             )
+        elif len(bad) == len(outcomes):
+            why = f"none of the {len(bad)} videos could be decoded; {paths[0]}: {bad[0].bad}"
+        if why:
+            print(f"no figures: {why}", flush=True)
             return NO_FIGURES
         figures = scores
         if self.config.skip_bad:

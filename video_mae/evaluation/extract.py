@@ -5,26 +5,25 @@ C clips of a video, B clips of a pass, L chosen blocks, D features.
 """
 
 import hashlib
-import json
-import math
 import os
-import zipfile
+import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.data.videos import read_annotations
-from video_mae.data.windows import Piece, PieceStream, Windows, make_piece_loader
+from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
@@ -44,8 +43,6 @@ FREE_KEYS = (
 )
 # of a video's name that its file keeps; with hash, ending and .part a name has at most 255 bytes
 MAX_STEM, MAX_BYTES = 100, 224
-FEATURES = "features"
-Arrays = Mapping[str, NDArray[np.generic]]
 
 
 def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callable[[], int]:
@@ -136,21 +133,20 @@ class Extraction:
         )
         bad: dict[int, str] = {}
         files: dict[int, FeatureFile] = {}
-        loader = make_piece_loader(
-            PieceStream(self.paths, mine, self.windows, config.batch_size), self.workers.num
-        )
+        read = partial(self.windows.pieces, batch_size=config.batch_size)
+        stream = VideoStream(self.paths, mine, read)
         with ranks.progress(len(mine)) as progress:
-            for piece in loader:
-                video = piece.video
-                if piece.failure:
-                    bad[video] = piece.failure.reason
+            for video, piece, failure in stream.load(self.workers.num):
+                if failure:
+                    bad[video] = failure.reason
                     if video in files:
                         files.pop(video).discard()
                     progress.update()
                     continue
-                features = self._encode(encoder, piece.clip_BTHWC)
-                if piece.times:
-                    files[video] = self._new_file(piece, features.shape[1:])
+                clip_BTHWC, times = piece
+                features = self._encode(encoder, clip_BTHWC)
+                if times:
+                    files[video] = self._new_file(self.files[video], times, features.shape[1:])
                 files[video].append(features)
                 if files[video].missing == 0:
                     files.pop(video).close()
@@ -166,9 +162,7 @@ class Extraction:
         tokens = tokens_BND if pyramid_BLND is None else pyramid_BLND
         return tokens.unflatten(-2, encoder.config.grid).cpu().numpy()
 
-    def _new_file(self, piece: Piece, shape: tuple[int, ...]) -> "FeatureFile":
-        times, config = piece.times, self.config
-        assert times is not None
+    def _new_file(self, path: Path, times: Times, shape: tuple[int, ...]) -> "FeatureFile":
         beside = {
             "start_frame": times.start_frame_C,
             "start_seconds": times.start_seconds_C,
@@ -177,7 +171,7 @@ class Extraction:
         if times.video_start_seconds:  # the file's own clock does not begin with its first frame
             beside["video_start_seconds"] = np.array(times.video_start_seconds)
         whole = (len(times.start_frame_C), *shape)
-        return FeatureFile(self.files[piece.video], config.format, whole, config.dtype, beside)
+        return FeatureFile(path, self.config.format, whole, self.config.dtype, beside)
 
     def _conclude(self, bad: dict[int, str]) -> int:
         lines = []
@@ -194,75 +188,51 @@ class Extraction:
         return NOTHING if len(bad) == len(self.paths) else DONE
 
 
+@dataclass
 class FeatureFile:
     """One file with the array `features` [C, ...] and small arrays beside it. `append` clips, then
     `close`; or `discard` it.
 
-    What is unfinished has a name of its own, .NAME.part, the same in the next attempt, which
-    overwrites it. Equal features are equal bytes.
+    Until then the features lie in a file without a name, which ends with the process. What `close`
+    leaves unfinished is .NAME.part, the same in the next attempt, which overwrites it. Equal
+    features are equal bytes.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        kind: Literal["npz", "safetensors"],
-        shape: tuple[int, ...],
-        dtype: Literal["float32", "float16"],
-        beside: Arrays,
-    ) -> None:
-        self.path, self.unfinished = path, path.with_name(f".{path.name}.part")
-        self.dtype, self.missing = np.dtype(dtype), shape[0]
-        self._open = ExitStack()
-        self._file = self._open.enter_context(self.unfinished.open("wb"))
-        begin = self._begin_npz if kind == "npz" else self._begin_safetensors
-        self._stream = begin(shape, beside)
+    path: Path
+    kind: Literal["npz", "safetensors"]
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "float16"]
+    beside: Mapping[str, NDArray[np.generic]]
+
+    def __post_init__(self) -> None:
+        self.missing = self.shape[0]
+        self._written = tempfile.TemporaryFile(dir=self.path.parent)  # noqa: SIM115
 
     def append(self, features: NDArray[np.floating]) -> None:
         """Adds the features of the next clips."""
         self.missing -= len(features)
-        self._stream.write(features.astype(self.dtype).tobytes())
+        self._written.write(features.astype(self.dtype).tobytes())
 
     def close(self) -> None:
         """Puts the finished file in its place."""
-        assert self.missing == 0, f"{self.path}: {self.missing} clips are missing"
-        self._open.close()
-        with self.unfinished.open("rb") as file:
+        self._written.flush()
+        # mapped, so that a video may have more features than there is memory
+        features = np.memmap(self._written, self.dtype, "r", shape=self.shape)
+        arrays = {**self.beside, "features": features}
+        unfinished = self.path.with_name(f".{self.path.name}.part")
+        if self.kind == "npz":
+            with unfinished.open("wb") as file:
+                np.savez(file, **arrays)  # its members are of 1980: the bytes tell no time
+        else:
+            save_file(arrays, unfinished)
+        with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(self.unfinished, self.path)
+        os.replace(unfinished, self.path)
+        self.discard()
 
     def discard(self) -> None:
-        """Removes what was written."""
-        self.unfinished.unlink()
-        self._open.close()
-
-    def _begin_npz(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
-        # A member that is opened by its name is of 1980: the file's bytes tell no time.
-        archive = self._open.enter_context(zipfile.ZipFile(self._file, "w"))
-        for name, array in beside.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                npy.write_array(member, array, allow_pickle=False)
-        stream = archive.open(f"{FEATURES}.npy", "w", force_zip64=True)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        npy.write_array_header_1_0(stream, header)
-        return self._open.enter_context(stream)
-
-    def _begin_safetensors(self, shape: tuple[int, ...], beside: Arrays) -> IO[bytes]:
-        kinds = {name: (array.dtype, array.shape) for name, array in beside.items()}
-        kinds[FEATURES] = (self.dtype, shape)
-        header, end = {}, 0
-        for name, (dtype, size) in kinds.items():
-            begin, end = end, end + math.prod(size) * dtype.itemsize
-            header[name] = {
-                "dtype": f"{dtype.kind}{8 * dtype.itemsize}".upper(),  # F16, I64
-                "shape": size,
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        for array in beside.values():
-            self._file.write(array.tobytes())
-        return self._file
+        """Removes what was written aside."""
+        self._written.close()
 
 
 def file_name(path: Place, kind: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from video_mae.config.training import Precision
 from video_mae.convert.model_folder import Model
@@ -29,9 +29,9 @@ class Features(NamedTuple):
     [B, D], and the tokens [B, L, N, D] that leave chosen blocks; float32.
     """
 
-    tokens_BND: torch.Tensor
-    pooled_BD: torch.Tensor
-    pyramid_BLND: torch.Tensor | None
+    tokens_BND: Tensor
+    pooled_BD: Tensor
+    pyramid_BLND: Tensor | None
 
 
 class FrozenEncoder:
@@ -53,15 +53,15 @@ class FrozenEncoder:
         self.device = device
         self.precision: Precision = precision
         self._blocks = [model.encoder.blocks[layer] for layer in layers]
-        self._outputs: dict[nn.Module, torch.Tensor] = {}
+        self._outputs: dict[nn.Module, Tensor] = {}
         for block in self._blocks:
             block.register_forward_hook(self._keep)
 
-    def _keep(self, block: nn.Module, inputs: Any, output_BSD: torch.Tensor) -> None:
+    def _keep(self, block: nn.Module, inputs: Any, output_BSD: Tensor) -> None:
         self._outputs[block] = output_BSD[:, self.config.class_tokens :].float()
 
     @torch.no_grad()
-    def __call__(self, clip_BTHWC: torch.Tensor) -> Features:
+    def __call__(self, clip_BTHWC: Tensor) -> Features:
         """clip_BTHWC: uint8, on any device."""
         model = self.model
         with autocast(self.device, self.precision):

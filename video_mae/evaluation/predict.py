@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from video_mae.config import ClassifierConfig
+from video_mae.config import ClassifierConfig, ModelConfig
 from video_mae.config.data import ReadConfig
 from video_mae.config.evaluation import PredictConfig
 from video_mae.config.training import Precision
@@ -44,23 +44,24 @@ def classify_video(
             "finetune makes one)"
         )
     try:
-        views = views_of(model, num_clips, num_crops).read(str(video))
+        views = views_of(model.config, model.classifier_config, num_clips, num_crops)
+        viewed = views.read(str(video))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
-    scores_K, names = classify_views(model, views), names_of(model.classifier_config)
+    scores_K, names = classify_views(model, viewed), names_of(model.classifier_config)
     first = scores_K.argsort(descending=True, stable=True)[:top].tolist()
     return [(names[k], float(scores_K[k])) for k in first]
 
 
 def views_of(
-    model: VideoClassifier,
+    c: ModelConfig,
+    head: ClassifierConfig,
     num_clips: int,
     num_crops: int,
-    data: ReadConfig | None = None,
+    data: ReadConfig = ReadConfig(),  # noqa: B008  (frozen)
     threads: int = 1,
 ) -> Views:
-    """The views of a test: of the size, with the frame sampling that the model was trained with."""
-    c, head = model.config, model.classifier_config
+    """The views of a test: of the model's size, with the frame sampling of a head."""
     return Views(
         num_frames=c.num_frames,
         height=c.height,
@@ -70,7 +71,7 @@ def views_of(
         num_clips=num_clips,
         num_crops=num_crops,
         antialias=head.antialias,
-        reading=Reading.of(data or ReadConfig(), c.in_channels, threads=threads),
+        reading=Reading.of(data, c.in_channels, threads=threads),
     )
 
 
@@ -94,7 +95,7 @@ def classify_views(
     was_training = model.training
     model.eval()
     with autocast(device, precision):
-        logits_VK = model(views.to(device).clips())
+        logits_VK = model(views.clips(device))
     model.train(was_training)
     return merge_views(logits_VK)
 

@@ -3,7 +3,7 @@ kinds on its features.
 
 Every video is encoded once, all heads of the grid are trained in one pass over the features, the
 best is chosen on the validation list. B examples, N tokens, D features, G settings of a kind, M
-videos, V views of a video, X = M V views, K classes.
+videos, V views of a video, K classes.
 """
 
 import math
@@ -11,26 +11,25 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from video_mae.config import DataConfig
+from video_mae.config import ClassifierConfig, DataConfig
 from video_mae.config.evaluation import ProbeConfig, ProbeKind
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.dataset import ClipDataset, Failure
 from video_mae.data.loader import make_loader
 from video_mae.data.sampling import StepSampler
-from video_mae.data.videos import read_labeled
-from video_mae.data.views import ViewDataset, Views, make_view_loader
+from video_mae.data.videos import VideoList, read_labeled
+from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
-from video_mae.decoding import Choose, Reading
-from video_mae.decoding.choices import uniform_indices
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.heads import (
     AttentiveHead,
@@ -39,7 +38,7 @@ from video_mae.evaluation.heads import (
     Setting,
     neighbour_scores,
 )
-from video_mae.evaluation.predict import merge_views
+from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import Scores
 from video_mae.files import LIST_DIGEST, check_results, choose_folder, write_metrics, write_text
@@ -52,7 +51,7 @@ CHOICE = (
 )
 # other values of these give the same results
 FREE_KEYS = ("output", "cache", "num_workers", "data.decoder_threads", "data.list_format")
-Examples = Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]
+Examples = Iterator[tuple[dict[str, Tensor], Tensor]]
 """Batches for the heads: the features that each kind reads, and labels [B]."""
 
 
@@ -64,16 +63,16 @@ def start(model: str, config: ProbeConfig) -> Callable[[], int]:
 
 
 class FeatureSet(NamedTuple):
-    """The features of the views of a list, those of a video behind one another: float32 [X, D] in
-    memory; tokens float16 [X, N, D], in memory or in a mapped file.
+    """The features of the views of a list: float32 [M, V, D] in memory; tokens float16
+    [M, V, N, D], in memory or in a mapped file.
 
-    seen_X: whether the video could be decoded; where not, its features are 0.
+    seen_M: whether the video could be decoded; where not, its features are 0.
     """
 
-    pooled_XD: torch.Tensor
-    tokens_XND: torch.Tensor | None
-    label_X: torch.Tensor
-    seen_X: torch.Tensor
+    pooled_MVD: Tensor
+    tokens_MVND: Tensor | None
+    label_M: Tensor
+    seen_M: Tensor
     failures: Sequence[Failure]
 
 
@@ -103,29 +102,19 @@ class Probing:
             self.num_heads,
             f"does not divide the encoder's width {c.embed_dim}",
         )
-        train = read_labeled("train", config.train, data.root, list_format=data.list_format)
-        self.num_classes = train.num_classes
-        self.lists = {"train": train}
-        for name, source in (("validation", config.validation), ("test", config.test)):
+        self.lists: dict[str, VideoList] = {}
+        known: dict[str, Any] = {"list_format": data.list_format}
+        for name in ("train", "validation", "test"):
+            source = getattr(config, name)
             if source:
-                self.lists[name] = read_labeled(
-                    name,
-                    source,
-                    data.root,
-                    train.num_classes,
-                    train.class_names,
-                    data.list_format,
-                )
+                self.lists[name] = read_labeled(name, source, data.root, **known)
+                train = self.lists["train"]
+                known |= {"num_classes": train.num_classes, "names": train.class_names}
+        self.num_classes: int = known["num_classes"]
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
-        self.views = Views(
-            num_frames=c.num_frames,
-            height=c.height,
-            width=c.width,
-            sampling=config.sampling,
-            stride=data.stride,
-            num_clips=config.num_clips,
-            num_crops=config.num_crops,
-            reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
+        frames = ClassifierConfig(sampling=config.sampling, stride=data.stride)
+        self.views = views_of(
+            c, frames, config.num_clips, config.num_crops, data, self.workers.threads
         )
         self.num_views = config.num_clips * config.num_crops
         self.settings = {
@@ -151,7 +140,7 @@ class Probing:
             features = {}
             for name, videos in self.lists.items():
                 features[name] = self.encode(name, encoder, Path(scratch))
-                if features[name].seen_X.sum() < 2 * self.num_views:
+                if features[name].seen_M.sum() < 2:
                     ranks.say(
                         f"no figures: fewer than 2 of the {len(videos)} videos of {name} could be "
                         "decoded"
@@ -180,53 +169,57 @@ class Probing:
         probe reads them there. scratch: a folder for them; it may be deleted while they are in use.
         """
         config, c, videos = self.config, encoder.config, self.lists[name]
-        num = len(videos) * self.num_views
-        pooled_XD, tokens_XND = torch.zeros(num, c.embed_dim), None
+        num = len(videos), self.num_views
+        pooled_MVD, tokens_MVND = torch.zeros(*num, c.embed_dim), None
         if "attentive" in config.kinds and not (name == "train" and config.augment):
-            size = (num, c.num_tokens, c.embed_dim)
-            tokens_XND = torch.from_numpy(
+            size = (*num, c.num_tokens, c.embed_dim)
+            tokens_MVND = torch.from_numpy(
                 np.memmap(scratch / name, np.float16, "w+", shape=size)
                 if config.cache == "disk"
                 else np.zeros(size, np.float16)
             )
-        seen_X, failures = torch.zeros(num, dtype=torch.bool), []
-        dataset, order = ViewDataset(videos.paths, self.views), range(len(videos))
-        loader = make_view_loader(dataset, order, config.encode_batch, self.workers.num)
+        seen_M, failures = torch.zeros(len(videos), dtype=torch.bool), []
+        together, everything = config.encode_batch, range(len(videos))
+        loader = load_views(
+            videos.paths, everything, self.views, self.workers.num, ahead=2 * together
+        )
+        found = iter(loader)
         with tqdm(total=len(videos), unit="video", desc=name, disable=None) as progress:
-            for batch in loader:
+            while batch := list(islice(found, together)):
                 progress.update(len(batch))
-                failures += [video.failure for video in batch if video.failure]
-                viewed = {video.index: video.views for video in batch if video.views}
-                if viewed:
-                    clips = [views.to(encoder.device).clips() for views in viewed.values()]
-                    features = encoder(torch.cat(clips))
-                    first_B1 = torch.tensor(list(viewed))[:, None] * self.num_views
-                    places_B = (first_B1 + torch.arange(self.num_views)).flatten()
-                    seen_X[places_B] = True
-                    pooled_XD[places_B] = features.pooled_BD.cpu()
-                    if tokens_XND is not None:
-                        tokens_XND[places_B] = features.tokens_BND.half().cpu()
-        label_X = torch.tensor(videos.label_M).repeat_interleave(self.num_views)
-        return FeatureSet(pooled_XD, tokens_XND, label_X, seen_X, failures)
+                failures += [failure for _, _, failure in batch if failure]
+                views_of_video = {video: views for video, views, _ in batch if views}
+                if views_of_video:
+                    clips = [views.clips(encoder.device) for views in views_of_video.values()]
+                    features, places = encoder(torch.cat(clips)), list(views_of_video)
+                    seen_M[places] = True
+                    pooled_MVD[places] = features.pooled_BD.cpu().unflatten(0, (-1, num[1]))
+                    if tokens_MVND is not None:
+                        tokens_BND = features.tokens_BND.half().cpu()
+                        tokens_MVND[places] = tokens_BND.unflatten(0, (-1, num[1]))
+        label_M = torch.from_numpy(videos.label_M)
+        return FeatureSet(pooled_MVD, tokens_MVND, label_M, seen_M, failures)
 
-    def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[ProbeKind, HeadGrid]:
+    def _train(self, encoder: FrozenEncoder, train: FeatureSet) -> dict[str, HeadGrid]:
         """The heads that are asked for: those of all kinds and settings are trained in one pass
         over the same batches.
         """
         config, width = self.config, encoder.config.embed_dim
         settings = [Setting(lr, decay) for lr, decay in product(config.lrs, config.weight_decays)]
-        makers: dict[ProbeKind, Callable[[], LinearHead | AttentiveHead]] = {
+        makers: dict[str, Callable[[], LinearHead | AttentiveHead]] = {
             "linear": partial(LinearHead, width, self.num_classes),
             "attentive": partial(AttentiveHead, width, self.num_classes, self.num_heads),
         }
-        grids: dict[ProbeKind, HeadGrid] = {}
+        grids: dict[str, HeadGrid] = {}
         for kind, make in makers.items():
             if kind in config.kinds:
                 torch.manual_seed(config.seed)
                 grids[kind] = HeadGrid(make, width, settings).to(encoder.device)
         if not grids:
             return grids
-        num = len(self.lists["train"]) if config.augment else int(train.seen_X.sum())
+        num = len(self.lists["train"])
+        if not config.augment:
+            num = int(train.seen_M.sum()) * self.num_views
         batch = min(config.batch_size, num)
         steps = math.ceil(config.epochs * num / batch)
         sampler = StepSampler(num, batch, 1, 0, 1, config.seed, 0, steps)
@@ -249,16 +242,9 @@ class Probing:
             flip=config.flip,
             num_workers=config.num_workers,
         )
-        make = ClipDataset if config.sampling == "dense" else _UniformClips
-        clips = make(
-            self.lists["train"],
-            data,
-            c.num_frames,
-            c.height,
-            c.width,
-            config.seed,
-            c.in_channels,
-        )
+        frames = ClassifierConfig(sampling="uniform") if config.sampling == "uniform" else None
+        size = c.num_frames, c.height, c.width
+        clips = ClipDataset(self.lists["train"], data, *size, config.seed, c.in_channels, frames)
         for batch in make_loader(clips, sampler, data):
             features = encoder(batch.clip_BTHWC)
             read = {"linear": features.pooled_BD, "attentive": features.tokens_BND}
@@ -267,7 +253,7 @@ class Probing:
     def _probe(
         self,
         kind: ProbeKind,
-        grids: Mapping[ProbeKind, HeadGrid],
+        grids: Mapping[str, HeadGrid],
         features: Mapping[str, FeatureSet],
     ) -> dict[str, Any]:
         """What metrics.json says of a kind."""
@@ -278,35 +264,34 @@ class Probing:
         for name in features.keys() - {"train"}:
             of_list = features[name]
             if kind == "knn":
-                score_GMK = self._votes(features["train"], of_list.pooled_XD)
+                score_GMK = self._votes(features["train"], of_list.pooled_MVD)
             else:
-                read_X = of_list.pooled_XD if kind == "linear" else of_list.tokens_XND
-                assert read_X is not None
-                score_GMK = self._head_scores(grids[kind], read_X)
-            score_GMK[:, ~of_list.seen_X[:: self.num_views]] = torch.nan
-            label_M = of_list.label_X[:: self.num_views].numpy()
+                read_MV = of_list.pooled_MVD if kind == "linear" else of_list.tokens_MVND
+                assert read_MV is not None
+                score_GMK = self._head_scores(grids[kind], read_MV)
+            score_GMK[:, ~of_list.seen_M] = torch.nan
+            label_M = of_list.label_M.numpy()
             scores[name] = [Scores(score_MK, label_M) for score_MK in score_GMK.numpy()]
         return choose_setting(settings, scores)
 
-    def _votes(self, train: FeatureSet, query_XD: torch.Tensor) -> torch.Tensor:
+    def _votes(self, train: FeatureSet, query_MVD: Tensor) -> Tensor:
         """score_GMK of the neighbours, those of a video's views averaged."""
-        score_GXK = neighbour_scores(
-            query_XD,
-            train.pooled_XD[train.seen_X],
-            train.label_X[train.seen_X],
+        score_GBK = neighbour_scores(
+            query_MVD.flatten(0, 1),
+            train.pooled_MVD[train.seen_M].flatten(0, 1),
+            train.label_M[train.seen_M].repeat_interleave(self.num_views),
             self.num_classes,
             self.config.ks,
             self.config.temperature,
         )
-        return score_GXK.unflatten(1, (-1, self.num_views)).mean(dim=2).double()
+        return score_GBK.unflatten(1, (-1, self.num_views)).mean(dim=2).double()
 
-    def _head_scores(self, grid: HeadGrid, features_X: torch.Tensor) -> torch.Tensor:
+    def _head_scores(self, grid: HeadGrid, features_MV: Tensor) -> Tensor:
         """score_GMK of all heads, the softmaxes of a video's views averaged."""
         device, scores = next(grid.parameters()).device, []
-        num_videos = max(self.config.batch_size // self.num_views, 1)
-        for part in features_X.split(num_videos * self.num_views):
-            logits = grid.logits(part.float().to(device))
-            scores.append(merge_views(logits.unflatten(1, (-1, self.num_views))))
+        for part_MV in features_MV.split(max(self.config.batch_size // self.num_views, 1)):
+            logits_GBK = grid.logits(part_MV.flatten(0, 1).float().to(device))
+            scores.append(merge_views(logits_GBK.unflatten(1, (-1, self.num_views))))
         return torch.cat(scores, dim=1)
 
     def _table(self, probes: Mapping[str, dict[str, Any]]) -> str:
@@ -323,22 +308,16 @@ class Probing:
         return "\n".join([*lines, f"top-1; {CHOICE}"]) + "\n"
 
 
-class _UniformClips(ClipDataset):
-    """As for pretraining, with a frame of each of as many equal parts of a video."""
-
-    def _choice(self, rng: np.random.Generator, stride: int) -> Choose:
-        return partial(uniform_indices, num_frames=self.num_frames, rng=rng)
-
-
 def _cached(train: FeatureSet, sampler: StepSampler) -> Examples:
     """Batches of views that were encoded before; each view is an example."""
-    seen_E = train.seen_X.nonzero().flatten()
+    seen_VE = train.seen_M.expand(train.pooled_MVD.shape[1], -1)
+    example_E2 = seen_VE.T.nonzero()
     for keys in sampler:
-        places_B = seen_E[[index for _, index in keys]]
-        features = {"linear": train.pooled_XD[places_B]}
-        if train.tokens_XND is not None:
-            features["attentive"] = train.tokens_XND[places_B].float()
-        yield features, train.label_X[places_B]
+        video_B, view_B = example_E2[[index for _, index in keys]].T
+        features = {"linear": train.pooled_MVD[video_B, view_B]}
+        if train.tokens_MVND is not None:
+            features["attentive"] = train.tokens_MVND[video_B, view_B].float()
+        yield features, train.label_M[video_B]
 
 
 def choose_setting(

@@ -37,7 +37,7 @@ class Scores:
         scores. Of equal scores the first wins.
         """
         num_classes = self.score_MK.shape[1]
-        own_M1 = np.take_along_axis(self.score_MK, self.label_M[:, None], axis=1)
+        own_M1 = self.score_MK[np.arange(len(self.label_M)), self.label_M][:, None]
         is_earlier = np.arange(num_classes) < self.label_M[:, None]
         before = (self.score_MK > own_M1) | ((self.score_MK == own_M1) & is_earlier)
         return np.where(self.has_scores(), before.sum(axis=1), num_classes)
@@ -50,14 +50,11 @@ class Scores:
         """The mean logarithm of the label's score, over the videos that have scores; -inf where
         there are none.
         """
-        own_M = np.take_along_axis(self.score_MK, self.label_M[:, None], axis=1)[
-            self.has_scores(), 0
-        ]
-        return (
-            float(np.log(np.maximum(own_M, np.finfo(np.float64).tiny)).mean())
-            if len(own_M)
-            else -np.inf
-        )
+        seen_M = self.has_scores()
+        if not seen_M.any():
+            return -np.inf
+        own_M = self.score_MK[seen_M, self.label_M[seen_M]]
+        return float(np.log(np.maximum(own_M, np.finfo(np.float64).tiny)).mean())
 
     def confusion(self) -> NDArray[np.int64]:
         """How many videos of class i (row) were taken for class j, [K, K]; those without scores are
@@ -108,6 +105,7 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
     class that it was most taken for.
     """
     place_M, confusion, seen = scores.place_of_label(), scores.confusion(), scores.has_scores()
+    np.fill_diagonal(confusion, 0)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(
@@ -128,12 +126,12 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             if mine.any():
                 top1 = f"{(place_M[mine] == 0).mean():.4f}"
                 top5 = f"{(place_M[mine] < min(5, len(names))).mean():.4f}"
-            others = np.where(np.arange(len(names)) == label, 0, confusion[label])
-            worst = int(others.argmax())
-            if others[worst]:
+            worst = int(confusion[label].argmax())
+            times = confusion[label, worst]
+            if times:
                 taken = unicode_text(names[worst])
             missing = (mine & ~seen).sum()
-            row = (label, unicode_text(name), mine.sum(), missing, top1, top5, taken, others[worst])
+            row = (label, unicode_text(name), mine.sum(), missing, top1, top5, taken, times)
             table.writerow(row)
 
 
@@ -145,21 +143,19 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
     from matplotlib.figure import Figure
 
     num_classes = len(names)
-    totals = confusion.sum(axis=1, keepdims=True)
-    share = np.where(totals > 0, confusion / np.maximum(totals, 1), np.nan)
+    with np.errstate(invalid="ignore"):
+        share = confusion / confusion.sum(axis=1, keepdims=True)
     side = min(max(4.0, 0.32 * num_classes + 1), 12.0)
-    shown = [
-        name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
-        for name in map(one_line, names)
-    ]
-    # inches for the names
-    margin = max(1.0, 0.09 * max(map(len, shown)) if num_classes <= MAX_NAMED else 0.0)
-    figure = Figure(figsize=(side + 1 + margin, side + margin), layout="constrained")
+    figure = Figure(figsize=(side + 1, side))
     axes = figure.subplots()
     picture = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the row's videos")
     axes.set(xlabel="taken for", ylabel="is")
     if num_classes <= MAX_NAMED:
+        shown = [
+            name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
+            for name in map(one_line, names)
+        ]
         # a $ is no formula
         axes.set_xticks(range(num_classes), shown, rotation=90, parse_math=False)
         axes.set_yticks(range(num_classes), shown, parse_math=False)
@@ -176,4 +172,5 @@ def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are boxes
-        figure.savefig(path, format="png", dpi=120)
+        # tight: with room for the names, however long they are
+        figure.savefig(path, format="png", dpi=120, bbox_inches="tight")

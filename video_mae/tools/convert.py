@@ -29,6 +29,11 @@ from video_mae.training.engine import FROZEN, partitioned_weights
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
+EXPORTS = {
+    "official": export_official,
+    "hugging_face": export_hugging_face,
+    "torch_export": export_program,
+}
 
 
 class ConvertConfig(Facts):
@@ -69,25 +74,19 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
     model, lines, more = _read(source, config)
     if config.format == "model":
         save_model_folder(destination, model, more=more)
-    elif config.format == "official":
-        lines += export_official(model, destination)
-    elif config.format == "hugging_face":
-        lines += export_hugging_face(model, destination)
-    else:
-        lines += export_program(model, destination)
-    return lines
+        return lines
+    return lines + EXPORTS[config.format](model, destination)
 
 
 def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[str, Any]]:
     """(model, lines about it, what further files of its folder hold)."""
     if not source.is_file() and not source.is_dir():
         raise FileNotFoundError(f"{source}: no such file or folder")
-    facts = Facts(**{f.name: getattr(config, f.name) for f in fields(Facts)})
     if not is_model_folder(source):
-        model, report = import_model(source, facts)
+        model, report = import_model(source, config)
         return model, report.lines(), {REPORT: asdict(report)}
     for f in fields(Facts):
-        if f.name not in ("sampling", "stride") and getattr(facts, f.name) != f.default:
+        if f.name not in ("sampling", "stride") and getattr(config, f.name) != f.default:
             raise ValueError(
                 f"{f.name}: is for files of other projects; {source} is of this one, and leaves "
                 "nothing open"
@@ -104,7 +103,7 @@ def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[s
         model, lines = load_pretrained(folder), [f"model of {folder}"]
         if (folder / REPORT).is_file():
             more[REPORT] = read_json(folder / REPORT)
-    lines += choose_frames(model, facts.sampling, facts.stride)
+    lines += choose_frames(model, config.sampling, config.stride)
     return model, lines, more
 
 

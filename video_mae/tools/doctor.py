@@ -18,8 +18,7 @@ from tqdm import tqdm
 from video_mae.config.data import ReadConfig, SourceConfig
 from video_mae.config.schema import Knobs, knob, section
 from video_mae.data.paths import file_mistake
-from video_mae.data.shards import is_packed
-from video_mae.data.videos import class_file, class_names, read_annotations, read_entries
+from video_mae.data.videos import read_lines
 from video_mae.decoding import (
     Place,
     Reading,
@@ -98,21 +97,10 @@ class Doctor:
         """
         self.source, self.config, read = source, config, config.data
         data = SourceConfig(source=source, root=read.root, list_format=read.list_format)
-        self.notes: tuple[str, ...] = ()
-        if is_packed(source):
-            self.lines = [
-                Examined(number, path, info["label"])
-                for number, (path, info) in enumerate(read_annotations(data), start=1)
-            ]
-        else:
-            entries, self.notes = read_entries(data)
-            self.lines = [
-                Examined(*entry, findings=["bad_line"] if entry.mistake else [])
-                for entry in entries
-            ]
-        if not self.lines:
-            raise ValueError(f"{source}: the list is empty, write lines `PATH LABEL` into it")
-        self.names = class_names(data) or class_file(Path(source))
+        lines, self.notes, self.names = read_lines(data)
+        self.lines = [
+            Examined(*line, findings=["bad_line"] if line.mistake else []) for line in lines
+        ]
         self.folder = Path(config.output)
         if not config.output:
             if "://" in source:

@@ -24,9 +24,9 @@ from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.config.schema import to_dict
 from video_mae.data.paths import file_mistake
-from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS, is_packed, read_packed
-from video_mae.data.videos import class_file, class_names, read_entries
-from video_mae.decoding import Place, VideoDecodeError, decoders, transcode
+from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
+from video_mae.data.videos import read_lines
+from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
 from video_mae.decoding.containers import is_regular
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
 from video_mae.files import LIST_DIGEST, check_made_with, write_json, write_text
@@ -99,36 +99,27 @@ def read_items(
 
     Raises: ValueError or FileNotFoundError.
     """
+    base = os.path.join(source if os.path.isdir(source) else root or os.path.dirname(source), "")
     try:
         data = SourceConfig(source=source, root=root, list_format=list_format)
-        if is_packed(source):
-            members, label_M, names = read_packed(source)
-            return [
-                Item(place, place.name, label)
-                for place, label in zip(members, label_M.tolist(), strict=True)
-            ], names
-        lines, notes = read_entries(data)
-        entries = list(lines)
+        lines, notes, names = read_lines(data)
+        # one look, where the list is right
+        if not any(isinstance(line.path, Member) or is_regular(line.path) for line in lines):
+            mistake = lines[0].mistake or file_mistake(lines[0].path)[1]
+            raise ValueError(
+                f"{source}: none of its {len(lines)} files is there; the first: {mistake}"
+            )
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(
             str(error).replace("data.source", "LIST").replace("data.root", "root")
         ) from None
-    if not entries:
-        raise ValueError(f"{source}: the list is empty, write lines `PATH LABEL` into it")
-    if not any(is_regular(entry.path) for entry in entries):  # one look, where the list is right
-        mistake = entries[0].mistake or file_mistake(entries[0].path)[1]
-        raise ValueError(
-            f"{source}: none of its {len(entries)} files is there; the first: "
-            + mistake.replace("data.root", "root")
-        )
     for note in notes:
         print(note, flush=True)
-    base = os.path.join(source if os.path.isdir(source) else root or os.path.dirname(source), "")
-    items = [
-        Item(entry.path, entry.path.removeprefix(base), entry.label, entry.mistake)
-        for entry in entries
-    ]
-    return items, class_names(data) or class_file(Path(source))
+    items = []
+    for _, place, label, mistake in lines:
+        name = place.name if isinstance(place, Member) else place.removeprefix(base)
+        items.append(Item(place, name, label, mistake))
+    return items, names
 
 
 class _Stop:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from video_mae.config import DataConfig, MaskConfig
+from video_mae.config import MaskConfig
 from video_mae.config.schema import Knobs, knob, section
 from video_mae.convert.model_folder import load_pretrained
-from video_mae.data.augment import crop_box, crop_clip
+from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.sampling import sample_rng, sample_seed
 from video_mae.decoding import VideoDecodeError, decode
 from video_mae.decoding.choices import clip_indices, joined
@@ -54,9 +54,8 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
         frames_THWC = torch.from_numpy(decode(str(video), all_clips))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
-    box = crop_box(
-        DataConfig(crop="center"), frames_THWC.shape[1], frames_THWC.shape[2], *size, rngs[0]
-    )
+    height, width = frames_THWC.shape[1:3]
+    box = central_box(height, width, size[1] / size[0])
     clip_BTHWC = torch.stack(crop_clip(frames_THWC, box, size, flip=False).chunk(config.num_clips))
     seeds_B = torch.tensor(
         [sample_seed(config.seed, 0, 0, draw) for draw in range(config.num_clips)]

@@ -15,15 +15,27 @@ import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from numpy.typing import NDArray
 
-from video_mae.data.shards import ENDINGS, ROWS, SHARD, SHARDS, key_of, number_of
+from video_mae.data.shards import ENDINGS, ROWS, SHARD, SHARDS, key_of
 from video_mae.files import json_line
 
 BLOCK = tarfile.BLOCKSIZE
 END_OF_ARCHIVE = bytes(2 * BLOCK)
+REFUSED = -1
+"""In no shard."""
+
+
+class _Row(NamedTuple):
+    """Where the row ends in its file, and where its video lies."""
+
+    end: int
+    shard: int = REFUSED
+    offset: int = 0
+    size: int = 0
+    sha256: str = ""
 
 
 class ShardWriter:
@@ -34,7 +46,7 @@ class ShardWriter:
     def __init__(self, folder: Path, form: str, shard_bytes: int) -> None:
         """Raises: ValueError while another writer works in the folder."""
         self.folder, self.ending, self.shard_bytes = folder, ENDINGS[form], shard_bytes
-        self._rows = open(folder / ROWS, "ab+", buffering=0)  # noqa: SIM115
+        self._rows = open(folder / ROWS, "ab+")  # noqa: SIM115
         try:
             fcntl.flock(self._rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,8 +55,9 @@ class ShardWriter:
                 f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose "
                 "another folder"
             ) from None
-        self._shards = open(folder / SHARDS, "ab+", buffering=0)  # noqa: SIM115
-        self._begin_shard(0)
+        self._shards = open(folder / SHARDS, "ab+")  # noqa: SIM115
+        self._number = 0
+        self._file: BinaryIO | None = None  # a shard has none before it has a video
         self._resume()
 
     def append(self, row: dict[str, Any], media: NDArray[Any] | None) -> None:
@@ -54,21 +67,22 @@ class ShardWriter:
         key = key_of(self.num_rows)
         if media is not None:
             row = {**row, **self._append_files(key, row, media.data)}
-        _write(self._rows, json_line({"key": key, **row}))
+        self._rows.write(json_line({"key": key, **row}))
+        self._rows.flush()
         self.num_rows += 1
         self.num_refused += media is None
 
     def finish(self) -> list[dict[str, Any]]:
         """Ends the last shard; returns name, bytes and sha256 of each."""
         if self._file is not None:
-            self._end_shard()
+            self._end_shard(self._file)
         for file in (self._rows, self._shards):
             os.fsync(file.fileno())
         self._shards.seek(0)
-        return [json.loads(line) for line in self._shards.read().splitlines()]
+        return [json.loads(line) for line in self._shards]
 
     def close(self) -> None:
-        """Leaves the folder to others."""
+        """Leaves the folder to others. Raises: OSError where what is left cannot be written."""
         for file in (self._rows, self._shards, self._file):
             if file is not None:
                 file.close()
@@ -78,51 +92,41 @@ class ShardWriter:
         if row["label"] != -1:
             files.insert(0, (".cls", str(row["label"]).encode()))
         size = sum(BLOCK + _padded(len(data)) for _, data in files)
-        if self._end and self._end + size > self.shard_bytes:
-            self._end_shard()
+        if self._file is not None and self._file.tell() + size > self.shard_bytes:
+            self._end_shard(self._file)
         if self._file is None:
-            self._file = open(self._path(self._number), "ab", buffering=0)  # noqa: SIM115
-        offset = 0
+            self._file = open(self._path(self._number), "ab")  # noqa: SIM115
+        archive = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         for ending, data in files:
             header = tarfile.TarInfo(key + ending)
-            header.size, header.mode = len(data), 0o644
-            self._add(header.tobuf(tarfile.USTAR_FORMAT))
-            offset = self._end
-            self._add(data)
-            self._add(bytes(_padded(len(data)) - len(data)))
+            header.size = len(data)
+            archive.addfile(header, io.BytesIO(data))
+        self._file.flush()
         return {
             "shard": SHARD.format(self._number),
-            "offset": offset,
+            "offset": archive.offset - _padded(len(media)),
             "size": len(media),
             "sha256": hashlib.sha256(media).hexdigest(),
         }
 
-    def _add(self, data: bytes | memoryview) -> None:
-        assert self._file is not None
-        _write(self._file, data)
-        self._digest.update(data)
-        self._end += len(data)
-
     def _path(self, number: int) -> Path:
         return self.folder / SHARD.format(number)
 
-    def _begin_shard(self, number: int) -> None:
-        """A shard has no file before it has a video."""
-        self._file: io.FileIO | None = None
-        self._number, self._end, self._digest = number, 0, hashlib.sha256()
+    def _end_shard(self, file: BinaryIO) -> None:
+        file.write(END_OF_ARCHIVE)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._write_shard_row(self._number)
+        self._number, self._file = self._number + 1, None
 
-    def _end_shard(self) -> None:
-        assert self._file is not None
-        self._add(END_OF_ARCHIVE)
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._write_shard_row(self._number, self._digest.hexdigest())
-        self._begin_shard(self._number + 1)
-
-    def _write_shard_row(self, number: int, sha256: str) -> None:
+    def _write_shard_row(self, number: int) -> None:
         path = self._path(number)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         row = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256}
-        _write(self._shards, json_line(row))
+        self._shards.write(json_line(row))
+        self._shards.flush()
 
     def _resume(self) -> None:
         """Goes back to the last row whose video is whole, and removes what lies beyond it."""
@@ -136,19 +140,23 @@ class ShardWriter:
         self.num_refused = len(rows) - len(written)
         if written:
             last = written[-1]
-            self._number, self._end = last.shard, last.offset + _padded(last.size)
-            self._file = open(self._path(last.shard), "rb+", buffering=0)  # noqa: SIM115
-            self._file.truncate(self._end)
-            self._digest = hashlib.file_digest(self._file, "sha256")
+            self._number = last.shard
+            self._file = open(self._path(last.shard), "rb+")  # noqa: SIM115
+            self._file.truncate(last.offset + _padded(last.size))
             self._file.seek(0, os.SEEK_END)
         kept = {self._path(number) for number in range(self._number + bool(written))}
         for file in set(self.folder.glob("shard-*.tar")) - kept:
             file.unlink()
         for left_over in self.folder.glob(".unfinished-*"):
             shutil.rmtree(left_over)
-        self._keep_shard_rows()
+        # rows of the shards before the open one: those that a power cut took away are made anew
+        self._shards.seek(0)
+        whole = [line for line in self._shards if line.endswith(b"\n")][: self._number]
+        self._shards.truncate(sum(map(len, whole)))
+        for number in range(len(whole), self._number):
+            self._write_shard_row(number)
 
-    def _first_broken(self, rows: "Sequence[_Row]") -> int | None:
+    def _first_broken(self, rows: Sequence[_Row]) -> int | None:
         """The first row of the last shard whose video is not there as it was."""
         last = max((row.shard for row in rows), default=REFUSED)
         for number, row in enumerate(rows):
@@ -156,37 +164,13 @@ class ShardWriter:
                 return number
         return None
 
-    def _is_whole(self, row: "_Row") -> bool:
+    def _is_whole(self, row: _Row) -> bool:
         try:
-            with open(self._path(row.shard), "rb", buffering=0) as file:
+            with self._path(row.shard).open("rb") as file:
                 file.seek(row.offset)
                 return hashlib.sha256(file.read(row.size)).hexdigest() == row.sha256
         except FileNotFoundError:
             return False
-
-    def _keep_shard_rows(self) -> None:
-        """Rows of the shards before the open one, those that a power cut took away made anew."""
-        self._shards.seek(0)
-        lines = self._shards.read().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")][: self._number]
-        self._shards.truncate(sum(map(len, whole)))
-        for number in range(len(whole), self._number):
-            with open(self._path(number), "rb") as file:
-                self._write_shard_row(number, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-REFUSED = -1
-"""In no shard."""
-
-
-class _Row(NamedTuple):
-    """Where the row ends in its file, and where its video lies."""
-
-    end: int
-    shard: int = REFUSED
-    offset: int = 0
-    size: int = 0
-    sha256: str = ""
 
 
 def _read_rows(path: Path) -> list[_Row]:
@@ -202,7 +186,7 @@ def _read_rows(path: Path) -> list[_Row]:
                 if "refused" in row:
                     rows.append(_Row(end))
                     continue
-                shard = number_of(row["shard"])
+                shard = int(row["shard"][6:-4])  # as SHARD writes it
                 rows.append(_Row(end, shard, row["offset"], row["size"], row["sha256"]))
             except (ValueError, KeyError, TypeError):
                 break
@@ -211,9 +195,3 @@ def _read_rows(path: Path) -> list[_Row]:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def _write(file: io.FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):
-        view = view[file.write(view) :]

@@ -13,7 +13,13 @@ from einops import rearrange
 from video_mae.config import FinetuneConfig, ModelConfig
 from video_mae.convert.model_folder import find_model_folder, load_pretrained
 from video_mae.data.augment import mix_batch, strengthen_clip
-from video_mae.data.dataset import Batch, LabelledClips, ValidationClips, share_batches
+from video_mae.data.dataset import (
+    Batch,
+    ClipDataset,
+    ValidationClips,
+    labelled_clips,
+    share_batches,
+)
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import sample_seed
 from video_mae.data.sources import Sources
@@ -161,8 +167,8 @@ class Finetuning(Training[FinetuneConfig]):
         macs = encoder_macs(config.model, config.model.num_tokens)
         return model, macs * (1 + backward) / 3
 
-    def make_dataset(self) -> LabelledClips:
-        return LabelledClips(self.videos, self.config)
+    def make_dataset(self) -> ClipDataset:
+        return labelled_clips(self.videos, self.config)
 
     def introduce(self) -> str:
         classifier = self.config.classifier
