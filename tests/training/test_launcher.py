@@ -37,6 +37,7 @@ FINETUNE_CURVE = [
     "validation.interval=6",
     "model.depth=3",
     "optim.layer_decay=0.7",
+    "optim.ema=0.9",
     "journal.log_interval=2",
 ]
 
@@ -115,7 +116,12 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "name": f"resumed{stage}_{precision}",
             "crash_after": 3,
-            "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"],
+            "overrides": [
+                *RESUMED,
+                "optim.ema=0.9",
+                f"engine.zero_stage={stage}",
+                f"engine.precision={precision}",
+            ],
         }
         for stage in range(4)
         for precision in ("fp32", "bf16")
@@ -208,9 +214,26 @@ def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) ->
     # 8 videos in batches of 3: some are fillers
     for ours, theirs in zip(lines(two, "val_loss"), lines(one, "val_loss"), strict=True):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+        assert ours["val_ema_loss"] == pytest.approx(theirs["val_ema_loss"], rel=1e-4)
         assert [ours[key] for key in ("step", "val_top1", "val_top5", "val_videos")] == [
             theirs[key] for key in ("step", "val_top1", "val_top5", "val_videos")
         ]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_average_weights_as_one_process_does(finetuned: Path, stage: int) -> None:
+    one, two, trained = (
+        load_file(finetuned / run / name / "model.safetensors")
+        for run, name in (
+            ("single", "model_ema"),
+            (f"stage{stage}", "model_ema"),
+            (f"stage{stage}", "model"),
+        )
+    )
+    assert one.keys() == two.keys() == trained.keys()
+    for name, value in two.items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-5)
+    assert max((two[name] - trained[name]).abs().max() for name in two) > 3e-4
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -238,11 +261,13 @@ def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, precision: str) -> None:
     run = finished / f"resumed{stage}_{precision}"
-    resumed, uninterrupted = (
-        load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted")
-    )
-    assert resumed.keys() == uninterrupted.keys()
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    for folder in ("model", "model_ema"):
+        resumed, uninterrupted = (
+            load_file(run / name / "model.safetensors")
+            for name in (folder, f"{folder}_uninterrupted")
+        )
+        assert resumed.keys() == uninterrupted.keys()
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
 

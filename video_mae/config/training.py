@@ -121,6 +121,13 @@ class OptimConfig(Knobs):
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW", low=0, below=1)
     eps: float = knob(1e-8, "AdamW", above=0)
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
+    ema: float = knob(
+        0.0,
+        "decay of a moving average of the weights, at step s min(ema, (1 + s) / (10 + s)), which "
+        "becomes RUN/model_ema: 0.9999, say; 0 keeps none",
+        low=0,
+        below=1,
+    )
     layer_decay: float = knob(
         1.0,
         "factor of the learning rate from a layer of the encoder to the one below it; 1 is one "

@@ -202,7 +202,13 @@ class Finetuning(Training[FinetuneConfig]):
             is_now |= videos % self.videos_per_epoch < self.videos_per_step
         if is_now:
             with self.journal.aside():
-                self._keep_best(done, self._validate(self.validation))
+                scores = self._validate(self.validation)
+                if self.average:
+                    with self.average.in_place():
+                        averages = self._validate(self.validation)
+                    for name in ("val_loss", "val_top1", "val_top5"):
+                        scores[name.replace("val_", "val_ema_")] = averages[name]
+                self._keep_best(done, scores)
 
     def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""

@@ -25,6 +25,7 @@ from video_mae.files import read_jsonl, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
+from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
 from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, settled
@@ -48,6 +49,7 @@ class Training(ABC, Generic[Config]):
     engine: Engine
     journal: Journal
     memory: dict[str, Any]
+    average: WeightAverage | None
 
     def __init__(
         self, config: Config, videos: Sources, validation: VideoList | None = None
@@ -118,7 +120,10 @@ class Training(ABC, Generic[Config]):
             save_config(config, self.folder / "config.yaml")
             write_json(self.folder / "deepspeed.json", engine.dictionary)
             write_json(self.folder / LISTS_FILE, self.lists)
-        first_step, self.memory = engine.resume()
+        self.average = None
+        if config.optim.ema > 0:
+            self.average = WeightAverage(engine, config.optim.ema)
+        first_step, self.memory = engine.resume(self.tensors())
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.has_told_fallbacks = 0, False
         self.journal = Journal(
@@ -152,6 +157,8 @@ class Training(ABC, Generic[Config]):
         values = self._accumulate(batches, step)
         lr = self.schedule.lr(step)
         grad_norm = engine.step(lr)
+        if self.average:
+            self.average.update(step)
         done = step + 1
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps)
 
@@ -173,8 +180,11 @@ class Training(ABC, Generic[Config]):
             self._tell_fallbacks(ending)
         self.after(done, ending=ending)
         if ending or is_saved:
-            engine.save(done, config.journal.keep_checkpoints, self.memory)
+            engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
             self.save_model("model")
+            if self.average:
+                with self.average.in_place():
+                    self.save_model("model_ema")
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
@@ -311,6 +321,7 @@ class Training(ABC, Generic[Config]):
         write_report(self.folder, self.journal.say)
         for what, name in (
             ("model", "model"),
+            ("averages", "model_ema"),
             ("pictures", "reconstructions"),
             ("best", "best"),
             ("curves", "curves.png"),
@@ -322,6 +333,10 @@ class Training(ABC, Generic[Config]):
     def epoch(self, done: int) -> float:
         """Passes over the list after `done` steps."""
         return done * self.videos_per_step / self.videos_per_epoch
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a run remembers beside the weights and the optimizer's state, on this rank."""
+        return self.average.tensors if self.average else {}
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""
