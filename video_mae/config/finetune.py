@@ -88,11 +88,6 @@ class FinetuneConfig(RunConfig):
     output: str = knob(
         "runs/finetune", "the run folder; starting the same one again resumes it", filled=True
     )
-    checkpoint: str = knob(
-        "",
-        "the pretrained model: a model folder, a run folder, or what another project wrote; "
-        "empty: random weights",
-    )
     classifier: ClassifierConfig = section(
         ClassifierConfig,
         "the head, and how frames are chosen; classes are named by the folders of "

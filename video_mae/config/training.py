@@ -26,6 +26,18 @@ class ObjectiveConfig(Knobs):
         "what a target is made of before that: pixels in [0, 1] (VideoMAE), or as the "
         "encoder sees them, normalised by model.mean and model.std (MAE, mae_st)",
     )
+    target: Literal["pixels", "features"] = knob(
+        "pixels", "what hidden tubelets are predicted as: pixels, or features of a teacher"
+    )
+    teacher: str = knob(
+        "",
+        "whose features: a model folder, a run folder, what another project wrote, or hf:NAME, a "
+        "folder or hub name that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, "
+        "VideoMAE)",
+    )
+    feature_loss: Literal["smooth_l1", "squared"] = knob(
+        "smooth_l1", "error of a predicted feature; smooth_l1 is squared up to 1, linear from there"
+    )
     contrastive_weight: float = knob(
         0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss", low=0
     )
@@ -47,6 +59,14 @@ class ObjectiveConfig(Knobs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target == "features":
+            require(self.teacher != "", "teacher", "(empty)", "must be given for target = features")
+            for name, default in (("normalize", "channel"), ("pixels", "unit")):
+                value = getattr(self, name)
+                remedy = "is of pixels: leave it out where objective.target = features"
+                require(value == default, name, value, remedy)
+        else:
+            require(self.teacher == "", "teacher", self.teacher, "needs objective.target=features")
         if self.learn_temperature:
             require(
                 0.01 < self.temperature < 1,
@@ -207,6 +227,11 @@ class RunConfig(Knobs):
         "of the weights, the order of the videos, and everything that is drawn for them",
         low=0,
         below=2**63,
+    )
+    checkpoint: str = knob(
+        "",
+        "the model to start from: a model folder, a run folder, or what another project wrote; "
+        "empty: random weights; a run that goes on does not read it again",
     )
     model: ModelConfig = section(
         ModelConfig,

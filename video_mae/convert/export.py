@@ -22,7 +22,12 @@ from video_mae.files import write_whole
 from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
-PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
+PLAIN = {
+    "class_tokens": 0,
+    "decoder_embed_bias": False,
+    "predicted_frames": None,
+    "target_width": None,
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -207,6 +212,7 @@ def _vit_mae(model: Model) -> tuple[Tensors, dict[str, Any], list[str]]:
         "tubelet_size": 1,
         "encoder_norm": True,
         "predicted_frames": None,
+        "target_width": None,
         "width": c.height,
     }
     _require(model, name, required)

@@ -29,6 +29,7 @@ from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
 from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, settled
+from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
@@ -52,7 +53,11 @@ class Training(ABC, Generic[Config]):
     average: WeightAverage | None
 
     def __init__(
-        self, config: Config, videos: Sources, validation: VideoList | None = None
+        self,
+        config: Config,
+        videos: Sources,
+        weights: StartingWeights,
+        validation: VideoList | None = None,
     ) -> None:
         """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
         remedy.
@@ -64,6 +69,7 @@ class Training(ABC, Generic[Config]):
             raise ValueError(f"engine.kernels: {error}") from None
         self.config = config = settled(config)
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
+        self.weights = weights
         world_size = check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
@@ -75,7 +81,7 @@ class Training(ABC, Generic[Config]):
         notes = [note for one in lists.values() for note in one.notes]
         optim, clips_per_video = config.optim, config.data.clips_per_video
         self.schedule, line = make_schedule(optim, len(videos), world_size, clips_per_video)
-        self.introduction = [*notes, *changed, line]
+        self.introduction = [*notes, *changed, *weights.lines, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
@@ -113,6 +119,7 @@ class Training(ABC, Generic[Config]):
         config, total_steps = self.config, self.schedule.total_steps
         torch.manual_seed(config.seed)
         self.model, macs_per_clip = self.make_model()
+        self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
         if engine.rank == 0:
@@ -124,6 +131,11 @@ class Training(ABC, Generic[Config]):
         if config.optim.ema > 0:
             self.average = WeightAverage(engine, config.optim.ema)
         first_step, self.memory = engine.resume(self.tensors())
+        if first_step == 0 and self.weights.is_resumed:
+            raise ValueError(
+                f"{self.folder}: all its checkpoints are damaged; start it again, and it begins "
+                "anew"
+            )
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.has_told_fallbacks = 0, False
         self.journal = Journal(

@@ -18,6 +18,8 @@ from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
+from video_mae.training.starting_weights import starting_weights
+from video_mae.training.teacher import load_teacher
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -63,7 +65,21 @@ class Pretraining(Training[PretrainConfig]):
                 "objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to "
                 "contrast; raise mask.ratio"
             )
-        super().__init__(config, read_sources(config.data, model.in_channels))
+        # It stands outside of the engine, which would partition and save it.
+        self.teacher = load_teacher(config) if objective.target == "features" else None
+        width = None if self.teacher is None else self.teacher.width
+        if model.target_width not in (None, width):
+            raise ValueError(
+                f"model.target_width: {model.target_width} is not that of the targets; leave it "
+                "out, objective.teacher sets it"
+            )
+        config = replace(config, model=replace(model, target_width=width))
+        config, weights = starting_weights(config)
+        super().__init__(config, read_sources(config.data, model.in_channels), weights)
+        if width is not None:
+            self.introduction.append(
+                f"targets are {width} features of {objective.teacher}; no pictures are drawn"
+            )
 
     def make_model(self) -> tuple[VideoMAE, float]:
         config = self.config
@@ -91,10 +107,16 @@ class Pretraining(Training[PretrainConfig]):
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
         skipped = self.config.mask.decoder_mask_ratio
-        output = self.engine(batch.clip_BTHWC, self._mask(batch.seeds_B, skipped))
+        inputs = [batch.clip_BTHWC, self._mask(batch.seeds_B, skipped)]
+        if self.teacher is not None:
+            teacher = self.teacher.to(self.engine.device)
+            inputs += [None, teacher(batch.clip_BTHWC)]
+        output = self.engine(*inputs)
         return {name: getattr(output, name) for name in Losses._fields}
 
     def after(self, done: int, *, ending: bool) -> None:
+        if self.teacher is not None:
+            return
         if ending or is_due(done, self.config.journal.picture_interval):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
 

@@ -1,0 +1,246 @@
+"""What is predicted where targets are features: a frozen network sees the whole clip, and its
+tokens are brought to the grid of the student.
+
+Letters: B clips, T frames, H W pixels, C channels, t h w times, rows and columns of the tokens of a
+teacher, N tokens of the student's grid in raster order, F features.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from video_mae.config import ModelConfig, PretrainConfig
+from video_mae.extras import require_package
+from video_mae.kernels.reference import pixel_range
+from video_mae.model.masking import Grid
+from video_mae.model.vit import Encoder
+from video_mae.training.starting_weights import load_source
+
+# Of transformers: those whose tokens of patches come last, in raster order.
+IMAGE_MODELS = (
+    "clip_vision_model",
+    "siglip_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit_mae",
+)
+VIDEO_MODELS = ("videomae",)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_teacher(config: PretrainConfig) -> "Teacher":
+    """The teacher that objective.teacher names, on the CPU, which computes in engine.precision.
+
+    Raises: FileNotFoundError; ValueError naming the key, also where it cannot take the clips of the
+    run.
+    """
+    name, model = config.objective.teacher, config.model
+    dtype = DTYPES[config.engine.precision]
+    if name == "ema":
+        raise ValueError("objective.teacher: ema is not there yet; name a model")
+    if name.startswith("hf:"):
+        return TransformersTeacher(name.removeprefix("hf:"), model, dtype)
+    folder, source = load_source("objective.teacher", name, config.engine.kernels)
+    theirs = source.config
+    _require_same(str(folder), "model.in_channels", theirs.in_channels, model.in_channels)
+    if model.num_frames % theirs.tubelet_size != 0:
+        raise ValueError(
+            f"objective.teacher: {folder} takes multiples of {theirs.tubelet_size} frames, "
+            f"model.num_frames is {model.num_frames}"
+        )
+    return EncoderTeacher(source.encoder, model.grid, dtype)
+
+
+class Teacher(nn.Module, ABC):
+    """`teacher(clip_BTHWC)`: the targets of all tokens of a clip, without gradients.
+
+    Frames are resized to the teacher's own size (bilinear, antialiased; another shape is
+    stretched). Its tokens go to the student's grid in space, then in time: linear where they become
+    more, averages (antialiased) where they become fewer. Last, each token is normalised over its
+    features, without parameters. It stands outside the engine: neither partitioned nor saved.
+    """
+
+    frame_step = 1
+    """Frames from one that it sees to the next."""
+    network: Any
+
+    def __init__(
+        self,
+        network: nn.Module,
+        size: tuple[int, int],
+        width: int,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> None:
+        """size: (height, width) of the frames it takes; width: F; grid: the student's; dtype: what
+        it computes in.
+        """
+        super().__init__()
+        self.network = network.to(dtype).eval().requires_grad_(False)
+        self.size, self.width, self.grid = size, width, grid
+
+    @abstractmethod
+    def tokens(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, t, h, w, F] of patches alone; the clip has the teacher's size, and is uint8 or
+        floating point in [0, 1].
+        """
+
+    @torch.no_grad()
+    def forward(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
+        """Targets [B, N, F] in the dtype of the network; clip_BTHWC: uint8, of the student's
+        size.
+        """
+        clip_BTHWC = clip_BTHWC[:, :: self.frame_step]
+        num_frames = clip_BTHWC.shape[1]
+        if clip_BTHWC.shape[2:4] != self.size:
+            frames = rearrange(_unit(clip_BTHWC), "b t h w c -> (b t) c h w")
+            frames = _interpolated(frames, self.size)
+            clip_BTHWC = rearrange(frames, "(b t) c h w -> b t h w c", t=num_frames)
+        tokens_BthwF = self.tokens(clip_BTHWC)
+        targets_BNF = F.layer_norm(on_grid(tokens_BthwF, self.grid), (self.width,))
+        return targets_BNF.to(tokens_BthwF.dtype)
+
+
+class EncoderTeacher(Teacher):
+    """An encoder of ours: its tokens as it gives them, without class tokens (SALT, Li et al.,
+    2025).
+    """
+
+    def __init__(self, encoder: Encoder, grid: Grid, dtype: torch.dtype = torch.float32) -> None:
+        """encoder: is changed, to `dtype` and to evaluation without gradients; grid: the
+        student's.
+        """
+        c = encoder.config
+        super().__init__(encoder, (c.height, c.width), c.embed_dim, grid, dtype)
+
+    def tokens(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
+        tokens_BSF = self.network(clip_BTHWC)[:, self.network.config.class_tokens :]
+        return tokens_BSF.unflatten(1, self.network.grid_of(clip_BTHWC))
+
+
+class TransformersTeacher(Teacher):
+    """A model of Hugging Face transformers: the last hidden state of its patches, of images or of
+    video.
+
+    One of images sees the first frame of every tubelet: a token of features at each time of the
+    student, of one moment and not the mean of several. Mean, deviation and size of an image are
+    those of its preprocessor_config.json. Class and register tokens are left out.
+    """
+
+    def __init__(self, name: str, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        """name: a local folder or the name of a repository on the hub; model: the student's.
+
+        Raises: ValueError naming the key objective.teacher.
+        """
+        require_package("transformers", "objective.teacher")
+        from transformers import AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # it reports the decoder that it leaves out
+        try:
+            network, told = AutoModel.from_pretrained(name, output_loading_info=True)
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+            mean, std = processor["image_mean"], processor["image_std"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"objective.teacher: hf:{name} is not a model with weights, config.json and "
+                f"preprocessor_config.json ({' '.join(str(error).split())[:200]})"
+            ) from None
+        network = getattr(network, "vision_model", network)  # beside one of texts
+        c = network.config
+        if c.model_type not in IMAGE_MODELS + VIDEO_MODELS or told["missing_keys"]:
+            missing = ", ".join(sorted(told["missing_keys"])[:3]) or "no weights"
+            known = ", ".join(IMAGE_MODELS + VIDEO_MODELS)
+            raise ValueError(
+                f"objective.teacher: hf:{name} is a {c.model_type} that lacks {missing}; known "
+                f"are {known}"
+            )
+        self.is_video = c.model_type in VIDEO_MODELS
+        own_size = _pair(c.image_size)
+        size = own_size if self.is_video else _size(processor) or own_size
+        super().__init__(network, size, c.hidden_size, model.grid, dtype)
+        _require_same(f"hf:{name}", "model.in_channels", c.num_channels, model.in_channels)
+        if self.is_video:
+            _require_same(f"hf:{name}", "model.num_frames", c.num_frames, model.num_frames)
+        else:
+            self.frame_step = model.tubelet_size
+        patch_height, patch_width = _pair(c.patch_size)
+        self.patches = size[0] // patch_height, size[1] // patch_width
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.options: dict[str, Any] = {}
+        # The others interpolate by themselves.
+        if size != own_size and not c.model_type.startswith("dino"):
+            self.options["interpolate_pos_encoding"] = True
+
+    def tokens(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
+        num_clips, dtype = len(clip_BTHWC), self.network.dtype
+        pixels = rearrange(_unit(clip_BTHWC), "b t h w c -> b t c h w")
+        pixels = ((pixels - self.mean) / self.std).to(dtype)
+        options, (rows, columns) = dict(self.options), self.patches
+        if not self.is_video:
+            pixels = pixels.flatten(0, 1)
+        if self.network.config.model_type == "vit_mae":
+            # It would hide and shuffle patches.
+            self.network.config.mask_ratio = 0.0
+            order = torch.arange(rows * columns, device=pixels.device, dtype=torch.float32)
+            options["noise"] = order.expand(len(pixels), -1)
+        states = self.network(pixel_values=pixels, **options).last_hidden_state
+        num_times = clip_BTHWC.shape[1]
+        if self.is_video:
+            num_times //= self.network.config.tubelet_size
+        num_patches = num_times * rows * columns * num_clips // len(pixels)
+        patches = states[:, -num_patches:]
+        return patches.reshape(num_clips, num_times, rows, columns, self.width)
+
+
+def on_grid(tokens_BthwF: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Tokens [B, N, F] of another grid, in float32: interpolated in space, then in time."""
+    times, *place = grid
+    num_times = tokens_BthwF.shape[1]
+    maps = rearrange(tokens_BthwF.float(), "b t h w f -> (b t) f h w")
+    maps = _interpolated(maps, (place[0], place[1]))
+    maps = rearrange(maps, "(b t) f h w -> b f t (h w)", t=num_times)
+    maps = _interpolated(maps, (times, maps.shape[3]))
+    return rearrange(maps, "b f t l -> b (t l) f")
+
+
+def _interpolated(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", antialias=True)
+
+
+def _unit(clip_BTHWC: torch.Tensor) -> torch.Tensor:
+    """Floating point pixels in [0, 1]."""
+    return clip_BTHWC.float() / pixel_range(clip_BTHWC.dtype)
+
+
+def _pair(side: Any) -> tuple[int, int]:
+    """(height, width), of which a single number stands for both."""
+    return (side, side) if isinstance(side, int) else tuple(side)
+
+
+def _size(processor: dict[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of the pictures that a processor makes; None where it does not say."""
+    for key in ("crop_size", "size"):
+        said = processor.get(key)
+        if isinstance(said, int):
+            return said, said
+        if isinstance(said, dict) and "height" in said:
+            return said["height"], said["width"]
+    return None
+
+
+def _require_same(teacher: str, key: str, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        raise ValueError(f"objective.teacher: {teacher} has {key} = {theirs}, this run {ours}")
