@@ -31,9 +31,21 @@ class ObjectiveConfig(Knobs):
     )
     teacher: str = knob(
         "",
-        "whose features: a model folder, a run folder, what another project wrote, or hf:NAME, a "
-        "folder or hub name that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, "
-        "VideoMAE)",
+        "whose features: ema, a moving average of the encoder that is trained; or those of a "
+        "model folder, a run folder, what another project wrote, or hf:NAME, a folder or hub name "
+        "that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
+    )
+    teacher_momentum: float = knob(
+        0.998,
+        "of teacher = ema, at the first step; it grows in a line to 1 at the last (I-JEPA, V-JEPA)",
+        low=0,
+        high=1,
+    )
+    min_rank: float = knob(
+        2.0,
+        "the run stops where features of teacher = ema have a lower effective rank in 5 logged "
+        "lines in a row; 0 does not watch for it",
+        low=0,
     )
     feature_loss: Literal["smooth_l1", "squared"] = knob(
         "smooth_l1", "error of a predicted feature; smooth_l1 is squared up to 1, linear from there"

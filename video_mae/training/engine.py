@@ -8,7 +8,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +246,16 @@ class Engine:
                 state[name] = value.detach().float().cpu().clone()
         return state
 
+    @contextlib.contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside, every rank has the parameters of a part of the model in full, to be read: ZeRO 3
+        gathers them. Every rank must enter.
+        """
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(module.parameters()):
+            yield
+
     def masters(self) -> list[torch.Tensor]:
         """The float32 weights that this rank updates, whatever their layout."""
         return device_step.master_weights(self.deepspeed)
@@ -267,7 +277,8 @@ class Engine:
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
-        `resume` gives `memory` back, and all ranks the tensors of each, whose names differ.
+        `resume` gives `memory` back, and tensors by name: those that several ranks have are
+        written once.
         """
         final = self.checkpoints / checkpoint.step_name(step)
         building = self.checkpoints / f".{final.name}"
@@ -283,8 +294,13 @@ class Engine:
             save_latest=False,
             exclude_frozen_parameters=False,
         )
-        if tensors:
-            save_file(dict(tensors), building / f"tensors_{self.rank}.safetensors")
+        tensors = tensors or {}
+        written: set[str] = set()
+        for names in self.gather(list(tensors))[: self.rank]:
+            written.update(names)
+        own = {name: tensors[name] for name in tensors if name not in written}
+        if own:
+            save_file(own, building / f"tensors_{self.rank}.safetensors")
         dist.barrier()
         mine: dict[str, Any] = {}
         for path in checkpoint.files_of(building)[self.rank :: self.world_size]:

@@ -103,6 +103,17 @@ class Training(ABC, Generic[Config]):
         the batch is on the device.
         """
 
+    def begin(self) -> None:
+        """Once, when the engine has the weights that a new run starts from, and before those of a
+        checkpoint.
+        """
+        decay = self.config.optim.ema
+        self.average = WeightAverage(self.engine, decay) if decay > 0 else None
+
+    def measure(self, done: int) -> dict[str, float]:
+        """What a line about the step that made `done` holds besides, the same on every rank."""
+        return {}
+
     @abstractmethod
     def after(self, done: int, *, ending: bool) -> None:
         """What follows the step that makes `done`; `ending` where none comes after it for now.
@@ -127,9 +138,7 @@ class Training(ABC, Generic[Config]):
             save_config(config, self.folder / "config.yaml")
             write_json(self.folder / "deepspeed.json", engine.dictionary)
             write_json(self.folder / LISTS_FILE, self.lists)
-        self.average = None
-        if config.optim.ema > 0:
-            self.average = WeightAverage(engine, config.optim.ema)
+        self.begin()
         first_step, self.memory = engine.resume(self.tensors())
         if first_step == 0 and self.weights.is_resumed:
             raise ValueError(
@@ -172,17 +181,18 @@ class Training(ABC, Generic[Config]):
         if self.average:
             self.average.update(step)
         done = step + 1
-        journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps)
-
         is_last = done == self.schedule.total_steps
         is_logged = is_last or is_due(done, config.journal.log_interval)
+        more = self.measure(done) if is_logged else {}
+        journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
+
         is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
         # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
         # the host is a step behind.
         self._learn_of_steps(of_all=is_logged or is_saved)
         if self.signal:
             self._learn_of_steps(of_all=True)
-        reason = self._reason_to_stop(done, is_logged)
+        reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
             return STOPPED_BY_POLICY
@@ -236,7 +246,7 @@ class Training(ABC, Generic[Config]):
                     f"({self.skipped_in_a_row} in a row)"
                 )
 
-    def _reason_to_stop(self, done: int, is_logged: bool) -> str:
+    def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
         if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
             return (

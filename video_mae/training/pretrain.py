@@ -16,10 +16,11 @@ from video_mae.files import draw_or_tell
 from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
+from video_mae.training.collapse import RankWatch
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
 from video_mae.training.starting_weights import starting_weights
-from video_mae.training.teacher import load_teacher
+from video_mae.training.teacher import MovingTeacher, load_teacher
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -48,6 +49,9 @@ class Pretraining(Training[PretrainConfig]):
     """A pretraining run: the encoder sees num_visible of the tokens of a clip, num_masked are
     predicted, num_context are in the decoder besides.
     """
+
+    watch: RankWatch | None = None
+    """Of the features of a teacher that follows."""
 
     def __init__(self, config: PretrainConfig) -> None:
         mask, model = config.mask, config.model
@@ -110,11 +114,41 @@ class Pretraining(Training[PretrainConfig]):
         inputs = [batch.clip_BTHWC, self._mask(batch.seeds_B, skipped)]
         if self.teacher is not None:
             teacher = self.teacher.to(self.engine.device)
-            inputs += [None, teacher(batch.clip_BTHWC)]
+            target_BNF = teacher(batch.clip_BTHWC)
+            if self.watch is not None:
+                self.watch.see(target_BNF)
+            inputs += [None, target_BNF]
         output = self.engine(*inputs)
         return {name: getattr(output, name) for name in Losses._fields}
 
+    def begin(self) -> None:
+        super().begin()
+        if isinstance(self.teacher, MovingTeacher):
+            self.teacher.start(self.engine, self.model.encoder)
+            min_rank = self.config.objective.min_rank
+            self.watch = RankWatch(self.engine, min_rank) if min_rank > 0 else None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        tensors = super().tensors()
+        if isinstance(self.teacher, MovingTeacher):
+            tensors = {**tensors, **self.teacher.averages}
+        return tensors
+
+    def measure(self, done: int) -> dict[str, float]:
+        if self.watch is None:
+            return {}
+        return {"feature_rank": self.watch.rank(done, self.memory)}
+
+    def reason_to_stop(self, done: int, is_logged: bool) -> str:
+        reason = super().reason_to_stop(done, is_logged)
+        if not reason and self.watch is not None:
+            reason = self.watch.reason
+        return reason
+
     def after(self, done: int, *, ending: bool) -> None:
+        if isinstance(self.teacher, MovingTeacher):
+            progress = (done - 1) / self.schedule.total_steps
+            self.teacher.follow(self.engine, self.model.encoder, progress)
         if self.teacher is not None:
             return
         if ending or is_due(done, self.config.journal.picture_interval):
