@@ -27,6 +27,12 @@ RESUMED = [
     "optim.clip_grad=0.5",
     "optim.accumulation=2",
 ]
+MOVING_TEACHER = [
+    "objective.target=features",
+    "objective.teacher=ema",
+    "objective.teacher_momentum=0.5",
+    "optim.ema=0.9",
+]
 GLOBAL_BATCH = 8
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
 FINETUNE_CURVE = [
@@ -125,6 +131,14 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for stage in range(4)
         for precision in ("fp32", "bf16")
+    ]
+    double += [
+        {
+            "name": f"teacher{stage}",
+            "crash_after": 3,
+            "overrides": [*RESUMED, *MOVING_TEACHER, f"engine.zero_stage={stage}"],
+        }
+        for stage in (1, 3)
     ]
     double += [
         {
@@ -270,6 +284,34 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
         assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_resume_one_teacher(finished: Path, stage: int) -> None:
+    run = finished / f"teacher{stage}"
+    for name in ("model", "model_ema"):
+        resumed, uninterrupted = (
+            load_file(run / folder / "model.safetensors")
+            for folder in (name, f"{name}_uninterrupted")
+        )
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    for key in ("loss", "feature_rank"):
+        now, before = (
+            [line[key] for line in lines(run, key, file)]
+            for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")
+        )
+        assert now == before
+        assert len(now) == 5
+    checkpoint = run / "checkpoints" / "step_00000005"
+    first, second = (load_file(checkpoint / f"tensors_{rank}.safetensors") for rank in (0, 1))
+    # the teacher is written once, of the averages each rank has its own
+    assert {name.split(".")[0] for name in first} == {"average", "teacher"}
+    assert {name.split(".")[0] for name in second} == {"average"}
+    assert not first.keys() & second.keys()
+    # stages differ in where weights are, not in what they are
+    other = load_file(finished / "teacher3" / "model_ema" / "model.safetensors")
+    for name, value in load_file(run / "model_ema" / "model.safetensors").items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", range(4))
