@@ -71,14 +71,19 @@ class ObjectiveConfig(Knobs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.target == "features":
-            require(self.teacher != "", "teacher", "(empty)", "must be given for target = features")
-            for name, default in (("normalize", "channel"), ("pixels", "unit")):
-                value = getattr(self, name)
-                remedy = "is of pixels: leave it out where objective.target = features"
-                require(value == default, name, value, remedy)
-        else:
-            require(self.teacher == "", "teacher", self.teacher, "needs objective.target=features")
+        is_features = self.target == "features"
+        require(
+            is_features == (self.teacher != ""),
+            "teacher",
+            self.teacher or "(empty)",
+            "belongs to objective.target = features",
+        )
+        require(
+            not is_features or (self.normalize, self.pixels) == ("channel", "unit"),
+            "target",
+            self.target,
+            "leaves nothing for objective.normalize and objective.pixels to say: leave them out",
+        )
         if self.learn_temperature:
             require(
                 0.01 < self.temperature < 1,

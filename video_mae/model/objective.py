@@ -79,6 +79,11 @@ class Objective(nn.Module):
         self, predicted_BMF: torch.Tensor, target_BNF: torch.Tensor, masked_BM: torch.Tensor
     ) -> Losses:
         c, index_BM1 = self.config, masked_BM[:, :, None]
+        if target_BNF.shape[::2] != predicted_BMF.shape[::2]:
+            raise ValueError(
+                f"target_BNF: is {tuple(target_BNF.shape)}; each token of each clip needs "
+                f"{predicted_BMF.shape[2]} features"
+            )
         target_BMF = target_BNF.gather(1, index_BM1.expand(-1, -1, target_BNF.shape[2])).float()
         if c.feature_loss == "squared":
             reconstruction = F.mse_loss(predicted_BMF.float(), target_BMF)

@@ -225,10 +225,6 @@ class VideoMAE(nn.Module):
         tokens, where objective.target = features. Raises: ValueError for a clip of another grid,
         or a target that is missing or not needed.
         """
-        if (target_BNF is None) != (self.config.target_width is None):
-            raise ValueError(
-                "target_BNF: is given where objective.target = features, and only there"
-            )
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
         target = target_BNF
         if target is None:

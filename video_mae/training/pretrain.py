@@ -20,7 +20,7 @@ from video_mae.training.collapse import RankWatch
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
 from video_mae.training.starting_weights import starting_weights
-from video_mae.training.teacher import MovingTeacher, load_teacher
+from video_mae.training.teacher import MovingTeacher, Teacher, load_teacher
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -111,14 +111,12 @@ class Pretraining(Training[PretrainConfig]):
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
         skipped = self.config.mask.decoder_mask_ratio
-        inputs = [batch.clip_BTHWC, self._mask(batch.seeds_B, skipped)]
-        if self.teacher is not None:
-            teacher = self.teacher.to(self.engine.device)
-            target_BNF = teacher(batch.clip_BTHWC)
+        mask, targets = self._mask(batch.seeds_B, skipped), []
+        if self._teacher is not None:
+            targets = [None, self._teacher(batch.clip_BTHWC)]
             if self.watch is not None:
-                self.watch.see(target_BNF)
-            inputs += [None, target_BNF]
-        output = self.engine(*inputs)
+                self.watch.see(targets[1])
+        output = self.engine(batch.clip_BTHWC, mask, *targets)
         return {name: getattr(output, name) for name in Losses._fields}
 
     def begin(self) -> None:
@@ -165,6 +163,11 @@ class Pretraining(Training[PretrainConfig]):
         model, seed = self.config.model, self.config.seed
         size = model.num_frames, model.height, model.width
         return ClipDataset(self.videos, data, *size, seed, model.in_channels)
+
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        """The teacher, on the device."""
+        return self.teacher and self.teacher.to(self.engine.device)
 
     @cached_property
     def _examples(self) -> Batch:

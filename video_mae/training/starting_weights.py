@@ -64,8 +64,8 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
     _require_same_encoder(place, source, config)
     model = config.model
     if source.config.grid != model.grid:
-        size = {"num_frames": model.num_frames, "height": model.height, "width": model.width}
-        source = resized(source, **size)  # pyright: ignore[reportArgumentType]
+        frames, height, width = model.num_frames, model.height, model.width
+        source = resized(source, num_frames=frames, height=height, width=width)  # pyright: ignore
     model = replace(model, position_grid=source.config.position_grid)
     config = replace(config, model=model)
     with torch.device("meta"):
@@ -75,17 +75,15 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
             assert isinstance(config, PretrainConfig)
             expected = VideoMAE(model, config.objective)
     ours, theirs = expected.state_dict(), source.state_dict()
-    unlike = _unlike_parts(source, expected)
+    part, why = _unlike_part(source, expected)
     new: dict[str, str] = {}
     for name, tensor in ours.items():
-        reasons = [reason for part, reason in unlike.items() if name.startswith(part)]
-        if reasons:
-            new[name] = reasons[0]
-        elif name not in theirs:
+        if name not in theirs:
             new[name] = "not in it"
+        elif name.startswith(part):
+            new[name] = why
         elif theirs[name].shape != tensor.shape:
-            shapes = f"{list(theirs[name].shape)} there, {list(tensor.shape)} here"
-            new[name] = shapes
+            new[name] = f"{list(theirs[name].shape)} there, {list(tensor.shape)} here"
     taken = {name: theirs[name] for name in ours if name not in new}
     left = {name: new.get(name, "not in this model") for name in theirs if name not in taken}
     lines = [
@@ -122,25 +120,25 @@ def _require_same_encoder(place: Path, source: Model, config: RunConfig) -> None
         )
 
 
-def _unlike_parts(source: Model, expected: Model) -> dict[str, str]:
-    """{beginning of names: why} of tensors that mean something else, whatever their shapes."""
-    if isinstance(expected, VideoClassifier):
-        if not isinstance(source, VideoClassifier):
-            return {}
+def _unlike_part(source: Model, expected: Model) -> tuple[str | tuple[()], str]:
+    """(beginning of names, why) of tensors that mean something else, whatever their shapes; of
+    none: ().
+    """
+    if isinstance(source, VideoClassifier) and isinstance(expected, VideoClassifier):
         ours, theirs = expected.classifier_config, source.classifier_config
         is_named = ours.class_names and theirs.class_names
         if ours.num_classes != theirs.num_classes or (
             is_named and ours.class_names != theirs.class_names
         ):
-            return {"head.": f"its {theirs.num_classes} classes are others"}
-        return {}
+            return "head.", f"its {theirs.num_classes} classes are others"
     differences = _differences(source.config, expected.config)
+    differences.pop("decoder_context", None)  # changes what is computed, not what it means
     decoder = [differences[name] for name in differences if name.startswith("decoder_")]
     if decoder:
-        return {"decoder.": f"that has {' '.join(decoder)}"}
+        return "decoder.", f"that has {' '.join(decoder)}"
     if "target_width" in differences:
-        return {"decoder.head.": "it predicts something else"}
-    return {}
+        return "decoder.head.", "it predicts something else"
+    return (), ""
 
 
 def _differences(theirs: ModelConfig, ours: ModelConfig) -> dict[str, str]:

@@ -5,15 +5,18 @@ Letters: B clips, T frames, H W pixels, C channels, t h w times, rows and column
 teacher, N tokens of the student's grid in raster order, F features.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import nn
 
 from video_mae.config import ModelConfig, PretrainConfig
+from video_mae.config.schema import require
 from video_mae.extras import require_package
 from video_mae.kernels.reference import pixel_range
 from video_mae.model.masking import Grid
@@ -50,11 +53,9 @@ def load_teacher(config: PretrainConfig) -> "Teacher":
     folder, source = load_source("objective.teacher", name, config.engine.kernels)
     theirs = source.config
     _require_same(str(folder), "model.in_channels", theirs.in_channels, model.in_channels)
-    if model.num_frames % theirs.tubelet_size != 0:
-        raise ValueError(
-            f"objective.teacher: {folder} takes multiples of {theirs.tubelet_size} frames, "
-            f"model.num_frames is {model.num_frames}"
-        )
+    remedy = f"takes multiples of {theirs.tubelet_size} frames, this run has {model.num_frames}"
+    is_whole = model.num_frames % theirs.tubelet_size == 0
+    require(is_whole, "objective.teacher", str(folder), remedy)
     return EncoderTeacher(source.encoder, model.grid, dtype)
 
 
@@ -98,11 +99,10 @@ class Teacher(nn.Module, ABC):
         size.
         """
         clip_BTHWC = clip_BTHWC[:, :: self.frame_step]
-        num_frames = clip_BTHWC.shape[1]
         if clip_BTHWC.shape[2:4] != self.size:
             frames = rearrange(_unit(clip_BTHWC), "b t h w c -> (b t) c h w")
             frames = _interpolated(frames, self.size)
-            clip_BTHWC = rearrange(frames, "(b t) c h w -> b t h w c", t=num_frames)
+            clip_BTHWC = rearrange(frames, "(b t) c h w -> b t h w c", b=len(clip_BTHWC))
         tokens_BthwF = self.tokens(clip_BTHWC)
         targets_BNF = F.layer_norm(on_grid(tokens_BthwF, self.grid), (self.width,))
         return targets_BNF.to(tokens_BthwF.dtype)
@@ -188,69 +188,62 @@ class TransformersTeacher(Teacher):
             network, told = AutoModel.from_pretrained(name, output_loading_info=True)
             processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
             mean, std = processor["image_mean"], processor["image_std"]
-        except (OSError, ValueError, KeyError) as error:
+            size = _pair(processor.get("crop_size") or processor["size"])
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"objective.teacher: hf:{name} is not a model with weights, config.json and "
-                f"preprocessor_config.json ({' '.join(str(error).split())[:200]})"
+                f"preprocessor_config.json ({reason})"
             ) from None
         network = getattr(network, "vision_model", network)  # beside one of texts
         c = network.config
-        if c.model_type not in IMAGE_MODELS + VIDEO_MODELS or told["missing_keys"]:
-            missing = ", ".join(sorted(told["missing_keys"])[:3]) or "no weights"
-            known = ", ".join(IMAGE_MODELS + VIDEO_MODELS)
-            raise ValueError(
-                f"objective.teacher: hf:{name} is a {c.model_type} that lacks {missing}; known "
-                f"are {known}"
-            )
+        known, missing = IMAGE_MODELS + VIDEO_MODELS, sorted(told["missing_keys"])
+        remedy = f"is of type {c.model_type} and lacks {missing[:3]}; known are {', '.join(known)}"
+        is_known = c.model_type in known and not missing
+        require(is_known, "objective.teacher", f"hf:{name}", remedy)
         self.is_video = c.model_type in VIDEO_MODELS
-        own_size = _pair(c.image_size)
-        size = own_size if self.is_video else _size(processor) or own_size
+        if self.is_video:
+            size = _pair(c.image_size)
         super().__init__(network, size, c.hidden_size, model.grid, dtype)
         _require_same(f"hf:{name}", "model.in_channels", c.num_channels, model.in_channels)
+        self.times = 1  # of a forward pass
         if self.is_video:
             _require_same(f"hf:{name}", "model.num_frames", c.num_frames, model.num_frames)
+            self.times = c.num_frames // c.tubelet_size
         else:
             self.frame_step = model.tubelet_size
         patch_height, patch_width = _pair(c.patch_size)
-        self.patches = size[0] // patch_height, size[1] // patch_width
+        self.place = size[0] // patch_height, size[1] // patch_width
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
-        self.options: dict[str, Any] = {}
-        # The others interpolate by themselves.
-        if size != own_size and not c.model_type.startswith("dino"):
-            self.options["interpolate_pos_encoding"] = True
 
     def tokens(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
-        num_clips, dtype = len(clip_BTHWC), self.network.dtype
         pixels = rearrange(_unit(clip_BTHWC), "b t h w c -> b t c h w")
-        pixels = ((pixels - self.mean) / self.std).to(dtype)
-        options, (rows, columns) = dict(self.options), self.patches
+        pixels = ((pixels - self.mean) / self.std).to(self.network.dtype)
+        options, kind, num_places = {}, self.network.config.model_type, math.prod(self.place)
         if not self.is_video:
             pixels = pixels.flatten(0, 1)
-        if self.network.config.model_type == "vit_mae":
+            if not kind.startswith("dino"):  # which do it by themselves
+                options["interpolate_pos_encoding"] = True
+        if kind == "vit_mae":
             # It would hide and shuffle patches.
             self.network.config.mask_ratio = 0.0
-            order = torch.arange(rows * columns, device=pixels.device, dtype=torch.float32)
+            order = torch.arange(num_places, device=pixels.device)
             options["noise"] = order.expand(len(pixels), -1)
         states = self.network(pixel_values=pixels, **options).last_hidden_state
-        num_times = clip_BTHWC.shape[1]
-        if self.is_video:
-            num_times //= self.network.config.tubelet_size
-        num_patches = num_times * rows * columns * num_clips // len(pixels)
-        patches = states[:, -num_patches:]
-        return patches.reshape(num_clips, num_times, rows, columns, self.width)
+        patches = states[:, -self.times * num_places :]
+        return patches.reshape(len(clip_BTHWC), -1, *self.place, self.width)
 
 
 def on_grid(tokens_BthwF: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Tokens [B, N, F] of another grid, in float32: interpolated in space, then in time."""
-    times, *place = grid
-    num_times = tokens_BthwF.shape[1]
+    times, rows, columns = grid
     maps = rearrange(tokens_BthwF.float(), "b t h w f -> (b t) f h w")
-    maps = _interpolated(maps, (place[0], place[1]))
-    maps = rearrange(maps, "(b t) f h w -> b f t (h w)", t=num_times)
-    maps = _interpolated(maps, (times, maps.shape[3]))
+    maps = _interpolated(maps, (rows, columns))
+    maps = rearrange(maps, "(b t) f h w -> b f t (h w)", t=tokens_BthwF.shape[1])
+    maps = _interpolated(maps, (times, rows * columns))
     return rearrange(maps, "b f t l -> b (t l) f")
 
 
@@ -266,21 +259,13 @@ def _unit(clip_BTHWC: torch.Tensor) -> torch.Tensor:
 
 
 def _pair(side: Any) -> tuple[int, int]:
-    """(height, width), of which a single number stands for both."""
-    return (side, side) if isinstance(side, int) else tuple(side)
-
-
-def _size(processor: dict[str, Any]) -> tuple[int, int] | None:
-    """(height, width) of the pictures that a processor makes; None where it does not say."""
-    for key in ("crop_size", "size"):
-        said = processor.get(key)
-        if isinstance(said, int):
-            return said, said
-        if isinstance(said, dict) and "height" in said:
-            return said["height"], said["width"]
-    return None
+    """(height, width) of a number that stands for both, a pair, or a dictionary of one or both."""
+    if isinstance(side, dict):
+        side = list(side.values())
+    sides = [side] if isinstance(side, int) else side
+    return sides[0], sides[-1]
 
 
 def _require_same(teacher: str, key: str, theirs: int, ours: int) -> None:
-    if theirs != ours:
-        raise ValueError(f"objective.teacher: {teacher} has {key} = {theirs}, this run {ours}")
+    remedy = f"has {key} = {theirs}, this run {ours}"
+    require(theirs == ours, "objective.teacher", teacher, remedy)
