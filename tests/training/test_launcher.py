@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from video_mae import VideoMAE, save_model_folder
 from video_mae.config import load_config
 from video_mae.config.schema import save_config
 
@@ -32,6 +34,12 @@ MOVING_TEACHER = [
     "objective.teacher=ema",
     "objective.teacher_momentum=0.5",
     "optim.ema=0.9",
+]
+FEATURES = [
+    *CURVE,
+    "objective.target=features",
+    "objective.learn_temperature=true",
+    "optim.steps=10",
 ]
 GLOBAL_BATCH = 8
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
@@ -149,8 +157,32 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage in range(4)
         for precision in ("fp32", "bf16")
     ]
+    folder = tmp_path_factory.mktemp("runs")
+    tiny = load_config(tiny_file).model
+    torch.manual_seed(1)
+    save_model_folder(folder / "teacher", VideoMAE(replace(tiny, height=48, embed_dim=24)))
+    features = [*FEATURES, f"objective.teacher={folder / 'teacher'}"]
+    single.append({"name": "features_single", "overrides": [*features, *batch(1, 1)]})
+    for stage in range(4):
+        engine = [
+            f"engine.zero_stage={stage}",
+            f"engine.activation_checkpointing={str(stage > 1).lower()}",
+        ]
+        double += [
+            {"name": f"features{stage}", "overrides": [*features, *batch(2, 2), *engine]},
+            {
+                "name": f"features_resumed{stage}",
+                "crash_after": 3,
+                "overrides": [
+                    *features,
+                    *RESUMED,
+                    *engine,
+                    f"engine.precision={('fp32', 'bf16')[stage % 2]}",
+                ],
+            },
+        ]
     return launch_runs(
-        tmp_path_factory.mktemp("runs"),
+        folder,
         {"stage": "pretrain", "config": str(tiny_file)},
         single,
         double,
@@ -217,6 +249,22 @@ def test_two_ranks_follow_the_curve_of_one_process(
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_learn_features_as_one_process_does(finished: Path, stage: int) -> None:
+    one, two = losses(finished / "features_single"), losses(finished / f"features{stage}")
+    assert len(one) == len(two) == 10
+    assert one[-1] < one[0] - 0.02
+    assert two == pytest.approx(one, rel=1e-4)
+    state = load_file(finished / f"features{stage}" / "model" / "model.safetensors")
+    assert state["decoder.head.weight"].shape == (24, 16)  # and nothing of the teacher
+    assert {name.split(".")[0] for name in state} == {"encoder", "decoder", "objective"}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resumed_run_of_features_ends_with_the_same_bits(finished: Path, stage: int) -> None:
+    check_same_bits(finished / f"features_resumed{stage}", "model")
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) -> None:
     one, two = finetuned / "single", finetuned / f"stage{stage}"
     assert len(losses(one)) == len(losses(two)) == 10
@@ -274,11 +322,14 @@ def test_a_resumed_fine_tuning_mixes_drops_and_validates_the_same(
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, precision: str) -> None:
-    run = finished / f"resumed{stage}_{precision}"
-    for folder in ("model", "model_ema"):
+    check_same_bits(finished / f"resumed{stage}_{precision}", "model", "model_ema")
+
+
+def check_same_bits(run: Path, *models: str) -> None:
+    for model in models:
         resumed, uninterrupted = (
             load_file(run / name / "model.safetensors")
-            for name in (folder, f"{folder}_uninterrupted")
+            for name in (model, f"{model}_uninterrupted")
         )
         assert resumed.keys() == uninterrupted.keys()
         assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
@@ -289,12 +340,7 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
 @pytest.mark.parametrize("stage", [1, 3])
 def test_two_ranks_resume_one_teacher(finished: Path, stage: int) -> None:
     run = finished / f"teacher{stage}"
-    for name in ("model", "model_ema"):
-        resumed, uninterrupted = (
-            load_file(run / folder / "model.safetensors")
-            for folder in (name, f"{name}_uninterrupted")
-        )
-        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    check_same_bits(run, "model", "model_ema")
     for key in ("loss", "feature_rank"):
         now, before = (
             [line[key] for line in lines(run, key, file)]

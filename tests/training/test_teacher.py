@@ -3,15 +3,16 @@ definition; what cannot teach.
 """
 
 import json
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests import second_implementation as second
 from video_mae import (
     ModelConfig,
     ObjectiveConfig,
@@ -29,6 +30,9 @@ from video_mae.tools import reconstruct
 from video_mae.training.teacher import EncoderTeacher, load_teacher
 
 transformers = pytest.importorskip("transformers")
+second = SimpleNamespace(
+    **runpy.run_path(str(Path(__file__).parents[1] / "second_implementation.py"))
+)
 
 Tiny = Callable[..., PretrainConfig]
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}
