@@ -11,6 +11,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "tifffile": "tiff",
     "torchcodec": "torchcodec",
+    "transformers": "transformers",
     "wandb": "wandb",
 }
 """Of each package that is imported where it is used, the extra of pyproject.toml that brings it."""

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, token_mask
 from video_mae.config import EngineConfig, OptimConfig, RunConfig
 from video_mae.training.engine import Engine
+from video_mae.training.moving_average import WeightAverage
 
 from .conftest import Dispatched
 
@@ -86,8 +87,10 @@ def test_a_step_asks_little_of_the_gpu_and_never_waits_for_it(
     accumulate()
     engine.step(1e-4)  # makes the optimizer's state
     accumulate()
+    average = WeightAverage(engine, 0.999)
     with Dispatched() as dispatched:  # to ask a fake tensor for its value raises
         grad_norm = engine.step(1e-4)
+        average.update(1)
     assert isinstance(grad_norm, torch.Tensor)
     assert (grad_norm.device.type, engine.skipped_steps.device.type) == ("cuda", "cuda")
     assert dispatched.num.total() <= MOST_OPERATIONS

@@ -116,9 +116,8 @@ def test_a_run_leaves_the_promised_folder_and_goes_on_as_if_it_had_not_stopped(
     ]
     # the 2 clips of a video do not count
     assert "0.001563 = 0.1 x global batch 4 / 256" in log(config)
-    assert "8 classes, dense clips of stride 2, 8 validation videos; from random weights" in log(
-        config
-    )
+    assert "8 classes, dense clips of stride 2, 8 validation videos" in log(config)
+    assert "starts from random weights" in log(config)
     page = (folder / "report.html").read_text()
     assert "best validation, top-1 / top-5" in page
     before = [
@@ -298,13 +297,19 @@ def test_a_pretrained_encoder_is_taken_over_without_its_last_norm(
 ) -> None:
     plan = prepare(tiny_finetune(f"checkpoint={pretrained}"))
     source = state(pretrained / "model")
-    assert plan.weights.keys() == {
+    taken = plan.weights.tensors
+    assert taken.keys() == {
         name
         for name in source
         if name.startswith("encoder.") and not name.startswith("encoder.norm.")
     }
-    assert all(torch.equal(plan.weights[name], source[name]) for name in plan.weights)
-    assert plan.weights_line == f"encoder from {pretrained / 'model'}, new head"
+    assert all(torch.equal(taken[name], source[name]) for name in taken)
+    num_decoder = sum(name.startswith("decoder.") for name in source)
+    assert plan.weights.lines == [
+        f"starts from {pretrained / 'model'}: {len(taken)} of its {len(source)} tensors; "
+        "new: fc_norm (2: not in it), head (2: not in it); left over: "
+        f"encoder.norm (2: not in this model), decoder ({num_decoder}: not in this model)"
+    ]
     config = tiny_finetune(
         f"checkpoint={pretrained / 'model'}",
         "optim.steps=1",
@@ -345,11 +350,11 @@ def test_a_head_is_taken_over_where_the_classes_agree(
             f"checkpoint={tmp_path / 'old'}", f"classifier.class_names=[{','.join(ours)}]"
         )
     )
-    assert torch.equal(plan.weights["fc_norm.bias"], torch.full((32,), 0.5))
-    assert ("head.weight" in plan.weights) == same
-    assert plan.weights_line == f"encoder from {tmp_path / 'old' / 'best'}, " + (
-        "its head" if same else f"new head (its {num} classes are others)"
-    )
+    taken, (line,) = plan.weights.tensors, plan.weights.lines
+    assert torch.equal(taken["fc_norm.bias"], torch.full((32,), 0.5))
+    assert ("head.weight" in taken) == same
+    told = "nothing" if same else f"head (2: its {num} classes are others)"
+    assert line.endswith(f" tensors; new: {told}; left over: {told}")
 
 
 def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from video_mae import VideoClassifier, save_model_folder
+from video_mae import VideoClassifier, VideoMAE, save_model_folder
 from video_mae.config import FinetuneConfig, load_config
 from video_mae.config.schema import save_config
 
@@ -29,6 +30,18 @@ RESUMED = [
     "optim.clip_grad=0.5",
     "optim.accumulation=2",
 ]
+MOVING_TEACHER = [
+    "objective.target=features",
+    "objective.teacher=ema",
+    "objective.teacher_momentum=0.5",
+    "optim.ema=0.9",
+]
+FEATURES = [
+    *CURVE,
+    "objective.target=features",
+    "objective.learn_temperature=true",
+    "optim.steps=10",
+]
 GLOBAL_BATCH = 8
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
 FINETUNE_CURVE = [
@@ -39,6 +52,7 @@ FINETUNE_CURVE = [
     "validation.interval=6",
     "model.depth=3",
     "optim.layer_decay=0.7",
+    "optim.ema=0.9",
     "journal.log_interval=2",
 ]
 # Fine-tuning in which something of the encoder stays as it is.
@@ -129,10 +143,23 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "name": f"resumed{stage}_{precision}",
             "crash_after": 3,
-            "overrides": [*RESUMED, f"engine.zero_stage={stage}", f"engine.precision={precision}"],
+            "overrides": [
+                *RESUMED,
+                "optim.ema=0.9",
+                f"engine.zero_stage={stage}",
+                f"engine.precision={precision}",
+            ],
         }
         for stage in range(4)
         for precision in ("fp32", "bf16")
+    ]
+    double += [
+        {
+            "name": f"teacher{stage}",
+            "crash_after": 3,
+            "overrides": [*RESUMED, *MOVING_TEACHER, f"engine.zero_stage={stage}"],
+        }
+        for stage in (1, 3)
     ]
     double += [
         {
@@ -143,8 +170,32 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for stage in range(4)
         for precision in ("fp32", "bf16")
     ]
+    folder = tmp_path_factory.mktemp("runs")
+    tiny = load_config(tiny_file).model
+    torch.manual_seed(1)
+    save_model_folder(folder / "teacher", VideoMAE(replace(tiny, height=48, embed_dim=24)))
+    features = [*FEATURES, f"objective.teacher={folder / 'teacher'}"]
+    single.append({"name": "features_single", "overrides": [*features, *batch(1, 1)]})
+    for stage in range(4):
+        engine = [
+            f"engine.zero_stage={stage}",
+            f"engine.activation_checkpointing={str(stage > 1).lower()}",
+        ]
+        double += [
+            {"name": f"features{stage}", "overrides": [*features, *batch(2, 2), *engine]},
+            {
+                "name": f"features_resumed{stage}",
+                "crash_after": 3,
+                "overrides": [
+                    *features,
+                    *RESUMED,
+                    *engine,
+                    f"engine.precision={('fp32', 'bf16')[stage % 2]}",
+                ],
+            },
+        ]
     return launch_runs(
-        tmp_path_factory.mktemp("runs"),
+        folder,
         {"stage": "pretrain", "config": str(tiny_file)},
         single,
         double,
@@ -229,6 +280,22 @@ def test_two_ranks_follow_the_curve_of_one_process(
 
 
 @pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_learn_features_as_one_process_does(finished: Path, stage: int) -> None:
+    one, two = losses(finished / "features_single"), losses(finished / f"features{stage}")
+    assert len(one) == len(two) == 10
+    assert one[-1] < one[0] - 0.02
+    assert two == pytest.approx(one, rel=1e-4)
+    state = load_file(finished / f"features{stage}" / "model" / "model.safetensors")
+    assert state["decoder.head.weight"].shape == (24, 16)  # and nothing of the teacher
+    assert {name.split(".")[0] for name in state} == {"encoder", "decoder", "objective"}
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_resumed_run_of_features_ends_with_the_same_bits(finished: Path, stage: int) -> None:
+    check_same_bits(finished / f"features_resumed{stage}", "model")
+
+
+@pytest.mark.parametrize("stage", range(4))
 def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) -> None:
     one, two = finetuned / "single", finetuned / f"stage{stage}"
     assert len(losses(one)) == len(losses(two)) == 10
@@ -240,9 +307,26 @@ def test_two_ranks_fine_tune_as_one_process_does(finetuned: Path, stage: int) ->
     # 8 videos in batches of 3: some are fillers
     for ours, theirs in zip(lines(two, "val_loss"), lines(one, "val_loss"), strict=True):
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-4)
+        assert ours["val_ema_loss"] == pytest.approx(theirs["val_ema_loss"], rel=1e-4)
         assert [ours[key] for key in ("step", "val_top1", "val_top5", "val_videos")] == [
             theirs[key] for key in ("step", "val_top1", "val_top5", "val_videos")
         ]
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_two_ranks_average_weights_as_one_process_does(finetuned: Path, stage: int) -> None:
+    one, two, trained = (
+        load_file(finetuned / run / name / "model.safetensors")
+        for run, name in (
+            ("single", "model_ema"),
+            (f"stage{stage}", "model_ema"),
+            (f"stage{stage}", "model"),
+        )
+    )
+    assert one.keys() == two.keys() == trained.keys()
+    for name, value in two.items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-5)
+    assert max((two[name] - trained[name]).abs().max() for name in two) > 3e-4
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -296,14 +380,42 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_resumes_with_the_same(
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, precision: str) -> None:
-    run = finished / f"resumed{stage}_{precision}"
-    resumed, uninterrupted = (
-        load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted")
-    )
-    assert resumed.keys() == uninterrupted.keys()
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    check_same_bits(finished / f"resumed{stage}_{precision}", "model", "model_ema")
+
+
+def check_same_bits(run: Path, *models: str) -> None:
+    for model in models:
+        resumed, uninterrupted = (
+            load_file(run / name / "model.safetensors")
+            for name in (model, f"{model}_uninterrupted")
+        )
+        assert resumed.keys() == uninterrupted.keys()
+        assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_two_ranks_resume_one_teacher(finished: Path, stage: int) -> None:
+    run = finished / f"teacher{stage}"
+    check_same_bits(run, "model", "model_ema")
+    for key in ("loss", "feature_rank"):
+        now, before = (
+            [line[key] for line in lines(run, key, file)]
+            for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")
+        )
+        assert now == before
+        assert len(now) == 5
+    checkpoint = run / "checkpoints" / "step_00000005"
+    first, second = (load_file(checkpoint / f"tensors_{rank}.safetensors") for rank in (0, 1))
+    # the teacher is written once, of the averages each rank has its own
+    assert {name.split(".")[0] for name in first} == {"average", "teacher"}
+    assert {name.split(".")[0] for name in second} == {"average"}
+    assert not first.keys() & second.keys()
+    # stages differ in where weights are, not in what they are
+    other = load_file(finished / "teacher3" / "model_ema" / "model.safetensors")
+    for name, value in load_file(run / "model_ema" / "model.safetensors").items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -50,6 +50,10 @@ BY_HAND = {
         566_437,
     ),
     "remote_sensing_base": (712_874, 4096, (36, 108), 1.6e-3, 0.0, 3_480, 34_800),
+    # 10,000 stands for one's own videos
+    "continue_on_own_videos": (10_000, 256, (160, 1408), 7.5e-5, 1e-5, 195, 3_906),
+    "features_two_stage_base": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 93_750),
+    "contrastive_features_base": (240_000, 1024, (160, 1408), 6e-4, 4e-5, 9_375, 93_750),
     "volume_base": (18, 6, (54, 162), 1.5e-4, 0.0, 300, 30_000),
 }
 

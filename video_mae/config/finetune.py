@@ -107,11 +107,6 @@ class FinetuneConfig(RunConfig):
     output: str = knob(
         "runs/finetune", "the run folder; starting the same one again resumes it", filled=True
     )
-    checkpoint: str = knob(
-        "",
-        "the pretrained model: a model folder, a run folder, or what another project wrote; "
-        "empty: random weights",
-    )
     freeze_blocks: int = knob(
         0,
         "how many of the encoder's first blocks stay as they are, and with them all that comes "

@@ -138,6 +138,12 @@ class ModelConfig(Knobs):
     predicted_frames: int | None = knob(
         None, "frames of a clip that the decoder predicts, spread evenly (mae_st: half); null: all"
     )
+    target_width: int | None = knob(
+        None,
+        "features that the decoder predicts of a tubelet, set by objective.teacher; null: its "
+        "pixels",
+        low=1,
+    )
     decoder_context: Literal["scored", "all"] = knob(
         "scored",
         "where dual masking has the decoder see mask tokens: at those places alone "
@@ -175,6 +181,8 @@ class ModelConfig(Knobs):
             f"must be a multiple of the {times} frames of tokens, at most model.num_frames = "
             f"{self.num_frames}",
         )
+        remedy = "is of pixels: leave it out where model.target_width is set"
+        require(frames is None or self.target_width is None, "predicted_frames", frames, remedy)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "ModelConfig":
@@ -219,8 +227,8 @@ class ModelConfig(Knobs):
 
     @property
     def predicted_values(self) -> int:
-        """Outputs of the decoder's head."""
-        return math.prod(self.predicted_tubelet) * self.in_channels
+        """Outputs of the decoder's head: features, or the pixels of `predicted_tubelet`."""
+        return self.target_width or math.prod(self.predicted_tubelet) * self.in_channels
 
 
 class ClassifierConfig(Knobs):

@@ -26,6 +26,30 @@ class ObjectiveConfig(Knobs):
         "what a target is made of before that: pixels in [0, 1] (VideoMAE), or as the "
         "encoder sees them, normalised by model.mean and model.std (MAE, mae_st)",
     )
+    target: Literal["pixels", "features"] = knob(
+        "pixels", "what hidden tubelets are predicted as: pixels, or features of a teacher"
+    )
+    teacher: str = knob(
+        "",
+        "whose features: ema, a moving average of the encoder that is trained; or those of a "
+        "model folder, a run folder, what another project wrote, or hf:NAME, a folder or hub name "
+        "that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
+    )
+    teacher_momentum: float = knob(
+        0.998,
+        "of teacher = ema, at the first step; it grows in a line to 1 at the last (I-JEPA, V-JEPA)",
+        low=0,
+        high=1,
+    )
+    min_rank: float = knob(
+        2.0,
+        "the run stops where features of teacher = ema have a lower effective rank in 5 logged "
+        "lines in a row; 0 does not watch for it",
+        low=0,
+    )
+    feature_loss: Literal["smooth_l1", "squared"] = knob(
+        "smooth_l1", "error of a predicted feature; smooth_l1 is squared up to 1, linear from there"
+    )
     contrastive_weight: float = knob(
         0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss", low=0
     )
@@ -47,6 +71,19 @@ class ObjectiveConfig(Knobs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        is_features = self.target == "features"
+        require(
+            is_features == (self.teacher != ""),
+            "teacher",
+            self.teacher or "(empty)",
+            "belongs to objective.target = features",
+        )
+        require(
+            not is_features or (self.normalize, self.pixels) == ("channel", "unit"),
+            "target",
+            self.target,
+            "leaves nothing for objective.normalize and objective.pixels to say: leave them out",
+        )
         if self.learn_temperature:
             require(
                 0.01 < self.temperature < 1,
@@ -121,6 +158,13 @@ class OptimConfig(Knobs):
     betas: tuple[float, float] = knob((0.9, 0.95), "AdamW", low=0, below=1)
     eps: float = knob(1e-8, "AdamW", above=0)
     clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
+    ema: float = knob(
+        0.0,
+        "decay of a moving average of the weights, at step s min(ema, (1 + s) / (10 + s)), which "
+        "becomes RUN/model_ema: 0.9999, say; 0 keeps none",
+        low=0,
+        below=1,
+    )
     layer_decay: float = knob(
         1.0,
         "factor of the learning rate from a layer of the encoder to the one below it; 1 is one "
@@ -200,6 +244,11 @@ class RunConfig(Knobs):
         "of the weights, the order of the videos, and everything that is drawn for them",
         low=0,
         below=2**63,
+    )
+    checkpoint: str = knob(
+        "",
+        "the model to start from: a model folder, a run folder, or what another project wrote; "
+        "empty: random weights; a run that goes on does not read it again",
     )
     model: ModelConfig = section(
         ModelConfig,

@@ -20,7 +20,12 @@ from video_mae.files import write_whole
 from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
 
-PLAIN = {"class_tokens": 0, "decoder_embed_bias": False, "predicted_frames": None}
+PLAIN = {
+    "class_tokens": 0,
+    "decoder_embed_bias": False,
+    "predicted_frames": None,
+    "target_width": None,
+}
 
 
 def export_official(model: Model, path: str | Path) -> list[str]:
@@ -201,6 +206,7 @@ def _vit_mae(model: Model) -> tuple[Tensors, Options, list[str]]:
         "tubelet_size": 1,
         "encoder_norm": True,
         "predicted_frames": None,
+        "target_width": None,
         "width": c.height,
     }
     if c.positions != "learned":

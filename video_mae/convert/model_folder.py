@@ -167,7 +167,7 @@ def find_model_folder(path: str | Path) -> Path:
     model/. Raises: FileNotFoundError.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_deepspeed_folder(path):
         return path
     for folder in (path, path / "best", path / "model"):
         if (folder / "config.json").is_file():

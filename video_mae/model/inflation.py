@@ -90,7 +90,7 @@ def inflated(model: Model, num_frames: int, tubelet_size: int = 2) -> Model:
                 repeat(tensor, "D (C p) -> D (C t p)", C=c.in_channels, t=tubelet_size)
                 / tubelet_size
             )
-        elif name.startswith("decoder.head."):
+        elif name.startswith("decoder.head.") and c.target_width is None:
             state[name] = repeat(tensor, "P ... -> (t P) ...", t=tubelet_size)
     return _rebuilt(model, config, state)
 
@@ -122,7 +122,7 @@ def deflated(model: Model) -> Model:
             state[name] = reduce(
                 tensor, "D (C t p) -> D (C p)", "sum", C=c.in_channels, t=c.tubelet_size
             )
-        elif name.startswith("decoder.head."):
+        elif name.startswith("decoder.head.") and c.target_width is None:
             state[name] = reduce(tensor, "(t P) ... -> P ...", "mean", t=c.predicted_tubelet[0])
     return _rebuilt(model, config, state)
 

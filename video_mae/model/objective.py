@@ -1,18 +1,22 @@
 """L_total = L_rec + lambda * L_con: the method is told step by step in docs/objective.md.
 
-Letters: B clips, T frames, H W pixels, C channels, M masked tubelets, P values of a tubelet.
+Letters: B clips, T frames, H W pixels, C channels, N tubelets, M masked ones, P values of a
+tubelet, F features of one.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from video_mae.config import ModelConfig, ObjectiveConfig
+from video_mae.kernels.contrastive import contrastive_loss
 from video_mae.kernels.joint import joint_loss
 from video_mae.kernels.reference import pixel_range
 
+SMOOTH_UP_TO = 1.0  # beta: errors of features below it count squared, larger ones linearly
 COLDEST = 0.01  # a learned temperature stays between this and 1
 
 
@@ -25,7 +29,8 @@ class Losses(NamedTuple):
 
 
 class Objective(nn.Module):
-    """Both losses of the predicted tubelets; their targets come from the clip itself.
+    """Both losses of the predicted tubelets; their targets come from the clip itself, or are
+    features that a teacher makes of it.
 
     `impl` chooses the kernels. A learned temperature is tau = COLDEST ** sigmoid(parameter), so it
     cannot leave (COLDEST, 1) nor get stuck at a clamp.
@@ -47,16 +52,18 @@ class Objective(nn.Module):
         return (math.log(COLDEST) * self.temperature_logit[0].float().sigmoid()).exp()
 
     def forward(
-        self, predicted_BMP: torch.Tensor, clip_BTHWC: torch.Tensor, masked_BM: torch.Tensor
+        self, predicted_BMP: torch.Tensor, target: torch.Tensor, masked_BM: torch.Tensor
     ) -> Losses:
-        """predicted_BMP: P ordered (frame, row, column, channel); clip_BTHWC: uint8; masked_BM:
-        int64. The sum alone has a gradient.
+        """predicted_BMP: P ordered (frame, row, column, channel); target: clip_BTHWC, uint8, or
+        features [B, N, P] of all tokens; masked_BM: int64. The sum alone has a gradient.
         """
         c = self.config
+        if c.target == "features":
+            return self._of_features(predicted_BMP, target, masked_BM)
         return Losses(
             *joint_loss(
                 predicted_BMP,
-                clip_BTHWC,
+                target,
                 masked_BM,
                 self.tubelet,
                 c.normalize,
@@ -67,6 +74,33 @@ class Objective(nn.Module):
                 c.contrastive_memory,
             )
         )
+
+    def _of_features(
+        self, predicted_BMF: torch.Tensor, target_BNF: torch.Tensor, masked_BM: torch.Tensor
+    ) -> Losses:
+        c, index_BM1 = self.config, masked_BM[:, :, None]
+        if target_BNF.shape[::2] != predicted_BMF.shape[::2]:
+            raise ValueError(
+                f"target_BNF: is {tuple(target_BNF.shape)}; each token of each clip needs "
+                f"{predicted_BMF.shape[2]} features"
+            )
+        target_BMF = target_BNF.gather(1, index_BM1.expand(-1, -1, target_BNF.shape[2])).float()
+        if c.feature_loss == "squared":
+            reconstruction = F.mse_loss(predicted_BMF.float(), target_BMF)
+        else:
+            reconstruction = F.smooth_l1_loss(predicted_BMF.float(), target_BMF, beta=SMOOTH_UP_TO)
+        contrastive = torch.zeros_like(reconstruction)
+        if c.contrastive_weight > 0:
+            contrastive = contrastive_loss(
+                predicted_BMF,
+                target_BMF,
+                self.temperature(),
+                c.negatives,
+                self.impl,
+                c.contrastive_memory,
+            )
+        loss = reconstruction + c.contrastive_weight * contrastive
+        return Losses(loss, reconstruction.detach(), contrastive.detach())
 
 
 def predicted_clip(clip_BTHWC: torch.Tensor, config: ModelConfig) -> torch.Tensor:

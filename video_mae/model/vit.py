@@ -180,7 +180,12 @@ class VideoMAE(nn.Module):
     ) -> None:
         super().__init__()
         c = self.config = config or ModelConfig()
-        self.objective_config = objective or ObjectiveConfig()
+        o = self.objective_config = objective or ObjectiveConfig()
+        if (o.target == "features") != (c.target_width is not None):
+            raise ValueError(
+                f"objective.target: {o.target} and model.target_width = {c.target_width} do not "
+                "belong together; features have a width, that of their teacher"
+            )
         self.encoder = Encoder(c, impl=impl, checkpointing=checkpointing, final_norm=c.encoder_norm)
         self.decoder = Decoder(c, impl=impl, checkpointing=checkpointing)
         self.objective = Objective(self.objective_config, c.predicted_tubelet, impl)
@@ -210,14 +215,21 @@ class VideoMAE(nn.Module):
         return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask, grid)
 
     def forward(
-        self, clip_BTHWC: torch.Tensor, mask: AnyMask, grid: Grid | None = None
+        self,
+        clip_BTHWC: torch.Tensor,
+        mask: AnyMask,
+        grid: Grid | None = None,
+        target_BNF: torch.Tensor | None = None,
     ) -> VideoMAEOutput:
-        """clip_BTHWC: uint8; grid: of the mask, where it is not the model's. Raises: ValueError for
-        a clip of another grid.
+        """clip_BTHWC: uint8; grid: of the mask, where it is not the model's; target_BNF: of all
+        tokens, where objective.target = features. Raises: ValueError for a clip of another grid,
+        or a target that is missing or not needed.
         """
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
-        target_BTHWC = target_clip(clip_BTHWC, self.config, self.objective_config)
-        losses: Losses = self.objective(predicted_BMP, target_BTHWC, mask.masked_BM)
+        target = target_BNF
+        if target is None:
+            target = target_clip(clip_BTHWC, self.config, self.objective_config)
+        losses: Losses = self.objective(predicted_BMP, target, mask.masked_BM)
         return VideoMAEOutput(*losses, predicted_BMP)
 
 

@@ -44,6 +44,8 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
     that cannot be decoded.
     """
     model = load_pretrained(model_folder, VideoMAE)
+    if model.config.target_width is not None:
+        raise ValueError(f"{model_folder}: predicts features, there are no pixels to draw")
     size = (model.config.height, model.config.width)
     mask_counts(model.grid, config.mask.kind, config.mask.ratio, config.mask.decoder_mask_ratio)
     rngs = [sample_rng(config.seed, 0, 0, draw) for draw in range(config.num_clips)]

@@ -49,6 +49,37 @@ def gradients(deepspeed: Any) -> list[torch.Tensor]:
     return [gradient for share in shares for gradient in share]
 
 
+def master_weights(deepspeed: Any) -> list[torch.Tensor]:
+    """The float32 weights that this rank updates: all of them, in ZeRO 1 to 3 its share in a few
+    flat tensors.
+    """
+    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
+    if stage == 3:
+        return list(wrapper.fp32_partitioned_groups_flat)
+    if stage > 0:
+        return list(wrapper.single_partition_of_fp32_groups)
+    if hasattr(wrapper, "fp32_groups"):
+        return [master for group in wrapper.fp32_groups for master in group]
+    return list(deepspeed.module.parameters())
+
+
+def spread_masters(deepspeed: Any) -> None:
+    """Has the model compute with what the masters are now, as the end of a step does; every rank
+    must call it.
+    """
+    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
+    if stage == 3:
+        wrapper._partition_all_parameters()
+        for sub_group in range(len(wrapper.fp16_groups)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        wrapper._post_step(set())
+    elif stage > 0:
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp16_groups"):
+        weights = [weight for group in wrapper.fp16_groups for weight in group]
+        torch._foreach_copy_(weights, master_weights(deepspeed))
+
+
 def relieve(deepspeed: Any) -> None:
     """Takes norm, clipping and checks out of the step of DeepSpeed's wrapper of the optimizer."""
     wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()

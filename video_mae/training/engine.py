@@ -8,11 +8,14 @@ import io
 import math
 import os
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from video_mae.config import RunConfig
@@ -254,9 +257,39 @@ class Engine:
                 state[name] = value.detach().float().cpu().clone()
         return state
 
-    def save(self, step: int, keep: int, memory: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside, every rank has the parameters of a part of the model in full, to be read: ZeRO 3
+        gathers them. Every rank must enter.
+        """
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(module.parameters()):
+            yield
+
+    def masters(self) -> list[torch.Tensor]:
+        """The float32 weights that this rank updates, whatever their layout."""
+        return device_step.master_weights(self.deepspeed)
+
+    @torch.no_grad()
+    def exchange(self, others: Iterable[torch.Tensor]) -> None:
+        """Exchanges the weights for `others`, laid out as `masters`; every rank must call it."""
+        for master, other in zip(self.masters(), others, strict=True):
+            kept = master.clone()
+            master.copy_(other)
+            other.copy_(kept)
+        device_step.spread_masters(self.deepspeed)
+
+    def save(
+        self,
+        step: int,
+        keep: int,
+        memory: dict[str, Any],
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
-        `resume` gives `memory` back.
+        `resume` gives `memory` back, and tensors by name: those that several ranks have are
+        written once.
         """
         final = self.checkpoints / checkpoint.step_name(step)
         building = self.checkpoints / f".{final.name}"
@@ -272,6 +305,13 @@ class Engine:
             save_latest=False,
             exclude_frozen_parameters=False,
         )
+        tensors = tensors or {}
+        written: set[str] = set()
+        for names in self.gather(list(tensors))[: self.rank]:
+            written.update(names)
+        own = {name: tensors[name] for name in tensors if name not in written}
+        if own:
+            save_file(own, building / f"tensors_{self.rank}.safetensors")
         dist.barrier()
         mine: dict[str, Any] = {}
         for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
@@ -283,9 +323,11 @@ class Engine:
             checkpoint.publish(building, final, files, facts, keep)
         dist.barrier()
 
-    def resume(self) -> tuple[int, dict[str, Any]]:
-        """Loads the newest complete checkpoint; returns the number of steps it has done and its
-        memory, (0, {}) where there is none.
+    def resume(
+        self, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
+        has done and its memory, (0, {}) where there is none.
         """
         while True:
             found = self.gather(checkpoint.newest(self.checkpoints))[0]  # all ranks follow rank 0
@@ -301,6 +343,11 @@ class Engine:
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         if self.rank == 0:
             self.frozen = state.get(FROZEN, self.frozen)
+        tensors = tensors or {}
+        for file in folder.glob("tensors_*.safetensors"):
+            with safe_open(file, framework="pt") as saved:
+                for name in tensors.keys() & saved.keys():
+                    tensors[name].copy_(saved.get_tensor(name))
         return manifest["step"], state.get("memory", {})  # earlier versions wrote none
 
 

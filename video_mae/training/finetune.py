@@ -3,15 +3,13 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from video_mae.config import FinetuneConfig, ModelConfig
-from video_mae.convert.model_folder import find_model_folder, load_pretrained
+from video_mae.config import FinetuneConfig
 from video_mae.data.augment import mix_batch, strengthen_clip
 from video_mae.data.dataset import (
     Batch,
@@ -24,23 +22,10 @@ from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
-from video_mae.model.inflation import resized
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Training, is_due
-
-# Fields of a model that fine-tuning may change, or that its encoder does not have.
-FREE_FIELDS = (
-    "num_frames",
-    "height",
-    "width",
-    "drop_path",
-    "resize_positions",
-    "position_grid",
-    "head_norm_eps",
-    "encoder_norm",
-    "predicted_frames",
-)
+from video_mae.training.starting_weights import StartingWeights, starting_weights
 
 
 def start(config: FinetuneConfig) -> Callable[[], int]:
@@ -58,9 +43,9 @@ def prepare(config: FinetuneConfig) -> "Finetuning":
     videos, classifier = read_training_videos(config)
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None
-    config, weights, weights_line = starting_weights(config)
+    config, weights = starting_weights(config)
     sources = Sources([("data", config.data, videos)])
-    return Finetuning(config, sources, validation, weights, weights_line)
+    return Finetuning(config, sources, weights, validation)
 
 
 def run(training: "Finetuning") -> int:
@@ -70,80 +55,17 @@ def run(training: "Finetuning") -> int:
     return training.run()
 
 
-def starting_weights(config: FinetuneConfig) -> tuple[FinetuneConfig, dict[str, torch.Tensor], str]:
-    """What the checkpoint gives to the classifier of a run, one line about it, and the
-    configuration that knows its positions.
-
-    A VideoMAE gives its encoder, without its last norm where tokens are averaged: fc_norm starts
-    anew, as published. A VideoClassifier gives its fc_norm too, and its head where the classes are
-    as many and, where both are named, the same.
-    Raises: FileNotFoundError; ValueError where the architectures differ, with the overrides that
-    would make them agree.
-    """
-    if not config.checkpoint:
-        return config, {}, "from random weights"
-    try:
-        folder = find_model_folder(config.checkpoint)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"checkpoint: {error}") from None
-    source, model = load_pretrained(folder), config.model
-    if source.config.grid != model.grid:
-        size = {"num_frames": model.num_frames, "height": model.height, "width": model.width}
-        source = resized(source, **size)  # pyright: ignore[reportArgumentType]
-    _check_architecture(folder, source.config, model)
-    model = replace(model, position_grid=source.config.position_grid)
-    wanted, head = ["encoder."], "new head"
-    if isinstance(source, VideoClassifier):
-        ours, theirs = config.classifier, source.classifier_config
-        wanted.append("fc_norm.")
-        is_named = ours.class_names and theirs.class_names
-        if ours.num_classes != theirs.num_classes or (
-            is_named and ours.class_names != theirs.class_names
-        ):
-            head = f"new head (its {theirs.num_classes} classes are others)"
-        else:
-            wanted.append("head.")
-            head = "its head"
-    # Tokens are averaged before a norm, or one token is taken after one.
-    unwanted = "fc_norm." if config.classifier.pooling == "first" else "encoder.norm."
-    weights = {
-        name: tensor
-        for name, tensor in source.state_dict().items()
-        if name.startswith(tuple(wanted)) and not name.startswith(unwanted)
-    }
-    return replace(config, model=model), weights, f"encoder from {folder}, {head}"
-
-
-def _check_architecture(folder: Path, theirs: ModelConfig, ours: ModelConfig) -> None:
-    remedies: list[str] = []
-    for field in fields(ModelConfig):
-        value = getattr(theirs, field.name)
-        is_free = field.name.startswith("decoder_") or field.name in FREE_FIELDS
-        if not is_free and value != getattr(ours, field.name):
-            shown = list(value) if isinstance(value, tuple) else value
-            remedies.append(f"model.{field.name}={shown}")
-    if remedies:
-        raise ValueError(
-            f"checkpoint: {folder} has another architecture than model of this run; "
-            f"{' '.join(remedies)} would be the same"
-        )
-
-
 class Finetuning(Training[FinetuneConfig]):
-    """A fine-tuning run: augmented clips, soft targets, validation. weights: what it starts from,
-    and weights_line: which these are.
-    """
+    """A fine-tuning run: augmented clips, soft targets, validation."""
 
     def __init__(
         self,
         config: FinetuneConfig,
         videos: Sources,
+        weights: StartingWeights,
         validation: VideoList | None,
-        weights: dict[str, torch.Tensor],
-        weights_line: str,
     ) -> None:
-        super().__init__(config, videos, validation)
-        self.weights, self.weights_line = weights, weights_line
+        super().__init__(config, videos, weights, validation)
         augment = config.augment
         self.augments_in_workers = augment.changes_pixels and augment.where == "worker"
 
@@ -155,13 +77,9 @@ class Finetuning(Training[FinetuneConfig]):
             impl=config.engine.kernels,
             checkpointing=config.engine.activation_checkpointing,
         )
-        missing, unexpected = model.load_state_dict(self.weights, strict=False)
-        assert not unexpected
-        if self.weights:
-            assert all(name.startswith(("fc_norm.", "head.", "encoder.norm.")) for name in missing)
         choose_trained(model, config.freeze_blocks, config.lora)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.weights_line += f"; {trained / 1e6:.3g} million parameters are trained"
+        self.introduction.append(f"{trained / 1e6:.3g} million parameters are trained")
         # Frozen blocks have no backward pass; frozen matrices with an update have half of it.
         backward = (1 if config.lora.rank else 2) * (1 - config.freeze_blocks / config.model.depth)
         macs = encoder_macs(config.model, config.model.num_tokens)
@@ -177,7 +95,7 @@ class Finetuning(Training[FinetuneConfig]):
             frames = f"dense clips of stride {classifier.stride}"
         return (
             f"{classifier.num_classes} classes, {frames}, {len(self.validation or ()) or 'no'} "
-            f"validation videos; {self.weights_line}"
+            "validation videos"
         )
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
@@ -215,7 +133,13 @@ class Finetuning(Training[FinetuneConfig]):
             is_now |= videos % self.videos_per_epoch < self.videos_per_step
         if is_now:
             with self.journal.aside():
-                self._keep_best(done, self._validate(self.validation))
+                scores = self._validate(self.validation)
+                if self.average:
+                    with self.average.in_place():
+                        averages = self._validate(self.validation)
+                    for name in ("val_loss", "val_top1", "val_top5"):
+                        scores[name.replace("val_", "val_ema_")] = averages[name]
+                self._keep_best(done, scores)
 
     def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""

@@ -165,6 +165,7 @@ class Journal:
         lr: float,
         grad_norm: torch.Tensor | float,
         skipped_steps: torch.Tensor | float,
+        more: Mapping[str, float] | None = None,
     ) -> None:
         """Takes in optimizer step number `step` (the first is 1); writes a line every log_interval
         steps and after the last.
@@ -172,7 +173,7 @@ class Journal:
         values: `loss` and whatever else the stage measures, the same names each time. They, the
         gradient norm and skipped_steps stay on the device until a line is due, and the line holds
         means over its steps (NaN in one step makes the mean null), but lr and skipped_steps (a
-        count since the start) of the step itself.
+        count since the start) of the step itself, and `more` as it is.
         """
         self._sums = self._sums + self._stack(*values.values(), grad_norm)
         self._num_steps += 1
@@ -198,6 +199,7 @@ class Journal:
             "step": step,
             "epoch": epoch,
             **dict(zip(values, reduced, strict=False)),  # the rest is what comes after them
+            **(more or {}),
             "lr": lr,
             "grad_norm": grad_norm,
             "clips_per_second": clips_per_second,
@@ -209,7 +211,7 @@ class Journal:
             "bad_videos": len(self.quarantine),
             "time": time.time(),
         }
-        parts = _describe(line, values)
+        parts = _describe(line, [*values, *(more or {})])
         text = self._write(line, parts, "train")
         if self._bar.disable:
             self.say(f"{text}  ETA {timedelta(seconds=round(seconds_left))}")

@@ -25,9 +25,11 @@ from video_mae.files import read_jsonl, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
+from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
 from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, settled
+from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
@@ -48,9 +50,14 @@ class Training(ABC, Generic[Config]):
     engine: Engine
     journal: Journal
     memory: dict[str, Any]
+    average: WeightAverage | None
 
     def __init__(
-        self, config: Config, videos: Sources, validation: VideoList | None = None
+        self,
+        config: Config,
+        videos: Sources,
+        weights: StartingWeights,
+        validation: VideoList | None = None,
     ) -> None:
         """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
         remedy.
@@ -62,6 +69,7 @@ class Training(ABC, Generic[Config]):
             raise ValueError(f"engine.kernels: {error}") from None
         self.config = config = settled(config)
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
+        self.weights = weights
         world_size = check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
@@ -73,7 +81,7 @@ class Training(ABC, Generic[Config]):
         notes = [note for one in lists.values() for note in one.notes]
         optim, clips_per_video = config.optim, config.data.clips_per_video
         self.schedule, line = make_schedule(optim, len(videos), world_size, clips_per_video)
-        self.introduction = [*notes, *changed, line]
+        self.introduction = [*notes, *changed, *weights.lines, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
@@ -95,6 +103,17 @@ class Training(ABC, Generic[Config]):
         the batch is on the device.
         """
 
+    def begin(self) -> None:
+        """Once, when the engine has the weights that a new run starts from, and before those of a
+        checkpoint.
+        """
+        decay = self.config.optim.ema
+        self.average = WeightAverage(self.engine, decay) if decay > 0 else None
+
+    def measure(self, done: int) -> dict[str, float]:
+        """What a line about the step that made `done` holds besides, the same on every rank."""
+        return {}
+
     @abstractmethod
     def after(self, done: int, *, ending: bool) -> None:
         """What follows the step that makes `done`; `ending` where none comes after it for now.
@@ -111,6 +130,7 @@ class Training(ABC, Generic[Config]):
         config, total_steps = self.config, self.schedule.total_steps
         torch.manual_seed(config.seed)
         self.model, macs_per_clip = self.make_model()
+        self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
         if engine.rank == 0:
@@ -118,7 +138,13 @@ class Training(ABC, Generic[Config]):
             save_config(config, self.folder / "config.yaml")
             write_json(self.folder / "deepspeed.json", engine.dictionary)
             write_json(self.folder / LISTS_FILE, self.lists)
-        first_step, self.memory = engine.resume()
+        self.begin()
+        first_step, self.memory = engine.resume(self.tensors())
+        if first_step == 0 and self.weights.is_resumed:
+            raise ValueError(
+                f"{self.folder}: all its checkpoints are damaged; start it again, and it begins "
+                "anew"
+            )
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.has_told_fallbacks = 0, False
         self.journal = Journal(
@@ -152,18 +178,21 @@ class Training(ABC, Generic[Config]):
         values = self._accumulate(batches, step)
         lr = self.schedule.lr(step)
         grad_norm = engine.step(lr)
+        if self.average:
+            self.average.update(step)
         done = step + 1
-        journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps)
-
         is_last = done == self.schedule.total_steps
         is_logged = is_last or is_due(done, config.journal.log_interval)
+        more = self.measure(done) if is_logged else {}
+        journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
+
         is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
         # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
         # the host is a step behind.
         self._learn_of_steps(of_all=is_logged or is_saved)
         if self.signal:
             self._learn_of_steps(of_all=True)
-        reason = self._reason_to_stop(done, is_logged)
+        reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
             return STOPPED_BY_POLICY
@@ -173,8 +202,11 @@ class Training(ABC, Generic[Config]):
             self._tell_fallbacks(ending)
         self.after(done, ending=ending)
         if ending or is_saved:
-            engine.save(done, config.journal.keep_checkpoints, self.memory)
+            engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
             self.save_model("model")
+            if self.average:
+                with self.average.in_place():
+                    self.save_model("model_ema")
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
@@ -214,7 +246,7 @@ class Training(ABC, Generic[Config]):
                     f"({self.skipped_in_a_row} in a row)"
                 )
 
-    def _reason_to_stop(self, done: int, is_logged: bool) -> str:
+    def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
         if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
             return (
@@ -311,6 +343,7 @@ class Training(ABC, Generic[Config]):
         write_report(self.folder, self.journal.say)
         for what, name in (
             ("model", "model"),
+            ("averages", "model_ema"),
             ("pictures", "reconstructions"),
             ("best", "best"),
             ("curves", "curves.png"),
@@ -322,6 +355,10 @@ class Training(ABC, Generic[Config]):
     def epoch(self, done: int) -> float:
         """Passes over the list after `done` steps."""
         return done * self.videos_per_step / self.videos_per_epoch
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a run remembers beside the weights and the optimizer's state, on this rank."""
+        return self.average.tensors if self.average else {}
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""

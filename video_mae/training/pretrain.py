@@ -16,8 +16,11 @@ from video_mae.files import draw_or_tell
 from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
+from video_mae.training.collapse import RankWatch
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
+from video_mae.training.starting_weights import starting_weights
+from video_mae.training.teacher import MovingTeacher, Teacher, load_teacher
 
 
 def start(config: PretrainConfig) -> Callable[[], int]:
@@ -47,6 +50,9 @@ class Pretraining(Training[PretrainConfig]):
     predicted, num_context are in the decoder besides.
     """
 
+    watch: RankWatch | None = None
+    """Of the features of a teacher that follows."""
+
     def __init__(self, config: PretrainConfig) -> None:
         mask, model = config.mask, config.model
         self.num_visible, self.num_masked = mask_counts(
@@ -63,7 +69,21 @@ class Pretraining(Training[PretrainConfig]):
                 "objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to "
                 "contrast; raise mask.ratio"
             )
-        super().__init__(config, read_sources(config.data, model.in_channels))
+        # It stands outside of the engine, which would partition and save it.
+        self.teacher = load_teacher(config) if objective.target == "features" else None
+        width = None if self.teacher is None else self.teacher.width
+        if model.target_width not in (None, width):
+            raise ValueError(
+                f"model.target_width: {model.target_width} is not that of the targets; leave it "
+                "out, objective.teacher sets it"
+            )
+        config = replace(config, model=replace(model, target_width=width))
+        config, weights = starting_weights(config)
+        super().__init__(config, read_sources(config.data, model.in_channels), weights)
+        if width is not None:
+            self.introduction.append(
+                f"targets are {width} features of {objective.teacher}; no pictures are drawn"
+            )
 
     def make_model(self) -> tuple[VideoMAE, float]:
         config = self.config
@@ -91,10 +111,44 @@ class Pretraining(Training[PretrainConfig]):
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
         skipped = self.config.mask.decoder_mask_ratio
-        output = self.engine(batch.clip_BTHWC, self._mask(batch.seeds_B, skipped))
+        mask, targets = self._mask(batch.seeds_B, skipped), []
+        if self._teacher is not None:
+            targets = [None, self._teacher(batch.clip_BTHWC)]
+            if self.watch is not None:
+                self.watch.see(targets[1])
+        output = self.engine(batch.clip_BTHWC, mask, *targets)
         return {name: getattr(output, name) for name in Losses._fields}
 
+    def begin(self) -> None:
+        super().begin()
+        if isinstance(self.teacher, MovingTeacher):
+            self.teacher.start(self.engine, self.model.encoder)
+            min_rank = self.config.objective.min_rank
+            self.watch = RankWatch(self.engine, min_rank) if min_rank > 0 else None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        tensors = super().tensors()
+        if isinstance(self.teacher, MovingTeacher):
+            tensors = {**tensors, **self.teacher.averages}
+        return tensors
+
+    def measure(self, done: int) -> dict[str, float]:
+        if self.watch is None:
+            return {}
+        return {"feature_rank": self.watch.rank(done, self.memory)}
+
+    def reason_to_stop(self, done: int, is_logged: bool) -> str:
+        reason = super().reason_to_stop(done, is_logged)
+        if not reason and self.watch is not None:
+            reason = self.watch.reason
+        return reason
+
     def after(self, done: int, *, ending: bool) -> None:
+        if isinstance(self.teacher, MovingTeacher):
+            progress = (done - 1) / self.schedule.total_steps
+            self.teacher.follow(self.engine, self.model.encoder, progress)
+        if self.teacher is not None:
+            return
         if ending or is_due(done, self.config.journal.picture_interval):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
 
@@ -109,6 +163,11 @@ class Pretraining(Training[PretrainConfig]):
         model, seed = self.config.model, self.config.seed
         size = model.num_frames, model.height, model.width
         return ClipDataset(self.videos, data, *size, seed, model.in_channels)
+
+    @cached_property
+    def _teacher(self) -> Teacher | None:
+        """The teacher, on the device."""
+        return self.teacher and self.teacher.to(self.engine.device)
 
     @cached_property
     def _examples(self) -> Batch:

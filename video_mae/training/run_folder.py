@@ -76,7 +76,7 @@ def settled(config: Config) -> Config:
     there any more.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
-    before = _run_in(folder, type(config))
+    before = run_in(folder, type(config))
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
         if wanted == "auto":
@@ -104,7 +104,7 @@ def settled(config: Config) -> Config:
     return replace(config, data=replace(config.data, decoder=decoder))
 
 
-def _run_in(folder: Path, schema: type[Config]) -> Config | None:
+def run_in(folder: Path, schema: type[Config]) -> Config | None:
     """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
     for any other folder.
     """

@@ -71,7 +71,7 @@ def poisoned() -> Iterator[None]:
 
 
 def forget_after(output: Path, step: int) -> None:
-    for name in ("model", "best"):
+    for name in ("model", "model_ema", "best"):
         if (output / name).is_dir():
             (output / name).rename(output / f"{name}_uninterrupted")
     shutil.copy(output / "metrics.jsonl", output / "metrics_uninterrupted.jsonl")
