@@ -600,6 +600,19 @@ def test_value_out_of_range_is_refused_by_name(tmp_path, override):
     ("overrides", "said"),
     [
         (["optim.steps=5", "optim.warmup_steps=6"], "optim.warmup_steps"),
+        (["optim.cooldown_epochs=1"], "optim.cooldown_epochs"),
+        (["optim.steps=5", "optim.cooldown_steps=1"], "optim.cooldown_steps"),
+        (
+            [
+                "optim.schedule=constant_cooldown",
+                "optim.steps=5",
+                "optim.warmup_steps=3",
+                "optim.cooldown_steps=3",
+            ],
+            "optim.cooldown_steps: 3 is above 2",
+        ),
+        (["stages.small={from_step: 1, hight: 4}"], "stages.small.hight"),
+        (["stages.small={mask_ratio: 1}"], "stages.small.mask_ratio"),
         (["engine.offload=optimizer", "engine.zero_stage=0"], "engine.offload"),
         (
             [

@@ -192,6 +192,21 @@ def test_the_stages_of_loading_are_milliseconds_of_a_clip_over_all_ranks(tmp_pat
     )
 
 
+def test_a_line_over_steps_of_other_sizes_counts_the_clips_and_operations_of_each(tmp_path: Path):
+    journal = make_journal(tmp_path, total_steps=4)
+    journal._peak_flops = 100.0
+    for step in range(1, 5):
+        if step == 2:
+            journal.clips_per_step, journal.flops_per_clip = 24, 5.0
+        journal.spent((0.2, 0.0))
+        take_steps(journal, step, step)
+    line = read_jsonl(tmp_path / "metrics.jsonl")[0]
+    clips = 8 + 3 * 24
+    assert line["decoding_ms"] == pytest.approx(800 / clips)
+    flops = 8 * 1e9 + 3 * 24 * 5.0
+    assert line["mfu"] / line["clips_per_second"] == pytest.approx(flops / 100 / clips)
+
+
 def test_advice_is_asked_after_the_first_line_and_told_once_a_stage(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

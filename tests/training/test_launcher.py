@@ -42,6 +42,14 @@ FEATURES = [
     "objective.learn_temperature=true",
     "optim.steps=10",
 ]
+STAGED = [
+    "optim.steps=5",
+    "optim.micro_batch=2",
+    "engine.zero_stage=2",
+    "data.num_workers=1",
+    "stages.small={from_step: 1, height: 16, mask_ratio: 0.5}",
+    "stages.many={from_step: 2, num_frames: 2, micro_batch: 5}",
+]
 GLOBAL_BATCH = 8
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
 FINETUNE_CURVE = [
@@ -161,6 +169,16 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for stage in (1, 3)
     ]
+    double += [
+        {
+            "name": f"staged{step}",
+            "crash_after": step,
+            "overrides": [*STAGED, "journal.checkpoint_interval=1", "journal.keep_checkpoints=9"],
+        }
+        for step in (2, 3)
+    ]
+    more = ["optim.micro_batch=4", "stages.many.micro_batch=10"]
+    single.append({"name": "single_staged", "overrides": [*STAGED, *more]})
     double += [
         {
             "name": f"poisoned{stage}_{precision}",
@@ -416,6 +434,22 @@ def test_two_ranks_resume_one_teacher(finished: Path, stage: int) -> None:
     other = load_file(finished / "teacher3" / "model_ema" / "model.safetensors")
     for name, value in load_file(run / "model_ema" / "model.safetensors").items():
         torch.testing.assert_close(value, other[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_in_stages_is_resumed_by_two_ranks_at_a_border_and_behind_it(
+    finished: Path, step: int
+) -> None:
+    run = finished / f"staged{step}"
+    resumed, uninterrupted = (
+        load_file(run / name / "model.safetensors") for name in ("model", "model_uninterrupted")
+    )
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
+    assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
+    # videos of both ranks over those of the list
+    epochs = [line["epoch"] for line in lines(run, "loss")]
+    assert epochs == [videos / 24 for videos in (4, 8, 18, 28, 38)]
+    assert losses(run) == pytest.approx(losses(finished / "single_staged"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", range(4))

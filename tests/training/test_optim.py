@@ -57,6 +57,42 @@ def test_schedule_is_half_a_cosine():
     assert schedule.lr(10**9) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "total", "cooldown"), [(3, 17, 5), (0, 4, 4), (2, 9, 0), (5, 6, 1), (1, 1, 0)]
+)
+def test_a_constant_rate_cools_down_by_one_minus_the_root(warmup, total, cooldown):
+    schedule = Schedule(3e-3, 2e-4, warmup, total, cooldown)
+    for step in range(total):
+        rate = 3e-3
+        if step < warmup:
+            rate = 3e-3 * (step + 1) / warmup
+        elif step > total - cooldown:  # its first step is still at the peak, as a cosine's is
+            share = (step - (total - cooldown)) / cooldown
+            rate = 2e-4 + (3e-3 - 2e-4) * (1 - share**0.5)
+        assert schedule.lr(step) == pytest.approx(rate), step
+    assert schedule.lr(max(warmup, total - cooldown - 1)) == 3e-3  # the very same before it begins
+
+
+def test_the_line_tells_of_a_cooldown_in_steps_also_where_it_is_given_in_epochs():
+    config = OptimConfig(
+        schedule="constant_cooldown",
+        epochs=10,
+        warmup_epochs=1,
+        cooldown_epochs=2.5,
+        micro_batch=8,
+        base_lr=0.32,
+        min_lr=0.032,
+    )
+    schedule, line = make_schedule(config, 20, 1, 1)
+    assert (schedule.warmup_steps, schedule.total_steps, schedule.cooldown_steps) == (2, 25, 6)
+    assert line.endswith(
+        "2 warm-up steps of 25, then constant, the last 6 a cooldown (1 - sqrt) to 0.001"
+    )
+    cosine, line = make_schedule(OptimConfig(steps=25, warmup_steps=2), 20, 1, 1)
+    assert cosine.cooldown_steps is None
+    assert "2 warm-up steps of 25, then a cosine to " in line
+
+
 # (base rate, ranks, micro-batch, published learning rate) of VideoMAE's and VideoMAE V2's
 # pretraining scripts
 PUBLISHED = [

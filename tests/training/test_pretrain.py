@@ -115,7 +115,7 @@ def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_ke
     )
     plan = prepare(config)
     assert run(plan) == DONE
-    visible = plan.num_visible
+    visible = plan.base.num_visible
     assert (
         f"{visible} of 32 tokens visible, 12 predicted, {visible - visible // 2} "
         f"more in the decoder" in (Path(config.output) / "log.txt").read_text()

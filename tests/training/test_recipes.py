@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from video_mae.config import AugmentConfig, FinetuneConfig, ModelConfig, PretrainConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.model.masking import mask_counts
 from video_mae.training.optim import make_schedule
+from video_mae.training.stages import clip_stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN = sorted((REPOSITORY / "configs" / "pretrain").glob("*.yaml"))
@@ -246,6 +248,22 @@ def test_the_overrides_that_a_header_offers_are_accepted(path: Path) -> None:
     assert offers
     for offer in offers:
         load_config(path, offer.split())
+
+
+def test_the_stages_that_a_recipe_shows_can_be_and_take_its_steps() -> None:
+    path = REPOSITORY / "configs" / "pretrain" / "kinetics400_base.yaml"
+    shown = re.search(r"^# (optim: .*)\Z", path.read_text(), re.MULTILINE | re.DOTALL)
+    assert shown
+    values = yaml.safe_load(shown[1].replace("\n# ", "\n"))
+    changes = [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()]
+    ours, config = load_config(path), load_config(path, changes)
+    schedule, _ = make_schedule(config.optim, BY_HAND[path.stem][0], num_gpus(path), 1)
+    before, _ = make_schedule(ours.optim, BY_HAND[path.stem][0], num_gpus(path), 1)
+    assert (schedule.total_steps, schedule.peak_lr) == (before.total_steps, before.peak_lr)
+    _, small, whole = clip_stages(config, schedule.total_steps)
+    assert (small.num_visible, small.num_masked) == (4 * 13, 4 * 51)
+    assert whole.config.model == config.model
+    assert schedule.lr(whole.first_step) == schedule.peak_lr > schedule.lr(whole.first_step + 1)
 
 
 @pytest.mark.parametrize("path", map(named, PUBLISHED))

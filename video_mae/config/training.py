@@ -125,8 +125,8 @@ class MaskConfig(Knobs):
 
 
 class OptimConfig(Knobs):
-    """AdamW with a warm-up and a cosine per step. Lengths are in epochs (passes over the list) or,
-    where given, in steps.
+    """AdamW, and a learning rate per step. Lengths are in epochs (passes over the list) or, where
+    given, in steps.
     """
 
     micro_batch: int = knob(
@@ -136,7 +136,12 @@ class OptimConfig(Knobs):
     base_lr: float = knob(
         1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256", low=0
     )
-    min_lr: float = knob(1e-5, "where the cosine ends, scaled like base_lr", low=0)
+    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0)
+    schedule: Literal["cosine", "constant_cooldown"] = knob(
+        "cosine",
+        "after the warm-up: half a cosine down to min_lr; or base_lr until a cooldown of the shape "
+        "1 - sqrt, whose length and that of the run may be changed until it begins",
+    )
     lr_counts_clips: bool = knob(
         False, "count clips instead of videos in the global batch (times data.clips_per_video)"
     )
@@ -144,8 +149,12 @@ class OptimConfig(Knobs):
         800.0, "length of the run, ignored where steps is given", above=0, below=10**9
     )
     warmup_epochs: float = knob(40.0, "linear warm-up from 0, ignored where steps is given", low=0)
+    cooldown_epochs: float = knob(
+        0.0, "end of the run that cools down to min_lr, ignored where steps is given", low=0
+    )
     steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**12)
     warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
+    cooldown_steps: int = knob(0, "cooldown where steps is given; 0: none yet", low=0)
     drop_last_batch: bool = knob(
         False,
         "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a "
@@ -179,6 +188,11 @@ class OptimConfig(Knobs):
         for name, most in (("min_lr", "base_lr"), (f"warmup_{unit}", unit)):
             value, limit = getattr(self, name), getattr(self, most)
             require(value <= limit, name, value, f"is above optim.{most} = {limit}")
+        name, room = f"cooldown_{unit}", 0
+        if self.schedule == "constant_cooldown":
+            room = getattr(self, unit) - getattr(self, f"warmup_{unit}")
+        remedy = f"is above {room}, the room that optim.schedule = {self.schedule} has for it"
+        require(getattr(self, name) <= room, name, getattr(self, name), remedy)
 
 
 class EngineConfig(Knobs):
@@ -269,6 +283,20 @@ class PretrainJournalConfig(JournalConfig):
     picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
 
 
+class ClipStageConfig(Knobs):
+    """What a clip is from a step on; what is null stays as the rest of the configuration has it."""
+
+    from_step: int = knob(0, "steps done before it begins", low=0)
+    num_frames: int | None = knob(None, "as model.num_frames", low=1)
+    height: int | None = knob(None, "as model.height", low=1)
+    width: int | None = knob(None, "as model.width", low=1)
+    stride: int | None = knob(None, "as data.stride", low=1)
+    mask_ratio: float | None = knob(None, "as mask.ratio", above=0, below=1)
+    micro_batch: int | None = knob(
+        None, "as optim.micro_batch, which alone decides on the learning rate", low=1
+    )
+
+
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
@@ -279,6 +307,11 @@ class PretrainConfig(RunConfig):
     mask: MaskConfig = section(MaskConfig, "masking")
     journal: PretrainJournalConfig = section(
         PretrainJournalConfig, "logs, pictures and checkpoints"
+    )
+    stages: dict[str, ClipStageConfig] = knob(
+        {},
+        "clips of another size, mask or number from a step on, `NAME: {from_step: ..., height: "
+        "...}`; each holds until the next. The model folder and pictures have the size of model.*",
     )
 
 

@@ -91,3 +91,9 @@ def newest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
         if manifest is not None:
             return folder, manifest
     return None
+
+
+def steps_done(run_folder: Path) -> int:
+    """Of the newest complete checkpoint of a run; 0 where there is none."""
+    found = newest(run_folder / "checkpoints")
+    return 0 if found is None else found[1]["step"]

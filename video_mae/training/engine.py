@@ -202,6 +202,12 @@ class Engine:
         self.statuses.send(self.deepspeed.global_steps, self.skipped_steps)
         return math.nan if norm is None else norm
 
+    def set_micro_batch(self, num_clips: int) -> None:
+        """Tells DeepSpeed of micro-batches of another size. It counts samples by it, for monitors
+        and checkpoints; gradients are means over a micro-batch, whatever its size.
+        """
+        self.deepspeed.set_train_micro_batch_size(num_clips)
+
     def evaluate(self, *inputs: Any) -> Any:
         """The model's output without gradients; every rank must call it (ZeRO 3 gathers
         parameters).

@@ -72,11 +72,11 @@ class Journal:
     console.
 
     Every rank makes one and calls `step`; the main rank alone writes. clips_per_step counts all
-    ranks, flops_per_clip is a forward and backward pass. With resumed_step = k, lines of later
-    steps are cut off metrics.jsonl: that work was lost. stages: of loading, whose costs are
-    measured. `quarantine` names the videos that could not be decoded, `fallbacks` those that
-    another decoder had to read. `advise` is asked after each line but the first, in which workers
-    start; what it says of a stage is told once.
+    ranks, flops_per_clip is a forward and backward pass; both may be changed between steps. With
+    resumed_step = k, lines of later steps are cut off metrics.jsonl: that work was lost. stages: of
+    loading, whose costs are measured. `quarantine` names the videos that could not be decoded,
+    `fallbacks` those that another decoder had to read. `advise` is asked after each line but the
+    first, in which workers start; what it says of a stage is told once.
     """
 
     def __init__(
@@ -98,12 +98,13 @@ class Journal:
         self.advise: Advise = lambda data_wait, milliseconds, clips_per_second: None
         # the stages that were told, and whether workers are past their start
         self._told, self._has_line = set[str](), False
-        self._mfu_of_clip: float | None = None  # that of one clip/s
+        self.flops_per_clip = flops_per_clip
+        self._peak_flops: float | None = None  # of all ranks
         if engine.device.type == "cuda":
             name = torch.cuda.get_device_name(engine.device)
             peak = peak_flops(name, engine.config.engine.precision)
             if peak is not None:
-                self._mfu_of_clip = flops_per_clip / (peak * engine.world_size)
+                self._peak_flops = peak * engine.world_size
         self._has_begun = False
         self._clear(time.perf_counter())
         run_folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +178,8 @@ class Journal:
         """
         self._sums = self._sums + self._stack(*values.values(), grad_norm)
         self._num_steps += 1
+        self._clips += self.clips_per_step
+        self._flops += self.clips_per_step * self.flops_per_clip
         self._bar.update(step - self._bar.n)
         if step % self.engine.config.journal.log_interval != 0 and step != self.total_steps:
             return
@@ -185,7 +188,7 @@ class Journal:
         reduced = self.engine.mean(torch.cat([self._sums / self._num_steps, others])).tolist()
         grad_norm, skipped_steps, wait_seconds, *stage_seconds = reduced[len(values) :]
         seconds = max(time.perf_counter() - self._begin, 1e-9)
-        clips = self.clips_per_step * self._num_steps
+        clips, flops = self._clips, self._flops
         seconds_left = (self.total_steps - step) * seconds / self._num_steps
         self._clear(self._begin + seconds)
         if self.engine.rank != 0:
@@ -205,7 +208,7 @@ class Journal:
             "clips_per_second": clips_per_second,
             "data_wait": data_wait,
             **{f"{stage}_ms": spent for stage, spent in milliseconds.items()},
-            "mfu": None if self._mfu_of_clip is None else clips_per_second * self._mfu_of_clip,
+            "mfu": None if self._peak_flops is None else flops / seconds / self._peak_flops,
             "memory_gb": self._memory_gb(),
             "skipped_steps": int(skipped_steps),
             "bad_videos": len(self.quarantine),
@@ -240,6 +243,7 @@ class Journal:
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
+        self._clips, self._flops = 0, 0.0
         self._stage_seconds = [0.0] * len(self.stages)
         self._sums = torch.zeros((), dtype=torch.float64, device=self.engine.device)
 

@@ -4,17 +4,18 @@ lines, the checkpoints and the reasons to stop that all stages share.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
 import torch
+from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.dataset import Batch, ClipDataset
+from video_mae.data.dataset import Batch, Sample
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
@@ -28,7 +29,7 @@ from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, settled
+from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -67,7 +68,8 @@ class Training(ABC, Generic[Config]):
             describe(config.engine.kernels, torch.device(device))
         except ValueError as error:
             raise ValueError(f"engine.kernels: {error}") from None
-        self.config = config = settled(config)
+        self.config, before = settled(config)
+        config = self.config
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
         self.weights = weights
         world_size = check_start(config)
@@ -79,8 +81,10 @@ class Training(ABC, Generic[Config]):
         }
         changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
         notes = [note for one in lists.values() for note in one.notes]
-        optim, clips_per_video = config.optim, config.data.clips_per_video
-        self.schedule, line = make_schedule(optim, len(videos), world_size, clips_per_video)
+        optim = config.optim
+        counts = len(videos), world_size, config.data.clips_per_video
+        self.schedule, line = make_schedule(optim, *counts)
+        check_rates(self.folder, make_schedule(before.optim, *counts)[0], self.schedule)
         self.introduction = [*notes, *changed, *weights.lines, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
@@ -90,8 +94,12 @@ class Training(ABC, Generic[Config]):
         """The model, and the multiply-accumulates of its forward pass for a clip."""
 
     @abstractmethod
-    def make_dataset(self) -> ClipDataset:
-        """Samples by (epoch, index)."""
+    def make_dataset(self) -> Dataset[Sample]:
+        """Samples by the keys of `arranged`."""
+
+    def arranged(self, sampler: StepSampler) -> Iterable[list[Any]]:
+        """The keys of the samples of each micro-batch: (epoch, index)."""
+        return sampler
 
     @abstractmethod
     def introduce(self) -> str:
@@ -258,7 +266,7 @@ class Training(ABC, Generic[Config]):
             return ""
         num_videos = len(self.videos)
         bad = self.engine.gather(len(self.journal.quarantine))[0]
-        tried = min(done * self.videos_per_step + bad, num_videos)
+        tried = min(self.videos_before(done) + bad, num_videos)
         most = config.data.max_bad_share
         if bad <= most * tried or tried < min(FIRST_VERDICT, num_videos):
             return ""
@@ -313,7 +321,7 @@ class Training(ABC, Generic[Config]):
             self.videos_per_epoch,
         )
         say = journal.say if engine.rank == 0 else print
-        loader = make_loader(self.make_dataset(), sampler, config.data, say)
+        loader = make_loader(self.make_dataset(), self.arranged(sampler), config.data, say)
         return DevicePrefetcher(loader, engine.device)
 
     def _introduce(self, first_step: int, loading: str) -> None:
@@ -352,9 +360,13 @@ class Training(ABC, Generic[Config]):
             if (self.folder / name).exists():
                 self.journal.say(f"{what:9}{self.folder / name}")
 
+    def videos_before(self, step: int) -> int:
+        """How many videos the steps before one take."""
+        return step * self.videos_per_step
+
     def epoch(self, done: int) -> float:
         """Passes over the list after `done` steps."""
-        return done * self.videos_per_step / self.videos_per_epoch
+        return self.videos_before(done) / self.videos_per_epoch
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside the weights and the optimizer's state, on this rank."""

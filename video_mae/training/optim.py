@@ -56,22 +56,29 @@ def _layer(name: str, top: int) -> int:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from 0, then half a cosine from `peak_lr` to `final_lr`, computed for any
-    step.
+    """Linear warm-up from 0, then half a cosine from `peak_lr` to `final_lr`, or, with
+    `cooldown_steps`, `peak_lr` until they begin; computed for any step.
 
     The warm-up reaches `peak_lr` in its last step, as the official table does; its first step is
-    not wasted on a rate of 0.
+    not wasted on a rate of 0. Source of warm-up, constant rate and cooldown: Hu et al., 2024
+    (MiniCPM, arXiv 2404.06395); of its shape, 1 - sqrt, better there than a linear one: Haegele
+    et al., 2024 (arXiv 2405.18392).
     """
 
     peak_lr: float
     final_lr: float
     warmup_steps: int
     total_steps: int
+    cooldown_steps: int | None = None
 
     def lr(self, step: int) -> float:
         """The learning rate of step 0, 1, ... total_steps - 1."""
         if step < self.warmup_steps:
             return self.peak_lr * (step + 1) / self.warmup_steps
+        if self.cooldown_steps is not None:
+            cooled = max(0, step - (self.total_steps - self.cooldown_steps))
+            share = math.sqrt(min(1.0, cooled / max(1, self.cooldown_steps)))
+            return self.peak_lr - (self.peak_lr - self.final_lr) * share
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         cosine = 1 + math.cos(math.pi * min(1.0, progress))
         return self.final_lr + 0.5 * (self.peak_lr - self.final_lr) * cosine
@@ -103,28 +110,33 @@ def make_schedule(
     if config.lr_counts_clips:
         batch, clips = videos * clips_per_video, f" x {clips_per_video} clips a video"
     epoch_videos = videos_of_epoch(config, num_videos, world_size)
-    total, warmup = config.steps, config.warmup_steps
+    total, warmup, cooldown = config.steps, config.warmup_steps, config.cooldown_steps
     if total is None:
         total = int(config.epochs * epoch_videos / videos)
         warmup = int(config.warmup_epochs * epoch_videos / videos)
+        cooldown = int(config.cooldown_epochs * epoch_videos / videos)
     if total < 1:
         raise ValueError(
             f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step "
             f"of {videos} videos; raise it, or lower optim.micro_batch or optim.accumulation"
         )
     peak_lr, final_lr = config.base_lr * batch / 256, config.min_lr * batch / 256
+    if config.schedule == "cosine":
+        cooldown, rest = None, f"a cosine to {final_lr:.4g}"
+    else:
+        rest = f"constant, the last {cooldown} a cooldown (1 - sqrt) to {final_lr:.4g}"
     line = (
         f"learning rate {peak_lr:.4g} = {config.base_lr:.4g} x global batch {batch} / 256; "
         f"global batch = micro-batch {config.micro_batch} x {world_size} ranks x "
-        f"{config.accumulation} accumulated{clips}; {warmup} warm-up steps of {total}, then a "
-        f"cosine to {final_lr:.4g}"
+        f"{config.accumulation} accumulated{clips}; {warmup} warm-up steps of {total}, then "
+        f"{rest}"
     )
     if config.drop_last_batch:
         line += (
             f"; an epoch is {epoch_videos // videos} steps, {num_videos - epoch_videos} of its "
             "videos are left out"
         )
-    return Schedule(peak_lr, final_lr, warmup, total), line
+    return Schedule(peak_lr, final_lr, warmup, total, cooldown), line
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:

@@ -2,6 +2,7 @@
 tubelets.
 """
 
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -9,16 +10,23 @@ from pathlib import Path
 
 import torch
 
-from video_mae.config import DataConfig, PretrainConfig
-from video_mae.data.dataset import Batch, ClipDataset, collate
+from video_mae.config import PretrainConfig
+from video_mae.data.dataset import Batch, collate
+from video_mae.data.sampling import StepSampler
 from video_mae.data.sources import read_sources
 from video_mae.files import draw_or_tell
-from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
-from video_mae.model.vit import VideoMAE, pretraining_macs
+from video_mae.model.vit import VideoMAE
 from video_mae.training.collapse import RankWatch
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
+from video_mae.training.stages import (
+    ClipStage,
+    StagedClips,
+    StageSampler,
+    clip_stages,
+    make_clips,
+)
 from video_mae.training.starting_weights import starting_weights
 from video_mae.training.teacher import MovingTeacher, Teacher, load_teacher
 
@@ -46,29 +54,14 @@ def run(training: "Pretraining") -> int:
 
 
 class Pretraining(Training[PretrainConfig]):
-    """A pretraining run: the encoder sees num_visible of the tokens of a clip, num_masked are
-    predicted, num_context are in the decoder besides.
-    """
+    """A pretraining run, in one stage or several; `base` is the one of the configuration itself."""
 
     watch: RankWatch | None = None
     """Of the features of a teacher that follows."""
 
     def __init__(self, config: PretrainConfig) -> None:
-        mask, model = config.mask, config.model
-        self.num_visible, self.num_masked = mask_counts(
-            model.grid, mask.kind, mask.ratio, mask.decoder_mask_ratio
-        )
-        self.num_context = 0
-        if model.decoder_context != "scored" and mask.decoder_mask_ratio > 0:
-            skipped = int(mask.decoder_mask_ratio * self.num_visible)
-            self.num_context = self.num_visible - skipped
-        objective = config.objective
-        has_contrast = objective.contrastive_weight > 0 and objective.negatives == "clip"
-        if has_contrast and self.num_masked < 2:
-            raise ValueError(
-                "objective.contrastive_weight: a clip has 1 masked tubelet, so nothing to "
-                "contrast; raise mask.ratio"
-            )
+        clip_stages(config)  # what cannot be is told before lists are read
+        objective, model = config.objective, config.model
         # It stands outside of the engine, which would partition and save it.
         self.teacher = load_teacher(config) if objective.target == "features" else None
         width = None if self.teacher is None else self.teacher.width
@@ -80,6 +73,12 @@ class Pretraining(Training[PretrainConfig]):
         config = replace(config, model=replace(model, target_width=width))
         config, weights = starting_weights(config)
         super().__init__(config, read_sources(config.data, model.in_channels), weights)
+        self.stages = clip_stages(self.config, self.schedule.total_steps)
+        self.base, *others = self.stages
+        self.introduction += [
+            f"after step {stage.first_step}: {stage.step_videos} videos a step, {stage.describe()}"
+            for stage in others
+        ]
         if width is not None:
             self.introduction.append(
                 f"targets are {width} features of {objective.teacher}; no pictures are drawn"
@@ -93,30 +92,36 @@ class Pretraining(Training[PretrainConfig]):
             impl=config.engine.kernels,
             checkpointing=config.engine.activation_checkpointing,
         )
-        counts = self.num_visible, self.num_masked, self.num_context
-        return model, pretraining_macs(config.model, *counts)
+        return model, self.base.macs
 
-    def make_dataset(self) -> ClipDataset:
-        return self._clips(self.config.data)
+    def make_dataset(self) -> StagedClips:
+        return StagedClips(self.stages, self.videos)
+
+    def arranged(self, sampler: StepSampler) -> StageSampler:
+        return StageSampler(sampler, self.stages)
+
+    def videos_before(self, step: int) -> int:
+        stage = self._stage_of(step)
+        return stage.shift + step * stage.step_videos
 
     def introduce(self) -> str:
-        line = (
-            f"{self.num_visible} of {self.config.model.num_tokens} tokens visible, "
-            f"{self.num_masked} predicted"
-        )
-        if self.num_context:
-            line += f", {self.num_context} more in the decoder"
-        sources = self.videos.describe()
+        line, sources = self.base.describe(), self.videos.describe()
         return f"{line}, {sources}" if sources else line
 
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
-        skipped = self.config.mask.decoder_mask_ratio
-        mask, targets = self._mask(batch.seeds_B, skipped), []
+        stage, config = self._stage_of(step), self.config
+        # what a step takes, for those who count
+        clips_per_video = config.data.clips_per_video
+        self.engine.set_micro_batch(stage.config.optim.micro_batch * clips_per_video)
+        self.journal.clips_per_step = stage.step_videos * clips_per_video
+        self.journal.flops_per_clip = 6 * stage.macs
+        mask, grid = stage.mask(batch.seeds_B, config.mask.decoder_mask_ratio), stage.grid
+        target_BNF = None
         if self._teacher is not None:
-            targets = [None, self._teacher(batch.clip_BTHWC)]
+            target_BNF = self._teacher(batch.clip_BTHWC, grid)
             if self.watch is not None:
-                self.watch.see(targets[1])
-        output = self.engine(batch.clip_BTHWC, mask, *targets)
+                self.watch.see(target_BNF)
+        output = self.engine(batch.clip_BTHWC, mask, grid, target_BNF)
         return {name: getattr(output, name) for name in Losses._fields}
 
     def begin(self) -> None:
@@ -143,6 +148,10 @@ class Pretraining(Training[PretrainConfig]):
             reason = self.watch.reason
         return reason
 
+    def _stage_of(self, step: int) -> ClipStage:
+        number = bisect(self.stages, step, key=lambda stage: stage.first_step)
+        return self.stages[number - 1]
+
     def after(self, done: int, *, ending: bool) -> None:
         if isinstance(self.teacher, MovingTeacher):
             progress = (done - 1) / self.schedule.total_steps
@@ -152,18 +161,6 @@ class Pretraining(Training[PretrainConfig]):
         if ending or is_due(done, self.config.journal.picture_interval):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
 
-    def _mask(self, seeds_B: torch.Tensor, skipped: float) -> AnyMask:
-        """The masks of clips, the decoder leaving out `skipped` of the masked tokens."""
-        mask, model = self.config.mask, self.config.model
-        return token_mask(
-            seeds_B, model.grid, mask.kind, mask.ratio, skipped, model.decoder_context
-        )
-
-    def _clips(self, data: DataConfig) -> ClipDataset:
-        model, seed = self.config.model, self.config.seed
-        size = model.num_frames, model.height, model.width
-        return ClipDataset(self.videos, data, *size, seed, model.in_channels)
-
     @cached_property
     def _teacher(self) -> Teacher | None:
         """The teacher, on the device."""
@@ -172,14 +169,15 @@ class Pretraining(Training[PretrainConfig]):
     @cached_property
     def _examples(self) -> Batch:
         """A clip of some videos, spread evenly over the list: the same in every picture."""
-        clips = self._clips(replace(self.config.data, clips_per_video=1))
+        data = replace(self.config.data, clips_per_video=1)
+        clips = make_clips(replace(self.config, data=data), self.videos)
         num = min(self.config.journal.picture_clips, len(clips))
         batch = collate([clips[0, i * len(clips) // num] for i in range(num)])
         return batch.to(self.engine.device)
 
     def _draw(self, picture: Path) -> None:
         clip_BTHWC, model = self._examples.clip_BTHWC, self.config.model
-        mask = self._mask(self._examples.seeds_B, skipped=0.0)
+        mask = self.base.mask(self._examples.seeds_B, skipped=0.0)
         predicted_BMP = self.engine.evaluate(clip_BTHWC, mask).predicted_BMP
         if self.engine.rank != 0:
             return

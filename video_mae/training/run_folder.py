@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
+from video_mae.training.checkpoint import steps_done
+from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -32,6 +34,10 @@ FREE_KEYS = (
     "engine.max_skipped_in_a_row",
     "validation.batch",
 )
+
+# With optim.schedule = constant_cooldown these may change too: `check_rates` sees to it that the
+# steps that are done keep their rates. Stages that have not begun are as free.
+LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 
 LISTS_FILE = "lists.json"
 
@@ -68,15 +74,16 @@ def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: 
     return changed
 
 
-def settled(config: Config) -> Config:
-    """The configuration with the decoder that auto means: that of the run in the folder, or the
-    first that works here.
+def settled(config: Config) -> tuple[Config, Config]:
+    """The configuration with the decoder that auto means, that of the run in the folder or the
+    first that works here; and the one that the run had before (for a new one the same).
 
     Raises: ValueError where the folder holds anything but this very run, or its decoder is not
     there any more.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
     before = run_in(folder, type(config))
+    free = FREE_KEYS
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
         if wanted == "auto":
@@ -85,8 +92,13 @@ def settled(config: Config) -> Config:
         now["data.decoder"] = wanted
         if recorded == "auto":
             was["data.decoder"] = wanted
+        if before.optim.schedule == "constant_cooldown":
+            free, done = FREE_KEYS + LENGTHS, steps_done(folder)
+            for flat in (was, now):
+                stages = flat.get("stages", {}).values()  # fine-tuning has none
+                flat["stages"] = {stage for stage in stages if stage.from_step < done}
         for key, value in now.items():
-            if value != was[key] and not key.startswith(FREE_KEYS):
+            if value != was[key] and not key.startswith(free):
                 raise ValueError(
                     f"{folder}: this run was started with {key} = {was[key]}, now it is {value}; "
                     "set it back, or choose another output"
@@ -101,7 +113,25 @@ def settled(config: Config) -> Config:
             f"{folder}: this run reads videos with {recorded}: {reason}; install it, or choose "
             "another output"
         ) from None
-    return replace(config, data=replace(config.data, decoder=decoder))
+    config = replace(config, data=replace(config.data, decoder=decoder))
+    return config, before or config
+
+
+def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
+    """Raises: ValueError where another schedule changes the learning rates of the steps that are
+    done, or ends before them.
+    """
+    if now == before:
+        return
+    done, kept = steps_done(folder), 0
+    while kept < min(done, now.total_steps) and now.lr(kept) == before.lr(kept):
+        kept += 1
+    if kept < done:
+        raise ValueError(
+            f"{folder}: {done} steps are done, of which this start would leave {kept} at their "
+            "learning rates; make optim.steps or optim.epochs longer, or start from a copy of the "
+            f"folder without the checkpoints after step {kept}"
+        )
 
 
 def run_in(folder: Path, schema: type[Config]) -> Config | None:

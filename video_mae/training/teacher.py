@@ -94,9 +94,9 @@ class Teacher(nn.Module, ABC):
         """
 
     @torch.no_grad()
-    def forward(self, clip_BTHWC: torch.Tensor) -> torch.Tensor:
-        """Targets [B, N, F] in the dtype of the network; clip_BTHWC: uint8, of the student's
-        size.
+    def forward(self, clip_BTHWC: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Targets [B, N, F] in the dtype of the network; clip_BTHWC: uint8; grid: of the clip for
+        the student, where it is not the one that was given at first.
         """
         clip_BTHWC = clip_BTHWC[:, :: self.frame_step]
         if clip_BTHWC.shape[2:4] != self.size:
@@ -104,7 +104,7 @@ class Teacher(nn.Module, ABC):
             frames = _interpolated(frames, self.size)
             clip_BTHWC = rearrange(frames, "(b t) c h w -> b t h w c", b=len(clip_BTHWC))
         tokens_BthwF = self.tokens(clip_BTHWC)
-        targets_BNF = F.layer_norm(on_grid(tokens_BthwF, self.grid), (self.width,))
+        targets_BNF = F.layer_norm(on_grid(tokens_BthwF, grid or self.grid), (self.width,))
         return targets_BNF.to(tokens_BthwF.dtype)
 
 
