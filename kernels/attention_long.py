@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attention_tiles import (
     Head,
@@ -184,7 +185,7 @@ def key_gradient_kernel(
 def launch_tiles(
     kernel: Any,
     name: str,
-    tensors: tuple[torch.Tensor, ...],
+    tensors: tuple[Tensor, ...],
     numbers: tuple[int | float | Head, ...],
 ) -> None:
     """Starts a program for each tile of rows of each head."""
@@ -199,7 +200,7 @@ def launch_tiles(
     launch(kernel, programs, *tensors, *numbers, BM, BN, num_warps=warps, num_stages=stages)
 
 
-def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN)."""
     qkv = last_stride_one(qkv_BN3HD)
     out, lse = empty_results(qkv)
@@ -207,9 +208,7 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def backward(
-    qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor
-) -> torch.Tensor:
+def backward(qkv_BN3HD: Tensor, out_BNHD: Tensor, lse_BHN: Tensor, dout_BNHD: Tensor) -> Tensor:
     """dqkv_BN3HD, contiguous."""
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

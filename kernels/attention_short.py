@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attention_tiles import (
     accumulate,
@@ -169,7 +170,7 @@ def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
     return (rows,) * full + (max(16, triton.next_power_of_2(tokens - full * rows)),)
 
 
-def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN)."""
     qkv = last_stride_one(qkv_BN3HD)
     _, tokens, _, _, width = qkv.shape
@@ -190,9 +191,7 @@ def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
-def backward(
-    qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor
-) -> torch.Tensor:
+def backward(qkv_BN3HD: Tensor, out_BNHD: Tensor, lse_BHN: Tensor, dout_BNHD: Tensor) -> Tensor:
     """dqkv_BN3HD, contiguous."""
     qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import dot, floats, in_units, precision
 
@@ -80,21 +81,19 @@ def has_hopper_products(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def last_stride_one(x: torch.Tensor) -> torch.Tensor:
+def last_stride_one(x: Tensor) -> Tensor:
     """x where a row can be read as it lies, else a copy: gradients come transposed or expanded."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def empty_results(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN) of a forward pass."""
     B, N, _, H, D = qkv_BN3HD.shape
     out_BNHD = torch.empty(B, N, H, D, dtype=qkv_BN3HD.dtype, device=qkv_BN3HD.device)
     return out_BNHD, floats(qkv_BN3HD, B, H, N)
 
 
-def numbers(
-    qkv_BN3HD: torch.Tensor, dout_BNHD: torch.Tensor | None = None
-) -> tuple[int | float | Head, ...]:
+def numbers(qkv_BN3HD: Tensor, dout_BNHD: Tensor | None = None) -> tuple[int | float | Head, ...]:
     """The arguments after the tensors: strides between clips in units, N, scale, HEAD."""
     _, N, _, H, D = qkv_BN3HD.shape
     strides = [qkv_BN3HD.stride()]

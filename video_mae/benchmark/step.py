@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from video_mae.benchmark import step_models
 from video_mae.benchmark.clock import Call, Clock, peak_growth, ratio, turns
@@ -228,7 +229,7 @@ class StepBench:
 
     @torch.no_grad()
     def compare_losses(
-        self, ours: VideoMAE, theirs: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
+        self, ours: VideoMAE, theirs: Any, clip_BTHWC: Tensor, mask: TokenMask
     ) -> Record:
         """The losses of both models in float32; measure `gate` says what is wrong, and is empty
         where they are the same.
@@ -244,9 +245,7 @@ class StepBench:
         measures = {"ours": our_loss, "theirs": their_loss, "gate": gate}
         return self.record("loss", THEIRS, "full", measures=measures)
 
-    def their_steps(
-        self, model: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
-    ) -> dict[Name, Step]:
+    def their_steps(self, model: Any, clip_BTHWC: Tensor, mask: TokenMask) -> dict[Name, Step]:
         prepare = partial(step_models.prepare, config=self.model, dtype=self.dtype)
         hidden_BN = step_models.boolean_mask(mask, self.model.num_tokens)
         trainer = Trainer(model, self.device, self.dtype)
@@ -336,7 +335,7 @@ class StepBench:
             records.append(self.record("parts", *name, times=times, measures=measures))
         return records
 
-    def measure_preparation(self, clip_BTHWC: torch.Tensor) -> list[Record]:
+    def measure_preparation(self, clip_BTHWC: Tensor) -> list[Record]:
         """What the input of their model takes on its way from uint8: the cheapest that we know, and
         their own processor.
         """
@@ -354,6 +353,6 @@ class StepBench:
         ]
 
 
-def loss_of(model: Callable[..., Any], mask: Any, clip: torch.Tensor) -> torch.Tensor:
+def loss_of(model: Callable[..., Any], mask: Any, clip: Tensor) -> Tensor:
     """Of our model or of Hugging Face's, each with the mask and clip that it takes."""
     return model(clip, mask).loss
