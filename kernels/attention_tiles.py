@@ -11,7 +11,7 @@ lse) with lse in base 2.
 # pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -93,16 +93,30 @@ def empty_results(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     return out_BNHD, floats(qkv_BN3HD, B, H, N)
 
 
-def numbers(qkv_BN3HD: Tensor, dout_BNHD: Tensor | None = None) -> tuple[int | float | Head, ...]:
+def _numbers(qkv_BN3HD: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """The arguments after the tensors: strides between clips in units, N, scale, HEAD."""
     _, N, _, H, D = qkv_BN3HD.shape
-    strides = [qkv_BN3HD.stride()]
-    if dout_BNHD is not None:
-        strides.append(dout_BNHD.stride())
+    strides = [x.stride() for x in (qkv_BN3HD, *others)]
     unit, *units = in_units(*(stride[0] for stride in strides))
     within_clips = [step for stride in strides for step in stride[1:-1]]
     head = Head(H, D, parts(D), precision(qkv_BN3HD), unit, *within_clips)
     return *units, N, LOG2_E * D**-0.5, head
+
+
+def forward_arguments(qkv_BN3HD: Tensor) -> tuple[Any, ...]:
+    """What the forward kernels take before their tiles: qkv, out and lse to be written, numbers."""
+    qkv = last_stride_one(qkv_BN3HD)
+    return qkv, *empty_results(qkv), *_numbers(qkv)
+
+
+def backward_arguments(
+    qkv_BN3HD: Tensor, out_BNHD: Tensor, lse_BHN: Tensor, dout_BNHD: Tensor
+) -> tuple[Any, ...]:
+    """What the backward kernels take before their tiles; the last of the six tensors is dqkv."""
+    qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    numbers = _numbers(qkv, dout)
+    return qkv, out_BNHD, lse_BHN, dout, torch.empty_like(lse_BHN), dqkv, *numbers
 
 
 @triton.jit

@@ -186,7 +186,7 @@ def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
     for before, ours, theirs in zip(
         start,
         by_engine.engine.full_state().values(),
-        by_hand._masters or model.parameters(),
+        by_hand.masters or model.parameters(),
         strict=True,
     ):
         # DeepSpeed's masters start from rounded weights

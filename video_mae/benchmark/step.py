@@ -266,29 +266,19 @@ class StepBench:
         """A record a step, and one for the parts of each eager one; ratios only where `gate` is
         empty.
         """
-        calls: dict[Name, Call] = {}
         memory: dict[Name, int] = {}
         failed: list[Record] = []
-        for (provider, mode), step in steps.items():
-            names = [(provider, mode)]
-            is_ours = provider.startswith("ours")
-            # the host only launches, then
-            if self.clock.on_gpu and is_ours and isinstance(step.trainer, Trainer):
-                names.append((f"{provider}, graphed", mode))
-            for name in names:
-                try:
-                    if name[0] == provider:
-                        step()
-                        calls[name], growth = step, peak_growth(step, self.device)[1]
-                    else:  # what a graph takes, it takes when it is captured
-                        calls[name], growth = peak_growth(step.graphed, self.device)
-                    kept = step_models.kept_bytes(step.trainer)
-                    memory[name] = growth + kept if growth else 0
-                except RuntimeError as error:  # out of memory, or the compiler's
-                    calls.pop(name, None)
-                    failed.append(self.record("step", *name, reason=reason_of(error)))
-                    step.trainer.model.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
+        for name, step in steps.items():
+            try:
+                step()
+                growth = peak_growth(step, self.device)[1]
+                kept = step_models.kept_bytes(step.trainer)
+                memory[name] = growth + kept if growth else 0
+            except RuntimeError as error:  # out of memory, or the compiler's
+                failed.append(self.record("step", *name, reason=reason_of(error)))
+                step.trainer.model.zero_grad()
+                torch.cuda.empty_cache()
+        calls = {name: steps[name] for name in memory}
         samples = self.clock.in_turn(calls, self.rounds)
         records: list[Record] = []
         for (provider, mode), times in samples.items():
@@ -300,7 +290,7 @@ class StepBench:
                     measures[f"x {theirs}"] = ratio(samples[theirs, "full"], times)
             spread = {"step": percentiles(times)}
             records.append(self.record("step", provider, mode, times=spread, measures=measures))
-        eager = {name: steps[name] for name in calls if name[0] in (OURS, THEIRS)}
+        eager = {name: step for name, step in calls.items() if name[0] in (OURS, THEIRS)}
         return records + failed + self.measure_parts(eager)
 
     def rates(self, mask: TokenMask, times: Sequence[float]) -> dict[str, float]:
