@@ -7,6 +7,7 @@ Letters: B clips, N tokens, H heads, D head width.
 import math
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,9 +85,8 @@ def _gather(arch: int) -> Iterator[Run]:
         ways += [(UINT8, FP16, BASE), (UINT8, FP32, BASE)]
     index_BV = _empty(VISIBLE, dtype=torch.int64)
     for clip, out, cut in ways:
-        *tubelet, channels = cut
-        mean, std = (0.5,) * channels, (0.25,) * channels
-        gather_tubelets(_clip(clip, *cut), index_BV, tubelet, mean, std, out)
+        mean, std = (0.5,) * cut[3], (0.25,) * cut[3]
+        gather_tubelets(_clip(clip, *cut), index_BV, cut[:3], mean, std, out)
         yield Run(f"gather {_words(clip, out, cut)}", ANY)
 
 
@@ -94,7 +94,9 @@ def _losses_of_clips(arch: int) -> Iterator[Run]:
     """The first pixel of each channel is read by itself; the rows of giant's tubelets, 42 bytes
     each, lie at odd places of the clip.
     """
-    ways = [(UINT8, BF16, BASE, normalize, "residual") for normalize in ("tubelet", "none")]
+    ways: list[Any] = [
+        (UINT8, BF16, BASE, normalize, "residual") for normalize in ("tubelet", "none")
+    ]
     ways += [(UINT8, BF16, cut, "channel", "residual") for cut in (BASE, *OTHER_CUTS)]
     ways += [(UINT8, FP16, BASE, "channel", "residual"), (UINT8, FP32, BASE, "tubelet", "residual")]
     clips = CLIP_TYPES if arch == 90 else (UINT8,)

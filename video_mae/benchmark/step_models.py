@@ -108,18 +108,19 @@ class Step:
     """A training step as it is called: data copy, preparation of the input, forward, backward,
     optimizer.
 
-    clip: of the host; loss: what the model makes of the clip on the device, or of what `prepare`
-    makes of it.
+    model: of the trainer, as it is called with a clip, which `prepare` may change on the device,
+    and a mask.
     """
 
     def __init__(
         self,
         trainer: Trainer | EngineTrainer,
         clip: Tensor,
-        loss: Callable[[Tensor], Tensor],
+        model: Callable[..., Any],
+        mask: Any,
         prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.trainer, self._loss, self._prepare = trainer, loss, prepare
+        self.trainer, self._model, self._mask, self._prepare = trainer, model, mask, prepare
         self._clip = clip.pin_memory() if trainer.device.type == "cuda" else clip
 
     def __call__(self, lap: Callable[[str], None] = lambda part: None) -> None:
@@ -129,7 +130,7 @@ class Step:
         if self._prepare is not None:
             clip = self._prepare(clip)
             lap("preparation")
-        self.trainer.backward(self._loss(clip))
+        self.trainer.backward(self._model(clip, self._mask).loss)
         lap("embed")  # which is what a backward pass ends with
         self.trainer.update()
         lap("optimizer")
