@@ -27,7 +27,7 @@ from .reconstruction import (
     reconstruction_loss_and_targets,
     token_errors,
 )
-from .reference import Negatives, Normalize
+from .reference import Negatives, Normalize, Tubelet
 from .scaling import scale_tokens
 from .tubelets import check_dtypes
 
@@ -36,7 +36,7 @@ def joint_loss(
     predicted_BMP: Tensor,
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize,
     temperature: float | Tensor,
     negatives: Negatives,

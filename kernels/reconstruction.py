@@ -20,7 +20,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import choose
 from .launch import floats, in_units, launch, register
-from .reference import EPSILON, Normalize
+from .reference import EPSILON, Normalize, Tubelet
 from .scaling import scale_tokens
 from .tubelets import check_clip, check_dtypes, cut_of, dense_rows, locate
 
@@ -33,7 +33,7 @@ def reconstruction_loss(
     predicted_BMP: Tensor,
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize = "channel",
     impl: str = "auto",
 ) -> Tensor:
@@ -53,7 +53,7 @@ def reconstruction_loss_and_targets(
     predicted_BMP: Tensor,
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize = "channel",
     impl: str = "auto",
     target_dtype: torch.dtype | None = torch.float32,
@@ -87,7 +87,7 @@ def check_arguments(
     predicted_BMP: Tensor,
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize,
 ) -> None:
     """Raises: ValueError naming the argument that does not fit."""

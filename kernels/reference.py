@@ -13,6 +13,7 @@ from torch import Tensor
 
 Normalize = Literal["channel", "tubelet", "none"]
 Negatives = Literal["clip", "batch"]
+Tubelet = tuple[int, int, int]  # frames, rows, columns
 
 EPSILON = 1e-6  # of the normalised targets, for pixels in [0, 1]
 # cosine similarity takes shorter vectors for this long, which bounds its gradient
@@ -26,7 +27,7 @@ def packed_attention(qkv_BN3HD: Tensor) -> Tensor:
     return rearrange(weights @ v, "b h n d -> b n h d")
 
 
-def take_rows(clip_BTHWC: Tensor, index_BV: Tensor, tubelet: tuple[int, int, int]) -> Tensor:
+def take_rows(clip_BTHWC: Tensor, index_BV: Tensor, tubelet: Tubelet) -> Tensor:
     """The rows of the chosen tubelets, untouched, as [B, V, t p, q C]: only these are read.
 
     A row of a tubelet is one run of memory, which a CPU copies in one go and computes with at full
@@ -61,7 +62,7 @@ def pixel_range(dtype: torch.dtype) -> float:
 def gather_tubelets(
     clip_BTHWC: Tensor,
     index_BV: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
@@ -83,7 +84,7 @@ def gather_tubelets(
 def tubelet_targets(
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize,
 ) -> Tensor:
     """What the decoder should predict: float [B, M, P], P ordered (frame, row, column, channel).
@@ -152,7 +153,7 @@ def reconstruction_loss(
     predicted_BMP: Tensor,
     clip_BTHWC: Tensor,
     index_BM: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     normalize: Normalize,
 ) -> tuple[Tensor, Tensor]:
     """(mean squared error, targets_BMP)."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import reference
 from .dispatch import choose
 from .launch import launch, register
+from .reference import Tubelet
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 CLIP_TYPES = (torch.uint8, torch.uint16, *FLOAT_TYPES)
@@ -31,7 +32,7 @@ VALUES_PER_WARP = 64
 def gather_tubelets(
     clip_BTHWC: Tensor,
     index_BV: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
@@ -64,7 +65,7 @@ def check_clip(
     operation: str,
     clip_BTHWC: Tensor,
     index_BN: Tensor,
-    tubelet: tuple[int, int, int],
+    tubelet: Tubelet,
 ) -> None:
     """Raises: ValueError naming the argument that does not fit."""
     shape, device = tuple(clip_BTHWC.shape), index_BN.device
