@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import attention_long, attention_short, reference
 from .attention_tiles import WIDTH_CLASSES, empty_results, has_hopper_products, parts
@@ -31,7 +32,7 @@ def pick(shape: tuple[int, ...], dtype: torch.dtype, impl: str, device: torch.de
     return chosen
 
 
-def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+def packed_attention(qkv_BN3HD: Tensor, impl: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(d)) v for every head, without a mask.
 
     qkv_BN3HD: [B, N, 3, heads, d], as a linear layer wrote it; under autocast it is taken in
@@ -64,7 +65,7 @@ def packed_attention(qkv_BN3HD: torch.Tensor, impl: str = "auto") -> torch.Tenso
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def kernels(qkv_BN3HD: torch.Tensor) -> Any:
+def kernels(qkv_BN3HD: Tensor) -> Any:
     """The module to run: one program holds every key of a head where they fit.
 
     float32 does not fit, nor elsewhere than on Hopper more than 192 keys of a head in two parts.
@@ -78,7 +79,7 @@ def kernels(qkv_BN3HD: torch.Tensor) -> Any:
     return attention_short if tokens <= limit and qkv_BN3HD.dtype in HALF else attention_long
 
 
-def _gradient(ctx: Any, dout_BNHD: torch.Tensor) -> tuple[torch.Tensor]:
+def _gradient(ctx: Any, dout_BNHD: Tensor) -> tuple[Tensor]:
     return (_backward(*ctx.saved_tensors, dout_BNHD),)
 
 

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attention_tiles import (
-    Head,
     accumulate,
+    backward_arguments,
     backward_pointers,
-    empty_results,
+    forward_arguments,
     has_hopper_products,
     inner,
     key_gradient,
-    last_stride_one,
     load_tile,
-    numbers,
     query_gradient,
     query_key_value,
     store_queries,
@@ -181,14 +180,9 @@ def key_gradient_kernel(
     key_gradient(of, start, N, scale, HEAD, BM, BN, True)
 
 
-def launch_tiles(
-    kernel: Any,
-    name: str,
-    tensors: tuple[torch.Tensor, ...],
-    numbers: tuple[int | float | Head, ...],
-) -> None:
+def launch_tiles(kernel: Any, name: str, arguments: tuple[Any, ...]) -> None:
     """Starts a program for each tile of rows of each head."""
-    qkv_BN3HD, lse_BHN = tensors[0], tensors[2]
+    qkv_BN3HD, _, lse_BHN = arguments[:3]
     B, H, N = lse_BHN.shape
     if qkv_BN3HD.dtype == torch.float32 and qkv_BN3HD.is_cuda:
         BM, BN, warps, stages = EXACT_TILES[name]
@@ -196,27 +190,19 @@ def launch_tiles(
         key = has_hopper_products(qkv_BN3HD.device), width_class(qkv_BN3HD.shape[-1])
         BM, BN, warps, stages = TILES[name][key]
     programs = B * H * triton.cdiv(N, BN if name == "key_gradient" else BM)
-    launch(kernel, programs, *tensors, *numbers, BM, BN, num_warps=warps, num_stages=stages)
+    launch(kernel, programs, *arguments, BM, BN, num_warps=warps, num_stages=stages)
 
 
-def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN)."""
-    qkv = last_stride_one(qkv_BN3HD)
-    out, lse = empty_results(qkv)
-    launch_tiles(forward_kernel, "forward", (qkv, out, lse), numbers(qkv))
-    return out, lse
+    arguments = forward_arguments(qkv_BN3HD)
+    launch_tiles(forward_kernel, "forward", arguments)
+    return arguments[1:3]
 
 
-def backward(
-    qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor
-) -> torch.Tensor:
-    """dqkv_BN3HD, contiguous."""
-    qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    tensors = qkv, out_BNHD, lse_BHN, dout, torch.empty_like(lse_BHN), dqkv
-    for kernel, name in (
-        (query_gradient_kernel, "query_gradient"),
-        (key_gradient_kernel, "key_gradient"),
-    ):
-        launch_tiles(kernel, name, tensors, numbers(qkv, dout))
-    return dqkv
+def backward(*saved_and_dout: Tensor) -> Tensor:
+    """dqkv_BN3HD, contiguous, of (qkv_BN3HD, out_BNHD, lse_BHN, dout_BNHD)."""
+    arguments = backward_arguments(*saved_and_dout)
+    launch_tiles(query_gradient_kernel, "query_gradient", arguments)
+    launch_tiles(key_gradient_kernel, "key_gradient", arguments)
+    return arguments[5]

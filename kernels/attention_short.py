@@ -11,21 +11,20 @@ Letters: B clips, N tokens, H heads, D head width, BM query rows, BN key rows.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .attention_tiles import (
     accumulate,
+    backward_arguments,
     backward_pointers,
-    empty_results,
+    forward_arguments,
     has_hopper_products,
     inner,
     key_gradient,
-    last_stride_one,
     load_tile,
     load_tiles,
-    numbers,
     parts,
     query_gradient,
     query_key_value,
@@ -169,50 +168,24 @@ def kept_sizes(tokens: int, rows: int) -> tuple[int, ...]:
     return (rows,) * full + (max(16, triton.next_power_of_2(tokens - full * rows)),)
 
 
-def forward(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN)."""
-    qkv = last_stride_one(qkv_BN3HD)
-    _, tokens, _, _, width = qkv.shape
-    out, lse = empty_results(qkv)
-    sizes, rows, warps = forward_tiles(tokens, width, has_hopper_products(qkv.device))
-    launch(
-        forward_kernel,
-        lse.shape[0] * lse.shape[1],
-        qkv,
-        out,
-        lse,
-        *numbers(qkv),
-        sizes,
-        rows,
-        num_warps=warps,
-        num_stages=1,
-    )
+    arguments = forward_arguments(qkv_BN3HD)
+    qkv, out, lse, *_ = arguments
+    sizes, rows, warps = forward_tiles(qkv.shape[1], qkv.shape[-1], has_hopper_products(qkv.device))
+    programs = lse.shape[0] * lse.shape[1]
+    launch(forward_kernel, programs, *arguments, sizes, rows, num_warps=warps, num_stages=1)
     return out, lse
 
 
-def backward(
-    qkv_BN3HD: torch.Tensor, out_BNHD: torch.Tensor, lse_BHN: torch.Tensor, dout_BNHD: torch.Tensor
-) -> torch.Tensor:
-    """dqkv_BN3HD, contiguous."""
-    qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    tiles = BACKWARD_TILES[has_hopper_products(qkv.device), width_class(qkv.shape[-1])]
-    launch(
-        backward_kernel,
-        lse_BHN.shape[0] * lse_BHN.shape[1],
-        qkv,
-        out_BNHD,
-        lse_BHN,
-        dout,
-        torch.empty_like(lse_BHN),
-        dqkv,
-        *numbers(qkv, dout),
-        kept_sizes(qkv.shape[1], tiles.BN) if tiles.keeps else (),
-        tiles.BM,
-        tiles.BN,
-        tiles.KEY_BM,
-        tiles.KEY_BN,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
-    return dqkv
+def backward(*saved_and_dout: Tensor) -> Tensor:
+    """dqkv_BN3HD, contiguous, of (qkv_BN3HD, out_BNHD, lse_BHN, dout_BNHD)."""
+    arguments = backward_arguments(*saved_and_dout)
+    qkv, _, lse, *_ = arguments
+    *tiles, warps, stages, keeps = BACKWARD_TILES[
+        has_hopper_products(qkv.device), width_class(qkv.shape[-1])
+    ]
+    kept = kept_sizes(qkv.shape[1], tiles[1]) if keeps else ()
+    programs = lse.shape[0] * lse.shape[1]
+    launch(backward_kernel, programs, *arguments, kept, *tiles, num_warps=warps, num_stages=stages)
+    return arguments[5]

@@ -11,11 +11,12 @@ lse) with lse in base 2.
 # pyright: reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import dot, floats, in_units, precision
 
@@ -80,30 +81,42 @@ def has_hopper_products(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
-def last_stride_one(x: torch.Tensor) -> torch.Tensor:
+def last_stride_one(x: Tensor) -> Tensor:
     """x where a row can be read as it lies, else a copy: gradients come transposed or expanded."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def empty_results(qkv_BN3HD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_results(qkv_BN3HD: Tensor) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN) of a forward pass."""
     B, N, _, H, D = qkv_BN3HD.shape
     out_BNHD = torch.empty(B, N, H, D, dtype=qkv_BN3HD.dtype, device=qkv_BN3HD.device)
     return out_BNHD, floats(qkv_BN3HD, B, H, N)
 
 
-def numbers(
-    qkv_BN3HD: torch.Tensor, dout_BNHD: torch.Tensor | None = None
-) -> tuple[int | float | Head, ...]:
+def _numbers(qkv_BN3HD: Tensor, *others: Tensor) -> tuple[Any, ...]:
     """The arguments after the tensors: strides between clips in units, N, scale, HEAD."""
     _, N, _, H, D = qkv_BN3HD.shape
-    strides = [qkv_BN3HD.stride()]
-    if dout_BNHD is not None:
-        strides.append(dout_BNHD.stride())
+    strides = [x.stride() for x in (qkv_BN3HD, *others)]
     unit, *units = in_units(*(stride[0] for stride in strides))
     within_clips = [step for stride in strides for step in stride[1:-1]]
     head = Head(H, D, parts(D), precision(qkv_BN3HD), unit, *within_clips)
     return *units, N, LOG2_E * D**-0.5, head
+
+
+def forward_arguments(qkv_BN3HD: Tensor) -> tuple[Any, ...]:
+    """What the forward kernels take before their tiles: qkv, out and lse to be written, numbers."""
+    qkv = last_stride_one(qkv_BN3HD)
+    return qkv, *empty_results(qkv), *_numbers(qkv)
+
+
+def backward_arguments(
+    qkv_BN3HD: Tensor, out_BNHD: Tensor, lse_BHN: Tensor, dout_BNHD: Tensor
+) -> tuple[Any, ...]:
+    """What the backward kernels take before their tiles; the last of the six tensors is dqkv."""
+    qkv, dout = last_stride_one(qkv_BN3HD), last_stride_one(dout_BNHD)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    numbers = _numbers(qkv, dout)
+    return qkv, out_BNHD, lse_BHN, dout, torch.empty_like(lse_BHN), dqkv, *numbers
 
 
 @triton.jit

@@ -1,7 +1,6 @@
 """Compiles every kernel as it is launched, for GPUs that need not be there.
 
-    python -m video_mae.kernels.compile_check [--arch 90 80] [--only NAME] [--workers 2]
-                                              [--modules MODULE ...]
+    python -m video_mae.kernels.compile_check [--arch 90 80] [--only NAME] [--modules MODULE ...]
 
 Prints what each takes. The launchers run on fake CUDA tensors (compile_runs.py), so what Triton
 knows of an argument here, its type, its value, whether 16 divides it, is what it knows on a GPU.
@@ -20,10 +19,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -47,14 +47,13 @@ TITLES = "kernel", "arch", "registers", "spill B", "shared B", "HGMMA", "HMMA", 
 
 
 class Run(NamedTuple):
-    """A call of launchers, to be made on fake CUDA tensors.
+    """What launchers have just been called for, with fake CUDA tensors.
 
     narrow: instructions that may move 1 or 2 bytes a thread, -1 for any number: 0 where rows are
     multiples of 16 bytes.
     """
 
     name: str
-    call: Callable[[], Any]
     narrow: int = 0
 
 
@@ -67,37 +66,29 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-class _Pointer:
-    """Stands in for a fake tensor, which has no address.
+def pointer(tensor: torch.Tensor) -> Any:
+    """Stands in for a fake tensor, which has no address: PyTorch's own start at multiples of 16."""
+    address = int(tensor.storage_offset()) * tensor.element_size()
+    return SimpleNamespace(dtype=tensor.dtype, data_ptr=lambda: address)
 
-    PyTorch's own tensors start at multiples of 16 bytes.
+
+@functools.cache
+def cases(arch: int, only: str, modules: Sequence[str]) -> list[Case]:
+    """What Triton would compile for the runs of the modules on a GPU of sm_ARCH, each compilation
+    once, those whose name contains `only`; none is made.
     """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.dtype = tensor.dtype
-        self.address = int(tensor.storage_offset()) * tensor.element_size()
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def compilations(run: Run, arch: int) -> list[Case]:
-    """What Triton would compile for the launches of a run on a GPU of sm_ARCH; none is made."""
     backend = make_backend(GPUTarget("cuda", arch, 32))
-    found: list[Case] = []
+    found: dict[str, Case] = {}
+    launches: list[tuple[Any, ...]] = []
 
     def collect(
         kernel: Any, *arguments: Any, grid: Any, warmup: bool = False, **options: Any
     ) -> None:
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        held = [_Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        held = [pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
         bound, specialization, bound_options = bind(*held, **options)
-        packed, signature, constexprs, attrs = kernel._pack_args(
-            backend, options, bound, specialization, bound_options
-        )
-        source = ASTSource(kernel, signature, constexprs, attrs)
-        name = f"{run.name}: {kernel.__name__.removesuffix('_kernel')}"
-        found.append(Case(name, run.narrow, source, packed.__dict__))
+        packed, *known = kernel._pack_args(backend, options, bound, specialization, bound_options)
+        launches.append((kernel, known, packed.__dict__))
 
     with (
         FakeTensorMode(),
@@ -106,23 +97,14 @@ def compilations(run: Run, arch: int) -> list[Case]:
         patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(arch, 10)),
         patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
     ):
-        run.call()
-    return found
-
-
-@functools.cache
-def cases(arch: int, only: str, modules: Sequence[str]) -> list[Case]:
-    """What the runs of the modules launch on sm_ARCH, each compilation once.
-
-    Those whose name contains `only`.
-    """
-    found: dict[str, Case] = {}
-    for module in modules:
-        for run in importlib.import_module(module).compile_runs(arch):
-            for case in compilations(run, arch):
-                kernel, source = case.source.fn, case.source
-                key = kernel.__module__, kernel.__name__, source.signature, source.constants
-                found.setdefault(repr((key, source.attrs, sorted(case.options.items()))), case)
+        for module in modules:
+            for run in importlib.import_module(module).compile_runs(arch):
+                for kernel, known, options in launches:
+                    name = f"{run.name}: {kernel.__name__.removesuffix('_kernel')}"
+                    case = Case(name, run.narrow, ASTSource(kernel, *known), options)
+                    key = kernel.__module__, kernel.__name__, known, sorted(options.items())
+                    found.setdefault(repr(key), case)
+                launches.clear()
     return [case for case in found.values() if only in case.name]
 
 
@@ -173,10 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Compile every kernel for GPUs that need not be there."
     )
-    archs, cores = sorted(SHARED_MEMORY), len(os.sched_getaffinity(0))
-    parser.add_argument("--arch", type=int, nargs="+", default=[90, 80], choices=archs)
+    archs = list(SHARED_MEMORY)
+    parser.add_argument("--arch", type=int, nargs="+", default=archs, choices=archs)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--workers", type=int, default=min(8, cores), help="processes")
     parser.add_argument(
         "--modules", nargs="+", default=MODULES, help="where to look for `compile_runs(arch)`"
     )
@@ -190,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(COLUMNS.format(*TITLES))
     failed = 0
-    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+    workers = min(8, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for line, is_good in pool.map(check, tasks):
             failed += not is_good
             print(line, flush=True)

@@ -9,6 +9,7 @@ Letters: B clips, M predicted tubelets, P values of a tubelet.
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from . import contrastive_chunked as chunked
 from . import contrastive_streaming as streaming
@@ -20,9 +21,7 @@ from .tubelets import FLOAT_TYPES
 Memory = Literal["fast", "least"]
 
 
-def dense(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, negatives: Negatives
-) -> tuple[torch.Tensor, torch.Tensor]:
+def dense(predicted_BMP: Tensor, target_BMP: Tensor, negatives: Negatives) -> tuple[Tensor, Tensor]:
     """As the kernels take them: contiguous, of one dtype; negatives of the batch are those of one
     long clip.
     """
@@ -37,11 +36,11 @@ def dense(
 
 def checked_temperature(
     operation: str,
-    predicted_BMP: torch.Tensor,
-    temperature: float | torch.Tensor,
+    predicted_BMP: Tensor,
+    temperature: float | Tensor,
     negatives: str,
     memory: str,
-) -> float | torch.Tensor:
+) -> float | Tensor:
     """The temperature, of shape [1] where it is a tensor. Raises: ValueError naming the argument
     that does not fit.
     """
@@ -49,7 +48,7 @@ def checked_temperature(
         raise ValueError(f"{operation}: negatives {negatives} is not one of clip, batch")
     if memory not in ("fast", "least"):
         raise ValueError(f"{operation}: memory {memory} is not one of fast, least")
-    if not isinstance(temperature, torch.Tensor):
+    if not isinstance(temperature, Tensor):
         return temperature
     if temperature.numel() != 1 or temperature.device != predicted_BMP.device:
         raise ValueError(
@@ -59,23 +58,21 @@ def checked_temperature(
     return temperature.reshape(1)
 
 
-def float32_temperature(
-    predicted_BMP: torch.Tensor, temperature: float | torch.Tensor
-) -> torch.Tensor:
+def float32_temperature(predicted_BMP: Tensor, temperature: float | Tensor) -> Tensor:
     """As the kernels take it, [1]."""
-    if isinstance(temperature, torch.Tensor):
+    if isinstance(temperature, Tensor):
         return temperature.float()
     return torch.full((1,), temperature, dtype=torch.float32, device=predicted_BMP.device)
 
 
 def contrastive_forward(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature_1: Tensor,
     negatives: Negatives,
-    gradient_BMP: torch.Tensor | None,
+    gradient_BMP: Tensor | None,
     gradient_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(loss, d loss / d tau [1]), for objectives that keep one gradient of the prediction.
 
     By the fast kernels, without autograd. ADDS gradient_scale * d loss / d predicted to
@@ -90,14 +87,14 @@ def contrastive_forward(
 
 
 def contrastive_loss(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature: float | torch.Tensor,
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature: float | Tensor,
     negatives: Negatives = "clip",
     impl: str = "auto",
     memory: Memory = "fast",
     scratch_bytes: int = chunked.SCRATCH_BYTES,
-) -> torch.Tensor:
+) -> Tensor:
     """InfoNCE over the masked tubelets, cosine similarity, in float32: the mean of the clips' means
     over targets that are not flat.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .contrastive_terms import (
     GRADIENT_SCALE,
@@ -144,7 +145,7 @@ def through_cosine_kernel(
         tl.store(gradient + at, result.to(gradient.dtype.element_ty), mask=inside)
 
 
-def matmul(a_BRK: torch.Tensor, b_BKC: torch.Tensor, out_BRC: torch.Tensor) -> None:
+def matmul(a_BRK: Tensor, b_BKC: Tensor, out_BRC: Tensor) -> None:
     """out = a @ b, with a float32 `out` of 16-bit factors, which torch has on CUDA alone."""
     if a_BRK.is_cuda:
         torch.bmm(a_BRK, b_BKC, out_dtype=out_BRC.dtype, out=out_BRC)
@@ -164,13 +165,13 @@ def chunk_size(B: int, M: int, bytes_per_row: int, scratch_bytes: int) -> tuple[
 
 
 def loss_and_gradient(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
-    gradient_BMP: torch.Tensor | None,
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature_1: Tensor,
+    gradient_BMP: Tensor | None,
     gradient_scale: float | None,
     scratch_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, its derivative by tau, weight_B); adds gradient_scale * the gradient to gradient_BMP.
 
     Without a gradient_scale fills it with the gradient over weight_B, the clips' shares over (tau *
@@ -248,12 +249,12 @@ def loss_and_gradient(
 
 
 def _forward(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature_1: Tensor,
     with_gradient: bool,
     scratch_bytes: int,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """(loss, its derivative by tau, weight_B, the gradient over weight_B or nothing)."""
     gradient_BMP = torch.empty_like(predicted_BMP) if with_gradient else None
     found = loss_and_gradient(
@@ -262,7 +263,7 @@ def _forward(
     return *found, floats(predicted_BMP, 0) if gradient_BMP is None else gradient_BMP
 
 
-def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     dtemperature_1, weight_B, gradient_BMP = ctx.saved_tensors
     dpredicted_BMP = None
     if ctx.needs_input_grad[0]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .contrastive_terms import (
     GRADIENT_SCALE,
@@ -274,8 +275,8 @@ def streamed_gradient_kernel(
 
 
 def _forward(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+    predicted_BMP: Tensor, target_BMP: Tensor, temperature_1: Tensor
+) -> tuple[Tensor, ...]:
     """(loss, its derivative by tau, the clips' weights, and more that backward takes)."""
     B, M, P = predicted_BMP.shape
     BM, BN, BK, warps, stages = FORWARD_TILES[predicted_BMP.element_size()]
@@ -337,12 +338,12 @@ def _forward(
 
 
 def _backward(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
-    weight_B: torch.Tensor,
-    *rows_A: torch.Tensor,
-) -> torch.Tensor:
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature_1: Tensor,
+    weight_B: Tensor,
+    *rows_A: Tensor,
+) -> Tensor:
     """rows_A: what `_forward` returns after weight_B."""
     B, M, P = predicted_BMP.shape
     BM, BN, BK, BP, warps, stages = BACKWARD_TILES[predicted_BMP.element_size()]
@@ -372,7 +373,7 @@ def _backward(
     return gradient_BMP
 
 
-def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     predicted_BMP, target_BMP, temperature_1, dtemperature_1, weight_B, *rows_A = ctx.saved_tensors
     dpredicted_BMP = None
     if ctx.needs_input_grad[0]:

@@ -8,6 +8,7 @@ Letters: B clips, M predicted tubelets, P values of a tubelet, A = B * M: all ro
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import floats, in_units, launch
 from .reference import NORM_FLOOR
@@ -55,9 +56,7 @@ def inverse_norm_kernel(
     )
 
 
-def inverse_norms(
-    predicted_BMP: torch.Tensor, target_BMP: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inverse_norms(predicted_BMP: Tensor, target_BMP: Tensor) -> tuple[Tensor, Tensor]:
     """[A] float32 each. A target of zeros gets 0: its similarities are 0 without a test, and its
     row is known to be no term.
     """
@@ -83,7 +82,7 @@ def inverse_norms(
     return found[0], found[1]
 
 
-def shares(inverse_target_A: torch.Tensor, B: int) -> torch.Tensor:
+def shares(inverse_target_A: Tensor, B: int) -> Tensor:
     """What a term of each clip weighs in the mean over clips of their means: 1 / (B * its terms);
     counted on the device.
     """
@@ -92,8 +91,8 @@ def shares(inverse_target_A: torch.Tensor, B: int) -> torch.Tensor:
 
 
 def mean_of_terms(
-    terms_2A: torch.Tensor, share_B: torch.Tensor, temperature_1: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    terms_2A: Tensor, share_B: Tensor, temperature_1: Tensor
+) -> tuple[Tensor, Tensor]:
     """(loss, its derivative by tau [1])."""
     loss, pull = (terms_2A.view(2, len(share_B), -1).sum(2) * share_B).sum(1)
     return loss.clone(), -pull / temperature_1

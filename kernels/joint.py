@@ -9,6 +9,7 @@ Letters: B clips, T frames, H W pixels, C channels, M masked, P values of a tube
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference
 from .contrastive import (
@@ -26,23 +27,23 @@ from .reconstruction import (
     reconstruction_loss_and_targets,
     token_errors,
 )
-from .reference import Negatives, Normalize
+from .reference import Negatives, Normalize, Tubelet
 from .scaling import scale_tokens
 from .tubelets import check_dtypes
 
 
 def joint_loss(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize,
-    temperature: float | torch.Tensor,
+    temperature: float | Tensor,
     negatives: Negatives,
     contrastive_weight: float,
     impl: str = "auto",
     memory: Memory = "fast",
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(L_rec + contrastive_weight * L_con, L_rec, L_con) as float32 scalars; the first alone has a
     gradient, the others tell its parts.
 
@@ -87,23 +88,23 @@ def joint_loss(
     )[:3]
 
 
-def _unit(predicted_BMP: torch.Tensor) -> float:
+def _unit(predicted_BMP: Tensor) -> float:
     """dL_rec / d(prediction) of a residual of 1."""
     return 2 / max(predicted_BMP.numel(), 1)
 
 
 @torch.no_grad()
 def _joint(
-    predicted_BMP: torch.Tensor,
-    temperature_1: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
+    predicted_BMP: Tensor,
+    temperature_1: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
     tubelet: list[int],
     normalize: Normalize,
     negatives: Negatives,
     contrastive_weight: float,
     with_gradient: bool,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """(loss, L_rec, L_con, d(loss) / d(prediction) in units of `_unit`, d(loss) / d(temperature)).
 
     Without a gradient the last but one is empty.
@@ -144,7 +145,7 @@ def _joint(
     )
 
 
-def _gradients(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
     gradient_BMP, temperature_gradient_1 = ctx.saved_tensors
     gradient_BM = gradient.expand(gradient_BMP.shape[:2])
     dpredicted_BMP = scale_tokens(gradient_BMP, gradient_BM, _unit(gradient_BMP), ctx.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -36,7 +37,7 @@ def dot(a, b, acc, PRECISION):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def precision(x: torch.Tensor) -> str:
+def precision(x: Tensor) -> str:
     """float32 products are not rounded to tf32: whoever trains in float32 asked for it."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
@@ -51,12 +52,12 @@ def in_units(*lengths: int) -> tuple[int, ...]:
     return unit, *(length // unit for length in lengths)
 
 
-def floats(like: torch.Tensor, *shape: int) -> torch.Tensor:
+def floats(like: Tensor, *shape: int) -> Tensor:
     """Empty float32 memory on the device of another tensor."""
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def runs(tensor: torch.Tensor) -> bool:
+def runs(tensor: Tensor) -> bool:
     """Whether kernels run on this tensor: on fakes, which torch.compile traces with, none do."""
     return launches_on_fakes or not isinstance(tensor, FakeTensor)
 
@@ -75,8 +76,8 @@ def register(
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any] | None = None,
-    keeps: Callable[[Any, Any], Iterable[torch.Tensor]] | None = None,
-    backward: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
+    keeps: Callable[[Any, Any], Iterable[Tensor]] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Makes an opaque torch operation, e.g. register("gather(Tensor clip) -> Tensor", ...).
 
@@ -101,7 +102,7 @@ def register(
         ctx.save_for_backward(*keeps(inputs, output))
         ctx.dtype = inputs[0].dtype
 
-    def all_gradients(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[Any, ...]:
+    def all_gradients(ctx: Any, gradient: Tensor, *_: None) -> tuple[Any, ...]:
         assert backward is not None
         found = backward(ctx, gradient)
         return *found, *[None] * (len(ctx.needs_input_grad) - len(found))

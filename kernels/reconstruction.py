@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import reference
 from .dispatch import choose
 from .launch import floats, in_units, launch, register
-from .reference import EPSILON, Normalize
+from .reference import EPSILON, Normalize, Tubelet
 from .scaling import scale_tokens
 from .tubelets import check_clip, check_dtypes, cut_of, dense_rows, locate
 
@@ -29,13 +30,13 @@ VALUES_PER_WARP = 2048
 
 
 def reconstruction_loss(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize = "channel",
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Mean squared error between predictions and normalised true pixels of the masked tubelets.
 
     predicted_BMP: P ordered (frame, row, column, channel). clip_BTHWC: uint8 or uint16 (white is
@@ -49,14 +50,14 @@ def reconstruction_loss(
 
 
 def reconstruction_loss_and_targets(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize = "channel",
     impl: str = "auto",
     target_dtype: torch.dtype | None = torch.float32,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The same, with the targets_BMP that the contrastive loss wants, at no second read of the
     clip; target_dtype None: without.
     """
@@ -83,10 +84,10 @@ def reconstruction_loss_and_targets(
 
 def check_arguments(
     operation: str,
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize,
 ) -> None:
     """Raises: ValueError naming the argument that does not fit."""
@@ -229,14 +230,14 @@ def residual_kernel(
 
 
 def _token_errors(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
     tubelet: list[int],
     normalize: Normalize,
     residual_dtype: torch.dtype | None,
     target_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """(error_BM, target_BMP, residual_BMP): float32, then what was asked for, else empty."""
     predicted = predicted_BMP if predicted_BMP.stride(-1) == 1 else predicted_BMP.contiguous()
     clip, index, cut = dense_rows(clip_BTHWC), index_BM.contiguous(), cut_of(clip_BTHWC, tubelet)
@@ -275,7 +276,7 @@ def _token_errors(
     return error_BM, target_BMP, residual_BMP
 
 
-def _gradient(ctx: Any, gradient_BM: torch.Tensor) -> tuple[torch.Tensor]:
+def _gradient(ctx: Any, gradient_BM: Tensor) -> tuple[Tensor]:
     (residual_BMP,) = ctx.saved_tensors
     factor = 2 / max(residual_BMP.shape[2], 1)
     return (scale_tokens(residual_BMP, gradient_BM, factor, ctx.dtype),)

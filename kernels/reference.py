@@ -9,25 +9,25 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 
 Normalize = Literal["channel", "tubelet", "none"]
 Negatives = Literal["clip", "batch"]
+Tubelet = tuple[int, int, int]  # frames, rows, columns
 
 EPSILON = 1e-6  # of the normalised targets, for pixels in [0, 1]
 # cosine similarity takes shorter vectors for this long, which bounds its gradient
 NORM_FLOOR = 1e-3
 
 
-def packed_attention(qkv_BN3HD: torch.Tensor) -> torch.Tensor:
+def packed_attention(qkv_BN3HD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v written out; returns out_BNHD."""
     q, k, v = rearrange(qkv_BN3HD, "b n three h d -> three b h n d")
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
     return rearrange(weights @ v, "b h n d -> b n h d")
 
 
-def take_rows(
-    clip_BTHWC: torch.Tensor, index_BV: torch.Tensor, tubelet: tuple[int, int, int]
-) -> torch.Tensor:
+def take_rows(clip_BTHWC: Tensor, index_BV: Tensor, tubelet: Tubelet) -> Tensor:
     """The rows of the chosen tubelets, untouched, as [B, V, t p, q C]: only these are read.
 
     A row of a tubelet is one run of memory, which a CPU copies in one go and computes with at full
@@ -60,13 +60,13 @@ def pixel_range(dtype: torch.dtype) -> float:
 
 
 def gather_tubelets(
-    clip_BTHWC: torch.Tensor,
-    index_BV: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    clip_BTHWC: Tensor,
+    index_BV: Tensor,
+    tubelet: Tubelet,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """Normalised tubelets [B, V, P], P ordered (channel, frame, row, column) as in a Conv3d."""
     compute = torch.promote_types(dtype, torch.float32)
     (t, p, q), channels = tubelet, clip_BTHWC.shape[-1]
@@ -82,11 +82,11 @@ def gather_tubelets(
 
 
 def tubelet_targets(
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize,
-) -> torch.Tensor:
+) -> Tensor:
     """What the decoder should predict: float [B, M, P], P ordered (frame, row, column, channel).
 
     Statistics are taken in stored units, from the first pixel on, so a flat tubelet gives exactly 0
@@ -99,7 +99,7 @@ def tubelet_targets(
     if normalize == "none":
         return (rows / white).flatten(2)
 
-    def total(values: torch.Tensor) -> torch.Tensor:
+    def total(values: Tensor) -> Tensor:
         """The sums over a tubelet's channels, or over all of it, repeated to a row's length."""
         sums_BMC = values.sum(2).unflatten(2, (q, channels)).sum(2)
         return (
@@ -127,35 +127,35 @@ def tubelet_targets(
 
 class _SquaredLength(torch.autograd.Function):
     @staticmethod
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: Tensor) -> Tensor:
         return torch.linalg.vector_norm(x, dim=-1).square()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return 2 * gradients[0][..., None] * ctx.saved_tensors[0]
 
 
-def squared_length(x: torch.Tensor) -> torch.Tensor:
+def squared_length(x: Tensor) -> Tensor:
     """x.square().sum(-1); autograd alone would make five more tensors of the size of x for it."""
     return _SquaredLength.apply(x)  # pyright: ignore[reportReturnType]
 
 
-def mean_error(error_BM: torch.Tensor) -> torch.Tensor:
+def mean_error(error_BM: Tensor) -> Tensor:
     """The mean, 0 where there is nothing."""
     return error_BM.sum() / max(error_BM.numel(), 1)
 
 
 def reconstruction_loss(
-    predicted_BMP: torch.Tensor,
-    clip_BTHWC: torch.Tensor,
-    index_BM: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    predicted_BMP: Tensor,
+    clip_BTHWC: Tensor,
+    index_BM: Tensor,
+    tubelet: Tubelet,
     normalize: Normalize,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(mean squared error, targets_BMP)."""
     targets_BMP = tubelet_targets(clip_BTHWC, index_BM, tubelet, normalize)
     error_BM = (
@@ -165,11 +165,11 @@ def reconstruction_loss(
 
 
 def contrastive_loss(
-    predicted_BMP: torch.Tensor,
-    target_BMP: torch.Tensor,
-    temperature: float | torch.Tensor,
+    predicted_BMP: Tensor,
+    target_BMP: Tensor,
+    temperature: float | Tensor,
     negatives: Negatives,
-) -> torch.Tensor:
+) -> Tensor:
     """Mean over clips of mean_i -log(exp(s_ii / tau) / sum_j exp(s_ij / tau)), s the cosine
     similarity of prediction i and target j.
 

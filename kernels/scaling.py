@@ -8,6 +8,7 @@ Letters: B clips, M masked, P values of a tubelet.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launch import launch, register
 
@@ -38,8 +39,8 @@ def scale_kernel(
 
 
 def _scale_tokens(
-    values_BMP: torch.Tensor, scale_BM: torch.Tensor, factor: float, dtype: torch.dtype
-) -> torch.Tensor:
+    values_BMP: Tensor, scale_BM: Tensor, factor: float, dtype: torch.dtype
+) -> Tensor:
     """values * scale * factor in float32, rounded once."""
     out_BMP = torch.empty(values_BMP.shape, dtype=dtype, device=values_BMP.device)
     launch(

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import reference
 from .dispatch import choose
 from .launch import launch, register
+from .reference import Tubelet
 
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 CLIP_TYPES = (torch.uint8, torch.uint16, *FLOAT_TYPES)
@@ -28,14 +30,14 @@ VALUES_PER_WARP = 64
 
 
 def gather_tubelets(
-    clip_BTHWC: torch.Tensor,
-    index_BV: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    clip_BTHWC: Tensor,
+    index_BV: Tensor,
+    tubelet: Tubelet,
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: torch.dtype,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Gathers tubelets and normalises them: (x - mean_c) / std_c.
 
     clip_BTHWC: uint8 or uint16 (white is 255 or 65535), or floating point in [0, 1]. index_BV:
@@ -61,9 +63,9 @@ def gather_tubelets(
 
 def check_clip(
     operation: str,
-    clip_BTHWC: torch.Tensor,
-    index_BN: torch.Tensor,
-    tubelet: tuple[int, int, int],
+    clip_BTHWC: Tensor,
+    index_BN: Tensor,
+    tubelet: Tubelet,
 ) -> None:
     """Raises: ValueError naming the argument that does not fit."""
     shape, device = tuple(clip_BTHWC.shape), index_BN.device
@@ -107,7 +109,7 @@ def check_dtypes(operation: str, clip_dtype: torch.dtype, dtype: torch.dtype) ->
         )
 
 
-def dense_rows(clip_BTHWC: torch.Tensor) -> torch.Tensor:
+def dense_rows(clip_BTHWC: Tensor) -> Tensor:
     """The clip as the kernels read it: the pixels of a row one after another. A crop of a larger
     clip is read where it lies.
     """
@@ -129,7 +131,7 @@ class Cut(NamedTuple):
     num_values: int
 
 
-def cut_of(clip_BTHWC: torch.Tensor, tubelet: Sequence[int]) -> Cut:
+def cut_of(clip_BTHWC: Tensor, tubelet: Sequence[int]) -> Cut:
     """The Cut of a clip whose sides are multiples of the tubelet's."""
     _, T, H, W, C = clip_BTHWC.shape
     t, p, q = tubelet
@@ -202,13 +204,13 @@ def gather_kernel(
 
 
 def _gather(
-    clip_BTHWC: torch.Tensor,
-    index_BV: torch.Tensor,
+    clip_BTHWC: Tensor,
+    index_BV: Tensor,
     tubelet: list[int],
     mean: list[float],
     std: list[float],
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     clip, index, cut = dense_rows(clip_BTHWC), index_BV.contiguous(), cut_of(clip_BTHWC, tubelet)
     out_BVP = torch.empty(*index.shape, cut.num_values, dtype=dtype, device=clip.device)
     scales = max(len(mean), len(std))

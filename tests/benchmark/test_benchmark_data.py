@@ -229,7 +229,7 @@ def test_a_library_that_is_missing_and_a_broken_video_are_rows_that_say_so(
     reason = run_epoch(PYTORCHVIDEO, task, 0)
     assert isinstance(reason, str)
     assert "pytorchvideo.data" in reason
-    record = make_record("7 videos", task, PYTORCHVIDEO, reason, {}, 1000)
+    record = make_record("7 videos", task, PYTORCHVIDEO, {PYTORCHVIDEO.name: reason}, 1000)
     (table,) = tables(Results({}, [record]))
     assert f"not available: {reason}" in table.text()
 

@@ -19,11 +19,14 @@ from video_mae.benchmark.clock import Clock, Stopwatch, peak_growth, ratio
 from video_mae.benchmark.record import Record, Results
 from video_mae.benchmark.step import (
     OURS_BY_ENGINE,
+    PARTS,
+    THEIRS,
+    THEIRS_PREPARED,
     StepBench,
     StepBenchConfig,
+    tables,
 )
 from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer, kept_bytes
-from video_mae.benchmark.step_tables import PARTS, THEIRS, THEIRS_PREPARED, tables
 from video_mae.model.vit import pretraining_macs
 
 CPU = torch.device("cpu")
@@ -179,14 +182,14 @@ def test_a_step_by_the_engine_is_the_step_of_the_others(dtype):
     by_engine = EngineTrainer(model, CPU, dtype, batch=2)
     by_hand = Trainer(model, CPU, dtype)
     for trainer, called in ((by_engine, by_engine.engine), (by_hand, model)):
-        step = Step(trainer, clip, lambda batch, called=called: called(batch, mask).loss)
+        step = Step(trainer, clip, called, mask)
         for _ in range(3):
             step()
     moved = apart = 0.0
     for before, ours, theirs in zip(
         start,
         by_engine.engine.full_state().values(),
-        by_hand._masters or model.parameters(),
+        by_hand.masters or model.parameters(),
         strict=True,
     ):
         # DeepSpeed's masters start from rounded weights
@@ -355,7 +358,7 @@ def test_parts_of_both_models_are_all_there_and_add_up_to_the_step(records):
     model = VideoMAE(TINY)
     trainer = Trainer(model, CPU, torch.float32)
     mask = tube_mask(torch.tensor([5, 6]), TINY.grid, 0.75)
-    whole = Step(trainer, some_clip(), lambda clip: model(clip, mask).loss)
+    whole = Step(trainer, some_clip(), model, mask)
     whole()
     shares = []
     for _ in range(5):

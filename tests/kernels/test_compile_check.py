@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 BAD = """
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
@@ -51,11 +49,22 @@ def copy(stride, start=0):
 
 
 def compile_runs(arch):
-    return [Run("good", partial(multiply, 64, 4)), Run("spills", partial(multiply, 256, 4, num_warps=4)),
-            Run("too much shared memory", partial(multiply, 128, 64, num_stages=12, num_warps=8)),
-            Run("no tensor cores", partial(multiply, 32, 4)), Run("aligned", partial(copy, 64)), Run("aligned again", partial(copy, 128)),
-            Run("head of 88", partial(copy, 88)), Run("odd start", partial(copy, 64, 1)), Run("allowed", partial(copy, 88, 1), 64),
-            Run("does not compile", lambda: unknown_name[(1,)](torch.empty(1, device="cuda")))]
+    multiply(64, 4)
+    yield Run("good")
+    multiply(256, 4, num_warps=4)
+    yield Run("spills")
+    multiply(128, 64, num_stages=12, num_warps=8)
+    yield Run("too much shared memory")
+    multiply(32, 4)
+    yield Run("no tensor cores")
+    for name, way, narrow in (
+        ("aligned", (64,), 0), ("aligned again", (128,), 0), ("head of 88", (88,), 0), ("odd start", (64, 1), 0),
+        ("allowed", (88, 1), 64),
+    ):
+        copy(*way)
+        yield Run(name, narrow)
+    unknown_name[(1,)](torch.empty(1, device="cuda"))
+    yield Run("does not compile")
 """
 
 

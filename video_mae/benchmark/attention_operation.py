@@ -29,11 +29,7 @@ class AttentionOperation(Operation):
     heads: int
     width: int  # of a head
 
-    op, baseline = "attention", "reference"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.name} {self.batch}x{self.tokens}x{self.heads}x{self.width}"
+    op, baseline, form = "attention", "reference", "{name} {batch}x{tokens}x{heads}x{width}"
 
     def inputs(self) -> Inputs:
         qkv_BN3HD = self.normal(self.batch, self.tokens, 3, self.heads, self.width)

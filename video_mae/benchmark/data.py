@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -178,27 +179,24 @@ def measure_task(
     context = multiprocessing.get_context("spawn")
     core = max(os.sched_getaffinity(0))
     others = multiprocessing.active_children()
-    rounds: dict[str, list[dict[str, Any]]] = {pipeline.name: [] for pipeline in pipelines}
+    # of each epoch, or why there is nothing; epoch 0 tells the facts
+    answers: dict[str, Any] = {pipeline.name: [] for pipeline in pipelines}
     with ExitStack() as stack:
         pools = {
             pipeline.name: stack.enter_context(ProcessPoolExecutor(1, context, begin, (core,)))
             for pipeline in pipelines
         }
         stack.callback(_kill_all_but, others)
-        facts = {p.name: ask(pools[p.name], run_epoch, p, task, 0) for p in pipelines}
-        for pipeline in turns(pipelines, num_rounds):
-            done = rounds[pipeline.name]
-            if isinstance(facts[pipeline.name], str):
+        for pipeline in chain(pipelines, turns(pipelines, num_rounds)):
+            done = answers[pipeline.name]
+            if isinstance(done, str):
                 continue
-            answer = ask(pools[pipeline.name], run_epoch, pipeline, task, len(done) + 1)
+            answer = ask(pools[pipeline.name], run_epoch, pipeline, task, len(done))
             if isinstance(answer, str):
-                facts[pipeline.name] = answer
+                answers[pipeline.name] = answer
             else:
                 done.append(answer)
-    return [
-        make_record(name, task, pipeline, facts[pipeline.name], rounds, appetite)
-        for pipeline in pipelines
-    ]
+    return [make_record(name, task, pipeline, answers, appetite) for pipeline in pipelines]
 
 
 def ask(pool: ProcessPoolExecutor, function: Any, *arguments: Any) -> Any:
@@ -222,11 +220,12 @@ def make_record(
     name: str,
     task: ClipTask,
     pipeline: Pipeline,
-    facts: dict[str, Any] | str,
-    rounds: Mapping[str, Sequence[Mapping[str, float]]],
+    answers: Mapping[str, Any],
     appetite: float,
 ) -> Record:
-    """facts: of epoch 0, or why there is nothing; rounds: stages of all pipelines."""
+    """answers: by pipeline a text that says why there is nothing, or the facts of epoch 0 and then
+    the stages of each round.
+    """
     record = partial(
         Record,
         benchmark="data",
@@ -236,10 +235,13 @@ def make_record(
         provider=pipeline.name,
         mode="clips",
     )
-    if isinstance(facts, str):
-        return record(dtype=DASH, reason=facts)
-    stages = rounds[pipeline.name]
-    totals = {other: [sum(clip.values()) for clip in clips] for other, clips in rounds.items()}
+    if isinstance(answers[pipeline.name], str):
+        return record(dtype=DASH, reason=answers[pipeline.name])
+    facts, *stages = answers[pipeline.name]
+    totals: dict[str, list[float]] = {}
+    for other, found in answers.items():
+        if not isinstance(found, str):
+            totals[other] = [sum(clip.values()) for clip in found[1:]]
     own = totals[pipeline.name]
     clips_per_second = 1e3 / statistics.median(own)
     measures = {"clips_per_second": clips_per_second, **facts}

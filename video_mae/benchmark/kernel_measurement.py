@@ -67,36 +67,35 @@ def measure_operation(
     resolved = operation.resolved(sets[0])
     for name, run in providers.items():
         for mode in operation.modes:
-            row = partial(record, provider=name, mode=mode)
+            times: dict[str, Any] = {}
             judged = partial(judge_mode, operation, run, sets[0], mode, low, exact)
-            correctness, reason = attempt(judged)
-            if reason and mode == "forward":
-                records.append(row(reason=reason))
-                break
-            found = {}
-            if not reason:
+            measures, reason = attempt(judged)
+            has_failed = bool(reason)
+            if not has_failed:
                 calls = partial(make_calls, operation, run, sets, mode)
-                found, reason = measure_calls(calls, clock, name not in operation.waiting)
-            memory = {"peak_mb": found.pop("peak_mb")} if "peak_mb" in found else {}
-            if not found:
-                records.append(row(reason=reason))
+                times, reason = measure_calls(calls, clock, name not in operation.waiting)
+            told = {
+                "peak_mb": times.pop("peak_mb", 0),
+                "resolved": resolved.get(name),
+                "note": reason,
+            }
+            if not times:
+                records.append(record(provider=name, mode=mode, reason=reason))
+                if has_failed and mode == "forward":
+                    break
                 continue
-            work, main_ms = operation.work(mode), next(iter(found.values())).p50
-            measures = {
+            work, main_ms = operation.work(mode), next(iter(times.values())).p50
+            measures |= {
                 **operation.facts(),
-                **memory,
-                **correctness,
-                "flops": work.flops,
-                "bytes": work.bytes,
+                **{key: figure for key, figure in told.items() if figure},
+                **work._asdict(),
                 "tflops": work.flops / main_ms / 1e9,
                 "gbps": work.bytes / main_ms / 1e6,
                 "floor_percent": 100 * ceilings.floor_ms(work) / main_ms,
                 "is_ours": name.startswith("ours"),
                 "is_baseline": name == operation.baseline,
             }
-            notes = {"resolved": resolved.get(name), "note": reason}
-            measures |= {key: text for key, text in notes.items() if text}
-            records.append(row(times=found, measures=measures))
+            records.append(record(provider=name, mode=mode, times=times, measures=measures))
     return records
 
 

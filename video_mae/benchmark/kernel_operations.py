@@ -53,7 +53,7 @@ class Operation(ABC):
     device: torch.device
     batch: int
 
-    op = kernel = ""  # here, and as dispatch.py calls it
+    op = kernel = form = ""  # here, as dispatch.py calls it, and its name at a shape
     baseline = "official"  # the provider that speed-ups are against: what people run today
     modes = MODES
     loss_limit = 0.0  # of the relative error of a result that is one number
@@ -62,9 +62,9 @@ class Operation(ABC):
     triton = {"triton": {}}  # our ways beside auto, their arguments
 
     @property
-    @abstractmethod
     def shape(self) -> str:
         """Its name, as the key `shapes` and the tables have it."""
+        return self.form.format_map(vars(self))
 
     @abstractmethod
     def inputs(self) -> Inputs:
@@ -134,10 +134,7 @@ class ClipOperation(Operation):
     count: int
     width: int  # of the encoder
 
-    @property
-    def shape(self) -> str:
-        size = "x".join(map(str, self.size))
-        return f"{self.name} {self.batch}x{size}, {self.count} tokens"
+    form = "{name} {batch}x{size[0]}x{size[1]}x{size[2]}, {count} tokens"
 
     @property
     def num_values(self) -> int:
@@ -284,13 +281,11 @@ class JointOperation(ReconstructionOperation):
         return self.ours(x, impl="reference")
 
     def low(self, x: Inputs) -> Tensor:
-        loss, target_BMP = reference.reconstruction_loss(*self.arguments(x))
-        return loss + CONTRASTIVE_WEIGHT * plain_contrastive(x.predicted_BMP, target_BMP, "clip")
+        return plain_joint(x, *reference.reconstruction_loss(*self.arguments(x)))
 
     def official(self, x: Inputs) -> Tensor:
         target_BMP = self.official_targets(x)
-        loss = F.mse_loss(x.predicted_BMP.float(), target_BMP)
-        return loss + CONTRASTIVE_WEIGHT * plain_contrastive(x.predicted_BMP, target_BMP, "clip")
+        return plain_joint(x, F.mse_loss(x.predicted_BMP.float(), target_BMP), target_BMP)
 
     def ours(self, x: Inputs, **way: Any) -> Tensor:
         return joint_loss(*self.arguments(x), *CONTRAST, **way)[0]
@@ -308,16 +303,13 @@ class ContrastiveOperation(Operation):
     negatives: Negatives
 
     op, kernel, baseline = "contrastive", "contrastive_loss", "plain"
+    form = "{name} {batch}x{count}, negatives of the {negatives}"
     loss_limit = 1e-4
     triton = {
         "fast": {},
         "fast, 256 MB": {"scratch_bytes": 256 << 20},
         "least": {"memory": "least"},
     }
-
-    @property
-    def shape(self) -> str:
-        return f"{self.name} {self.batch}x{self.count}, negatives of the {self.negatives}"
 
     def inputs(self) -> Inputs:
         target_BMP, noise_BMP = (self.normal(self.batch, self.count, VALUES) for _ in range(2))
@@ -351,6 +343,11 @@ class ContrastiveOperation(Operation):
         tensors = 2 if mode == "forward" else 3
         flops = products * 2 * rows * rivals * VALUES
         return Work(flops, tensors * rows * VALUES * self.dtype.itemsize)
+
+
+def plain_joint(x: Inputs, loss: Tensor, target_BMP: Tensor) -> Tensor:
+    """A reconstruction loss and, weighted, the contrastive loss."""
+    return loss + CONTRASTIVE_WEIGHT * plain_contrastive(x.predicted_BMP, target_BMP, "clip")
 
 
 def plain_contrastive(predicted_BMP: Tensor, target_BMP: Tensor, negatives: Negatives) -> Tensor:

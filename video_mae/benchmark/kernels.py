@@ -191,26 +191,26 @@ def _table(title: str, records: Sequence[Record]) -> Table:
     best_names: list[str] = []
     for mode in MODES:
         cells = [record for record in records if record.mode == mode]
-        right = [record for record in cells if not record.reason and not record.measures["gate"]]
-        base = [record.main.p50 for record in right if record.measures["is_baseline"]]
-        best = sorted(
-            (record.main.p50, record.provider) for record in right if not record.measures["is_ours"]
-        )
-        best_names += [f"{mode} {provider}" for _, provider in best[:1]]
+        # milliseconds of those that are there and right
+        right = {r.provider: r.main.p50 for r in cells if r.measures.get("gate") == ""}
+        others = {name: ms for name, ms in right.items() if not name.startswith("ours")}
+        best = min(others, key=others.__getitem__, default="")
+        if best:
+            best_names.append(f"{mode} {best}")
         for record in cells:
             figures, m = record.figures(), record.measures
+            for key, name in (("x_base", baseline), ("x_best", best)):
+                if record.provider in right and name in right:
+                    figures[key] = right[name] / right[record.provider]
             if "resolved" in m:
                 figures["provider"] += f" ({m['resolved']})"
-            if record in right and base:
-                figures["x_base"] = base[0] / record.main.p50
-            if record in right and best:
-                figures["x_best"] = best[0][0] / record.main.p50
             if not record.reason:
                 if not m["flops"]:
                     del figures["tflops"]
                 figures["repeats"] = "equal" if m["bit_equal"] else "differ"
-                verdict = f"WRONG: {m['gate']}" if m["gate"] else "right"
-                figures["verdict"] = "; ".join([verdict, *([m["note"]] if "note" in m else [])])
+                figures["verdict"] = f"WRONG: {m['gate']}" if m["gate"] else "right"
+                if "note" in m:
+                    figures["verdict"] += f"; {m['note']}"
             rows.append(figures)
     notes = [f"best other: {', '.join(best_names)}"]
     if not best_names:

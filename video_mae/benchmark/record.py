@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from video_mae.files import json_line
+
 DASH = "-"  # a figure that cannot exist here
 TOLERANCE = 1.05  # a median may be longer by so much
 
@@ -136,8 +138,8 @@ def append(path: Path, results: Results) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"header": results.header}, *map(asdict, results.records)]
-    with path.open("a", encoding="ascii") as stream:
-        stream.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    with path.open("ab") as stream:
+        stream.writelines(map(json_line, lines))
 
 
 def read(path: Path) -> list[Results]:
@@ -147,7 +149,7 @@ def read(path: Path) -> list[Results]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file of benchmark records")
     found: list[Results] = []
-    for number, text in enumerate(path.read_text(encoding="ascii").splitlines(), 1):
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             line = json.loads(text)
             if "header" not in line:

@@ -6,12 +6,14 @@ Letters: B clips, T frames, H W pixels, C channels, N tokens.
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from video_mae.benchmark import step_models
 from video_mae.benchmark.clock import Call, Clock, peak_growth, ratio, turns
@@ -19,14 +21,15 @@ from video_mae.benchmark.kernels import default_device, default_dtype
 from video_mae.benchmark.record import (
     Record,
     Results,
+    Table,
     dtype_name,
     environment,
+    make_table,
     percentiles,
     reason_of,
 )
 from video_mae.benchmark.report import BenchConfig, publish, words
 from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer
-from video_mae.benchmark.step_tables import THEIRS, THEIRS_COMPILED, THEIRS_PREPARED, tables
 from video_mae.config import PRESETS, ModelConfig
 from video_mae.config.schema import knob, require
 from video_mae.kernels.dispatch import describe
@@ -39,6 +42,21 @@ Name = tuple[str, str]
 """(provider, mode) of a step."""
 
 OURS, OURS_BY_ENGINE = "ours eager", "ours by Engine"
+THEIRS = "Hugging Face eager"
+THEIRS_PREPARED = "Hugging Face eager, input prepared"
+THEIRS_COMPILED = "Hugging Face compiled"
+PARTS = (
+    "data copy",
+    "preparation",
+    "gather",
+    "embed",
+    "encoder attention",
+    "encoder rest",
+    "decoder attention",
+    "decoder rest",
+    "losses",
+    "optimizer",
+)
 MASKS = {"full": 0.0, "dual": 0.5}  # mode: share of the tokens that the decoder leaves out
 HIDDEN = 0.9
 SAME_LOSS = 1e-4
@@ -158,7 +176,7 @@ class StepBench:
     def device(self) -> torch.device:
         return self.clock.device
 
-    def record(self, op: str, provider: str, mode: str, **what: Any) -> Record:
+    def record(self, op: str, provider: str, mode: str = "full", **what: Any) -> Record:
         c = self.model
         return Record(
             benchmark="step",
@@ -174,15 +192,10 @@ class StepBench:
         """Everything about one model: the losses, the steps, the preparation of the competitor's
         input, the parts.
         """
-        c = self.model
-        clip_BTHWC = torch.randint(
-            0,
-            256,
-            (self.batch, c.num_frames, c.height, c.width, c.in_channels),
-            dtype=torch.uint8,
-            generator=torch.Generator().manual_seed(0),
-        )
-        seeds_B = torch.arange(self.batch, device=self.device)
+        c, seeds_B = self.model, torch.arange(self.batch, device=self.device)
+        shape = self.batch, c.num_frames, c.height, c.width, c.in_channels
+        generator = torch.Generator().manual_seed(0)
+        clip_BTHWC = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         masks = {
             mode: token_mask(seeds_B, c.grid, "tube", HIDDEN, skipped)
             for mode, skipped in MASKS.items()
@@ -197,7 +210,7 @@ class StepBench:
             except (ImportError, ValueError, torch.OutOfMemoryError) as error:
                 remedy = f"; pip install {package}" if isinstance(error, ImportError) else ""
                 reason = f"{reason_of(error)}{remedy}"
-                records.append(self.record("step", provider, "full", reason=reason))
+                records.append(self.record("step", provider, reason=reason))
 
         by_engine = built(
             OURS_BY_ENGINE,
@@ -218,7 +231,7 @@ class StepBench:
         if by_engine is not None:
             models[OURS_BY_ENGINE] = (by_engine, by_engine.engine)
         steps = {
-            (provider, mode): Step(trainer, clip_BTHWC, partial(loss_of, model, mask))
+            (provider, mode): Step(trainer, clip_BTHWC, model, mask)
             for provider, (trainer, model) in models.items()
             for mode, mask in masks.items()
         }
@@ -228,7 +241,7 @@ class StepBench:
 
     @torch.no_grad()
     def compare_losses(
-        self, ours: VideoMAE, theirs: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
+        self, ours: VideoMAE, theirs: Any, clip_BTHWC: Tensor, mask: TokenMask
     ) -> Record:
         """The losses of both models in float32; measure `gate` says what is wrong, and is empty
         where they are the same.
@@ -236,30 +249,27 @@ class StepBench:
         clip_BTHWC = clip_BTHWC.to(self.device)
         hidden_BN = step_models.boolean_mask(mask, self.model.num_tokens)
         video_BTCHW = step_models.prepare(clip_BTHWC, self.model)
-        our_loss = loss_of(ours, mask, clip_BTHWC).item()
-        their_loss = loss_of(theirs, hidden_BN, video_BTCHW).item()
+        our_loss = ours(clip_BTHWC, mask).loss.item()
+        their_loss = theirs(video_BTCHW, hidden_BN).loss.item()
         gate = ""
         if abs(our_loss - their_loss) > SAME_LOSS:
             gate = f"the losses differ: ours is {our_loss:.6f}, theirs {their_loss:.6f}"
         measures = {"ours": our_loss, "theirs": their_loss, "gate": gate}
-        return self.record("loss", THEIRS, "full", measures=measures)
+        return self.record("loss", THEIRS, measures=measures)
 
-    def their_steps(
-        self, model: Any, clip_BTHWC: torch.Tensor, mask: TokenMask
-    ) -> dict[Name, Step]:
+    def their_steps(self, model: Any, clip_BTHWC: Tensor, mask: TokenMask) -> dict[Name, Step]:
         prepare = partial(step_models.prepare, config=self.model, dtype=self.dtype)
         hidden_BN = step_models.boolean_mask(mask, self.model.num_tokens)
         trainer = Trainer(model, self.device, self.dtype)
-        loss = partial(loss_of, model, hidden_BN)
         prepared = prepare(clip_BTHWC.to(self.device))
         steps = {
-            (THEIRS, "full"): Step(trainer, clip_BTHWC, loss, prepare),
-            (THEIRS_PREPARED, "full"): Step(trainer, clip_BTHWC, lambda _: loss(prepared)),
+            THEIRS: Step(trainer, clip_BTHWC, model, hidden_BN, prepare),
+            THEIRS_PREPARED: Step(trainer, clip_BTHWC, model, hidden_BN, lambda _: prepared),
         }
         if self.is_compiled:
-            loss = partial(loss_of, torch.compile(model), hidden_BN)
-            steps[THEIRS_COMPILED, "full"] = Step(trainer, clip_BTHWC, loss, prepare)
-        return steps
+            compiled = torch.compile(model)
+            steps[THEIRS_COMPILED] = Step(trainer, clip_BTHWC, compiled, hidden_BN, prepare)
+        return {(name, "full"): step for name, step in steps.items()}
 
     def measure_steps(
         self, masks: Mapping[str, TokenMask], steps: Mapping[Name, Step], gate: str
@@ -267,29 +277,19 @@ class StepBench:
         """A record a step, and one for the parts of each eager one; ratios only where `gate` is
         empty.
         """
-        calls: dict[Name, Call] = {}
         memory: dict[Name, int] = {}
         failed: list[Record] = []
-        for (provider, mode), step in steps.items():
-            names = [(provider, mode)]
-            is_ours = provider.startswith("ours")
-            # the host only launches, then
-            if self.clock.on_gpu and is_ours and isinstance(step.trainer, Trainer):
-                names.append((f"{provider}, graphed", mode))
-            for name in names:
-                try:
-                    if name[0] == provider:
-                        step()
-                        calls[name], growth = step, peak_growth(step, self.device)[1]
-                    else:  # what a graph takes, it takes when it is captured
-                        calls[name], growth = peak_growth(step.graphed, self.device)
-                    kept = step_models.kept_bytes(step.trainer)
-                    memory[name] = growth + kept if growth else 0
-                except RuntimeError as error:  # out of memory, or the compiler's
-                    calls.pop(name, None)
-                    failed.append(self.record("step", *name, reason=reason_of(error)))
-                    step.trainer.model.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
+        for name, step in steps.items():
+            try:
+                step()
+                growth = peak_growth(step, self.device)[1]
+                kept = step_models.kept_bytes(step.trainer)
+                memory[name] = growth + kept if growth else 0
+            except RuntimeError as error:  # out of memory, or the compiler's
+                failed.append(self.record("step", *name, reason=reason_of(error)))
+                step.trainer.model.zero_grad()
+                torch.cuda.empty_cache()
+        calls = {name: steps[name] for name in memory}
         samples = self.clock.in_turn(calls, self.rounds)
         records: list[Record] = []
         for (provider, mode), times in samples.items():
@@ -301,22 +301,20 @@ class StepBench:
                     measures[f"x {theirs}"] = ratio(samples[theirs, "full"], times)
             spread = {"step": percentiles(times)}
             records.append(self.record("step", provider, mode, times=spread, measures=measures))
-        eager = {name: steps[name] for name in calls if name[0] in (OURS, THEIRS)}
+        eager = {name: step for name, step in calls.items() if name[0] in (OURS, THEIRS)}
         return records + failed + self.measure_parts(eager)
 
     def rates(self, mask: TokenMask, times: Sequence[float]) -> dict[str, float]:
         seconds = statistics.median(times) / 1e3
-        num_visible, num_masked = mask.visible_BV.shape[1], mask.masked_BM.shape[1]
-        macs = pretraining_macs(self.model, num_visible, num_masked)
+        macs = pretraining_macs(self.model, mask.visible_BV.shape[1], mask.masked_BM.shape[1])
         flops_per_second = 6 * self.batch * macs / seconds
         rates = {
             "clips_per_second": self.batch / seconds,
             "tflops": flops_per_second / 1e12,
             "ceiling_percent": 100 * flops_per_second / self.ceiling,
         }
-        if self.clock.on_gpu:
-            precision = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-            peak = peak_flops(torch.cuda.get_device_name(self.device), precision)
+        if self.clock.on_gpu and self.dtype == torch.bfloat16:
+            peak = peak_flops(torch.cuda.get_device_name(self.device), "bf16")
             if peak is not None:
                 rates["mfu"] = flops_per_second / peak
         return rates
@@ -327,7 +325,7 @@ class StepBench:
         for name in turns(steps, PART_ROUNDS):
             plain = self.clock.milliseconds([steps[name]])
             samples[name].append((plain, steps[name].parts()))
-        records: list[Record] = []
+        records = []
         for name, rounds in samples.items():
             plain, marked = zip(*rounds, strict=True)
             times = {part: percentiles([parts[part] for parts in marked]) for part in marked[0]}
@@ -336,7 +334,7 @@ class StepBench:
             records.append(self.record("parts", *name, times=times, measures=measures))
         return records
 
-    def measure_preparation(self, clip_BTHWC: torch.Tensor) -> list[Record]:
+    def measure_preparation(self, clip_BTHWC: Tensor) -> list[Record]:
         """What the input of their model takes on its way from uint8: the cheapest that we know, and
         their own processor.
         """
@@ -349,11 +347,53 @@ class StepBench:
         }
         samples = self.clock.in_turn(calls, PART_ROUNDS)
         return [
-            self.record("preparation", provider, "full", times={"step": percentiles(times)})
+            self.record("preparation", provider, times={"step": percentiles(times)})
             for provider, times in samples.items()
         ]
 
 
-def loss_of(model: Callable[..., Any], mask: Any, clip: torch.Tensor) -> torch.Tensor:
-    """Of our model or of Hugging Face's, each with the mask and clip that it takes."""
-    return model(clip, mask).loss
+def tables(results: Results) -> list[Table]:
+    """For each model the steps, and the parts of those that are not compiled."""
+    found: list[Table] = []
+    for (shape, dtype), group in groupby(results.records, lambda record: record.name[2:4]):
+        of: dict[str, list[Record]] = {"loss": [], "preparation": [], "step": [], "parts": []}
+        for record in group:
+            of[record.op].append(record)
+        notes: list[str] = []
+        for record in of["loss"]:
+            m = record.measures
+            closed = f"; NOT COMPARED: {m['gate']}" if m["gate"] else ""
+            notes.append(f"loss: ours {m['ours']:.6f}, theirs {m['theirs']:.6f}{closed}")
+        for record in of["preparation"]:
+            notes.append(f"preparing their input {record.provider}: {record.main.p50:.4g} ms")
+        columns = {
+            "mode": "{mode}",
+            "step": "{provider}",
+            "ms": "{p50:.5g}",
+            "p20-p80": "{p20:.5g}-{p80:.5g}",
+            "clips/s": "{clips_per_second:.4g}",
+            "TFLOP/s": "{tflops:.3g}",
+            "% ceiling": "{ceiling_percent:.1f}",
+            "MFU": "{mfu:.1%}",
+            "peak MB": "{peak_mb:.4g}",
+            "x HF": f"{{x {THEIRS}:.2f}}",
+            "x HF prepared": f"{{x {THEIRS_PREPARED}:.2f}}",
+            "x HF compiled": f"{{x {THEIRS_COMPILED}:.2f}}",
+        }
+        rows = [record.figures() for record in of["step"]]
+        found.append(make_table(f"step {shape} {dtype}", columns, rows, notes))
+        if of["parts"]:
+            parts = {part: f"{{{part}:.3g}}" for part in PARTS}
+            columns = {
+                "part": "{provider} {mode}",
+                **parts,
+                "sum": "{sum:.4g}",
+                "marked over unmarked step": "{marked_over_step:.3f}",
+            }
+            rows = [record.figures() for record in of["parts"]]
+            for figures, record in zip(rows, of["parts"], strict=True):
+                figures["sum"] = sum(time.p50 for time in record.times.values())
+            table = make_table("", columns, rows)
+            titles, *lines = zip(table.columns, *table.rows, strict=True)  # a column a step
+            found.append(Table(f"parts of the step {shape} {dtype}, ms", titles, lines))
+    return found

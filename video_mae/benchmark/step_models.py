@@ -22,13 +22,12 @@ from video_mae.convert.export import export_hugging_face
 from video_mae.model.masking import TokenMask
 from video_mae.model.vit import VideoMAE
 from video_mae.training.engine import Engine
-from video_mae.training.optim import parameter_groups
+from video_mae.training.optim import make_optimizer
 
 if TYPE_CHECKING:
     from transformers import VideoMAEForPreTraining
 
-# steps before a capture: they make the optimizer's state, and what libraries make on first use
-WARM_UP = 3
+LR = 1e-5
 
 
 class Trainer:
@@ -40,20 +39,15 @@ class Trainer:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device = model.to(device), device
-        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self._masters: list[Tensor] = []
-        groups = parameter_groups(self.model, weight_decay=0.05)
+        self.weights, self.masters = _trainable(model), []
+        optimized = model
         if dtype != torch.float32:
-            masters = {weight: weight.detach().clone() for weight in self._weights}
-            self._masters = list(masters.values())
-            for master in self._masters:
+            optimized = copy.deepcopy(model)
+            self.masters = _trainable(optimized)
+            for master in self.masters:
                 master.grad = torch.zeros_like(master)
-            for group in groups:
-                group["params"] = [masters[weight] for weight in group["params"]]
-            self.model.to(dtype)
-        self.optimizer: Any = torch.optim.AdamW(
-            groups, lr=1e-5, betas=(0.9, 0.95), fused=True, capturable=device.type == "cuda"
-        )
+            model.to(dtype)
+        self.optimizer: Any = make_optimizer(optimized, OptimConfig(base_lr=LR), fused=True)
 
     def backward(self, loss: Tensor) -> None:
         """Fills the gradients."""
@@ -61,14 +55,18 @@ class Trainer:
 
     def update(self) -> None:
         """The optimizer's part of a step; the gradients are gone afterwards."""
-        if self._masters:
-            high: Any = [master.grad for master in self._masters]
-            low: Any = [weight.grad for weight in self._weights]
+        if self.masters:
+            high = [master.grad for master in self.masters]
+            low = [weight.grad for weight in self.weights]
             torch._foreach_copy_(high, low)
         self.optimizer.step()
-        if self._masters:
-            torch._foreach_copy_([weight.data for weight in self._weights], self._masters)
-        self.model.zero_grad(set_to_none=True)
+        if self.masters:
+            torch._foreach_copy_([weight.data for weight in self.weights], self.masters)
+        self.model.zero_grad()
+
+
+def _trainable(model: nn.Module) -> list[Any]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 class EngineTrainer:
@@ -93,7 +91,7 @@ class EngineTrainer:
 
     def update(self) -> None:
         """The optimizer's part of a step, and what the host reads of the step before."""
-        self.engine.step(1e-5)
+        self.engine.step(LR)
         self.engine.statuses.take(of_all=False)
 
 
@@ -110,60 +108,39 @@ class Step:
     """A training step as it is called: data copy, preparation of the input, forward, backward,
     optimizer.
 
-    clip: of the host; loss: what the model makes of the clip on the device, or of what `prepare`
-    makes of it.
+    model: of the trainer, as it is called with a clip, which `prepare` may change on the device,
+    and a mask.
     """
 
     def __init__(
         self,
         trainer: Trainer | EngineTrainer,
         clip: Tensor,
-        loss: Callable[[Tensor], Tensor],
+        model: Callable[..., Any],
+        mask: Any,
         prepare: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.trainer, self._loss, self._prepare = trainer, loss, prepare
+        self.trainer, self._model, self._mask, self._prepare = trainer, model, mask, prepare
         self._clip = clip.pin_memory() if trainer.device.type == "cuda" else clip
 
-    def __call__(self) -> None:
-        self._run(self._clip.to(self.trainer.device, non_blocking=True), lambda part: None)
+    def __call__(self, lap: Callable[[str], None] = lambda part: None) -> None:
+        """Takes a step; a lap ends each part of it but for those that `marked` ends."""
+        clip = self._clip.to(self.trainer.device, non_blocking=True)
+        lap("data copy")
+        if self._prepare is not None:
+            clip = self._prepare(clip)
+            lap("preparation")
+        self.trainer.backward(self._model(clip, self._mask).loss)
+        lap("embed")  # which is what a backward pass ends with
+        self.trainer.update()
+        lap("optimizer")
 
     def parts(self) -> dict[str, float]:
         """Takes a step; milliseconds of its parts."""
         watch = Stopwatch(self.trainer.device.type == "cuda")
         with marked(borders_of(self.trainer.model), watch):
-            clip = self._clip.to(self.trainer.device, non_blocking=True)
-            watch.lap("data copy")
-            self._run(clip, watch.lap)
+            self(watch.lap)
         return watch.parts()
-
-    def graphed(self) -> Callable[[], None]:
-        """The same step as one CUDA graph: only the copy of the clip is left to the host."""
-        device = self.trainer.device
-        clip = self._clip.to(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._run(clip, lambda part: None)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run(clip, lambda part: None)
-
-        def replay() -> None:
-            clip.copy_(self._clip, non_blocking=True)
-            graph.replay()
-
-        return replay
-
-    def _run(self, clip: Tensor, lap: Callable[[str], None]) -> None:
-        if self._prepare is not None:
-            clip = self._prepare(clip)
-            lap("preparation")
-        self.trainer.backward(self._loss(clip))
-        lap("embed")  # which is what a backward pass ends with
-        self.trainer.update()
-        lap("optimizer")
 
 
 # ---------------------------------------------------------------- where the time of a step goes
