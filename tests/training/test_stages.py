@@ -240,7 +240,7 @@ def prepared_videos(stages: Any, step: int) -> int:
         (["stages.a={from_step: 1, num_frames: 3}"], "stages.a.num_frames: 3 is not a multiple"),
         (["stages.a={from_step: 1, mask_ratio: 0.01}"], "stages.a.mask_ratio: 0.01 of 16"),
         (["stages.a={height: 8, width: 8}"], "stages.a.mask_ratio: 0.75 of 1 tokens a frame hides"),
-        (["stages.a={from_step: 4}"], "stages.a.from_step: 4 must be before the last step"),
+        (["stages.a={from_step: 4}"], "stages.a.from_step: 4 must be below the number of steps"),
         (["stages.a={from_step: 2}", "stages.b={from_step: 2}"], "stages.b.from_step: 2 must"),
         (
             [

@@ -123,6 +123,8 @@ def make_schedule(
     peak_lr, final_lr = config.base_lr * batch / 256, config.min_lr * batch / 256
     if config.schedule == "cosine":
         cooldown, rest = None, f"a cosine to {final_lr:.4g}"
+    elif cooldown == 0:
+        rest = "constant, without a cooldown"
     else:
         rest = f"constant, the last {cooldown} a cooldown (1 - sqrt) to {final_lr:.4g}"
     line = (

@@ -129,8 +129,8 @@ def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
     if kept < done:
         raise ValueError(
             f"{folder}: {done} steps are done, of which this start would leave {kept} at their "
-            "learning rates; make optim.steps or optim.epochs longer, or start from a copy of the "
-            f"folder without the checkpoints after step {kept}"
+            "learning rates; let its cooldown begin later, or, where the run has begun to cool "
+            f"down, go on in a copy of the folder without the checkpoints after step {kept}"
         )
 
 

@@ -32,7 +32,8 @@ class ClipStage:
     besides.
 
     macs: multiply-accumulates of a clip's forward pass. step_videos: of all ranks. shift: how many
-    more videos the steps before it take than if they took as many as its own.
+    more videos the steps before it take than if they took as many as its own. The configuration
+    itself begins at -1, so that another may begin with the first step, 0.
     """
 
     def __init__(self, config: PretrainConfig, first_step: int = -1) -> None:
@@ -82,7 +83,7 @@ def clip_stages(config: PretrainConfig, num_steps: float = math.inf) -> list[Cli
     for name, stage in sorted(config.stages.items(), key=lambda item: item[1].from_step):
         try:
             is_own = stages[-1].first_step < stage.from_step < num_steps
-            remedy = "must be before the last step of the run, and no other stage's"
+            remedy = "must be below the number of steps of the run, and no other stage's"
             require(is_own, "from_step", stage.from_step, remedy)
             stages.append(ClipStage(_configured(config, stage), stage.from_step))
         except ValueError as error:
