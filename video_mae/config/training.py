@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from video_mae.config.data import DataConfig
+from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
 from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
 
@@ -220,6 +220,49 @@ class PretrainJournalConfig(JournalConfig):
     picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
 
 
+class FeatureProbeConfig(Knobs):
+    """What tells, while an encoder is pretrained, how good it is: the loss on videos that it does
+    not learn from, and what its features, frozen, know of labels.
+    """
+
+    train: str = knob(
+        "",
+        "as data.source, every video with a label: what the read-outs learn from; empty: what "
+        "needs no labels is measured",
+    )
+    validation: str = knob(
+        "",
+        "likewise: what is measured; labels are needed where probe.train is given; empty: no probe",
+    )
+    root: str = knob(
+        "", "where relative paths of the lists start; empty: the folder of the list file"
+    )
+    list_format: ListFormat = knob("auto", "as data.list_format")
+    interval: int = knob(
+        0,
+        "optimizer steps from one probe to the next; 0: after each epoch; the last step always "
+        "probes",
+        low=0,
+    )
+    num_videos: int = knob(512, "videos of each list that are used, spread evenly over it", low=2)
+    max_share: float = knob(
+        0.02,
+        "share of the run's time that probes may take: one that is too early for it is left out. "
+        "The first, whose time is not known, and the last are always done",
+        above=0,
+        high=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.validation) or not self.train,
+            "validation",
+            "(empty)",
+            "must be given where probe.train is",
+        )
+
+
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
@@ -230,6 +273,9 @@ class PretrainConfig(RunConfig):
     mask: MaskConfig = section(MaskConfig, "masking")
     journal: PretrainJournalConfig = section(
         PretrainJournalConfig, "logs, pictures and checkpoints"
+    )
+    probe: FeatureProbeConfig = section(
+        FeatureProbeConfig, "how good the encoder is, measured while it trains; changes no weight"
     )
 
 

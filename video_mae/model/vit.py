@@ -210,11 +210,14 @@ class VideoMAE(nn.Module):
         return self.decoder(self.encoder(clip_BTHWC, mask.visible_BV), mask, grid)
 
     def forward(
-        self, clip_BTHWC: torch.Tensor, mask: AnyMask, grid: Grid | None = None
-    ) -> VideoMAEOutput:
-        """clip_BTHWC: uint8; grid: of the mask, where it is not the model's. Raises: ValueError for
-        a clip of another grid.
+        self, clip_BTHWC: torch.Tensor, mask: AnyMask | None = None, grid: Grid | None = None
+    ) -> VideoMAEOutput | torch.Tensor:
+        """clip_BTHWC: uint8; grid: of the mask, where it is not the model's. Without a mask all
+        tokens of the encoder, for those who have to go through a wrapper of the whole model (ZeRO
+        3). Raises: ValueError for a clip of another grid.
         """
+        if mask is None:
+            return self.encoder(clip_BTHWC)
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
         target_BTHWC = target_clip(clip_BTHWC, self.config, self.objective_config)
         losses: Losses = self.objective(predicted_BMP, target_BTHWC, mask.masked_BM)

@@ -20,7 +20,7 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.loop import Training, is_due
+from video_mae.training.loop import Training
 
 # Fields of a model that fine-tuning may change, or that its encoder does not have.
 FREE_FIELDS = (
@@ -195,12 +195,7 @@ class Finetuning(Training[FinetuneConfig]):
     def after(self, done: int, *, ending: bool) -> None:
         if self.validation is None:
             return
-        interval = self.config.validation.interval
-        is_now = done == self.schedule.total_steps or is_due(done, interval)
-        if interval == 0:  # with every epoch that ends
-            videos = done * self.videos_per_step
-            is_now |= videos % self.videos_per_epoch < self.videos_per_step
-        if is_now:
+        if self.is_measured(done, self.config.validation.interval):
             with self.journal.aside():
                 self._keep_best(done, self._validate(self.validation))
 

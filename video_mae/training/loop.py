@@ -319,6 +319,17 @@ class Training(ABC, Generic[Config]):
             if (self.folder / name).exists():
                 self.journal.say(f"{what:9}{self.folder / name}")
 
+    def is_measured(self, done: int, interval: int) -> bool:
+        """Whether the model is measured after step `done`: every `interval` steps (0: with every
+        epoch that ends), and after the last one.
+        """
+        if interval == 0:
+            videos = done * self.videos_per_step
+            is_now = videos % self.videos_per_epoch < self.videos_per_step
+        else:
+            is_now = is_due(done, interval)
+        return is_now or done == self.schedule.total_steps
+
     def epoch(self, done: int) -> float:
         """Passes over the list after `done` steps."""
         return done * self.videos_per_step / self.videos_per_epoch

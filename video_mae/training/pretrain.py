@@ -16,6 +16,7 @@ from video_mae.files import draw_or_tell
 from video_mae.model.masking import AnyMask, mask_counts, token_mask
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE, pretraining_macs
+from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
 
@@ -64,6 +65,7 @@ class Pretraining(Training[PretrainConfig]):
                 "contrast; raise mask.ratio"
             )
         super().__init__(config, read_sources(config.data, model.in_channels))
+        self.probe = FeatureProbe(self.config) if config.probe.validation else None
 
     def make_model(self) -> tuple[VideoMAE, float]:
         config = self.config
@@ -97,8 +99,11 @@ class Pretraining(Training[PretrainConfig]):
     def after(self, done: int, *, ending: bool) -> None:
         if ending or is_due(done, self.config.journal.picture_interval):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
+        # a run that is told to end has no time for it
+        if self.probe and not self.signal and self.is_measured(done, self.config.probe.interval):
+            self.probe.follow(done, self.epoch(done), self.journal, self._mask)
 
-    def _mask(self, seeds_B: torch.Tensor, skipped: float) -> AnyMask:
+    def _mask(self, seeds_B: torch.Tensor, skipped: float = 0.0) -> AnyMask:
         """The masks of clips, the decoder leaving out `skipped` of the masked tokens."""
         mask, model = self.config.mask, self.config.model
         return token_mask(
@@ -120,7 +125,7 @@ class Pretraining(Training[PretrainConfig]):
 
     def _draw(self, picture: Path) -> None:
         clip_BTHWC, model = self._examples.clip_BTHWC, self.config.model
-        mask = self._mask(self._examples.seeds_B, skipped=0.0)
+        mask = self._mask(self._examples.seeds_B)
         predicted_BMP = self.engine.evaluate(clip_BTHWC, mask).predicted_BMP
         if self.engine.rank != 0:
             return

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "engine.activation_checkpointing",
     "engine.max_skipped_in_a_row",
     "validation.batch",
+    "probe.",  # it changes no weight, and no sample
 )
 
 LISTS_FILE = "lists.json"
