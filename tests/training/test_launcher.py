@@ -88,7 +88,7 @@ def batch(accumulation: int, ranks: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(demo_folder: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All pretraining runs of two ranks in one launch, their single-process twins in another."""
     modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
     single = [
@@ -119,6 +119,26 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for stage in range(4)
         for precision in ("fp32", "bf16")
+    ]
+    probe = [
+        f"probe.train={demo_folder / 'train.txt'}",
+        f"probe.validation={demo_folder / 'val.txt'}",
+        "probe.num_videos=7",  # an odd number for two ranks
+        "probe.interval=4",
+        "probe.max_share=1",
+    ]
+    double += [
+        {
+            "name": f"probed{stage}",
+            "crash_after": 3,
+            "overrides": [
+                *RESUMED,
+                *probe,
+                f"engine.zero_stage={stage}",
+                f"engine.precision={('fp32', 'bf16')[stage % 2]}",
+            ],
+        }
+        for stage in range(4)
     ]
     double += [
         {
@@ -245,6 +265,25 @@ def test_a_resumed_run_ends_with_the_same_bits(finished: Path, stage: int, preci
     assert all(torch.equal(resumed[name], uninterrupted[name]) for name in resumed)
     assert losses(run) == losses(run, "metrics_uninterrupted.jsonl")
     assert (run / "checkpoints" / "latest").read_text() == "step_00000005\n"
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_probe_changes_no_bit_and_finds_the_same_again(finished: Path, stage: int) -> None:
+    run = finished / f"probed{stage}"
+    plain = finished / f"resumed{stage}_{('fp32', 'bf16')[stage % 2]}"
+    probed, without = (load_file(at / "model" / "model.safetensors") for at in (run, plain))
+    assert all(torch.equal(probed[name], without[name]) for name in without)
+    assert losses(run) == losses(plain)
+    found, before = (
+        [{**line, "time": 0} for line in lines(run, "probe_loss", file)]
+        for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")
+    )
+    assert found == before
+    assert [line["step"] for line in found] == [4, 5]
+    assert all(1 < line["probe_rank"] <= 7 for line in found)
+    one = lines(finished / "probed0", "probe_loss")[-1]
+    # bf16 rounds
+    assert found[-1]["probe_loss"] == pytest.approx(one["probe_loss"], rel=1e-4 * 50 ** (stage % 2))
 
 
 @pytest.mark.parametrize("stage", range(4))
