@@ -247,8 +247,8 @@ class FeatureProbeConfig(Knobs):
     num_videos: int = knob(512, "videos of each list that are used, spread evenly over it", low=2)
     max_share: float = knob(
         0.02,
-        "share of the run's time that probes may take: one that is too early for it is left out. "
-        "The first, whose time is not known, and the last are always done",
+        "share of the run's time that probes may take: one is left out as long as the time of the "
+        "one before is more of the time since then. The last step always probes",
         above=0,
         high=1,
     )

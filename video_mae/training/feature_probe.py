@@ -45,8 +45,7 @@ class FeatureProbe:
         list or key, and the remedy.
         """
         probe = config.probe
-        self.config, self._is_late = config, False
-        self._start, self._spent, self._last = time.perf_counter(), 0.0, 0.0
+        self.config, self._not_before, self._is_told = config, 0.0, False
         self.lists = dict[str, VideoList]()
         if probe.train:
             read = partial(read_labeled, root=probe.root, list_format=probe.list_format)
@@ -60,34 +59,27 @@ class FeatureProbe:
             videos = read_annotations(source, "probe.validation")
         self.lists["validation"] = videos
 
-    def has_room(self) -> bool:
-        """Whether the share of the time that probes may take holds after another one, if it takes
-        as long as the last; before the first, yes.
-        """
-        elapsed = time.perf_counter() - self._start
-        return self._spent + self._last <= self.config.probe.max_share * (elapsed + self._last)
-
     def follow(self, done: int, epoch: float, journal: Journal, mask_of: MaskOf) -> None:
         """Measures the model as it is after step `done` and writes a line, where there is time for
         it or no step comes after; every rank must call it.
         """
-        has_room = journal.engine.gather(self.has_room())[0]  # rank 0's clock counts for all
-        if not has_room and done < journal.total_steps:
-            if not self._is_late:
-                self._is_late = True
+        max_share, begin = self.config.probe.max_share, time.perf_counter()
+        is_early = journal.engine.gather(begin < self._not_before)[0]  # by the clock of rank 0
+        if is_early and done < journal.total_steps:
+            if not self._is_told:
+                self._is_told = True
                 journal.say(
                     f"no probe after step {done}, nor later wherever it would take more than "
-                    f"probe.max_share = {self.config.probe.max_share} of the time"
+                    f"probe.max_share = {max_share} of the time"
                 )
             return
-        begin = time.perf_counter()
         # what loads clips draws a number for its workers
         with journal.aside(), torch.random.fork_rng(devices=[]):
             found = {name: self._encode(name, journal, mask_of) for name in self.lists}
             if journal.engine.rank == 0 and all(found.values()):
                 journal.record(done, epoch, self.scores(**found))
-        self._last = time.perf_counter() - begin
-        self._spent += self._last
+        # by then its cost is the share of the time since it began
+        self._not_before = begin + (time.perf_counter() - begin) / max_share
 
     def scores(
         self, validation: Sequence[torch.Tensor], train: Sequence[torch.Tensor] = ()
