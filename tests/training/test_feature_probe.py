@@ -42,6 +42,7 @@ def test_a_line_is_what_the_saved_model_gives(tiny: Tiny, demo_folder: Path) -> 
         f"probe.validation={demo_folder / 'val.txt'}",
         "probe.num_videos=5",
         "probe.interval=3",
+        "model.class_tokens=1",
         "objective.contrastive_weight=0.1",
         "journal.tensorboard=true",
     )
@@ -149,7 +150,6 @@ def test_without_labels_what_needs_none_is_measured_after_each_epoch(
         "probe.max_share=1",
         "optim.steps=7",
         "optim.micro_batch=8",
-        "model.class_tokens=1",
     )
     assert run(prepare(config)) == DONE
     found = probed(config)

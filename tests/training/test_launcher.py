@@ -127,6 +127,7 @@ def finished(demo_folder: Path, tiny_file: Path, tmp_path_factory: pytest.TempPa
         "probe.interval=4",
         "probe.max_share=1",
     ]
+    # compared with runs above: all come after one of stage 3, which changes torch's linear layers
     double += [
         {
             "name": f"probed{stage}",
