@@ -251,7 +251,7 @@ def test_probes_take_no_more_than_their_share_of_the_time(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["probe.train={0}"], "probe.validation: (empty) must be given"),
+        (["probe.train={0}/val.txt"], "probe.validation: (empty), name a list file"),
         (["probe.validation=/no/list"], "probe.validation: no such list file or folder: /no/list"),
         (
             ["probe.train={0}/unlabelled.txt", "probe.validation={0}/val.txt"],

@@ -232,7 +232,8 @@ class FeatureProbeConfig(Knobs):
     )
     validation: str = knob(
         "",
-        "likewise: what is measured; labels are needed where probe.train is given; empty: no probe",
+        "likewise: what is measured; labels are needed where probe.train is given; both empty: no "
+        "probe",
     )
     root: str = knob(
         "", "where relative paths of the lists start; empty: the folder of the list file"
@@ -252,15 +253,6 @@ class FeatureProbeConfig(Knobs):
         above=0,
         high=1,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            bool(self.validation) or not self.train,
-            "validation",
-            "(empty)",
-            "must be given where probe.train is",
-        )
 
 
 class PretrainConfig(RunConfig):

@@ -65,7 +65,9 @@ class Pretraining(Training[PretrainConfig]):
                 "contrast; raise mask.ratio"
             )
         super().__init__(config, read_sources(config.data, model.in_channels))
-        self.probe = FeatureProbe(self.config) if config.probe.validation else None
+        self.probe: FeatureProbe | None = None
+        if config.probe.train or config.probe.validation:
+            self.probe = FeatureProbe(self.config)
 
     def make_model(self) -> tuple[VideoMAE, float]:
         config = self.config
