@@ -38,12 +38,12 @@ from video_mae.evaluation.heads import (
     HeadGrid,
     LinearHead,
     Setting,
-    neighbour_scores,
 )
 from video_mae.files import read_jsonl, write_whole
 from video_mae.model.masking import token_mask
 from video_mae.model.vit import Encoder
 from video_mae.tools.demo import PHOTOGRAPHS
+from video_mae.training.feature_quality import neighbour_scores
 from video_mae.training.optim import Schedule, guard, parameter_groups
 
 MODEL = ModelConfig(

@@ -4,7 +4,6 @@ and another cannot.
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from video_mae.evaluation.heads import (
     HeadGrid,
     LinearHead,
     Setting,
-    neighbour_scores,
 )
 
 SETTINGS = [Setting(lr, decay) for lr in (1e-3, 3e-2) for decay in (0.0, 0.5)]
@@ -156,28 +154,3 @@ def test_an_attentive_head_finds_what_the_mean_of_the_tokens_does_not_hold():
     )
     assert max(accuracy(attentive, x, label)) > 0.95
     assert max(accuracy(linear, x.mean(dim=1), label)) < 0.7
-
-
-def test_neighbours_vote_as_defined():
-    rng = np.random.default_rng(0)
-    query, example, label = (
-        rng.normal(size=(5, 4)),
-        rng.normal(size=(11, 4)),
-        rng.integers(3, size=11),
-    )
-    scores_GBK = neighbour_scores(
-        torch.from_numpy(query),
-        torch.from_numpy(example),
-        torch.from_numpy(label),
-        3,
-        (1, 4, 50),
-        0.2,
-        chunk=2,
-    )
-    for scores_BK, k in zip(scores_GBK.numpy(), (1, 4, 11), strict=True):
-        for q, scores_K in zip(query, scores_BK, strict=True):
-            cosine = example @ q / np.linalg.norm(example, axis=1) / np.linalg.norm(q)
-            votes = np.zeros(3)
-            for m in np.argsort(-cosine)[:k]:
-                votes[label[m]] += np.exp(cosine[m] / 0.2)
-            assert scores_K == pytest.approx(votes / votes.sum())

@@ -124,7 +124,7 @@ def batch(accumulation: int, ranks: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(demo_folder: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All pretraining runs of two ranks in one launch, their single-process twins in another."""
     modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
     single = [
@@ -160,6 +160,27 @@ def finished(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for stage in range(4)
         for precision in ("fp32", "bf16")
+    ]
+    probe = [
+        f"probe.train={demo_folder / 'train.txt'}",
+        f"probe.validation={demo_folder / 'val.txt'}",
+        "probe.num_videos=7",  # an odd number for two ranks
+        "probe.interval=4",
+        "probe.max_share=1",
+    ]
+    # compared with runs above: all come after one of stage 3, which changes torch's linear layers
+    double += [
+        {
+            "name": f"probed{stage}",
+            "crash_after": 3,
+            "overrides": [
+                *RESUMED,
+                *probe,
+                f"engine.zero_stage={stage}",
+                f"engine.precision={('fp32', 'bf16')[stage % 2]}",
+            ],
+        }
+        for stage in range(4)
     ]
     double += [
         {
@@ -450,6 +471,25 @@ def test_a_run_in_stages_is_resumed_by_two_ranks_at_a_border_and_behind_it(
     epochs = [line["epoch"] for line in lines(run, "loss")]
     assert epochs == [videos / 24 for videos in (4, 8, 18, 28, 38)]
     assert losses(run) == pytest.approx(losses(finished / "single_staged"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_probe_changes_no_bit_and_finds_the_same_again(finished: Path, stage: int) -> None:
+    run = finished / f"probed{stage}"
+    plain = finished / f"resumed{stage}_{('fp32', 'bf16')[stage % 2]}"
+    probed, without = (load_file(at / "model" / "model.safetensors") for at in (run, plain))
+    assert all(torch.equal(probed[name], without[name]) for name in without)
+    assert losses(run) == losses(plain)
+    found, before = (
+        [{**line, "time": 0} for line in lines(run, "probe_loss", file)]
+        for file in ("metrics.jsonl", "metrics_uninterrupted.jsonl")
+    )
+    assert found == before
+    assert [line["step"] for line in found] == [4, 5]
+    assert all(1 < line["probe_rank"] <= 7 for line in found)
+    one = lines(finished / "probed0", "probe_loss")[-1]
+    # bf16 rounds
+    assert found[-1]["probe_loss"] == pytest.approx(one["probe_loss"], rel=1e-4 * 50 ** (stage % 2))
 
 
 @pytest.mark.parametrize("stage", range(4))

@@ -215,7 +215,7 @@ def test_a_folder_of_transformers_goes_on_with_the_loss_that_transformers_has(
     healthy = Pretraining.losses
 
     def losses(self: Pretraining, batch: Batch, step: int, micro: int) -> Any:
-        seen.append((batch.clip_BTHWC, self._mask(batch.seeds_B, 0.0).masked_BM))
+        seen.append((batch.clip_BTHWC, self.base.mask(batch.seeds_B, 0.0).masked_BM))
         return healthy(self, batch, step, micro)
 
     monkeypatch.setattr(Pretraining, "losses", losses)
@@ -249,7 +249,7 @@ def test_half_of_the_remaining_steps_reach_what_the_uninterrupted_run_reaches(
         plan = prepare(tiny(*common, *more, f"optim.steps={steps}", f"output={tmp_path / name}"))
         assert run(plan) == DONE
         clips = plan.make_dataset()
-        batch = collate([clips[7, index] for index in range(24)])
+        batch = collate([clips[0, 7, index] for index in range(24)])
         model = load_pretrained(tmp_path / name / "model", VideoMAE)
         with torch.no_grad():
             mask = tube_mask(batch.seeds_B, model.grid, 0.75)

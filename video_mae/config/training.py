@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from video_mae.config.data import DataConfig
+from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
 from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
 
@@ -297,6 +297,41 @@ class ClipStageConfig(Knobs):
     )
 
 
+class FeatureProbeConfig(Knobs):
+    """What tells, while an encoder is pretrained, how good it is: the loss on videos that it does
+    not learn from, and what its features, frozen, know of labels.
+    """
+
+    train: str = knob(
+        "",
+        "as data.source, every video with a label: what the read-outs learn from; empty: what "
+        "needs no labels is measured",
+    )
+    validation: str = knob(
+        "",
+        "likewise: what is measured; labels are needed where probe.train is given; both empty: no "
+        "probe",
+    )
+    root: str = knob(
+        "", "where relative paths of the lists start; empty: the folder of the list file"
+    )
+    list_format: ListFormat = knob("auto", "as data.list_format")
+    interval: int = knob(
+        0,
+        "optimizer steps from one probe to the next; 0: after each epoch; the last step always "
+        "probes",
+        low=0,
+    )
+    num_videos: int = knob(512, "videos of each list that are used, spread evenly over it", low=2)
+    max_share: float = knob(
+        0.02,
+        "share of the run's time that probes may take: one is left out as long as the time of the "
+        "one before is more of the time since then. The last step always probes",
+        above=0,
+        high=1,
+    )
+
+
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
@@ -312,6 +347,9 @@ class PretrainConfig(RunConfig):
         {},
         "clips of another size, mask or number from a step on, `NAME: {from_step: ..., height: "
         "...}`; each holds until the next. The model folder and pictures have the size of model.*",
+    )
+    probe: FeatureProbeConfig = section(
+        FeatureProbeConfig, "how good the encoder is, measured while it trains; changes no weight"
     )
 
 

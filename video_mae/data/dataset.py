@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig
+from video_mae.config import ClassifierConfig, DataConfig, FinetuneConfig, ModelConfig
 from video_mae.data.augment import crop_box, strengthen_clip
 from video_mae.data.device_crop import Crop, CropSize, UncutClips, cut, for_trainer
 from video_mae.data.sampling import Key, sample_rng, sample_seed
@@ -259,21 +259,26 @@ def labelled_clips(videos: VideoList | Sources, config: FinetuneConfig) -> ClipD
     )
 
 
-class ValidationClips(Dataset[Sample]):
-    """Clips to validate on: dataset[index] is the middle of a video, its central crop, nothing
-    drawn.
+class MiddleClips(Dataset[Sample]):
+    """Clips to measure with: dataset[index] is the middle of a video, its central crop, nothing
+    drawn; its seed depends on the index alone. choose: the frames.
 
     A video that cannot be decoded, and the index -1 that fills a batch up, give a black clip with
     index -1: it does not count.
     """
 
-    def __init__(self, paths: VideoList, config: FinetuneConfig) -> None:
-        self.clips = labelled_clips(paths, config)
-        self.clips.finish = None
-        self.clips.data = replace(
-            config.data, clips_per_video=1, crop="center", flip=False, crop_where="worker"
-        )
-        self.choose = frame_choice(config.classifier, config.model.num_frames)
+    def __init__(
+        self,
+        videos: VideoList | Sources,
+        data: DataConfig,
+        model: ModelConfig,
+        choose: Choose,
+        classifier: ClassifierConfig | None = None,
+    ) -> None:
+        plain = replace(data, clips_per_video=1, crop="center", flip=False, crop_where="worker")
+        size = model.num_frames, model.height, model.width
+        self.clips = ClipDataset(videos, plain, *size, 0, model.in_channels, classifier)
+        self.choose = choose
 
     def __getitem__(self, index: int) -> Sample:
         clips, failures = self.clips, list[Failure]()
@@ -284,6 +289,14 @@ class ValidationClips(Dataset[Sample]):
                 failures.append(Failure(*error.args))
         black_THWC = torch.zeros(*clips.size[:3], clips.in_channels, dtype=clips.size.dtype)
         return Sample((black_THWC,), torch.zeros(1, dtype=torch.int64), 0, -1, tuple(failures))
+
+
+class ValidationClips(MiddleClips):
+    """The validation clips of a fine-tuning run."""
+
+    def __init__(self, videos: VideoList, config: FinetuneConfig) -> None:
+        choose = frame_choice(config.classifier, config.model.num_frames)
+        super().__init__(videos, config.data, config.model, choose, config.classifier)
 
 
 def share_batches(num_videos: int, batch: int, rank: int, world_size: int) -> list[list[int]]:

@@ -1,8 +1,7 @@
-"""What reads the features of a frozen encoder: a linear head, an attentive head, nearest
-neighbours; and many heads trained as one.
+"""What is trained to read the features of a frozen encoder: a linear head, an attentive head; and
+many heads trained as one.
 
-B examples, N tokens, D features, H attention heads, G heads trained side by side, K classes, M
-examples to compare with.
+B examples, N tokens, D features, H attention heads, G heads trained side by side, K classes.
 """
 
 import math
@@ -156,35 +155,3 @@ class HeadGrid(nn.Module):
         """Logits [G, B, K], the batch norm with its running statistics."""
         self.eval()
         return self(x)
-
-
-def neighbour_scores(
-    query_BD: torch.Tensor,
-    example_MD: torch.Tensor,
-    label_M: torch.Tensor,
-    num_classes: int,
-    ks: Sequence[int],
-    temperature: float,
-    chunk: int = 1024,
-) -> torch.Tensor:
-    """For each of the ks the scores [G, B, K] of the k nearest examples: their votes, weighted with
-    exp(cosine / temperature), sum to 1.
-
-    A k beyond the number of examples takes all. Source: the weighted nearest neighbours of Wu et
-    al. (2018), as DINO uses them.
-    """
-    example_DM = F.normalize(example_MD, dim=1).T
-    most = min(max(ks), len(label_M))
-    nearest = [
-        (F.normalize(part, dim=1) @ example_DM).topk(most, dim=1) for part in query_BD.split(chunk)
-    ]
-    similarity_BM, index_BM = (torch.cat(parts) for parts in zip(*nearest, strict=True))
-    scores = []
-    for k in ks:
-        weight_BM = (similarity_BM[:, :k] / temperature).softmax(dim=1)
-        scores.append(
-            weight_BM.new_zeros(len(query_BD), num_classes).scatter_add_(
-                1, label_M[index_BM[:, :k]], weight_BM
-            )
-        )
-    return torch.stack(scores)

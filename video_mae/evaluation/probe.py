@@ -36,13 +36,13 @@ from video_mae.evaluation.heads import (
     HeadGrid,
     LinearHead,
     Setting,
-    neighbour_scores,
 )
 from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import Scores
 from video_mae.files import LIST_DIGEST, check_results, choose_folder, write_metrics, write_text
 from video_mae.model.vit import VideoClassifier, VideoMAE
+from video_mae.training.feature_quality import neighbour_scores
 
 DONE, NO_FIGURES = 0, 3
 CHOICE = (

@@ -217,14 +217,17 @@ class VideoMAE(nn.Module):
     def forward(
         self,
         clip_BTHWC: torch.Tensor,
-        mask: AnyMask,
+        mask: AnyMask | None = None,
         grid: Grid | None = None,
         target_BNF: torch.Tensor | None = None,
-    ) -> VideoMAEOutput:
+    ) -> VideoMAEOutput | torch.Tensor:
         """clip_BTHWC: uint8; grid: of the mask, where it is not the model's; target_BNF: of all
-        tokens, where objective.target = features. Raises: ValueError for a clip of another grid,
-        or a target that is missing or not needed.
+        tokens, where objective.target = features. Without a mask all tokens of the encoder, for
+        those who have to go through a wrapper of the whole model (ZeRO 3). Raises: ValueError for a
+        clip of another grid, or a target that is missing or not needed.
         """
+        if mask is None:
+            return self.encoder(clip_BTHWC)
         predicted_BMP = self.predict(clip_BTHWC, mask, grid)
         target = target_BNF
         if target is None:

@@ -24,7 +24,7 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.loop import Training, is_due
+from video_mae.training.loop import Training
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
 
@@ -126,12 +126,7 @@ class Finetuning(Training[FinetuneConfig]):
     def after(self, done: int, *, ending: bool) -> None:
         if self.validation is None:
             return
-        interval = self.config.validation.interval
-        is_now = done == self.schedule.total_steps or is_due(done, interval)
-        if interval == 0:  # with every epoch that ends
-            videos = done * self.videos_per_step
-            is_now |= videos % self.videos_per_epoch < self.videos_per_step
-        if is_now:
+        if self.is_measured(done, self.config.validation.interval):
             with self.journal.aside():
                 scores = self._validate(self.validation)
                 if self.average:

@@ -360,6 +360,17 @@ class Training(ABC, Generic[Config]):
             if (self.folder / name).exists():
                 self.journal.say(f"{what:9}{self.folder / name}")
 
+    def is_measured(self, done: int, interval: int) -> bool:
+        """Whether the model is measured after step `done`: every `interval` steps (0: with every
+        epoch that ends), and after the last one.
+        """
+        if interval == 0:
+            before, now = self.videos_before(done - 1), self.videos_before(done)
+            is_now = now // self.videos_per_epoch > before // self.videos_per_epoch
+        else:
+            is_now = is_due(done, interval)
+        return is_now or done == self.schedule.total_steps
+
     def videos_before(self, step: int) -> int:
         """How many videos the steps before one take."""
         return step * self.videos_per_step

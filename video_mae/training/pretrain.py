@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from video_mae.files import draw_or_tell
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
 from video_mae.training.collapse import RankWatch
+from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
 from video_mae.training.stages import (
@@ -83,6 +85,9 @@ class Pretraining(Training[PretrainConfig]):
             self.introduction.append(
                 f"targets are {width} features of {objective.teacher}; no pictures are drawn"
             )
+        self.probe: FeatureProbe | None = None
+        if config.probe.train or config.probe.validation:
+            self.probe = FeatureProbe(self.config)
 
     def make_model(self) -> tuple[VideoMAE, float]:
         config = self.config
@@ -115,13 +120,10 @@ class Pretraining(Training[PretrainConfig]):
         self.engine.set_micro_batch(stage.config.optim.micro_batch * clips_per_video)
         self.journal.clips_per_step = stage.step_videos * clips_per_video
         self.journal.flops_per_clip = 6 * stage.macs
-        mask, grid = stage.mask(batch.seeds_B, config.mask.decoder_mask_ratio), stage.grid
-        target_BNF = None
-        if self._teacher is not None:
-            target_BNF = self._teacher(batch.clip_BTHWC, grid)
-            if self.watch is not None:
-                self.watch.see(target_BNF)
-        output = self.engine(batch.clip_BTHWC, mask, grid, target_BNF)
+        inputs = self._inputs(stage, batch, config.mask.decoder_mask_ratio)
+        if self.watch is not None:
+            self.watch.see(inputs[-1])
+        output = self.engine(*inputs)
         return {name: getattr(output, name) for name in Losses._fields}
 
     def begin(self) -> None:
@@ -156,10 +158,22 @@ class Pretraining(Training[PretrainConfig]):
         if isinstance(self.teacher, MovingTeacher):
             progress = (done - 1) / self.schedule.total_steps
             self.teacher.follow(self.engine, self.model.encoder, progress)
-        if self.teacher is not None:
-            return
-        if ending or is_due(done, self.config.journal.picture_interval):
+        has_pictures = self.teacher is None
+        if has_pictures and (ending or is_due(done, self.config.journal.picture_interval)):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
+        # a run that is told to end has no time for it
+        if self.probe and not self.signal and self.is_measured(done, self.config.probe.interval):
+            inputs_of = partial(self._inputs, self.base, skipped=0.0)
+            self.probe.follow(done, self.epoch(done), self.journal, inputs_of)
+
+    def _inputs(self, stage: ClipStage, batch: Batch, skipped: float) -> tuple[Any, ...]:
+        """What the model takes: clips, their masks, whose decoder leaves out `skipped` of the
+        masked tokens, their grid, and the features that are their targets or None.
+        """
+        target_BNF, grid = None, stage.config.model.grid
+        if self._teacher is not None:
+            target_BNF = self._teacher(batch.clip_BTHWC, grid)
+        return batch.clip_BTHWC, stage.mask(batch.seeds_B, skipped), grid, target_BNF
 
     @cached_property
     def _teacher(self) -> Teacher | None:

@@ -30,9 +30,11 @@ PANELS = {
         "reconstruction_loss",
         "contrastive_loss",
         "val_loss",
+        "probe_loss",
     ),
     "learning rate": ("lr",),
-    "accuracy (%)": ("accuracy", "val_top1", "val_top5"),
+    "accuracy (%)": ("accuracy", "val_top1", "val_top5", "probe_knn", "probe_ridge"),
+    "effective rank of features": ("probe_rank",),
     "gradient norm (L2)": ("grad_norm",),
     "throughput (clips/s)": ("clips_per_second",),
 }
@@ -121,6 +123,12 @@ def summarize(lines: Lines, num_bad_videos: int, num_fallbacks: int) -> list[tup
             top1, top5 = number(line["val_top1"], ".1%"), number(line["val_top5"], ".1%")
             text = f"{top1} / {top5} after step {line['step']}, {line['val_videos']} videos"
             rows.append((f"{which} validation, top-1 / top-5", f"{text}, one view"))
+    for line in _with(lines, "probe_loss")[-1:]:
+        for key, value in line.items():
+            if key.startswith("probe_"):
+                name = key.removeprefix("probe_").replace("_", " ")
+                text = f"{number(value, '.4g')} after step {line['step']}"
+                rows.append((f"last probe, {name}", text))
     for name, key, form in (
         ("clips/s", "clips_per_second", ".1f"),
         ("data wait", "data_wait", ".1%"),

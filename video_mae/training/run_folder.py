@@ -33,6 +33,7 @@ FREE_KEYS = (
     "engine.activation_checkpointing",
     "engine.max_skipped_in_a_row",
     "validation.batch",
+    "probe.",  # it changes no weight, and no sample
 )
 
 # With optim.schedule = constant_cooldown these may change too: `check_rates` sees to it that the

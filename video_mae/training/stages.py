@@ -56,7 +56,7 @@ class ClipStage:
                 "nothing to contrast it with; raise it"
             )
         counts = self.num_visible, self.num_masked, self.num_context
-        self.macs, self.grid = pretraining_macs(model, *counts), model.grid
+        self.macs = pretraining_macs(model, *counts)
 
     def mask(self, seeds_B: torch.Tensor, skipped: float) -> AnyMask:
         """The masks of clips, the decoder leaving out `skipped` of the masked tokens."""
