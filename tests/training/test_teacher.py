@@ -24,9 +24,11 @@ from video_mae import (
     random_mask,
     save_model_folder,
 )
-from video_mae.config import PretrainConfig
+from video_mae.config import PretrainConfig, load_config
 from video_mae.convert.export import export_hugging_face, export_official
 from video_mae.tools import reconstruct
+from video_mae.training.loop import DONE
+from video_mae.training.pretrain import prepare, run
 from video_mae.training.teacher import EncoderTeacher, load_teacher
 
 transformers = pytest.importorskip("transformers")
@@ -311,3 +313,39 @@ def test_who_cannot_teach_is_told_in_one_line(
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             load_teacher(features(tiny, teacher, *changes))
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.trains_here
+@pytest.mark.usefixtures("quiet_process")
+def test_a_run_of_features_settles_their_width_and_draws_nothing(
+    tiny: Tiny, teacher_folder: Path
+) -> None:
+    config = features(
+        tiny,
+        teacher_folder,
+        "objective.contrastive_weight=0.1",
+        "objective.learn_temperature=true",
+        "journal.picture_interval=1",
+        "optim.steps=2",
+    )
+    with pytest.raises(ValueError, match=r"model\.target_width: 7 is not that of the targets"):
+        prepare(replace(config, model=replace(config.model, target_width=7)))
+    with pytest.raises(ValueError, match=r"model\.target_width: 7 is not that of the targets"):
+        prepare(tiny("model.target_width=7"))
+    plan = prepare(config)
+    assert plan.config.model.target_width == WIDTH
+    assert run(plan) == DONE
+    folder = Path(config.output)
+    assert load_config(folder / "config.yaml") == plan.config == prepare(config).config
+    assert load_pretrained(folder / "model").config == plan.config.model
+    assert not (folder / "reconstructions").exists()
+    told = f"targets are 24 features of {teacher_folder}; no pictures are drawn"
+    assert (folder / "log.txt").read_text().count(told) == 1
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        total = line["reconstruction_loss"] + 0.1 * line["contrastive_loss"]
+        assert line["loss"] == pytest.approx(total, abs=1e-5)
+        assert line["contrastive_loss"] > 0
+    assert plan.teacher is not None
+    kept = load_pretrained(teacher_folder / "model").encoder.state_dict()
+    for name, tensor in plan.teacher.network.state_dict().items():
+        assert torch.equal(tensor, kept[name])
