@@ -23,7 +23,7 @@ from video_mae import (
 )
 from video_mae.config import FinetuneConfig, PretrainConfig
 from video_mae.data import Batch, collate
-from video_mae.training import finetune
+from video_mae.training import finetune, pretrain
 from video_mae.training.loop import DONE
 from video_mae.training.pretrain import Pretraining, prepare, run
 
@@ -131,26 +131,26 @@ def test_another_size_is_interpolated_as_resized_does(
 def test_a_run_that_goes_on_needs_what_it_started_from_no_more(
     tiny: Tiny, tiny_finetune: Callable[..., FinetuneConfig], tmp_path: Path, stage: str
 ) -> None:
-    module, make = (finetune, tiny_finetune) if stage == "finetune" else (None, tiny)
-    prepare_it, run_it = (module.prepare, module.run) if module else (prepare, run)
+    module: Any = finetune if stage == "finetune" else pretrain
+    make = tiny_finetune if stage == "finetune" else tiny
     folder = saved(tmp_path / "model", VideoMAE(tiny().model))
     config = make(f"checkpoint={folder}", "journal.checkpoint_interval=2")
-    assert run_it(prepare_it(config)) == DONE
+    assert module.run(module.prepare(config)) == DONE
     before = lines(config)
     output = Path(config.output)
     state = load_pretrained(output / "model").state_dict()
     shutil.rmtree(folder)
     shutil.rmtree(output / "checkpoints" / "step_00000004")
-    again = prepare_it(config)
+    again = module.prepare(config)
     assert again.weights.lines == [f"started from {folder}, which is not read again"]
-    assert run_it(again) == DONE
+    assert module.run(again) == DONE
     assert [line.get("loss") for line in lines(config)] == [line.get("loss") for line in before]
     after = load_pretrained(output / "model").state_dict()
     assert all(torch.equal(after[name], state[name]) for name in state)
     with pytest.raises(ValueError, match=r"started with checkpoint = .*model, now it is ;"):
-        prepare_it(make("journal.checkpoint_interval=2"))
+        module.prepare(make("journal.checkpoint_interval=2"))
     with pytest.raises(ValueError, match=r"started with checkpoint = .*, now it is /other;"):
-        prepare_it(make("checkpoint=/other", "journal.checkpoint_interval=2"))
+        module.prepare(make("checkpoint=/other", "journal.checkpoint_interval=2"))
 
 
 def test_damaged_checkpoints_do_not_begin_again_with_random_weights(
