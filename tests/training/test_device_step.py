@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, tube_mask
 from video_mae.config import EngineConfig, OptimConfig, RunConfig
 from video_mae.training import device_step
-from video_mae.training.engine import Engine, deepspeed_config
+from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.engine import Engine
 
 # ViT-B's blocks and so its 218 parameters, of few numbers each.
 BASE = ModelConfig.preset(

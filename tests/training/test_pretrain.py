@@ -18,7 +18,8 @@ from video_mae.data import ClipDataset
 from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
 from video_mae.training.checkpoint import step_name
-from video_mae.training.engine import deepspeed_config, prepare_environment
+from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.engine import prepare_environment
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 
