@@ -11,7 +11,6 @@ Letters: T frames, H W pixels, C channels, I J pixels of a photograph, Q numbers
 
 import contextlib
 import json
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -43,23 +42,11 @@ ACTIONS = (
     "spinkick",
     "walk",
 )
-# Links of the humanoid in the order in which a pose has their joints, and whether that is a
-# quaternion (else an angle): chest, neck, right hip, knee, ankle, shoulder, elbow, and those at the
-# left.
-JOINTS = (
-    (1, True),
-    (2, True),
-    (3, True),
-    (4, False),
-    (5, True),
-    (6, True),
-    (7, False),
-    (9, True),
-    (10, False),
-    (11, True),
-    (12, True),
-    (13, False),
-)
+# Links of the humanoid in the order in which a pose has their joints: chest, neck, right hip, knee,
+# ankle, shoulder, elbow, and those at the left. Hinges have an angle, the others a quaternion.
+LINKS = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)
+HINGES = (4, 7, 10, 13)
+UPRIGHT = (0.5**0.5, 0.0, 0.0, 0.5**0.5)  # a capture's y points up, Bullet's z: a quarter turn
 # links that are of one colour: skin, shirt, trousers
 DRESS = ((2, 7, 8, 13, 14), (0, 1, 6, 12), (3, 4, 5, 9, 10, 11))
 # Directions of the camera, in degrees of each 45 around the performer.
@@ -105,35 +92,27 @@ class Studio:
             self.motions[action] = Motion(second_T, frames[:, 1:], facts["Loop"] == "wrap")
 
     def pose(self, motion: Motion, second: float) -> NDArray[np.float64]:
-        """Poses the body as it is at a time of its motion; returns the place of its pelvis."""
-        duration, travel = motion.second_T[-1], np.zeros(3)
+        """Poses the body as it was captured last before a time of its motion; returns the place of
+        its pelvis.
+        """
+        travel = np.zeros(3)
         if motion.loops:
-            rounds, second = divmod(second, duration)
+            rounds, second = divmod(second, motion.second_T[-1])
             travel = rounds * (motion.pose_TQ[-1, :3] - motion.pose_TQ[0, :3])
-            travel[1] = 0.0  # a capture's y points up
-        after = int(np.searchsorted(motion.second_T, second, side="right"))
-        after = min(max(after, 1), len(motion.second_T) - 1)
-        begin, end = motion.second_T[after - 1], motion.second_T[after]
-        share = min((second - begin) / (end - begin), 1.0)
-        old_Q, new_Q = motion.pose_TQ[after - 1], motion.pose_TQ[after]
-        mean_Q = old_Q + share * (new_Q - old_Q)
-        bullet, at = self.bullet, 3
-
-        def rotation() -> Any:
-            # a capture has w first, Bullet last
-            old, new = (np.roll(pose_Q[at : at + 4], -1).tolist() for pose_Q in (old_Q, new_Q))
-            return bullet.getQuaternionSlerp(old, new, share)
-
-        upright = bullet.getQuaternionFromEuler((math.pi / 2, 0, 0))
-        place, turned = bullet.multiplyTransforms(
-            (0, 0, 0), upright, (mean_Q[:3] + travel).tolist(), rotation()
+            travel[1] = 0.0
+        pose_Q = motion.pose_TQ[np.searchsorted(motion.second_T, second, side="right") - 1]
+        # a capture has w of a quaternion first, Bullet last
+        rotation = np.roll(pose_Q[3:7], -1).tolist()
+        place, rotation = self.bullet.multiplyTransforms(
+            (0, 0, 0), UPRIGHT, (pose_Q[:3] + travel).tolist(), rotation
         )
-        bullet.resetBasePositionAndOrientation(self.body, place, turned)
-        at += 4
-        for link, is_rotation in JOINTS:
-            value = rotation() if is_rotation else [mean_Q[at]]
-            bullet.resetJointStateMultiDof(self.body, link, value)
-            at += 4 if is_rotation else 1
+        self.bullet.resetBasePositionAndOrientation(self.body, place, rotation)
+        begin = 7
+        for link in LINKS:
+            end = begin + (1 if link in HINGES else 4)
+            value = np.roll(pose_Q[begin:end], -1).tolist()
+            self.bullet.resetJointStateMultiDof(self.body, link, value)
+            begin = end
         return np.array(place)
 
 
