@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from video_matrix import leave_real_time
 
 from video_mae.config.pack import PackConfig
 from video_mae.decoding import (
@@ -105,6 +106,7 @@ def render(
                 stream.codec_context.time_base = frame.time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    leave_real_time()
     return path
 
 

@@ -6,6 +6,7 @@ with what.
 """
 
 import io
+import os
 import tempfile
 from fractions import Fraction
 from pathlib import Path
@@ -206,7 +207,16 @@ def encoded(output: Any, codec: str) -> tuple[Any, list[av.Packet]]:
         if codec == "H.264, neighbouring key frames" and number in (19, 20):
             frame.pict_type = PictureType.I
         packets += stream.encode(frame)
-    return stream, packets + stream.encode()
+    packets += stream.encode()
+    leave_real_time()
+    return stream, packets
+
+
+def leave_real_time() -> None:
+    """To be called after an encoding: SVT-AV1 has a thread that encodes for root scheduled before
+    all others, and with it every process that it starts from then on.
+    """
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def packed(stream: Any, packets: list[av.Packet]) -> list[av.Packet]:

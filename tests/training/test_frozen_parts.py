@@ -139,7 +139,7 @@ def test_the_optimizer_and_the_log_know_only_what_is_trained(
     # A and B of query, key, value and projection, then of the MLP of width 128, in 1 block
     factors = 4 * 3 * (32 + 32) + 2 * 3 * (32 + 128)
     assert sum(moments) == factors + 2 * 32 + 8 * 33  # fc_norm and head
-    assert "; 0.00206 million parameters are trained" in (folder / "log.txt").read_text()
+    assert "  0.00206 million parameters are trained\n" in (folder / "log.txt").read_text()
 
 
 def test_factors_learn_at_the_rate_of_their_layer_and_decay_as_matrices_do(
@@ -174,7 +174,7 @@ def test_a_step_counts_as_what_it_multiplies(
         "lora.targets=attention_mlp",
         "engine.kernels=reference",
     )
-    training: Any = SimpleNamespace(config=config, weights={}, weights_line="")
+    training: Any = SimpleNamespace(config=config, introduction=[])
     model, macs = Finetuning.make_model(training)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 4, 32, 32, 3, dtype=torch.uint8)).sum().backward()
