@@ -3,6 +3,7 @@ pages, plots; and its command.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from video_mae.benchmark import kernel_operations, kernels, report
+from video_mae.benchmark import data, kernel_operations, kernels, report, step
 from video_mae.benchmark.clock import Ceilings
 from video_mae.benchmark.kernels import KernelBenchConfig
 from video_mae.benchmark.record import (
@@ -30,6 +31,7 @@ from video_mae.benchmark.record import (
 from video_mae.cli import main
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = Ceilings(800e12, 3.0e12)
 
 
@@ -207,6 +209,19 @@ def test_another_benchmark_has_a_page_without_plots(tmp_path: Path) -> None:
     )
     assert [path.name for path in made] == ["step.md"]
     assert "| ours |" in made[0].read_text()
+
+
+@pytest.mark.parametrize("benchmark", [data, kernels, step])
+def test_the_committed_pages_are_what_their_records_give(benchmark: Any, tmp_path: Path) -> None:
+    name = benchmark.__name__.rsplit(".", 1)[1]
+    committed = sorted((ROOT / "benchmarks" / "results").glob(f"*/{name}.jsonl"))
+    assert committed
+    for number, records in enumerate(committed):
+        file = tmp_path / str(number) / records.name
+        file.parent.mkdir()
+        shutil.copy(records, file)
+        page = report.write_page(file, benchmark.tables, benchmark.NOTES)[0]
+        assert page.read_text() == records.with_suffix(".md").read_text()
 
 
 def test_tables_are_aligned_and_markdown() -> None:

@@ -126,6 +126,7 @@ def test_features_are_those_of_a_direct_call_on_the_same_frames(
             # the last block is what the norm reads
             torch.testing.assert_close(norm(found[4]), tokens)
             expected = torch.stack([found[4], found[1]], dim=1)[:, :, 1:].unflatten(2, (2, 2, 2))
+    assert arrays["start_frame"].tolist() == list(range(0, 101, 10))
     assert arrays["features"].dtype == np.float32
     assert arrays["features"].shape == expected.shape
     np.testing.assert_allclose(arrays["features"], expected.numpy(), rtol=1e-5, atol=1e-5)

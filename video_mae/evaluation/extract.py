@@ -218,7 +218,9 @@ class FeatureFile:
         self._written.flush()
         # mapped, so that a video may have more features than there is memory
         features = np.memmap(self._written, self.dtype, "r", shape=self.shape)
-        arrays = {**self.beside, "features": features}
+        # copies: safetensors takes memory as it lies, whatever the strides of an array
+        arrays = {name: array.copy() for name, array in self.beside.items()}
+        arrays["features"] = features
         unfinished = self.path.with_name(f".{self.path.name}.part")
         if self.kind == "npz":
             with unfinished.open("wb") as file:
