@@ -123,6 +123,17 @@ def test_another_size_is_interpolated_as_resized_does(
     ours, expected = load_pretrained(plan.folder / "model"), resized(model, num_frames=6, width=48)
     with torch.no_grad():
         torch.testing.assert_close(ours.encoder(clip), expected.encoder(clip), rtol=0, atol=1e-5)
+    follows = tiny(
+        f"checkpoint={folder}",
+        f"model.positions={positions}",
+        "model.width=48",
+        "objective.target=features",
+        "objective.teacher=ema",
+        f"output={tmp_path / 'follows'}",
+    )
+    teacher = prepare(follows).teacher
+    assert teacher is not None
+    assert teacher.network.config.position_grid == (2, 4, 4)
     shutil.rmtree(folder)
     assert prepare(config).config == plan.config  # of the run itself
 

@@ -40,6 +40,7 @@ Tiny = Callable[..., PretrainConfig]
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 2e-5}
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 WIDTH = 24
+SIX = ["stages.a.num_frames=2", "model.num_frames=6", "stages.b={from_step: 1, num_frames: 12}"]
 SIZES: dict[str, Any] = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
@@ -297,6 +298,8 @@ def test_who_cannot_teach_is_told_in_one_line(
     video = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(**SIZES, image_size=32, num_frames=6)
     )
+    thirds = tmp_path / "thirds"
+    save_model_folder(thirds, VideoMAE(replace(tiny().model, num_frames=3, tubelet_size=3)))
     bare = transformers.Dinov2Model(transformers.Dinov2Config(**IMAGE))
     bare.save_pretrained(tmp_path / "bare")
     bert.save_pretrained(tmp_path / "bert")
@@ -306,7 +309,9 @@ def test_who_cannot_teach_is_told_in_one_line(
         (f"hf:{tmp_path / 'bare'}", [], r"bare is not a model with .*preprocessor_config\.json"),
         (f"hf:{tmp_path / 'bert'}", [], r"bert is not a model with"),
         (their_folder(tmp_path / "r", resnet), [], r"is of type resnet .* known are clip_vision"),
-        (their_folder(tmp_path / "v", video), [], r"has model\.num_frames = 6, this run 4"),
+        (their_folder(tmp_path / "v", video), [], r"^model\.num_frames: 4 is .* takes: 6$"),
+        (f"hf:{tmp_path / 'v'}", SIX[1:], r"^stages\.b\.num_frames: 12 is .* takes: 6$"),
+        (thirds, SIX[:2], r"^stages\.a\.num_frames: 2 is .* takes: multiples of 3$"),
         (teacher_folder, ["model.in_channels=1"], r"model\.in_channels = 3, this run 1"),
     ):
         changes = ["model.mean=[0.5]", "model.std=[0.5]", *more]

@@ -74,6 +74,8 @@ class Pretraining(Training[PretrainConfig]):
             )
         config = replace(config, model=replace(model, target_width=width))
         config, weights = starting_weights(config)
+        if objective.teacher == "ema":
+            self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
         super().__init__(config, read_sources(config.data, model.in_channels), weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)
         self.base, *others = self.stages

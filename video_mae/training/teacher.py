@@ -15,7 +15,7 @@ from einops import rearrange
 from safetensors import SafetensorError
 from torch import nn
 
-from video_mae.config import ModelConfig, PretrainConfig
+from video_mae.config import PretrainConfig
 from video_mae.config.schema import require
 from video_mae.extras import require_package
 from video_mae.kernels.reference import pixel_range
@@ -49,13 +49,11 @@ def load_teacher(config: PretrainConfig) -> "Teacher":
         encoder = Encoder(model, impl=config.engine.kernels, final_norm=model.encoder_norm)
         return MovingTeacher(encoder, model.grid, dtype, config.objective.teacher_momentum)
     if name.startswith("hf:"):
-        return TransformersTeacher(name.removeprefix("hf:"), model, dtype)
+        return TransformersTeacher(name.removeprefix("hf:"), config, dtype)
     folder, source = load_source("objective.teacher", name, config.engine.kernels)
     theirs = source.config
     _require_same(str(folder), "model.in_channels", theirs.in_channels, model.in_channels)
-    remedy = f"takes multiples of {theirs.tubelet_size} frames, this run has {model.num_frames}"
-    is_whole = model.num_frames % theirs.tubelet_size == 0
-    require(is_whole, "objective.teacher", str(folder), remedy)
+    _require_frames(config, theirs.tubelet_size)
     return EncoderTeacher(source.encoder, model.grid, dtype)
 
 
@@ -172,11 +170,12 @@ class TransformersTeacher(Teacher):
     those of its preprocessor_config.json. Class and register tokens are left out.
     """
 
-    def __init__(self, name: str, model: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
-        """name: a local folder or the name of a repository on the hub; model: the student's.
+    def __init__(self, name: str, config: PretrainConfig, dtype: torch.dtype) -> None:
+        """name: a local folder or the name of a repository on the hub.
 
-        Raises: ValueError naming the key objective.teacher.
+        Raises: ValueError naming the key.
         """
+        model = config.model
         require_package("transformers", "objective.teacher")
         from transformers import AutoModel
         from transformers.image_processing_base import ImageProcessingMixin
@@ -208,7 +207,7 @@ class TransformersTeacher(Teacher):
         _require_same(f"hf:{name}", "model.in_channels", c.num_channels, model.in_channels)
         self.times = 1  # of a forward pass
         if self.is_video:
-            _require_same(f"hf:{name}", "model.num_frames", c.num_frames, model.num_frames)
+            _require_frames(config, c.num_frames, alone=True)
             self.times = c.num_frames // c.tubelet_size
         else:
             self.frame_step = model.tubelet_size
@@ -269,3 +268,15 @@ def _pair(side: Any) -> tuple[int, int]:
 def _require_same(teacher: str, key: str, theirs: int, ours: int) -> None:
     remedy = f"has {key} = {theirs}, this run {ours}"
     require(theirs == ours, "objective.teacher", teacher, remedy)
+
+
+def _require_frames(config: PretrainConfig, unit: int, *, alone: bool = False) -> None:
+    """A teacher takes clips of multiples of `unit` frames, or `alone` of so many; those of all
+    stages are to be.
+    """
+    remedy = f"is not what objective.teacher takes: {unit if alone else f'multiples of {unit}'}"
+    clips = {f"stages.{name}": stage for name, stage in config.stages.items()}
+    for where, of in {"model": config.model, **clips}.items():
+        num = of.num_frames or unit  # a stage may leave it to the model
+        is_taken = num == unit or (not alone and num % unit == 0)
+        require(is_taken, f"{where}.num_frames", num, remedy)
