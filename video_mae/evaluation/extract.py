@@ -224,7 +224,8 @@ class FeatureFile:
         unfinished = self.path.with_name(f".{self.path.name}.part")
         if self.kind == "npz":
             with unfinished.open("wb") as file:
-                np.savez(file, **arrays)  # its members are of 1980: the bytes tell no time
+                # its members are of 1980: the bytes tell no time
+                np.savez(file, allow_pickle=False, **arrays)
         else:
             save_file(arrays, unfinished)
         with unfinished.open("rb") as file:
