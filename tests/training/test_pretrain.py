@@ -19,7 +19,7 @@ from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
 from video_mae.training.checkpoint import step_name
 from video_mae.training.deepspeed_config import deepspeed_config
-from video_mae.training.engine import prepare_environment
+from video_mae.training.engine import Engine, prepare_environment
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 
@@ -91,6 +91,16 @@ def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
     log = (folder / "log.txt").read_text()
     assert "0.0007813 = 0.05 x global batch 4 / 256" in log
     assert "gather_tubelets = reference" in log
+
+
+def test_there_is_room_for_the_gradients_of_the_model_and_no_more(tiny: Tiny) -> None:
+    room = "engine.extra={zero_optimization: {reduce_bucket_size: 7000}}"
+    for name, overrides in (("own", []), ("given", [room])):
+        config = tiny("optim.steps=1", "engine.zero_stage=3", f"output=runs/{name}", *overrides)
+        training = prepare(config)
+        zero = Engine(training.make_model()[0], config).dictionary["zero_optimization"]
+        num_parameters = sum(p.numel() for p in training.make_model()[0].parameters())
+        assert zero["reduce_bucket_size"] == (7000 if overrides else num_parameters)
 
 
 def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:

@@ -41,6 +41,10 @@ class Engine:
         world = World.from_environment()
         self.config, self.checkpoints = config, Path(config.output) / "checkpoints"
         self.dictionary = deepspeed_config(config, world.size)
+        # DeepSpeed would keep room for half a billion gradients, however many there are.
+        num_gradients = sum(parameter.numel() for parameter in model.parameters())
+        zero = self.dictionary["zero_optimization"]
+        zero.setdefault("reduce_bucket_size", min(num_gradients, 500_000_000))
         self.device, backend = torch.device("cpu"), "gloo"
         if torch.cuda.is_available():
             self.device, backend = torch.device("cuda", world.local_rank), "nccl"
