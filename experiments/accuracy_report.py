@@ -4,24 +4,26 @@ results.jsonl.
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
+from clips import SUBJECTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from shapes import SHAPES
 
-FROZEN = ("linear", "attentive", "nearest neighbours")
-COLOURS = {"plain": "tab:blue", "contrastive": "tab:orange", "random": "tab:gray"}
-MARKS = {
-    "fine-tuned": ("o", "-"),
-    "linear": ("o", "-"),
-    "attentive": ("s", "--"),
-    "nearest neighbours": ("^", ":"),
+METHODS = ("fine-tuned", "linear", "nearest neighbours")
+COLOURS = {
+    "random": "tab:gray",
+    "pixels": "tab:blue",
+    "pixels_contrastive": "tab:cyan",
+    "features": "tab:red",
+    "features_contrastive": "tab:orange",
+    "ema_contrastive": "tab:green",
 }
+TWINS = (("pixels", "pixels_contrastive"), ("features", "features_contrastive"))
 
-# of (method, arm) by number of labels, one a seed
+# of (method, arm) by number of labels, one a seed of pretraining and of fine-tuning
 Accuracies = dict[tuple[str, str], dict[int, list[float]]]
 
 
@@ -31,58 +33,50 @@ def write_report(folder: Path, lines: Sequence[dict[str, Any]]) -> str:
     """
     first, accuracies = lines[0], accuracies_of(lines)
     names = _names(first["config"])
-    text = f"{_table(first['config'], accuracies, names)}\n{findings(accuracies, names)}"
+    text = f"{_table(lines, accuracies, names)}\n{findings(accuracies, names)}"
     (folder / "table.md").write_text(text)
     _draw_accuracies(folder / "accuracy.png", first["config"], accuracies, names)
-    _draw_curves(
-        folder / "curves.png", [line for line in lines[1:] if line["kind"] == "pretrain"], names
-    )
+    pretrained = [line for line in lines[1:] if line["kind"] == "pretrain"]
+    _draw_curves(folder / "curves.png", pretrained, names)
     return text
 
 
 def accuracies_of(lines: Sequence[dict[str, Any]]) -> Accuracies:
-    """All accuracies of results.jsonl, seeds and numbers of labels in order."""
+    """All accuracies that are figures, seeds and numbers of labels in order."""
     accuracies: Accuracies = {}
-    for line in sorted(
-        (line for line in lines[1:] if line["kind"] != "pretrain"),
-        key=lambda line: (line["labels"], line["seed"]),
-    ):
+    figures = [line for line in lines[1:] if line["kind"] in ("finetune", "probe")]
+    for line in sorted(figures, key=lambda line: (line["labels"], line["weights"], line["seed"])):
         for method, value in line["top1"].items():
-            accuracies.setdefault((method, line["arm"]), {}).setdefault(line["labels"], []).append(
-                value
-            )
+            of_arm = accuracies.setdefault((method, line["arm"]), {})
+            of_arm.setdefault(line["labels"], []).append(value)
     return accuracies
 
 
 def findings(accuracies: Accuracies, names: dict[str, str]) -> str:
     """What the table says, in sentences, whatever that is."""
-    margin, labels = largest_margin(accuracies, ("fine-tuned", "plain"), ("fine-tuned", "random"))
-    pretrained, scratch = (
-        fmean(accuracies["fine-tuned", arm][labels]) for arm in ("plain", "random")
-    )
-    seeds = len(accuracies["fine-tuned", "plain"][labels])
+    scratch = "fine-tuned", "random"
+    largest = {
+        arm: max(margins(accuracies, ("fine-tuned", arm), scratch).values())
+        for arm in names
+        if arm != "random"
+    }
+    best = max(largest, key=lambda arm: largest[arm])
     sentences = [
-        f"Largest margin of fine-tuning from pretraining ({names['plain']}) over training from scratch: {100 * margin:+.1f} "
-        f"points at {labels} labels ({pretrained:.1%} against {scratch:.1%}, mean of {seeds} seeds)."
+        f"Fine-tuned from {names[best]}, the arm with the largest margin, against from scratch: "
+        + _differences(accuracies, ("fine-tuned", best), scratch)
     ]
-    for method in FROZEN:
-        counts = [
-            labels
-            for labels, margin in margins(accuracies, (method, "plain"), (method, "random")).items()
-            if margin > 0
-        ]
-        total = len(accuracies[method, "plain"])
+    for method in METHODS:
         sentences.append(
-            f"Frozen, {method}: pretrained ({names['plain']}) features are ahead of random ones at {len(counts)} of {total} "
-            "numbers of labels."
+            f"Targets of features against pixels, {method}: "
+            + _differences(accuracies, (method, "features"), (method, "pixels"))
         )
-    gains = margins(accuracies, ("fine-tuned", "contrastive"), ("fine-tuned", "plain"))
-    sentences.append(
-        f"The contrastive term ({names['contrastive']} against {names['plain']}), fine-tuned: "
-        + ", ".join(f"{100 * gain:+.1f} points at {labels}" for labels, gain in gains.items())
-        + "."
-    )
-    return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+    for plain, contrastive in TWINS:
+        for method in METHODS:
+            sentences.append(
+                f"The contrastive term ({names[contrastive]} against {names[plain]}), {method}: "
+                + _differences(accuracies, (method, contrastive), (method, plain))
+            )
+    return "\n".join(f"- {sentence}." for sentence in sentences) + "\n"
 
 
 def margins(
@@ -95,105 +89,104 @@ def margins(
     }
 
 
-def largest_margin(
-    accuracies: Accuracies, ours: tuple[str, str], theirs: tuple[str, str]
-) -> tuple[float, int]:
-    """(margin, number of labels) where the first row is furthest ahead of the second, or least
-    behind it.
-    """
-    return max((margin, labels) for labels, margin in margins(accuracies, ours, theirs).items())
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean over seeds; 0 for one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _differences(accuracies: Accuracies, ours: tuple[str, str], theirs: tuple[str, str]) -> str:
+    """Points at every number of labels, with the standard error of the difference."""
+    cells = []
+    for labels, margin in margins(accuracies, ours, theirs).items():
+        errors = [standard_error(accuracies[row][labels]) for row in (ours, theirs)]
+        error = (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+        cells.append(f"{100 * margin:+.1f} +- {100 * error:.1f} points at {labels}")
+    return ", ".join(cells)
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:
+    pixel, feature = (
+        "lambda {:g}, tau {:g}".format(*config[name])
+        for name in ("pixel_contrast", "feature_contrast")
+    )
     return {
-        "plain": "lambda 0",
-        "contrastive": f"lambda {config['contrastive_weight']:g}, tau {config['temperature']:g}",
         "random": "random weights",
+        "pixels": "pixels",
+        "pixels_contrastive": f"pixels, {pixel}",
+        "features": "features",
+        "features_contrastive": f"features, {feature}",
+        "ema_contrastive": f"moving average, {feature}",
     }
 
 
-def _table(config: dict[str, Any], accuracies: Accuracies, names: dict[str, str]) -> str:
-    counts = sorted(config["labels"])
-    unseen = (
-        "photographs that nothing was trained on"
-        if config["scored_on"] == "validation"
-        else "the two tuning photographs"
-    )
+def _table(lines: Sequence[dict[str, Any]], accuracies: Accuracies, names: dict[str, str]) -> str:
+    config = lines[0]["config"]
+    counts = sorted(accuracies["fine-tuned", "random"])
+    classes = len(SUBJECTS[config["subject"]].classes)
+    unseen = "validation" if config["scored_on"] == "validation" else "tuning"
     rows = [
-        f"Top-1 accuracy in %, mean (each seed), on {config['scored_clips']} clips of {unseen}; chance is {100 / len(SHAPES):g}. "
-        f"Pretraining: {config['steps']} steps of {config['batch']} clips; fine-tuning: {config['finetune_steps']} steps of "
-        f"{config['batch']}.",
+        f"Top-1 accuracy in %, mean (standard error over seeds), on "
+        f"{classes * config['scored_per_class']} clips of {config['subject']}, {unseen} "
+        f"photographs; chance is {100 / classes:.1f}. Pretraining: {config['steps']} steps of "
+        f"{config['batch']} clips, those of targets of features with the {config['first_steps']} "
+        f"of the first stage; fine-tuning: {config['finetune_steps']} steps of {config['batch']}.",
         "",
         "| | encoder | " + " | ".join(f"{count} labels" for count in counts) + " |",
         "|---" * (len(counts) + 2) + "|",
     ]
-    for method in ("fine-tuned", *FROZEN):
-        for arm in COLOURS:
+    for method in METHODS:
+        for arm, name in names.items():
+            cells = []
+            for count in counts:
+                values = accuracies[method, arm][count]
+                error = 100 * standard_error(values)
+                cells.append(f"**{100 * fmean(values):.1f}** ({error:.1f}, {len(values)} seeds)")
+            if (method, arm) == ("fine-tuned", "random"):
+                name = "from scratch"
             what = method if method == "fine-tuned" else f"frozen, {method}"
-            cells = [
-                f"**{100 * fmean(values):.1f}** ({', '.join(f'{100 * value:.1f}' for value in values)})"
-                for count in counts
-                for values in [accuracies[method, arm][count]]
-            ]
-            name = "from scratch" if (method, arm) == ("fine-tuned", "random") else names[arm]
             rows.append(f"| {what} | {name} | {' | '.join(cells)} |")
+    chosen = {
+        line["labels"]: f"{line['steps']} steps, {line['lr']:g} at {line['labels']}"
+        for line in lines[1:]
+        if (line["kind"], line["arm"]) == ("finetune", "random")
+    }
+    best = ", ".join(chosen[count] for count in counts)
+    rows += ["", f"From scratch as was best on the tuning photographs: {best} labels."]
     return "\n".join(rows) + "\n"
 
 
 def _draw_accuracies(
     path: Path, config: dict[str, Any], accuracies: Accuracies, names: dict[str, str]
 ) -> None:
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    _draw_rows(
-        left,
-        "whole model trained",
-        ("fine-tuned",),
-        config,
-        accuracies,
-        {**names, "random": "from scratch"},
-    )
-    _draw_rows(right, "encoder frozen", FROZEN, config, accuracies, names)
-    left.set_ylim(bottom=0)
-    left.set_ylabel("top-1 accuracy on unseen photographs")
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    panels = figure.subplots(1, len(METHODS), sharey=True)
+    for axes, method in zip(panels, METHODS, strict=True):
+        _draw_rows(axes, method, config, accuracies, names)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("top-1 accuracy on unseen photographs")
+    figure.savefig(path, dpi=110)
 
 
 def _draw_rows(
     axes: Axes,
-    title: str,
-    methods: Sequence[str],
+    method: str,
     config: dict[str, Any],
     accuracies: Accuracies,
     names: dict[str, str],
 ) -> None:
-    counts = sorted(config["labels"])
-    for method in methods:
-        marker, style = MARKS[method]
-        for arm, colour in COLOURS.items():
-            values = accuracies[method, arm]
-            label = names[arm] if len(methods) == 1 else f"{method}, {names[arm]}"
-            axes.plot(
-                counts,
-                [fmean(values[count]) for count in counts],
-                style,
-                color=colour,
-                marker=marker,
-                label=label,
-            )
-            axes.scatter(
-                [count for count in counts for _ in values[count]],
-                [value for count in counts for value in values[count]],
-                marker=marker,
-                s=12,
-                color=colour,
-                alpha=0.4,
-            )
-    axes.axhline(1 / len(SHAPES), color="black", linewidth=0.8, linestyle="--", label="chance")
+    counts = sorted(accuracies[method, "random"])
+    for arm, colour in COLOURS.items():
+        values = accuracies[method, arm]
+        means = [fmean(values[count]) for count in counts]
+        errors = [standard_error(values[count]) for count in counts]
+        name = "from scratch" if (method, arm) == ("fine-tuned", "random") else names[arm]
+        axes.errorbar(counts, means, errors, color=colour, marker="o", capsize=3, label=name)
+    chance = 1 / len(SUBJECTS[config["subject"]].classes)
+    axes.axhline(chance, color="black", linewidth=0.8, linestyle="--", label="chance")
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.set_xlabel("labelled clips")
-    axes.set_title(f"{title}; lines: means, points: seeds")
+    axes.set_title("whole model trained" if method == "fine-tuned" else f"frozen, {method}")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="upper left")
@@ -203,17 +196,19 @@ def _draw_curves(path: Path, lines: Sequence[dict[str, Any]], names: dict[str, s
     figure = Figure(figsize=(12, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for line in lines:
-        step, reconstruction, contrastive = zip(*line["curve"], strict=True)
-        left.plot(step, reconstruction, color=COLOURS[line["arm"]], label=names[line["arm"]])
-        if line["arm"] == "contrastive":
-            right.plot(step, contrastive, color=COLOURS[line["arm"]], label=names[line["arm"]])
+        if line["weights"] == 0 and line["arm"] in names:
+            step, reconstruction, contrastive = zip(*line["curve"], strict=True)
+            style = {"color": COLOURS[line["arm"]], "label": names[line["arm"]]}
+            left.plot(step, reconstruction, **style)
+            if line["arm"].endswith("contrastive"):
+                right.plot(step, contrastive, **style)
     left.set_yscale("log")
     for axes, title in (
-        (left, "reconstruction loss"),
+        (left, "reconstruction loss, of pixels or features"),
         (right, "contrastive loss, before its weight"),
     ):
         axes.set_title(title)
         axes.set_xlabel("step of pretraining")
         axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

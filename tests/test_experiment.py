@@ -1,5 +1,6 @@
 # Letters: N B clips, T frames, H W pixels, C channels, K shapes, R pixels of a stencil, M crops, D
 # features.
+import dataclasses
 import json
 import math
 import re
@@ -9,41 +10,43 @@ from typing import Any, Literal
 
 import accuracy_report
 import numpy as np
-import pretraining_helps
 import pytest
 import shapes
 import skimage
 import torch
-from accuracy_report import findings, largest_margin, margins
-from pretraining_helps import (
-    MODEL,
-    ExperimentConfig,
-    labelled_clips,
-    main,
-    photographs,
-    random_crop,
-    recolour,
-    scored_clips,
-)
+import trials
+from accuracy_report import findings, margins, standard_error
+from clips import SUBJECTS, photographs, random_crop, recolour
+from pretraining_helps import best_from_scratch, main
 from shapes import SHAPES, ShapeClipsConfig, render_clip, render_clips, stencils
+from trials import COMPARED, ExperimentConfig, Job, labelled_clips, scored_clips
 
 from video_mae import load_pretrained
 from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
 
 TOY = [
-    "labels=[8,16]",
+    "subject=shapes",
+    "labels_per_class=[1,2]",
     "seeds=[0,3]",
     "unlabelled_clips=24",
-    "scored_clips=32",
-    "steps=8",
+    "scored_per_class=4",
+    "steps=14",
+    "first_steps=6",
     "warmup_steps=2",
     "batch=4",
+    "repeated=[features]",
     "finetune_steps=3",
-    "linear_steps=3",
-    "attentive_steps=2",
+    "scratch_steps=[2,3]",
+    "scratch_lrs=[2e-3]",
     "save_interval=4",
     "log_interval=2",
     "workers=1",
+]
+PRETRAININGS = [
+    ("first_stage", 0),
+    ("first_stage", 1),
+    *((arm, 0) for arm in COMPARED),
+    ("features", 1),
 ]
 SMALL = ShapeClipsConfig(num_frames=3)
 NAMES = PHOTOGRAPHS["train"]
@@ -66,9 +69,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def steps_taken(monkeypatch: pytest.MonkeyPatch, quiet_process: None) -> list[float]:
     """The learning rates of all steps that are taken from now on."""
-    taken, step = [], pretraining_helps.take_step
+    taken, step = [], trials.take_step
     monkeypatch.setattr(
-        pretraining_helps,
+        trials,
         "take_step",
         lambda optimizer, loss, lr: (taken.append(lr), step(optimizer, loss, lr)),
     )
@@ -142,22 +145,28 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(
     split: Literal["validation", "tuning"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ExperimentConfig(
-        scored_on=split, labels=(8,), scored_clips=8, unlabelled_clips=2, seed=77
+        subject="shapes",
+        scored_on=split,
+        labels_per_class=(1,),
+        scored_per_class=1,
+        unlabelled_clips=2,
+        seed=77,
     )
     rendered: list[tuple[Sequence[str], Sequence[Any]]] = []
 
     def record(names: Sequence[str], *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rendered.append((names, rest))
-        return render_clips(names, *rest)
+        return shown.render(names, *rest)
 
-    monkeypatch.setattr(pretraining_helps, "render_clips", record)
-    pretraining_helps.unlabelled_clips(config)
+    shown = SUBJECTS["shapes"]
+    monkeypatch.setitem(SUBJECTS, "shapes", shown._replace(render=record))
+    trials.unlabelled_clips(config)
     labelled_clips(config, 0)
     labelled_clips(config, 1)
     scored_clips(config)
     *training, scoring = rendered
     assert len({rest[0] for _, rest in rendered}) == 4  # each has its own random numbers
-    train, scored = photographs(config)
+    train, scored = photographs(split)
     assert [names for names, _ in training] == [train] * 3
     assert (
         scoring[0]
@@ -173,7 +182,7 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(
 
 
 def test_the_first_labelled_clips_are_balanced_at_every_number_of_labels() -> None:
-    _, label_N = labelled_clips(ExperimentConfig(labels=(8, 24)), 1)
+    _, label_N = labelled_clips(ExperimentConfig(subject="shapes", labels_per_class=(1, 3)), 1)
     for labels in (8, 24):
         assert label_N[:labels].bincount().tolist() == [labels // 8] * 8
 
@@ -183,7 +192,7 @@ def test_crops_and_colours_are_the_same_in_all_frames_and_leave_the_clip_recogni
         0, 256, (64, 40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     clips_BTHWC = picture_BHWC[:, None].repeat(1, 4, 1, 1, 1)
-    cropped_BTHWC = random_crop(clips_BTHWC, np.random.default_rng(1))
+    cropped_BTHWC = random_crop(clips_BTHWC, np.random.default_rng(1), 32)
     assert cropped_BTHWC.shape == (64, 4, 32, 32, 3)
     corners = [
         [
@@ -219,71 +228,127 @@ def test_a_run_writes_all_its_files_and_a_line_for_every_figure(toy: Path) -> No
     first, *lines = lines_of(toy)
     assert first["photographs"]["scored"] == list(PHOTOGRAPHS["val"])
     assert {"config", "model", "device", "versions"} < first.keys()
-    found = {(line["kind"], line["arm"], line["labels"], line["seed"]) for line in lines}
-    assert found == {("pretrain", arm, 0, 0) for arm in ("plain", "contrastive")} | {
-        (kind, arm, labels, seed)
+    found = [
+        (line["kind"], line["arm"], line["weights"], line["labels"], line["seed"]) for line in lines
+    ]
+    expected = [("pretrain", arm, weights, 0, 0) for arm, weights in PRETRAININGS]
+    expected += [("search", "random", 0, labels, 0) for labels in (8, 16) for _ in range(2)]
+    expected += [
+        (kind, arm, weights, labels, seed)
         for kind in ("finetune", "probe")
-        for arm in ("plain", "contrastive", "random")
+        for arm, weights in (("random", 0), *PRETRAININGS[2:])
         for labels in (8, 16)
         for seed in (0, 3)
-    }
-    assert len(found) == len(lines)
+    ]
+    assert sorted(found) == sorted(expected)
     for line in lines:
         if line["kind"] == "pretrain":
-            assert [step for step, _, _ in line["curve"]] == [2, 4, 6, 8]
-            assert (line["curve"][-1][2] > 0) == (line["arm"] == "contrastive")
+            last = {"first_stage": 6, "features": 8, "features_contrastive": 8}.get(line["arm"], 14)
+            assert [step for step, _, _ in line["curve"]] == list(range(2, last + 1, 2))
+            assert (line["curve"][-1][2] > 0) == line["arm"].endswith("contrastive")
         else:
             # of 32 clips
             assert all((32 * accuracy) % 1 == 0 for accuracy in line["top1"].values())
     rows = [line for line in (toy / "table.md").read_text().splitlines() if line.startswith("| f")]
-    assert len(rows) == 12
+    assert len(rows) == 18
     by_seed = [
-        line["top1"]["fine-tuned"]
+        100 * line["top1"]["fine-tuned"]
         for line in lines
-        if (line["kind"], line["arm"], line["labels"]) == ("finetune", "random", 16)
+        if (line["kind"], line["arm"], line["labels"]) == ("finetune", "features", 16)
     ]
-    assert (
-        f"**{50 * sum(by_seed):.1f}** ({100 * by_seed[0]:.1f}, {100 * by_seed[1]:.1f})" in rows[2]
-    )
+    error = float(np.std(by_seed, ddof=1)) / 2
+    assert f"**{np.mean(by_seed):.1f}** ({error:.1f}, 4 seeds)" in rows[3]
     for picture in ("accuracy.png", "curves.png"):
         assert (toy / picture).stat().st_size > 10_000
 
 
-def test_nearest_neighbours_of_a_run_are_those_of_its_saved_model_on_unseen_clips(
+def test_training_from_scratch_has_the_settings_that_were_best_on_the_tuning_photographs(
     toy: Path,
 ) -> None:
-    config = ExperimentConfig(labels=(8, 16), scored_clips=32)
+    _, *lines = lines_of(toy)
+    for labels in (8, 16):
+        score_of = {
+            line["steps"]: line["top1"]["fine-tuned"]
+            for line in lines
+            if line["kind"] == "search" and line["labels"] == labels
+        }
+        assert set(score_of) == {2, 3}
+        steps, lr = best_from_scratch(lines, labels)
+        assert (score_of[steps], lr) == (max(score_of.values()), 2e-3)
+        used = {
+            (line["steps"], line["lr"])
+            for line in lines
+            if (line["kind"], line["arm"], line["labels"]) == ("finetune", "random", labels)
+        }
+        assert used == {(steps, 2e-3)}
+    config = ExperimentConfig(
+        subject="shapes", labels_per_class=(1, 2), scored_per_class=4, scored_on="tuning"
+    )
+    job = Job("search", "random", labels=8, steps=3, lr=2e-3)
+    [line] = [line for line in lines if Job(*(line[name] for name in Job._fields)) == job]
+    # nothing of it comes from the photographs that give the figures
+    config = dataclasses.replace(config, batch=4)
+    assert trials.finetune(config, job)["top1"] == line["top1"]
+
+
+def test_readings_of_a_run_are_those_of_its_saved_model_on_unseen_clips(toy: Path) -> None:
+    config = ExperimentConfig(subject="shapes", labels_per_class=(1, 2), scored_per_class=4)
     clips_NTHWC, label_N = labelled_clips(config, 3)
-    unseen_NTHWC, unseen_label_N = render_clips(PHOTOGRAPHS["val"], 1, 32, ShapeClipsConfig())
-    encoder = load_pretrained(toy / "models" / "plain").encoder
-    crops = np.random.default_rng([0, pretraining_helps.CROPS, 3])
+    unseen_NTHWC, unseen_label_N = scored_clips(config)
+    whole_NTHWC, _ = render_clips(PHOTOGRAPHS["val"], 1, 32, ShapeClipsConfig())
+    assert torch.equal(unseen_NTHWC, whole_NTHWC[:, :, 4:36, 4:36])
+    encoder = load_pretrained(toy / "models" / "features_1").encoder
+    random = np.random.default_rng([0, trials.CROPS, 3])
     with torch.no_grad():
-        feature_MD = torch.cat([encoder(random_crop(clips_NTHWC, crops)).mean(1) for _ in range(4)])
-        unseen_ND = encoder(unseen_NTHWC[:, :, 4:36, 4:36]).mean(1)
-    mean_D, std_D = feature_MD.mean(0), feature_MD.std(0) + 1e-4
+        views = [
+            encoder(recolour(random_crop(clips_NTHWC, random, 32), random)).mean(1)
+            for _ in range(4)
+        ]
+        feature_ND = torch.stack(views).mean(0)
+        unseen_ND = encoder(unseen_NTHWC).mean(1)
+    mean_D, std_D = feature_ND.mean(0), feature_ND.std(0) + 1e-4
     cosine_NM = torch.nn.functional.cosine_similarity(
-        ((unseen_ND - mean_D) / std_D)[:, None], ((feature_MD - mean_D) / std_D)[None], dim=2
+        ((unseen_ND - mean_D) / std_D)[:, None], ((feature_ND - mean_D) / std_D)[None], dim=2
     )
     correct = 0
     for cosine_M, label in zip(cosine_NM.tolist(), unseen_label_N.tolist(), strict=True):
         votes = [0.0] * 8
-        for index in sorted(range(64), key=lambda index: -cosine_M[index])[:10]:
-            votes[int(label_N[index % 16])] += math.exp(cosine_M[index] / 0.1)
+        for index in sorted(range(16), key=lambda index: -cosine_M[index])[:10]:
+            votes[int(label_N[index])] += math.exp(cosine_M[index] / 0.1)
         correct += votes.index(max(votes)) == label
+    job = Job("probe", "features", 1, 16, 3)
     [line] = [
         line
         for line in lines_of(toy)[1:]
-        if (line["kind"], line["arm"], line["labels"], line["seed"]) == ("probe", "plain", 16, 3)
+        if line["kind"] == "probe"
+        and line["weights"] == 1
+        and (line["labels"], line["seed"]) == (16, 3)
     ]
+    assert Job(*(line[name] for name in Job._fields)) == job
     assert line["top1"]["nearest neighbours"] == correct / 32
+
+
+def test_targets_of_features_are_those_of_the_first_stage_of_the_same_seed(toy: Path) -> None:
+    config = ExperimentConfig(subject="shapes", output=str(toy))
+    clip_BTHWC = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
+    targets = {}
+    for seed in (0, 1):
+        _, teacher = trials._student(config, trials.ARMS["features"], seed)
+        assert teacher is not None
+        targets[seed] = teacher(clip_BTHWC)
+        encoder = load_pretrained(toy / "models" / f"first_stage_{seed}").encoder
+        with torch.no_grad():
+            expected = torch.nn.functional.layer_norm(encoder(clip_BTHWC), (96,))
+        torch.testing.assert_close(targets[seed], expected)
+    assert not torch.allclose(targets[0], targets[1])
 
 
 def test_frozen_and_scratch_start_from_the_weights_that_pretraining_starts_from() -> None:
     config = ExperimentConfig()
-    pretraining_helps.seed_torch(config, config.seed)
-    start = pretraining_helps.VideoMAE(MODEL).encoder.state_dict()
+    model, _ = trials._student(config, trials.ARMS["pixels"], 0)
+    start = model.encoder.state_dict()
     fresh, other = (
-        pretraining_helps.encoder_of(config, "random", seed).state_dict() for seed in (0, 1)
+        trials.encoder_of(config, Job("probe", "random", seed=seed)).state_dict() for seed in (0, 1)
     )
     assert all(torch.equal(start[name], value) for name, value in fresh.items())
     assert not torch.equal(fresh["patch_embed.weight"], other["patch_embed.weight"])
@@ -292,23 +357,31 @@ def test_frozen_and_scratch_start_from_the_weights_that_pretraining_starts_from(
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_figures(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_taken: list[float]
 ) -> None:
-    command, go_on = [f"output={tmp_path / 'run'}", *TOY], pretraining_helps.take_step
+    command, go_on = [f"output={tmp_path / 'run'}", *TOY], trials.take_step
+    # in the last pretraining but one, of a teacher that follows, after its second saved state
+    steps_before = 6 + 6 + 14 + 14 + 8 + 8 + 8
 
     def interrupt(*arguments: Any) -> None:
-        if len(steps_taken) == 7:
+        if len(steps_taken) == steps_before + 9:
             raise KeyboardInterrupt
         go_on(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining_helps, "take_step", interrupt)
+        patch.setattr(trials, "take_step", interrupt)
         assert main(command) == 130
-    assert [line["kind"] for line in lines_of(tmp_path / "run")[1:]] == []
+    done = [(line["arm"], line["weights"]) for line in lines_of(tmp_path / "run")[1:]]
+    assert len(done) == 7
+    assert ("ema_contrastive", 0) not in done
     steps_taken.clear()
     assert main(command) == 0
-    # the first pretraining went on from the state of step 4
-    assert len(steps_taken) == (8 - 4) + 8 + 12 * 3
+    assert len(steps_taken) == (14 - 8) + 2 * (2 + 3) + tuning_steps(toy)
     assert lines_of(tmp_path / "run") == lines_of(toy)
     assert (tmp_path / "run" / "table.md").read_text() == (toy / "table.md").read_text()
+
+
+def tuning_steps(folder: Path) -> int:
+    """Of all fine-tuning that gives figures."""
+    return sum(line["steps"] for line in lines_of(folder)[1:] if line["kind"] == "finetune")
 
 
 def test_only_what_is_missing_is_done_again(
@@ -336,11 +409,10 @@ def test_two_workers_find_the_same_figures(
     assert main([f"output={tmp_path / 'run'}", *TOY, "workers=2"]) == 0
     assert steps_taken == []  # in this process
     first, *lines = lines_of(tmp_path / "run")
-    order = [(line["kind"], line["arm"]) for line in lines]
-    for arm in ("plain", "contrastive"):
-        assert order.index(("pretrain", arm)) < min(
-            index for index, (kind, who) in enumerate(order) if who == arm and kind != "pretrain"
-        )
+    order = [(line["kind"], line["arm"], line["weights"]) for line in lines]
+    for weights in (0, 1):
+        stage = order.index(("pretrain", "first_stage", weights))
+        assert stage < order.index(("pretrain", "features", weights))
     assert [first, *sorted(lines, key=str)] == [
         lines_of(toy)[0],
         *sorted(lines_of(toy)[1:], key=str),
@@ -350,10 +422,12 @@ def test_two_workers_find_the_same_figures(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("labels=[12]", "labels: .* must be positive multiples of the 8 shapes"),
+        ("labels_per_class=[0]", "labels_per_class: .* must be different numbers"),
         ("seeds=[1,1]", "seeds: .* must be different numbers"),
         ("step=3", "unknown key step .*steps"),
         ("save_interval=3", "save_interval: 3 must be a multiple of log_interval"),
+        ("first_steps=14", "warmup_steps: 2 must be below first_steps = 14"),
+        ("repeated=[everything]", "repeated: .* must be of pixels, "),
         (
             "finetune_steps=7",
             "results.jsonl: holds results of other settings .finetune_steps.: name another folder",
@@ -375,23 +449,49 @@ def test_a_mistake_is_told_in_one_line_before_anything_starts(
     assert re.search(message, told), told
 
 
+def test_people_are_clips_of_their_seed_before_the_photographs_and_from_the_sides_of_a_split() -> (
+    None
+):
+    pytest.importorskip("pybullet")
+    shown = SUBJECTS["people"]
+    clips_NTHWC, label_N = shown.render(NAMES, 2, 16, 7)
+    again_NTHWC, _ = shown.render(NAMES, 2, 3, 7)
+    assert clips_NTHWC.shape == (16, 8, 52, 52, 3)
+    assert label_N.tolist() == [*range(15), 0]
+    assert torch.equal(clips_NTHWC[:3], again_NTHWC)
+    mirrored = shown.vary(clips_NTHWC, np.random.default_rng(0))
+    flips = [
+        torch.equal(after, before.flip(2)) and not torch.equal(after, before)
+        for before, after in zip(clips_NTHWC, mirrored, strict=True)
+    ]
+    assert 0 < sum(flips) < 16
+    kept = [torch.equal(after, before) for before, after in zip(clips_NTHWC, mirrored, strict=True)]
+    assert sum(flips) + sum(kept) == 16
+
+
 def test_the_sentences_are_worked_out_from_the_means_also_where_these_are_unfavourable() -> None:
-    methods = ("fine-tuned", *accuracy_report.FROZEN)
     means = {
-        "plain": {8: [0.5, 0.3], 16: [0.6, 0.7]},
-        "contrastive": {8: [0.5, 0.5], 16: [0.6, 0.6]},
         "random": {8: [0.2, 0.1], 16: [0.7, 0.8]},
+        "pixels": {8: [0.5, 0.3], 16: [0.6, 0.7]},
+        "pixels_contrastive": {8: [0.5, 0.5], 16: [0.6, 0.6]},
+        "features": {8: [0.4, 0.4], 16: [0.9, 0.9]},
+        "features_contrastive": {8: [0.3, 0.3], 16: [0.8, 0.8]},
+        "ema_contrastive": {8: [0.1, 0.1], 16: [0.1, 0.1]},
     }
-    accuracies = {(method, arm): means[arm] for method in methods for arm in means}
-    found = margins(accuracies, ("linear", "plain"), ("linear", "random"))
+    accuracies = {
+        (method, arm): values for method in accuracy_report.METHODS for arm, values in means.items()
+    }
+    found = margins(accuracies, ("linear", "pixels"), ("linear", "random"))
     assert found == pytest.approx({8: 0.25, 16: -0.1})
-    assert largest_margin(accuracies, ("fine-tuned", "plain"), ("fine-tuned", "random")) == (
-        pytest.approx(0.25),
-        8,
+    assert standard_error([0.5, 0.3]) == pytest.approx(0.1)
+    assert standard_error([0.5]) == 0
+    text = findings(accuracies, {arm: arm.upper() for arm in means})
+    assert (
+        "from PIXELS_CONTRASTIVE, the arm with the largest margin, against from scratch: "
+        "+35.0 +- 5.0 points at 8, -15.0 +- 5.0 points at 16." in text
     )
-    text = findings(
-        accuracies, {"plain": "lambda 0", "contrastive": "lambda 1", "random": "random weights"}
+    assert (
+        "features against pixels, linear: +0.0 +- 10.0 points at 8, +25.0 +- 5.0 points at 16."
+        in text
     )
-    assert "+25.0 points at 8 labels (40.0% against 15.0%, mean of 2 seeds)" in text
-    assert text.count("ahead of random ones at 1 of 2") == 3
-    assert "fine-tuned: +10.0 points at 8, -5.0 points at 16." in text
+    assert "(FEATURES_CONTRASTIVE against FEATURES), fine-tuned: -10.0 +- 0.0 points at 8" in text
