@@ -14,7 +14,7 @@ if ! python -c 'import pybullet' 2>/dev/null >/dev/null; then
     changes=(classifier.num_classes=8 data.flip=false) # left and right are labels of the cut-outs
     echo "pybullet is not installed here (pip has it for Python 3.11): moving cut-outs in place of people in action"
 fi
-video-mae demo data/demo subject=$subject train_clips=960 validation_clips=240 height=48 width=48
+video-mae demo data/demo subject=$subject height=48 width=48
 echo "$subject rendered after $SECONDS s"
 ranks=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [[ $ranks -gt 0 ]]; then

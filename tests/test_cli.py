@@ -116,7 +116,7 @@ def test_help_explains_every_key(stage: str, capsys: pytest.CaptureFixture[str])
             "{worker | device}",
         ],
         "reconstruct": ["stride = 4", "mask.ratio = 0.9"],
-        "demo": ["train_clips = 1024", "{easy | medium | hard}"],
+        "demo": ["train_clips = 960", "{easy | medium | hard}"],
     }
     assert all(words in text for words in expected[stage])
 

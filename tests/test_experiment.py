@@ -27,7 +27,7 @@ from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
 TOY = [
     "subject=shapes",
     "labels_per_class=[1,2]",
-    "seeds=[0,3]",
+    "seeds=[3]",
     "unlabelled_clips=24",
     "scored_per_class=4",
     "steps=14",
@@ -238,7 +238,7 @@ def test_a_run_writes_all_its_files_and_a_line_for_every_figure(toy: Path) -> No
         for kind in ("finetune", "probe")
         for arm, weights in (("random", 0), *PRETRAININGS[2:])
         for labels in (8, 16)
-        for seed in (0, 3)
+        for seed in (3,)
     ]
     assert sorted(found) == sorted(expected)
     for line in lines:
@@ -256,8 +256,8 @@ def test_a_run_writes_all_its_files_and_a_line_for_every_figure(toy: Path) -> No
         for line in lines
         if (line["kind"], line["arm"], line["labels"]) == ("finetune", "features", 16)
     ]
-    error = float(np.std(by_seed, ddof=1)) / 2
-    assert f"**{np.mean(by_seed):.1f}** ({error:.1f}, 4 seeds)" in rows[3]
+    error = float(np.std(by_seed, ddof=1)) / 2**0.5
+    assert f"**{np.mean(by_seed):.1f}** ({error:.1f}, 2 seeds)" in rows[3]
     for picture in ("accuracy.png", "curves.png"):
         assert (toy / picture).stat().st_size > 10_000
 
