@@ -93,7 +93,7 @@ class ExperimentConfig(Knobs):
         (0, 1, 2),
         "repetitions: each has its own labelled clips, head, order, augmentation and random weights",
     )
-    labels_per_class: tuple[int, ...] = knob((1, 4, 10, 40, 100), "labelled clips of each class")
+    labels_per_class: tuple[int, ...] = knob((1, 10, 40, 100), "labelled clips of each class")
     scored_on: Literal["validation", "tuning"] = knob(
         "validation",
         "which photographs give the figures: the four of the demo's validation list; or coffee and "
@@ -102,21 +102,21 @@ class ExperimentConfig(Knobs):
     unlabelled_clips: int = knob(12000, "clips for pretraining, cropped anew each time", low=1)
     scored_per_class: int = knob(80, "clips of each class that give an accuracy", low=1)
     batch: int = knob(32, "clips of a step, in pretraining and in fine-tuning", low=1)
-    steps: int = knob(6000, "of pretraining; of targets of features with those of the first stage")
-    first_steps: int = knob(3000, "of the first stage: pixels, whose encoder becomes the teacher")
+    steps: int = knob(5000, "of pretraining; of targets of features with those of the first stage")
+    first_steps: int = knob(2500, "of the first stage: pixels, whose encoder becomes the teacher")
     warmup_steps: int = knob(200, "of pretraining")
     pretrain_lr: float = knob(3e-3, "peak learning rate of pretraining, as it is", above=0)
     mask_ratio: float = knob(0.5, "share of the tubes that are hidden")
     pixel_contrast: tuple[float, float] = knob((0.01, 0.03), "lambda and tau on pixels")
     feature_contrast: tuple[float, float] = knob(
-        (0.1, 0.1), "lambda and tau on features, of the first stage and of the moving average"
+        (0.05, 0.1), "lambda and tau on features, of the first stage and of the moving average"
     )
     momentum: float = knob(0.996, "of the moving average at first; it grows to 1")
     repeated: tuple[str, ...] = knob(
         ("features", "features_contrastive"), "arms whose pretraining has a second seed"
     )
-    finetune_steps: int = knob(500, "of fine-tuning pretrained weights", low=1)
-    finetune_lr: float = knob(1e-3, "its peak learning rate", above=0)
+    finetune_steps: int = knob(300, "of fine-tuning pretrained weights", low=1)
+    finetune_lr: float = knob(2e-3, "its peak learning rate", above=0)
     scratch_steps: tuple[int, ...] = knob(
         (250, 500, 1000), "of training from scratch; the best, at each number of labels, counts"
     )
