@@ -115,8 +115,8 @@ class ExperimentConfig(Knobs):
     repeated: tuple[str, ...] = knob(
         ("features", "features_contrastive"), "arms whose pretraining has a second seed"
     )
-    finetune_steps: int = knob(600, "of fine-tuning pretrained weights", low=1)
-    finetune_lr: float = knob(1e-3, "its peak learning rate", above=0)
+    finetune_steps: int = knob(800, "of fine-tuning pretrained weights", low=1)
+    finetune_lr: float = knob(1.5e-3, "its peak learning rate", above=0)
     scratch_steps: tuple[int, ...] = knob(
         (250, 500, 1000), "of training from scratch; the best, at each number of labels, counts"
     )
