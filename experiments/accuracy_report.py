@@ -65,16 +65,13 @@ def findings(accuracies: Accuracies, names: dict[str, str]) -> str:
         f"Fine-tuned from {names[best]}, the arm with the largest margin, against from scratch: "
         + _differences(accuracies, ("fine-tuned", best), scratch)
     ]
-    for method in METHODS:
-        sentences.append(
-            f"Targets of features against pixels, {method}: "
-            + _differences(accuracies, (method, "features"), (method, "pixels"))
-        )
-    for plain, contrastive in TWINS:
-        for method in METHODS:
+    pairs = [("Targets of features", "features", "pixels")]
+    pairs += [("The contrastive term", contrastive, plain) for plain, contrastive in TWINS]
+    for what, ours, theirs in pairs:
+        for method in METHODS if {ours, theirs} <= set(names) else ():
             sentences.append(
-                f"The contrastive term ({names[contrastive]} against {names[plain]}), {method}: "
-                + _differences(accuracies, (method, contrastive), (method, plain))
+                f"{what} ({names[ours]} against {names[theirs]}), {method}: "
+                + _differences(accuracies, (method, ours), (method, theirs))
             )
     return "\n".join(f"- {sentence}." for sentence in sentences) + "\n"
 
@@ -109,7 +106,7 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
         "lambda {:g}, tau {:g}".format(*config[name])
         for name in ("pixel_contrast", "feature_contrast")
     )
-    return {
+    names = {
         "random": "random weights",
         "pixels": "pixels",
         "pixels_contrastive": f"pixels, {pixel}",
@@ -117,6 +114,7 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
         "features_contrastive": f"features, {feature}",
         "ema_contrastive": f"moving average, {feature}",
     }
+    return {arm: name for arm, name in names.items() if arm in ("random", *config["arms"])}
 
 
 def _table(lines: Sequence[dict[str, Any]], accuracies: Accuracies, names: dict[str, str]) -> str:
@@ -175,12 +173,13 @@ def _draw_rows(
     names: dict[str, str],
 ) -> None:
     counts = sorted(accuracies[method, "random"])
-    for arm, colour in COLOURS.items():
+    for arm in names:
         values = accuracies[method, arm]
         means = [fmean(values[count]) for count in counts]
         errors = [standard_error(values[count]) for count in counts]
         name = "from scratch" if (method, arm) == ("fine-tuned", "random") else names[arm]
-        axes.errorbar(counts, means, errors, color=colour, marker="o", capsize=3, label=name)
+        style = {"color": COLOURS[arm], "marker": "o", "capsize": 3, "label": name}
+        axes.errorbar(counts, means, errors, **style)
     chance = 1 / len(SUBJECTS[config["subject"]].classes)
     axes.axhline(chance, color="black", linewidth=0.8, linestyle="--", label="chance")
     axes.set_xscale("log", base=2)

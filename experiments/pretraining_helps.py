@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accuracy_report import write_report
 from clips import photographs
-from trials import ARMS, COMPARED, ExperimentConfig, Job, choose_device, work
+from trials import ARMS, COMPARED, ArmName, ExperimentConfig, Job, choose_device, work
 
 from video_mae.config.schema import describe, parse, to_dict
 from video_mae.files import read_jsonl, write_whole
@@ -33,8 +33,9 @@ COST = {"pretrain": 0.1, "search": 0.1, "finetune": 0.1, "probe": 5.0}
 
 def first_jobs(config: ExperimentConfig) -> list[Job]:
     """Pretraining, teachers first, and the search for the best training from scratch."""
-    seeds_of = {arm: [0, 1] if arm in config.repeated else [0] for arm in COMPARED}
-    students = [Job("pretrain", arm, seed) for arm in COMPARED for seed in seeds_of[arm]]
+    arms: list[ArmName] = [arm for arm in COMPARED if arm in config.arms]
+    seeds_of = {arm: [0, 1] if arm in config.repeated else [0] for arm in arms}
+    students = [Job("pretrain", arm, seed) for arm in arms for seed in seeds_of[arm]]
     taught = {job.weights for job in students if ARMS[job.arm].target == "features"}
     return [
         *(Job("pretrain", "first_stage", seed) for seed in sorted(taught)),
@@ -70,9 +71,11 @@ def label_counts(config: ExperimentConfig) -> list[int]:
 
 
 def best_from_scratch(lines: Sequence[dict[str, Any]], labels: int) -> tuple[int, float]:
-    """Steps and learning rate that were best on the tuning photographs."""
+    """Steps and learning rate that were best on the tuning photographs; of equals the fewest and
+    the lowest.
+    """
     tried = [line for line in lines if line["kind"] == "search" and line["labels"] == labels]
-    best = max(tried, key=lambda line: line["top1"]["fine-tuned"])
+    best = min(tried, key=lambda line: (-line["top1"]["fine-tuned"], line["steps"], line["lr"]))
     return best["steps"], best["lr"]
 
 

@@ -112,8 +112,10 @@ class ExperimentConfig(Knobs):
         (0.05, 0.1), "lambda and tau on features, of the first stage and of the moving average"
     )
     momentum: float = knob(0.996, "of the moving average at first; it grows to 1")
+    negatives: Literal["clip", "batch"] = knob("clip", "of the contrastive term, as in a run")
+    arms: tuple[str, ...] = knob(COMPARED, "ways of pretraining that are compared", filled=True)
     repeated: tuple[str, ...] = knob(
-        ("features", "features_contrastive"), "arms whose pretraining has a second seed"
+        ("features", "features_contrastive"), "of these, whose pretraining has a second seed"
     )
     finetune_steps: int = knob(800, "of fine-tuning pretrained weights", low=1)
     finetune_lr: float = knob(1.5e-3, "its peak learning rate", above=0)
@@ -148,8 +150,9 @@ class ExperimentConfig(Knobs):
             self.save_interval,
             f"must be a multiple of log_interval = {self.log_interval}",
         )
-        unknown = set(self.repeated) - set(COMPARED)
-        require(not unknown, "repeated", self.repeated, f"must be of {', '.join(COMPARED)}")
+        for name, known in (("arms", COMPARED), ("repeated", self.arms)):
+            value = getattr(self, name)
+            require(set(value) <= set(known), name, value, f"must be of {', '.join(known)}")
 
     @property
     def shown(self) -> Subject:
@@ -282,7 +285,9 @@ def _student(config: ExperimentConfig, arm: Arm, seed: int) -> tuple[VideoMAE, T
     contrast = config.pixel_contrast if arm.target == "pixels" else config.feature_contrast
     weight, temperature = contrast
     objective = ObjectiveConfig(
-        contrastive_weight=weight if arm.is_contrastive else 0.0, temperature=temperature
+        contrastive_weight=weight if arm.is_contrastive else 0.0,
+        temperature=temperature,
+        negatives=config.negatives,
     )
     seed_torch(config, seed)
     if arm.target == "pixels":
