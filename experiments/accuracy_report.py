@@ -209,5 +209,6 @@ def _draw_curves(path: Path, lines: Sequence[dict[str, Any]], names: dict[str, s
         axes.set_title(title)
         axes.set_xlabel("step of pretraining")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
