@@ -3,7 +3,6 @@ explained. config/ has the keys.
 """
 
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +35,10 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of"),
 }
 """How the range of a knob is written in Python, what it asks, and how it is told."""
+MOST = 10**9
+"""What no number is above whose range does not say more: no count, interval or factor is."""
+MOST_BATCH, MOST_SIDE = 2**16, 2**16
+"""Of clips or videos at once; of a picture in pixels, of a video in frames."""
 
 
 def knob(default: Any, meaning: str, *, filled: bool = False, **bounds: float) -> Any:
@@ -58,7 +61,7 @@ def section(kind: type, meaning: str, **defaults: Any) -> Any:
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raises: ValueError `key: value remedy` unless the condition holds."""
     if not condition:
-        raise ValueError(f"{key}: {value} {remedy}")
+        raise ValueError(f"{key}: {value!s:.300} {remedy}")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -85,8 +88,11 @@ class Knobs:
                 require(value not in ("", ()), f.name, "(empty)", "must be given")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
-                    require(abs(number) < math.inf, f.name, value, "must be finite")
-                    for name, bound in f.metadata["bounds"].items():
+                    bounds = f.metadata["bounds"]
+                    # of not a number this is not met either
+                    is_small = abs(number) <= max([MOST, *bounds.values()])
+                    require(is_small, f.name, value, f"must be at most {MOST:.0e} in size")
+                    for name, bound in bounds.items():
                         is_met, _ = BOUNDS[name]
                         require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
-from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
+from video_mae.config.schema import MOST_BATCH, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -130,13 +130,16 @@ class OptimConfig(Knobs):
     """
 
     micro_batch: int = knob(
-        32, "videos that a rank takes through forward and backward at once", low=1
+        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_BATCH
     )
     accumulation: int = knob(1, "micro-batches a step", low=1)
     base_lr: float = knob(
-        1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256", low=0
+        1.5e-4,
+        "learning rate for a global batch of 256: lr = base_lr * global batch / 256",
+        low=0,
+        high=1e30,
     )
-    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0)
+    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0, high=1e30)
     schedule: Literal["cosine", "constant_cooldown"] = knob(
         "cosine",
         "after the warm-up: half a cosine down to min_lr; or base_lr until a cooldown of the shape "
@@ -280,7 +283,9 @@ class PretrainJournalConfig(JournalConfig):
     picture_interval: int = knob(
         500, "reconstruction pictures; the last step always draws one", low=0
     )
-    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
+    picture_clips: int = knob(
+        4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
+    )
 
 
 class ClipStageConfig(Knobs):

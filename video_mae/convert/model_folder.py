@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
-from video_mae.convert.facts import MAX_TOKENS, Facts, Options, Tensors
+from video_mae.convert.facts import Facts, Options, Tensors
 from video_mae.files import json_text, one_line, write_whole
 from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
@@ -189,10 +189,6 @@ def _load_folder(folder: Path, impl: str) -> Model:
     file = folder / "model.safetensors"
     state = read_safetensors(file)
     where = f"{folder / 'config.json'}: model"
-    if config.num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"{where}: has {config.num_tokens} tokens; more than {MAX_TOKENS} are not believed"
-        )
     # before any block is made
     depths = {"encoder": ("depth", config.depth)}
     if isinstance(head, ObjectiveConfig):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.dataset import Batch, Sample
+from video_mae.data.dataset import Batch, Sample, UndecodableError
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
@@ -174,7 +174,11 @@ class Training(ABC, Generic[Config]):
 
     def run_and_leave(self) -> int:
         """Trains as the command line does: at its end the process leaves its group."""
-        exit_status = self.run()
+        try:
+            exit_status = self.run()
+        except UndecodableError as error:
+            exit_status = STOPPED_BY_POLICY
+            self.journal.say(f"stopped: {error}", anywhere=True)
         leave()
         return exit_status
 
