@@ -89,12 +89,12 @@ class Knobs:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
                     bounds = f.metadata["bounds"]
-                    # of not a number this is not met either
-                    is_small = abs(number) <= max([MOST, *bounds.values()])
-                    require(is_small, f.name, value, f"must be at most {MOST:.0e} in size")
                     for name, bound in bounds.items():
                         is_met, _ = BOUNDS[name]
                         require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
+                    most = max([MOST, *bounds.values()])
+                    remedy = f"must be finite, and at most {most:.0e} in size"
+                    require(abs(number) <= most, f.name, value, remedy)
 
 
 def _range(f: Field[Any]) -> str:

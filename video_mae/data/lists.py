@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_mae.config.data import ListFormat
-from video_mae.decoding.containers import is_regular
-from video_mae.files import is_utf16, one_line, open_text, unicode_text
+from video_mae.files import is_regular, is_utf16, one_line, open_text, unicode_text
 
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""

@@ -20,6 +20,7 @@ from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.isolation import end_with
+from video_mae.files import say
 
 MAX_RESTARTS = 10  # without a batch between them
 AHEAD = 1  # batches on the device beside the one in use: a copy takes less time than a step
@@ -32,7 +33,7 @@ def make_loader(
     dataset: Dataset[Sample],
     batches: Iterable[Any],
     data: DataConfig,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> "Loader[Batch]":
     """The micro-batches whose keys `batches` gives, in their order, the same for any number of
     workers and threads.
@@ -75,7 +76,7 @@ class Loader(Generic[Item]):
     """
 
     def __init__(
-        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = print
+        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = say
     ) -> None:
         self.make, self.say = make, say
 
