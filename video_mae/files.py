@@ -57,7 +57,7 @@ def check_folder(folder: Path) -> None:
     while not there.exists():
         there = there.parent
     if not there.is_dir() or there.stat().st_dev in _KERNEL:
-        raise ValueError(f"{folder}: cannot be a folder, {there} is none of a disk; choose another")
+        raise ValueError(f"{folder}: cannot be a folder of results: {there} is no folder of a disk")
 
 
 def say(line: str) -> None:

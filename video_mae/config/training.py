@@ -227,6 +227,11 @@ class EngineConfig(Knobs):
         "that is not finite",
         low=1,
     )
+    on_spike: Literal["ignore", "skip", "stop"] = knob(
+        "ignore",
+        "what a loss does that is 10 times the running mean of those before: nothing; its step is "
+        "skipped, as one that is not finite; or the run stops then with status 3, for either",
+    )
     extra: dict[str, Any] = knob(
         {}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error"
     )
@@ -236,6 +241,8 @@ class EngineConfig(Knobs):
         stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         remedy = f"needs engine.zero_stage {stage} or more"
         require(self.zero_stage >= stage, "offload", self.offload, remedy)
+        is_possible = (self.on_spike, self.precision) != ("stop", "fp16")
+        require(is_possible, "on_spike", "stop", "does not fit fp16, which skips steps by itself")
 
 
 class JournalConfig(Knobs):

@@ -73,8 +73,9 @@ def read_annotations(
     name, searched to any depth, or files without labels; all are videos, or none is.
     A file that a folder would give is itself the only one. The notes of the result tell what a
     folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
-    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and
-    `..` as well, wherever that is: data sets are made of links. Devices, pipes, sockets, files of
+    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links as
+    well, wherever that is: data sets are made of links; through `..` out of the folder of the list
+    only where data.root is given. Devices, pipes, sockets, files of
     the kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may
     be named twice. resumed: for a run that has read it before, to which a file that is gone since
     is a bad one, as if it had gone while it ran.
@@ -139,7 +140,8 @@ def read_entries(
             f"{source} start there"
         )
     folder = os.path.join(data.root or source.parent, "")
-    return *read_list(source, data.list_format, folder), ()
+    # a list by itself names what lies beside it: who makes a list need not be who reads it
+    return *read_list(source, data.list_format, folder, may_climb=data.root != ""), ()
 
 
 def read_lines(
@@ -324,9 +326,12 @@ def _number(name: str, names: Sequence[str], source: str) -> int:
     )
 
 
-def read_training_videos(
-    config: FinetuneConfig, *, resumed: bool = False
-) -> tuple[VideoList, ClassifierConfig]:
+def has_begun(output: str) -> bool:
+    """Whether a run folder has a checkpoint: its lists were read before."""
+    return any(Path(output, "checkpoints").glob("step_*"))
+
+
+def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
     """The training list with every label checked, and the head with the names of its classes, where
     anybody names them.
 
@@ -340,7 +345,7 @@ def read_training_videos(
         data.root,
         names=classifier.class_names,
         list_format=data.list_format,
-        resumed=resumed,
+        resumed=has_begun(config.output),
     )
     known, num = len(videos.class_names), classifier.num_classes
     if known and known != num:
@@ -358,7 +363,7 @@ def read_training_videos(
     return videos, replace(classifier, class_names=videos.class_names)
 
 
-def read_validation_videos(config: FinetuneConfig, *, resumed: bool = False) -> VideoList:
+def read_validation_videos(config: FinetuneConfig) -> VideoList:
     """The validation list, every label checked against the classes of config.classifier. Raises: as
     `read_training_videos`.
     """
@@ -370,5 +375,5 @@ def read_validation_videos(config: FinetuneConfig, *, resumed: bool = False) -> 
         classifier.num_classes,
         classifier.class_names,
         validation.list_format,
-        resumed=resumed,
+        resumed=has_begun(config.output),
     )

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.checkpoint import steps_done
 from video_mae.training.loop import Training
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
@@ -42,11 +40,9 @@ def prepare(config: FinetuneConfig) -> "Finetuning":
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
-    resumed = steps_done(Path(config.output)) > 0
-    videos, classifier = read_training_videos(config, resumed=resumed)
-    config, validation = replace(config, classifier=classifier), None
-    if config.validation.source:
-        validation = read_validation_videos(config, resumed=resumed)
+    videos, classifier = read_training_videos(config)
+    config = replace(config, classifier=classifier)
+    validation = read_validation_videos(config) if config.validation.source else None
     config, weights = starting_weights(config)
     sources = Sources([("data", config.data, videos)])
     return Finetuning(config, sources, weights, validation)

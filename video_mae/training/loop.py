@@ -254,17 +254,18 @@ class Training(ABC, Generic[Config]):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
             if is_skipped:
                 self.journal.say(
-                    f"step {status.step}: skipped, a loss or gradient was not finite "
+                    f"step {status.step}: skipped, a loss or gradient was {self.engine.unusual} "
                     f"({self.skipped_in_a_row} in a row)"
                 )
 
     def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
-        if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
+        most = 1 if config.engine.on_spike == "stop" else config.engine.max_skipped_in_a_row
+        if self.skipped_in_a_row >= most:
             return (
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is "
-                "from before them: lower optim.base_lr, set optim.clip_grad or use another "
-                "engine.precision"
+                f"{self.skipped_in_a_row} steps in a row were {self.engine.unusual}; the last "
+                "checkpoint is from before them: lower optim.base_lr, set optim.clip_grad or use "
+                "another engine.precision"
             )
         if not is_logged:
             return ""
@@ -385,7 +386,7 @@ class Training(ABC, Generic[Config]):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside the weights and the optimizer's state, on this rank."""
-        return self.average.tensors if self.average else {}
+        return {**self.engine.spikes.tensors, **(self.average.tensors if self.average else {})}
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""

@@ -15,10 +15,10 @@ from video_mae.config import PretrainConfig
 from video_mae.data.dataset import Batch, collate
 from video_mae.data.sampling import StepSampler
 from video_mae.data.sources import read_sources
+from video_mae.data.videos import has_begun
 from video_mae.files import draw_or_tell
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
-from video_mae.training.checkpoint import steps_done
 from video_mae.training.collapse import RankWatch
 from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
@@ -77,7 +77,7 @@ class Pretraining(Training[PretrainConfig]):
         config, weights = starting_weights(config)
         if objective.teacher == "ema":
             self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
-        resumed = steps_done(Path(config.output)) > 0
+        resumed = has_begun(config.output)
         videos = read_sources(config.data, model.in_channels, resumed=resumed)
         super().__init__(config, videos, weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)
