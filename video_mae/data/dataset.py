@@ -43,7 +43,7 @@ class UndecodableError(Exception):
     """
 
     def __str__(self) -> str:
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2]
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].rstrip()
 
 
 class Failure(NamedTuple):

@@ -117,7 +117,7 @@ def _read(
                 path, label = split(text)
             except ValueError as error:
                 mistake = str(error)
-        if not may_climb and ".." in path and os.path.normpath(path).startswith(".."):
+        if not may_climb and ".." in path and os.path.normpath(path).startswith("../"):
             mistake = mistake or f"{one_line(path[:100])} {CLIMBS}"
         yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
 

@@ -164,8 +164,9 @@ def stream(
     `decode`, when it comes to a frame that cannot be decoded.
     """
     wanted, done = _sendable(wanted, place, reading), 0
-    for caller in _callers(place, reading):
-        with caller as (_, iterate, reading):
+    for is_last in (False, True):
+        with _attempt(place, reading, is_last):
+            _, iterate, reading = _caller(place, reading)
             # what the process before has handed over is passed over
             left = islice(iterate(_read_on, place, reading, wanted), done, None)
             for num_frames, indices, clip_FHWC in left:
@@ -206,41 +207,41 @@ def is_video(place: Place) -> bool:
 
 def _call(function: Callable[..., Any], place: Place, reading: Reading, *arguments: Any) -> Any:
     """function(place, reading, ...) where the file is read."""
-    for caller in _callers(place, reading):
-        with caller as (call, _, reading):
+    for is_last in (False, True):
+        with _attempt(place, reading, is_last):
+            call, _, reading = _caller(place, reading)
             return call(function, place, reading, *arguments)
 
 
-def _callers(place: Place, reading: Reading) -> Iterator[Any]:
-    """A `_caller`, and another for where the first one's process was ended by others: who is out of
-    memory, or cleans up, kills whatever decodes just then. Twice in a row is no chance.
-    """
-    yield _caller(place, reading, is_last=False)
-    yield _caller(place, reading, is_last=True)
-
-
 @contextmanager
-def _caller(
-    place: Place, reading: Reading, *, is_last: bool
-) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Reading]]:
-    """What calls a function where a file is read, what runs a generator there, and how it is read:
-    with a decoder that works.
+def _attempt(place: Place, reading: Reading, is_last: bool) -> Iterator[None]:
+    """To read a file. Where others have ended the process and this is not the last attempt, it ends
+    in silence: who is out of memory, or cleans up, kills whatever decodes just then. Twice in a row
+    is no chance, but the file.
     """
-    # CUDA reserves addresses without end
-    memory_gb = reading.memory_gb if reading.device == "cpu" else 0.0
-    limits = {"seconds": reading.seconds, "memory_gb": memory_gb}
     try:
-        if is_video(place):
-            reading = replace(reading, decoder=resolve_decoder(reading.decoder))
-        if _is_for_this_process(place):
-            yield operator.call, operator.call, reading
-            return
-        process = decoder_process()
-        process.load(decoders.resolve, reading.decoder)
-        yield partial(process.call, **limits), partial(process.iterate, **limits), reading
+        yield
     except KilledError as killed:
         if is_last or not killed.is_by_others:
             raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
+
+
+def _caller(
+    place: Place, reading: Reading
+) -> tuple[Callable[..., Any], Callable[..., Any], Reading]:
+    """What calls a function where a file is read, what runs a generator there, and how it is read:
+    with a decoder that works.
+    """
+    if is_video(place):
+        reading = replace(reading, decoder=resolve_decoder(reading.decoder))
+    if _is_for_this_process(place):
+        return operator.call, operator.call, reading
+    process = decoder_process()
+    process.load(decoders.resolve, reading.decoder)
+    # CUDA reserves addresses without end
+    memory_gb = reading.memory_gb if reading.device == "cpu" else 0.0
+    limits = {"seconds": reading.seconds, "memory_gb": memory_gb}
+    return partial(process.call, **limits), partial(process.iterate, **limits), reading
 
 
 def _is_for_this_process(place: Place) -> bool:
