@@ -1,0 +1,78 @@
+"""Processes that decode for a real run are killed at random moments: no bit of its weights is
+another one's, and no video is blamed.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.faults
+KILLS = int(os.environ.get("VIDEO_MAE_KILLS", "10"))
+STEPS = 12 * KILLS + 20
+APART = (4, 10)
+"""Steps from one kill to the next, however slow the machine is."""
+
+
+def start(tiny_file: Path, folder: Path, *overrides: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "video_mae", "pretrain", str(tiny_file), f"output={folder}"]
+    changes = ["data.num_workers=2", "optim.micro_batch=2", "journal.log_interval=1"]
+    return subprocess.Popen(
+        [*command, *changes, f"optim.steps={STEPS}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(tiny_file, folder)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-2000:]
+    return weights(folder)
+
+
+def workers_and_decoders(trainer: psutil.Process) -> tuple[list[Any], list[Any]]:
+    """What there is now: some may be gone by the time they are looked at."""
+    workers = trainer.children()
+    decoders = [child for child in trainer.children(recursive=True) if child not in workers]
+    return workers, decoders
+
+
+@pytest.mark.parametrize("victims", ["workers", "decoders", "any"])
+def test_killed_processes_cost_no_bits(
+    tiny_file: Path, tmp_path: Path, undisturbed: bytes, victims: str
+) -> None:
+    rng, killed, next_step = random.Random(victims), 0, 3
+    process = start(tiny_file, tmp_path / "run")
+    trainer, metrics = psutil.Process(process.pid), tmp_path / "run" / "metrics.jsonl"
+    while killed < KILLS:
+        time.sleep(rng.uniform(0.01, 0.2))
+        if process.poll() is not None:
+            raise AssertionError(f"{killed} killed: {process.communicate()[0][-2000:]}")
+        if not metrics.exists() or metrics.read_bytes().count(b"\n") < next_step:
+            continue
+        workers, decoders = workers_and_decoders(trainer)
+        chosen = {"workers": workers, "decoders": decoders, "any": [*workers, *decoders]}[victims]
+        with suppress(IndexError, ProcessLookupError):
+            os.kill(rng.choice(chosen).pid, signal.SIGKILL)
+            killed, next_step = killed + 1, next_step + rng.randint(*APART)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-2000:]
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+    assert weights(tmp_path / "run") == undisturbed
