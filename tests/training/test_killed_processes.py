@@ -76,3 +76,27 @@ def test_killed_processes_cost_no_bits(
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
     assert weights(tmp_path / "run") == undisturbed
+
+
+def test_a_list_of_which_nothing_can_be_decoded_ends_a_run_with_one_line_and_status_3(
+    tmp_path: Path, tiny_file: Path
+) -> None:
+    (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)
+    (tmp_path / "list.txt").write_text("broken.mp4 1\n")
+    command = [sys.executable, "-m", "video_mae", "pretrain", str(tiny_file)]
+    for workers in (0, 1):
+        run = tmp_path / f"run{workers}"
+        changes = [f"data.source={tmp_path / 'list.txt'}", f"data.num_workers={workers}"]
+        found = subprocess.run(
+            [*command, f"output={run}", *changes],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert found.returncode == 3, found.stderr[-2000:]
+        assert "Traceback" not in found.stdout + found.stderr
+        last = found.stdout.splitlines()[-1]
+        assert "stopped: data.source: 20 videos in a row cannot be decoded" in last
+        assert "broken.mp4" in last
+        assert "20 videos in a row" in (run / "log.txt").read_text()

@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal
 
 from video_mae.config.schema import MOST_SIDE, Knobs, knob, require
+from video_mae.config.yaml_text import MAX_VALUES
 
 Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 """How the frames of a clip that is to be named are chosen."""
@@ -259,7 +260,7 @@ class ClassifierConfig(Knobs):
     the action in a video.
     """
 
-    num_classes: int = knob(400, "outputs of the head", low=1, high=10**6)
+    num_classes: int = knob(400, "outputs of the head", low=1, high=MAX_VALUES)
     class_names: tuple[str, ...] = knob(
         (), "names of the labels 0, 1, ...; empty where they are not known"
     )

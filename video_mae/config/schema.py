@@ -23,7 +23,14 @@ from typing import (
     get_type_hints,
 )
 
-from video_mae.config.yaml_text import ScalarNode, load, read_word, refuse_interpolation, to_yaml
+from video_mae.config.yaml_text import (
+    MAX_VALUES,
+    ScalarNode,
+    load,
+    read_word,
+    refuse_interpolation,
+    to_yaml,
+)
 from video_mae.files import JsonObject, as_read_back, one_line, read_text
 
 Schema = TypeVar("Schema")
@@ -222,6 +229,8 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
         is_text = kind is str or (origin is Literal and isinstance(parts[0], str))
         with _naming(f"{where}: "):
             value = read_word(value, is_text=is_text)
+    if isinstance(value, list) and len(value) > MAX_VALUES:
+        raise ValueError(f"{where}: holds more than {MAX_VALUES} values")
     if value is None and kind is not hint:
         return None
     if is_dataclass(kind):

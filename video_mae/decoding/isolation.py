@@ -116,7 +116,9 @@ class Isolated:
             is_there = any(connection.poll(seconds / waits) for _ in range(waits))
             # Late is late, also where this process comes to look only after the answer.
             if not is_there or time.monotonic() - begin > seconds:
-                is_by_others = is_there or self._is_stopped()
+                assert self._process is not None
+                with open(f"/proc/{self._process.pid}/stat", "rb") as file:
+                    is_by_others = is_there or b") T " in file.read()  # T: stopped by a signal
                 self.close()
                 raise KilledError(
                     f"no answer within {seconds:g} seconds", is_by_others=is_by_others
@@ -223,13 +225,6 @@ class Isolated:
             os.close(memory)
         self._connection = Connection(ours.detach())
         return self._connection
-
-    def _is_stopped(self) -> bool:
-        """Whether somebody has sent SIGSTOP to the process."""
-        assert self._process is not None
-        with suppress(OSError), open(f"/proc/{self._process.pid}/stat", "rb") as file:
-            return b") T " in file.read()
-        return False
 
     def _reason(self) -> str:
         process = self._process
