@@ -11,7 +11,7 @@ Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_WIDTH, MOST_DEPTH, MOST_RATIO = 2**15, 2**10, 2**8
+MOST_WIDTH, MOST_DEPTH, MOST_RATIO = 32_768, 1024, 256
 """The largest published ViT has a width of 6,144 and 48 blocks (ViT-22B)."""
 MOST_TOKENS, MOST_VALUES, MOST_WEIGHTS = 2**20, 2**31, 2**38
 """Of a clip: its positions are computed, whatever their number, and its values are what a decoder

@@ -44,7 +44,7 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 """How the range of a knob is written in Python, what it asks, and how it is told."""
 MOST = 10**9
 """What no number is above whose range does not say more: no count, interval or factor is."""
-MOST_BATCH, MOST_SIDE = 2**16, 2**16
+MOST_BATCH, MOST_SIDE = 65_536, 65_536
 """Of clips or videos at once; of a picture in pixels, of a video in frames."""
 
 
