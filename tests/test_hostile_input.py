@@ -34,8 +34,9 @@ from video_mae.files import MOST_BYTES, one_line, read_text
 SECRET = "a value of the environment"
 ORDERS = ("${oc.env:SECRET}", "${SECRET}", "$SECRET", "${env:SECRET}", "%(SECRET)s", "{SECRET}")
 ESCAPE = "\x1b[31mred\x1b]0;title\x07\nsecond\u202eline"
-SIZE = {"num_frames": 4, "height": 32, "width": 32, "patch_size": 8}
-CONFIG = ModelConfig(**SIZE, embed_dim=32, depth=1, num_heads=2)
+CONFIG = ModelConfig(
+    num_frames=4, height=32, width=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
+)
 
 
 @pytest.fixture(autouse=True)
