@@ -62,7 +62,10 @@ def video(tmp_path_factory: pytest.TempPathFactory, write_video: Callable[..., P
     return str(write_video(tmp_path_factory.mktemp("videos") / "clip.mp4", frames))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGSEGV, pytest.param(signal.SIGSTOP, marks=pytest.mark.faults)],
+)
 def test_a_decode_whose_process_is_ended_once_is_done_again(
     choices: ModuleType, video: str, tmp_path: Path, number: int
 ) -> None:
@@ -138,6 +141,7 @@ except KilledError as killed:
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_time_in_which_all_is_stopped_is_no_fault_of_a_file(whole: bool) -> None:
     """As Ctrl-Z and fg do it to the group, or somebody to who asks alone."""

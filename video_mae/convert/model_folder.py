@@ -115,7 +115,7 @@ def load_pretrained(
         model, report = import_model(path, facts, impl=impl)
         remarks = report.remarks()
     for remark in remarks:
-        logging.getLogger(__name__).warning("%s: %s", path, remark)
+        logging.getLogger(__name__).warning(one_line(f"{path}: {remark}"))
     if kind is not None and not isinstance(model, kind):
         raise ValueError(f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted")
     return model
