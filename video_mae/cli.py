@@ -166,6 +166,9 @@ class _StageParser(argparse.ArgumentParser):
 
     stage: Stage | None = None
 
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
+
     def format_help(self) -> str:
         text = super().format_help()
         if self.stage is None:
@@ -176,7 +179,7 @@ class _StageParser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _StageParser(
         prog="video-mae",
         description="Masked autoencoder pretraining and action recognition on video.",
     )

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -19,8 +20,49 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
 # Unicode takes them.
 _NO_UNICODE = re.compile("[\ud800-\udfff]")
-# What ends a line for some reader, or moves a terminal's cursor.
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+# What ends a line for some reader, or moves a terminal's cursor, or turns what follows around.
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os.path.isdir(folder))
+"""File systems whose files are regular by their type, and may wait for ever."""
+MOST_BYTES = 2**26
+"""Of a file that describes something: a list of a million names takes less."""
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the
+    kernel, and no broken link.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_dev not in _KERNEL
+
+
+def read_small(path: Path) -> bytes:
+    """A file that describes something, whole. Raises: OSError; ValueError naming one that is no
+    regular file, or too large to be what it should.
+    """
+    num_bytes = path.stat().st_size
+    if not is_regular(path) or num_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{path}: is no regular file of at most {MOST_BYTES} bytes (it has {num_bytes})"
+        )
+    return path.read_bytes()
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ValueError where there can be no folder of results, below a file say."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or there.stat().st_dev in _KERNEL:
+        raise ValueError(f"{folder}: cannot be a folder of results: {there} is no folder of a disk")
+
+
+def say(line: str) -> None:
+    """Prints one line, whatever the names in it hold."""
+    print(one_line(line), flush=True)
 
 
 def is_utf16(path: Path) -> bool:
@@ -45,13 +87,14 @@ def read_text(path: Path) -> str:
     """The text of a file in the encodings of `open_text`. Raises: ValueError naming a file that is
     in neither.
     """
+    data = read_small(path)
     try:
-        text = path.read_text(encoding="utf-16" if is_utf16(path) else "utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is neither UTF-8 nor UTF-16, save it as UTF-8 text") from None
     if "\0" in text:
         raise ValueError(f"{path}: holds control characters (NUL), save it as UTF-8 text")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def unicode_text(text: str) -> str:
@@ -124,7 +167,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def draw_or_tell(
-    path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = print
+    path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = say
 ) -> None:
     """Lets `draw` write a picture, whole or not at all; where it cannot, one line says so: no
     figure and no run depends on a picture.
@@ -234,6 +277,7 @@ def check_made_with(
     Raises: ValueError naming what is there, and the remedy.
     """
     folder = file.parent
+    check_folder(folder)
     if file.is_file():
         remedy = "choose another folder, or remove this one"
         _check_settings(file, settings, earlier or {}, section, remedy)
@@ -246,6 +290,7 @@ def check_made_with(
 
 def check_results(folder: Path, settings: JsonObject) -> None:
     """Raises: ValueError where the folder has a metrics.json that was made with other settings."""
+    check_folder(folder)
     file = folder / METRICS_FILE
     if file.exists():
         # what earlier versions did, and had no setting for

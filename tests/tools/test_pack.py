@@ -692,6 +692,8 @@ def test_the_command_line_packs(odd_videos: dict[str, Path], tmp_path: Path) -> 
                 "--frame-step",
                 "2",
                 "num_workers=1",
+                "--root",
+                str(tmp_path),
             ]
         )
     assert end.value.code == 0

@@ -512,14 +512,33 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
             "engine.extra={zero_optimization: {stage: 3}}",
             "engine.extra.zero_optimization.stage: is set by this program",
         ),
+        (
+            "engine.extra={zero_optimization: {reduce_bucket_size: many}}",
+            r"engine.extra.zero_optimization.reduce_bucket_size: DeepSpeed: Input should be a valid",
+        ),
+        (
+            "engine.extra={zero_optimization: {reduce_bucket_siz: 7}}",
+            r"engine.extra.zero_optimization.reduce_bucket_siz: DeepSpeed: Extra inputs are not",
+        ),
+        (
+            "engine.extra={flops_profiler: {enabld: true}}",
+            r"engine.extra.flops_profiler.enabld: DeepSpeed has no such key \(did you mean enabled",
+        ),
+        ("engine.extra={checkpoint: {tag_validation: x}}", "engine.extra.checkpoint: DeepSpeed: "),
+        ("engine.extra={prescale_gradients: 7}", "engine.extra.prescale_gradients: 7 is not what"),
+        ("engine.extra={communication_data_type: fp31}", "communication_data_type: DeepSpeed: Inv"),
+        ("engine.extra={bf16: {no: 1}}", "engine.extra.bf16.no: DeepSpeed: Extra inputs"),
+        ("engine.extra={timers: 7}", "engine.extra.timers: 7 is not what DeepSpeed takes"),
+        ("engine.extra={sparse_gradients: true}", "sparse_gradients: DeepSpeed has no such key"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_starts(
     tiny: Tiny, override: str, message: str
 ) -> None:
     config = tiny(override)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         prepare(config)
+    assert len(str(error.value).splitlines()) == 1
     assert not Path(config.output).exists()
 
 

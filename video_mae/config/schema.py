@@ -3,7 +3,6 @@ explained. config/ has the keys.
 """
 
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,14 @@ from typing import (
     get_type_hints,
 )
 
-from video_mae.config.yaml_text import ScalarNode, load, read_word, refuse_interpolation, to_yaml
+from video_mae.config.yaml_text import (
+    MAX_VALUES,
+    ScalarNode,
+    load,
+    read_word,
+    refuse_interpolation,
+    to_yaml,
+)
 from video_mae.files import JsonObject, as_read_back, one_line, read_text
 
 Schema = TypeVar("Schema")
@@ -36,6 +42,10 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of"),
 }
 """How the range of a knob is written in Python, what it asks, and how it is told."""
+MOST = 10**9
+"""What no number is above whose range does not say more: no count, interval or factor is."""
+MOST_BATCH, MOST_SIDE = 65_536, 65_536
+"""Of clips or videos at once; of a picture in pixels, of a video in frames."""
 
 
 def knob(default: Any, meaning: str, *, filled: bool = False, **bounds: float) -> Any:
@@ -58,7 +68,7 @@ def section(kind: type, meaning: str, **defaults: Any) -> Any:
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raises: ValueError `key: value remedy` unless the condition holds."""
     if not condition:
-        raise ValueError(f"{key}: {value} {remedy}")
+        raise ValueError(f"{key}: {value!s:.300} {remedy}")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -85,10 +95,13 @@ class Knobs:
                 require(value not in ("", ()), f.name, "(empty)", "must be given")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
-                    require(abs(number) < math.inf, f.name, value, "must be finite")
-                    for name, bound in f.metadata["bounds"].items():
+                    bounds = f.metadata["bounds"]
+                    for name, bound in bounds.items():
                         is_met, _ = BOUNDS[name]
                         require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
+                    most = max([MOST, *bounds.values()])
+                    remedy = f"must be finite, and at most {most:.0e} in size"
+                    require(abs(number) <= most, f.name, value, remedy)
 
 
 def _range(f: Field[Any]) -> str:
@@ -216,6 +229,8 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
         is_text = kind is str or (origin is Literal and isinstance(parts[0], str))
         with _naming(f"{where}: "):
             value = read_word(value, is_text=is_text)
+    if isinstance(value, list) and len(value) > MAX_VALUES:
+        raise ValueError(f"{where}: holds more than {MAX_VALUES} values")
     if value is None and kind is not hint:
         return None
     if is_dataclass(kind):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
-from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
+from video_mae.config.schema import MOST_BATCH, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -130,13 +130,16 @@ class OptimConfig(Knobs):
     """
 
     micro_batch: int = knob(
-        32, "videos that a rank takes through forward and backward at once", low=1
+        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_BATCH
     )
     accumulation: int = knob(1, "micro-batches a step", low=1)
     base_lr: float = knob(
-        1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256", low=0
+        1.5e-4,
+        "learning rate for a global batch of 256: lr = base_lr * global batch / 256",
+        low=0,
+        high=1e30,
     )
-    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0)
+    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0, high=1e30)
     schedule: Literal["cosine", "constant_cooldown"] = knob(
         "cosine",
         "after the warm-up: half a cosine down to min_lr; or base_lr until a cooldown of the shape "
@@ -224,6 +227,11 @@ class EngineConfig(Knobs):
         "that is not finite",
         low=1,
     )
+    on_spike: Literal["ignore", "skip", "stop"] = knob(
+        "ignore",
+        "what a loss does that is 10 times the running mean of those before: nothing; its step is "
+        "skipped, as one that is not finite; or the run stops then with status 3, for either",
+    )
     extra: dict[str, Any] = knob(
         {}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error"
     )
@@ -233,6 +241,8 @@ class EngineConfig(Knobs):
         stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         remedy = f"needs engine.zero_stage {stage} or more"
         require(self.zero_stage >= stage, "offload", self.offload, remedy)
+        is_possible = (self.on_spike, self.precision) != ("stop", "fp16")
+        require(is_possible, "on_spike", "stop", "does not fit fp16, which skips steps by itself")
 
 
 class JournalConfig(Knobs):
@@ -280,7 +290,9 @@ class PretrainJournalConfig(JournalConfig):
     picture_interval: int = knob(
         500, "reconstruction pictures; the last step always draws one", low=0
     )
-    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
+    picture_clips: int = knob(
+        4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
+    )
 
 
 class ClipStageConfig(Knobs):

@@ -5,7 +5,6 @@ wanted.
 
 import os
 import queue
-import re
 import signal
 import threading
 import time
@@ -21,11 +20,11 @@ from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.isolation import end_with
+from video_mae.files import say
 
-DYING_SECONDS = 0.5  # from the end of a process's connections to its own
-MAX_RESTARTS = 10
+MAX_RESTARTS = 10  # without a batch between them
 AHEAD = 1  # batches on the device beside the one in use: a copy takes less time than a step
-_DEATH = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed)")
+_OF_DATA = "in DataLoader worker process"  # says DataLoader of what the data set has raised
 
 Item = TypeVar("Item")
 
@@ -34,7 +33,7 @@ def make_loader(
     dataset: Dataset[Sample],
     batches: Iterable[Any],
     data: DataConfig,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> "Loader[Batch]":
     """The micro-batches whose keys `batches` gives, in their order, the same for any number of
     workers and threads.
@@ -72,12 +71,12 @@ class Loader(Generic[Item]):
     """What `make(0)` gives, item after item; when a worker dies, `make(number delivered)` goes on
     with the item after them.
 
-    The samples are functions of their keys, so the items are the same. Raises: RuntimeError when
-    workers die again and again.
+    The samples are functions of their keys, so the items are the same. Raises: what the data set
+    does; RuntimeError when workers die again and again.
     """
 
     def __init__(
-        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = print
+        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = say
     ) -> None:
         self.make, self.say = make, say
 
@@ -93,11 +92,13 @@ class Loader(Generic[Item]):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                death = _death(error, items)
-                if not death:
+                # The memory of a batch is handed over by the worker that made it: one that dies
+                # meanwhile is a broken connection, in many words.
+                if not hasattr(items, "_workers") or _OF_DATA in str(error):
                     raise
+                death = f"a decoding worker is gone ({error!r})"
             else:
-                delivered += 1
+                delivered, restarts = delivered + 1, 0
                 yield item
                 continue
             restarts += 1
@@ -108,7 +109,7 @@ class Loader(Generic[Item]):
                 )
             self.say(
                 f"{death}: all are started anew, no batch is lost ({restarts} of at most "
-                f"{MAX_RESTARTS} times)"
+                f"{MAX_RESTARTS} times in a row)"
             )
             items = iter(())  # ends what is left of them first
             items = self._start(delivered)
@@ -121,21 +122,6 @@ class Loader(Generic[Item]):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         return items
-
-
-def _death(error: Exception, items: Any) -> str:
-    """What is told where an error means that a worker died; nothing where it is another error."""
-    if isinstance(error, RuntimeError):
-        if not _DEATH.match(str(error)):
-            return ""
-        return str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0]
-    # The memory of a batch is handed over by the worker that made it: one that dies meanwhile is
-    # seen as a broken connection.
-    for worker in getattr(items, "_workers", ()):
-        worker.join(timeout=DYING_SECONDS)
-        if not worker.is_alive():
-            return f"a decoding worker (pid {worker.pid}) ended while it handed over a batch"
-    return ""
 
 
 def _start_worker(trainer: int, _: int) -> None:

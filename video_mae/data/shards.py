@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from video_mae.decoding import Member
 from video_mae.extras import require_package
+from video_mae.files import is_regular
 
 FORMAT = "video-mae pack 1"
 SETTINGS, ROWS, SHARDS, MANIFEST, REFUSED = (
@@ -185,6 +186,8 @@ def _lines(source: str, name: str, what: str) -> Iterator[bytes]:
     """
     path = _inside(source, name)
     if "://" not in source:
+        if not is_regular(path):
+            raise FileNotFoundError(f"{what}: no such file: {path}, copy the folder again")
         with open(path, "rb") as file:
             yield from file
         return

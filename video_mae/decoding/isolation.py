@@ -9,6 +9,7 @@ a socket, the arrays in them through memory that both see.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import pickle
@@ -31,6 +32,8 @@ import numpy as np
 
 START_SECONDS = 120.0
 """Within them a process is there, its libraries loaded, also on a busy machine."""
+MOST_STARTS = 5
+"""Until one is there that nobody kills meanwhile."""
 MOST_FILES = 5000
 """That a process opens before another takes its place: decoders leave some KB behind with each."""
 AHEAD = 4
@@ -54,7 +57,14 @@ Result = TypeVar("Result")
 
 
 class KilledError(Exception):
-    """The process ended in a call, or was ended because it took too long: one line of reason."""
+    """The process ended in a call, or was ended because it took too long: one line of reason.
+
+    is_by_others: it may be no fault of what was asked, another process is to be asked once more.
+    """
+
+    def __init__(self, reason: str, *, is_by_others: bool = True) -> None:
+        super().__init__(reason)
+        self.is_by_others = is_by_others
 
 
 class Isolated:
@@ -74,8 +84,15 @@ class Isolated:
         if self._num_files >= MOST_FILES and not self._num_running:
             self.close()
         if not self.is_alive:
-            self.call(function, *arguments, seconds=START_SECONDS)
+            self.ask(function, *arguments)
         self._num_files += 1
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A `call` that is about no file: where the process ends, another is asked."""
+        for _ in range(MOST_STARTS - 1):
+            with suppress(KilledError):
+                return self.call(function, *arguments, seconds=START_SECONDS)
+        return self.call(function, *arguments, seconds=START_SECONDS)
 
     def call(
         self,
@@ -92,12 +109,20 @@ class Isolated:
         connection, begin, folder = self._connect(), time.monotonic(), ""
         with suppress(FileNotFoundError):  # it was removed: no relative path leads anywhere
             folder = os.getcwd()
+        waits = math.ceil(seconds)
         try:
             connection.send((function, arguments, memory_gb, folder))
+            # In parts: of a time in which this process was stopped one part alone counts.
+            is_there = any(connection.poll(seconds / waits) for _ in range(waits))
             # Late is late, also where this process comes to look only after the answer.
-            if not connection.poll(seconds) or time.monotonic() - begin > seconds:
+            if not is_there or time.monotonic() - begin > seconds:
+                assert self._process is not None
+                with open(f"/proc/{self._process.pid}/stat", "rb") as file:
+                    is_by_others = is_there or b") T " in file.read()  # T: stopped by a signal
                 self.close()
-                raise KilledError(f"no answer within {seconds:g} seconds")
+                raise KilledError(
+                    f"no answer within {seconds:g} seconds", is_by_others=is_by_others
+                )
             answer, places = connection.recv()
             end = sum(num_bytes for _, num_bytes in places)
             if end > len(self._shared):

@@ -28,7 +28,7 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.files import check_made_with, json_text, write_json, write_text
+from video_mae.files import check_made_with, json_text, say, write_json, write_text
 from video_mae.model.vit import VideoClassifier
 
 DONE, NOTHING = 0, 3
@@ -184,7 +184,7 @@ class Extraction:
                 f"{len(bad)} of {len(self.paths)} videos could not be decoded; {INDEX_FILE} names "
                 "them"
             )
-        print(f"features {self.folder}", flush=True)
+        say(f"features {self.folder}")
         return NOTHING if len(bad) == len(self.paths) else DONE
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from video_mae.config.training import Precision
 from video_mae.config.world import World
+from video_mae.files import say
 from video_mae.training.engine import leave, prepare_environment
 
 TIMEOUT = timedelta(days=1)
@@ -59,7 +60,7 @@ class Ranks:
         """Prints lines, once for all ranks, without the empty ones."""
         for line in filter(None, lines):
             if self.is_main:
-                print(line, flush=True)
+                say(line)
 
     def progress(self, total: int) -> "tqdm[Any]":
         """A bar for the videos of the main rank."""

@@ -22,6 +22,7 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.files import say
 from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
@@ -55,8 +56,8 @@ class ConvertConfig(Facts):
 def start(source: str, destination: str, config: ConvertConfig) -> int:
     """The stage as the command line starts it."""
     for line in convert(source, destination, config):
-        print(line)
-    print(f"{config.format:9}{destination}")
+        say(line)
+    say(f"{config.format:9}{destination}")
     return 0
 
 

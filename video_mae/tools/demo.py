@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.extras import require_package
-from video_mae.files import check_made_with, write_json, write_whole
+from video_mae.files import check_made_with, say, write_json, write_whole
 from video_mae.tools import people
 
 ACTIONS = (
@@ -107,7 +107,7 @@ class DemoConfig(Knobs):
 def start(folder: str, config: DemoConfig) -> int:
     """The stage as the command line starts it."""
     make_demo_data(folder, config)
-    print(f"demo data {folder}")
+    say(f"demo data {folder}")
     return 0
 
 

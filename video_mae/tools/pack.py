@@ -27,9 +27,8 @@ from video_mae.data.paths import file_mistake
 from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
 from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
-from video_mae.decoding.containers import is_regular
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
-from video_mae.files import LIST_DIGEST, check_made_with, write_json, write_text
+from video_mae.files import LIST_DIGEST, check_made_with, is_regular, say, write_json, write_text
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, FAILED, NOTHING = 0, 1, 3
@@ -80,10 +79,9 @@ def start(source: str, folder: str, config: PackConfig) -> int:
             with _stopping() as stop:
                 _pack_all(items, writer, config, stop)
             if stop.number:
-                print(
+                say(
                     f"{folder}: stopped at {writer.num_rows} of {len(items)} videos; the same "
-                    "command goes on from there",
-                    flush=True,
+                    "command goes on from there"
                 )
                 return 128 + stop.number
             return _conclude(target, writer, settings, names)
@@ -114,7 +112,7 @@ def read_items(
             str(error).replace("data.source", "LIST").replace("data.root", "root")
         ) from None
     for note in notes:
-        print(note, flush=True)
+        say(note)
     items = []
     for _, place, label, mistake in lines:
         name = place.name if isinstance(place, Member) else place.removeprefix(base)
@@ -172,7 +170,9 @@ def _num_bytes(outcome: PackedRow | None) -> int:
     return 0 if media is None else media.nbytes
 
 
-def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> PackedRow | None:
+def _pack_one(
+    item: Item, config: PackConfig, stop: _Stop, *, again: bool = True
+) -> PackedRow | None:
     """What becomes of an item; None where the packing ends before."""
     row: dict[str, Any] = {"path": item.name, "label": item.label}
     reason = item.mistake
@@ -194,6 +194,8 @@ def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> PackedRow | None:
         except VideoDecodeError as error:
             reason = error.reason
         except KilledError as killed:
+            if again and killed.is_by_others:
+                return _pack_one(item, config, stop, again=False)
             reason = str(killed)
             if "no answer" in reason:  # without figures: they are no fact of the video
                 reason = "it makes no progress (decode_seconds)"
@@ -225,11 +227,10 @@ def _conclude(
 
 def _tell(folder: Path, manifest: dict[str, Any], before: str) -> int:
     refused = f", {manifest['refused']} refused ({REFUSED} says why)" if manifest["refused"] else ""
-    print(
+    say(
         f"{folder}: {before}{manifest['videos']} videos{refused}, "
         f"{manifest['bytes'] / 1e6:.1f} MB in {len(manifest['shards'])} shards; "
-        f"data.source={folder}",
-        flush=True,
+        f"data.source={folder}"
     )
     return DONE if manifest["videos"] else NOTHING
 

@@ -17,9 +17,11 @@ from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
+from video_mae.files import one_line
 from video_mae.training import checkpoint, device_step
 from video_mae.training.deepspeed_config import deepspeed_config
 from video_mae.training.optim import guard, make_optimizer
+from video_mae.training.spikes import SpikeWatch
 from video_mae.training.step_status import StatusQueue, filled
 
 FROZEN = "frozen_weights"
@@ -68,7 +70,11 @@ class Engine:
         if config.engine.compile:
             self.deepspeed.compile()
         self.is_guarded = device_step.is_possible(self.dictionary)
-        self.statuses = StatusQueue(self.device)
+        self.statuses, self.unusual = StatusQueue(self.device), "not finite"
+        is_watched = config.engine.on_spike != "ignore"
+        if is_watched:
+            self.unusual += " or a spike"
+        self.spikes = SpikeWatch(self.mean, self.device, is_on=is_watched)
         self.skipped_steps = filled(0, self.device)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -78,7 +84,7 @@ class Engine:
         """Accumulates gradients; `last` marks the last micro-batch of a step, whose update waits
         for `step`.
         """
-        self.deepspeed.backward(loss)
+        self.deepspeed.backward(self.spikes.judged(loss))
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
@@ -297,7 +303,9 @@ def check_start(config: RunConfig) -> int:
     world_size = World.from_environment().size
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
-    deepspeed_config(config, world_size)
+    dictionary = deepspeed_config(config, world_size)
+    if config.engine.extra:
+        _check_with_deepspeed(dictionary, config.engine.extra)
     found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
         return world_size
@@ -312,6 +320,24 @@ def check_start(config: RunConfig) -> int:
                 f"{remedy}, or choose another output folder"
             )
     return world_size
+
+
+def _check_with_deepspeed(dictionary: dict[str, Any], changed: Iterable[str]) -> None:
+    """Has DeepSpeed read the keys that a user has changed, one at a time, so that what is wrong is
+    told by its key. Raises: ValueError.
+    """
+    prepare_environment()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    for key in changed:
+        try:
+            DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: dictionary[key]})
+        except Exception as error:  # pydantic's, and types of its own
+            said: Any = {"loc": (), "msg": error}
+            if hasattr(error, "errors"):
+                said = error.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
+            where = ".".join(["engine.extra", key, *map(str, said["loc"])])
+            raise ValueError(one_line(f"{where}: DeepSpeed: {said['msg']}")) from None
 
 
 def prepare_environment() -> None:

@@ -17,7 +17,7 @@ from video_mae.config.data import SourceConfig
 from video_mae.data.dataset import Batch, Failure, MiddleClips, share_batches
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sources import Sources
-from video_mae.data.videos import VideoList, read_annotations, read_labeled
+from video_mae.data.videos import VideoList, has_begun, read_annotations, read_labeled
 from video_mae.decoding.choices import dense_indices
 from video_mae.model.objective import Losses
 from video_mae.training.feature_quality import (
@@ -47,8 +47,11 @@ class FeatureProbe:
         probe = config.probe
         self.config, self._not_before, self._is_told = config, 0.0, False
         self.lists = dict[str, VideoList]()
+        resumed = has_begun(config.output)
         if probe.train:
-            read = partial(read_labeled, root=probe.root, list_format=probe.list_format)
+            read = partial(
+                read_labeled, root=probe.root, list_format=probe.list_format, resumed=resumed
+            )
             train = self.lists["train"] = read("probe.train", probe.train)
             read = partial(read, num_classes=train.num_classes, names=train.class_names)
             videos = read("probe.validation", probe.validation)
@@ -56,7 +59,7 @@ class FeatureProbe:
             source = SourceConfig(
                 source=probe.validation, root=probe.root, list_format=probe.list_format
             )
-            videos = read_annotations(source, "probe.validation")
+            videos = read_annotations(source, "probe.validation", resumed=resumed)
         self.lists["validation"] = videos
 
     def follow(self, done: int, epoch: float, journal: Journal, inputs_of: InputsOf) -> None:

@@ -120,9 +120,9 @@ class Journal:
             disable=None if engine.rank == 0 else True,  # None: where nobody watches
         )
 
-    def say(self, message: str) -> None:
-        """Prints a message once, on the main rank, and keeps it in log.txt."""
-        if self.engine.rank != 0:
+    def say(self, message: str, *, anywhere: bool = False) -> None:
+        """Prints a message once, on the main rank, or on any, and keeps it in log.txt."""
+        if self.engine.rank != 0 and not anywhere:
             return
         message = one_line(message)  # it may name files
         tqdm.write(message, file=sys.stdout)

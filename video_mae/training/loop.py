@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.dataset import Batch, Sample
+from video_mae.data.dataset import Batch, Sample, UndecodableError
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
@@ -174,7 +174,11 @@ class Training(ABC, Generic[Config]):
 
     def run_and_leave(self) -> int:
         """Trains as the command line does: at its end the process leaves its group."""
-        exit_status = self.run()
+        try:
+            exit_status = self.run()
+        except UndecodableError as error:
+            exit_status = STOPPED_BY_POLICY
+            self.journal.say(f"stopped: {error}", anywhere=True)
         leave()
         return exit_status
 
@@ -250,17 +254,18 @@ class Training(ABC, Generic[Config]):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
             if is_skipped:
                 self.journal.say(
-                    f"step {status.step}: skipped, a loss or gradient was not finite "
+                    f"step {status.step}: skipped, a loss or gradient was {self.engine.unusual} "
                     f"({self.skipped_in_a_row} in a row)"
                 )
 
     def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
-        if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
+        most = 1 if config.engine.on_spike == "stop" else config.engine.max_skipped_in_a_row
+        if self.skipped_in_a_row >= most:
             return (
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is "
-                "from before them: lower optim.base_lr, set optim.clip_grad or use another "
-                "engine.precision"
+                f"{self.skipped_in_a_row} steps in a row were {self.engine.unusual}; the last "
+                "checkpoint is from before them: lower optim.base_lr, set optim.clip_grad or use "
+                "another engine.precision"
             )
         if not is_logged:
             return ""
@@ -381,7 +386,7 @@ class Training(ABC, Generic[Config]):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside the weights and the optimizer's state, on this rank."""
-        return self.average.tensors if self.average else {}
+        return {**self.engine.spikes.tensors, **(self.average.tensors if self.average else {})}
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""

@@ -15,6 +15,7 @@ from video_mae.config import PretrainConfig
 from video_mae.data.dataset import Batch, collate
 from video_mae.data.sampling import StepSampler
 from video_mae.data.sources import read_sources
+from video_mae.data.videos import has_begun
 from video_mae.files import draw_or_tell
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
@@ -76,7 +77,9 @@ class Pretraining(Training[PretrainConfig]):
         config, weights = starting_weights(config)
         if objective.teacher == "ema":
             self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
-        super().__init__(config, read_sources(config.data, model.in_channels), weights)
+        resumed = has_begun(config.output)
+        videos = read_sources(config.data, model.in_channels, resumed=resumed)
+        super().__init__(config, videos, weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)
         self.base, *others = self.stages
         self.introduction += [

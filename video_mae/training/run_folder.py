@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
+from video_mae.files import check_folder
 from video_mae.training.checkpoint import steps_done
 from video_mae.training.optim import Schedule
 
@@ -20,6 +21,8 @@ Config = TypeVar("Config", bound=RunConfig)
 # run.
 FREE_KEYS = (
     "output",
+    "data.root",  # the digest of the list tells whether its paths are others
+    "validation.root",
     "journal.",
     "data.num_workers",
     "data.decoder_threads",
@@ -32,6 +35,7 @@ FREE_KEYS = (
     "engine.kernels",
     "engine.activation_checkpointing",
     "engine.max_skipped_in_a_row",
+    "engine.on_spike",
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )
@@ -139,6 +143,7 @@ def run_in(folder: Path, schema: type[Config]) -> Config | None:
     """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
     for any other folder.
     """
+    check_folder(folder)
     if not folder.exists() or not any(folder.iterdir()):
         return None
     file = folder / "config.yaml"
