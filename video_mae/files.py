@@ -2,17 +2,21 @@
 lines that a crash may tear.
 """
 
+import atexit
 import codecs
 import fcntl
 import json
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from video_mae.processes import identity, is_running
 
 JsonObject = dict[str, Any]
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -278,3 +282,51 @@ def _check_settings(
 def write_metrics(folder: Path, settings: JsonObject, metrics: JsonObject) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
+
+
+LOCK_FILE = ".lock"
+SIGN_SECONDS, MOST_SIGNS_MISSED = 3.0, 10
+"""How often who holds a folder gives a sign of life there, and how many another machine waits for,
+which cannot look whether the process is there.
+"""
+
+
+def hold_folder(folder: Path) -> list[str]:
+    """Keeps a folder to this process as long as it lives; returns a line where another one ended
+    without giving it back. Raises: ValueError naming the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, own, told = folder / LOCK_FILE, identity(), list[str]()
+    with file.open("ab") as stream:
+        # Of two starts in the same instant one waits; not on a file system without locks.
+        with suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        for holder in read_jsonl(file):
+            who = f"{folder}: process {holder['pid']} on {holder['host']}"
+            is_alive = is_running(holder)
+            if holder["machine"] != own["machine"]:
+                is_alive = _gives_signs(file)
+            if is_alive and holder != own:
+                raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
+            told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
+        file.write_bytes(json_line(own))
+
+    def give_signs() -> None:
+        while True:
+            time.sleep(SIGN_SECONDS)
+            with suppress(OSError):
+                os.utime(file)
+
+    threading.Thread(target=give_signs, daemon=True).start()
+    atexit.register(file.unlink, missing_ok=True)
+    return told
+
+
+def _gives_signs(file: Path) -> bool:
+    before = os.path.getmtime(file)
+    for _ in range(MOST_SIGNS_MISSED):
+        time.sleep(SIGN_SECONDS)
+        file.read_bytes()  # a network file system looks anew when a file is opened
+        if os.path.getmtime(file) != before:
+            return True
+    return False

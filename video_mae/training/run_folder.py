@@ -32,6 +32,7 @@ FREE_KEYS = (
     "engine.kernels",
     "engine.activation_checkpointing",
     "engine.max_skipped_in_a_row",
+    "engine.stall_seconds",
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )
@@ -139,7 +140,8 @@ def run_in(folder: Path, schema: type[Config]) -> Config | None:
     """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
     for any other folder.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    # what is hidden is only left from a start that came to nothing
+    if not folder.exists() or all(path.name[0] == "." for path in folder.iterdir()):
         return None
     file = folder / "config.yaml"
     if not file.is_file():
