@@ -284,10 +284,9 @@ def write_metrics(folder: Path, settings: JsonObject, metrics: JsonObject) -> No
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
 
 
-LOCK_FILE = ".lock"
-SIGN_SECONDS, MOST_SIGNS_MISSED = 3.0, 10
-"""How often who holds a folder gives a sign of life there, and how many another machine waits for,
-which cannot look whether the process is there.
+SIGN_SECONDS, SILENT_SECONDS = 3.0, 30.0
+"""How often who holds a folder gives a sign of life in it; and how long another machine, which
+cannot see the process, waits for one.
 """
 
 
@@ -296,7 +295,7 @@ def hold_folder(folder: Path) -> list[str]:
     without giving it back. Raises: ValueError naming the process that holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, own, told = folder / LOCK_FILE, identity(), list[str]()
+    file, own, told = folder / ".lock", identity(), list[str]()
     with file.open("ab") as stream:
         # Of two starts in the same instant one waits; not on a file system without locks.
         with suppress(OSError):
@@ -305,7 +304,10 @@ def hold_folder(folder: Path) -> list[str]:
             who = f"{folder}: process {holder['pid']} on {holder['host']}"
             is_alive = is_running(holder)
             if holder["machine"] != own["machine"]:
-                is_alive = _gives_signs(file)
+                before = file.stat()
+                time.sleep(SILENT_SECONDS)
+                file.read_bytes()  # a network file system looks anew when a file is opened
+                is_alive = file.stat().st_mtime != before.st_mtime
             if is_alive and holder != own:
                 raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
             told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
@@ -320,13 +322,3 @@ def hold_folder(folder: Path) -> list[str]:
     threading.Thread(target=give_signs, daemon=True).start()
     atexit.register(file.unlink, missing_ok=True)
     return told
-
-
-def _gives_signs(file: Path) -> bool:
-    before = os.path.getmtime(file)
-    for _ in range(MOST_SIGNS_MISSED):
-        time.sleep(SIGN_SECONDS)
-        file.read_bytes()  # a network file system looks anew when a file is opened
-        if os.path.getmtime(file) != before:
-            return True
-    return False

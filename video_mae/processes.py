@@ -25,25 +25,30 @@ _first: list[float] = []
 """When the first signal came."""
 
 
-def _status(pid: int) -> list[str]:
-    """Of a process: its parent, its group, and last its start, in ticks since that of the machine;
-    nothing where it has ended, whether or not its parent has taken notice. Source: proc(5).
+def _status(pid: int | str) -> list[str]:
+    """Of a process: its parent, and last its start, in ticks since that of the machine; nothing
+    where it has ended, whether or not its parent has taken notice. Source: proc(5).
     """
     try:
-        line = Path(f"/proc/{pid}/stat").read_bytes()
+        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return []
     # the name before it, in brackets, may hold anything
-    state, *words = line.rpartition(b")")[2].decode().split()
+    state, *words = line.rpartition(")")[2].split()
     return [] if state in "ZX" else words[:19]
 
 
 def identity() -> dict[str, Any]:
-    """This process as `is_running` takes it, and its host for people."""
-    # one start of one kernel, and one container's view of its processes
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    pid, host = os.getpid(), socket.gethostname()
-    return {"host": host, "machine": machine, "pid": pid, "start": _status(pid)[-1]}
+    """This process as `is_running` takes it, with its host for people, and its `machine`: one start
+    of one kernel, and one container's view of its processes.
+    """
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), os.readlink("/proc/self/ns/pid")
+    return {
+        "host": socket.gethostname(),
+        "machine": f"{boot.read_text().strip()} {space}",
+        "pid": os.getpid(),
+        "start": _status("self")[-1],
+    }
 
 
 def is_running(other: dict[str, Any]) -> bool:
@@ -69,21 +74,8 @@ def on_signals(handle: Callable[[int], None]) -> None:
 
 
 def end_with_launchers() -> None:
-    """From now on this process has a SIGTERM when one of those that started it is gone."""
-    launchers = _launchers()
-
-    def watch() -> None:
-        while all(map(is_running, launchers)):
-            time.sleep(LOOK_SECONDS)
-        if not _first:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _launchers() -> list[dict[str, Any]]:
-    """The processes above this one whose end is to be its own: those of its group, which a shell
-    stops as one; under a launcher those of the launcher's.
+    """From now on this process has a SIGTERM when one of those that started it is gone: those of
+    its group, which a shell stops as one; under a launcher those of the launcher's.
 
     What was started in the background or by `nohup` outlives who did it. Then only those count
     whose command line ends as that of this process does: they are there for it alone.
@@ -99,4 +91,11 @@ def _launchers() -> list[dict[str, Any]]:
         parent, *_, start = _status(pid)
         found.append({"pid": pid, "start": start})
         pid = int(parent)
-    return found
+
+    def watch() -> None:
+        while all(map(is_running, found)):
+            time.sleep(LOOK_SECONDS)
+        if not _first:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

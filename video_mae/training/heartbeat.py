@@ -20,25 +20,25 @@ from video_mae.config.world import World
 TRY_AGAIN = 75
 """The exit status, EX_TEMPFAIL of sysexits.h."""
 TIMED = ("reading", "forward", "all-reduce")
-"""Stages that no rank stays in. A save, a validation and what the first step compiles take as long
-as they take, if only the rank beats.
+"""Stages that no rank stays in. The start, a save and a validation take as long as they take, if
+only the rank beats.
 """
 
 
 class Progress:
-    """What this process is doing: its stage, since when and, of one that is TIMED, for how many
-    beats; how many stages it has had, all ranks the same ones; the last optimizer step it has done.
+    """What this process is doing: its stage, since when, and for how many seconds where it is
+    TIMED; how many stages it has had, all ranks the same ones; the last step that it has done.
     """
 
     def __init__(self) -> None:
         self.moves = self.step = 0
-        self.begin("starting")
+        self.begin("start")
 
     def begin(self, stage: str) -> None:
         """From now on it is at `stage`."""
-        if self.step == 0 and stage != "reading":
-            stage = "first step"
-        self.stage, self.since, self.beats = stage, time.ctime(), 0
+        if not self.step and stage != "reading":
+            stage = "start"  # up to the end of the first step, which compiles
+        self.stage, self.since, self.seconds = stage, time.ctime(), 0.0
         self.moves += 1
 
 
@@ -64,7 +64,7 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if re.search("gloo|NCCL|c10d", str(error)):
             watch.details = traceback.format_exc()
-            watch.most_silent = 8  # who does not beat now has died
+            watch.stall_seconds = 8  # who does not beat now has died
             time.sleep(15)
             watch.leave(f"a connection between ranks has broken: {error}")
         raise
@@ -78,7 +78,7 @@ class _Watch:
     def __init__(self, run_folder: Path, stall_seconds: float) -> None:
         self.rank, size, _ = World.from_environment()
         self.interval = 1 + size / 16  # seconds: all read the files of all
-        self.most_silent, self.most_beats = stall_seconds, stall_seconds / self.interval
+        self.stall_seconds = stall_seconds
         self.log_file, folder = run_folder / "log.txt", run_folder / ".heartbeats"
         folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"rank_{rank}" for rank in range(size)]
@@ -86,10 +86,11 @@ class _Watch:
         self.begin = self.files[self.rank].stat().st_mtime
 
     def tell(self) -> None:
-        progress.beats += progress.stage in TIMED
+        progress.seconds += self.interval * (progress.stage in TIMED)
         self.files[self.rank].write_text(
-            f"{progress.moves} {progress.beats} rank {self.rank} ({socket.gethostname()}, process "
-            f"{os.getpid()}): {progress.stage} since {progress.since}, after step {progress.step}"
+            f"{progress.moves} {progress.seconds:.0f} "
+            f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()}): {progress.stage} "
+            f"since {progress.since}, after step {progress.step}"
         )
 
     def look(self) -> None:
@@ -100,12 +101,12 @@ class _Watch:
             # what an earlier start has left tells nothing
             if file.exists() and file.stat().st_mtime > heard:
                 heard, text = file.stat().st_mtime, file.read_text() or text
-            moves, beats, line = text.split(" ", 2)
-            rows.append((int(moves), int(beats), line))
-            if now - heard > self.most_silent:
+            moves, seconds, line = text.split(" ", 2)
+            rows.append((int(moves), int(seconds), line))
+            if now - heard > self.stall_seconds:
                 gone[rank] = f"{line}; no sign of life since {time.ctime(heard)}"
-        _, beats, line = min(rows)  # who is behind the others, and not for the longest
-        if gone or beats > self.most_beats:
+        _, seconds, line = min(rows)  # who is behind the others, and not for the longest
+        if gone or seconds > self.stall_seconds:
             alive = set(range(len(rows))).difference(gone)
             self.leave("; ".join(gone.values()) or line, min(alive))
 

@@ -131,7 +131,7 @@ class Journal:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # a terminal that is closed, a pipe whose reader has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._log(message)
 
     @contextmanager
