@@ -110,9 +110,11 @@ class Run:
         return [" ".join(process.cmdline()) for process in self.processes if lives(process)]
 
     def kill(self) -> None:
-        for process in self.processes or [psutil.Process(self.command.pid)]:
+        for process in self.processes:
             if lives(process):
                 process.kill()
+        if self.command.poll() is None:
+            os.killpg(self.command.pid, signal.SIGKILL)
         self.command.wait()
 
 
@@ -231,6 +233,8 @@ def test_a_second_signal_does_not_wait_for_the_end_of_the_step(
 def test_a_rank_that_hangs_is_named_and_all_leave(start: Callable[..., Run], fault: str) -> None:
     run = start(f"{DEEPSPEED} TRAIN", f"engine.stall_seconds={STALL_SECONDS}")
     run.train()
+    beats = sorted((run.output / ".heartbeats").iterdir())
+    wait_for(lambda: all(re.search("step [1-9]", beat.read_text()) for beat in beats), "no beat")
     stopped = run.find("rank0" if fault == "rank0 stopped" else "rank1")
     pid = stopped.pid
     if fault == "reading":
