@@ -21,13 +21,13 @@ LOOK_SECONDS = 1.0
 SAME_SECONDS = 0.5
 """Signals as close together are one: that of a terminal, say, and of a launcher that had it too."""
 
-_first: list[float] = []
+_first = list[float]()
 """When the first signal came."""
 
 
 def _status(pid: int | str) -> list[str]:
-    """Of a process: its parent, and last its start, in ticks since that of the machine; nothing
-    where it has ended, whether or not its parent has taken notice. Source: proc(5).
+    """Of a process: its parent, its group, and last its start, in ticks since that of the machine;
+    nothing where it has ended, whether or not its parent has taken notice. Source: proc(5).
     """
     try:
         line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -81,16 +81,15 @@ def end_with_launchers() -> None:
     whose command line ends as that of this process does: they are there for it alone.
     """
     pid = os.getppid()
-    group = os.getpgid(pid if "RANK" in os.environ else 0)
+    group = str(os.getpgid(pid if "RANK" in os.environ else 0))
     may_go = signal.SIG_IGN in map(signal.getsignal, (signal.SIGHUP, signal.SIGINT))
     end = os.fsencode(f"{sys.argv[-1]}\0")
     found = list[dict[str, Any]]()
-    while pid > 1 and os.getpgid(pid) == group:
+    while (status := _status(pid)) and status[1] == group:
         if may_go and not Path(f"/proc/{pid}/cmdline").read_bytes().endswith(end):
             break
-        parent, *_, start = _status(pid)
-        found.append({"pid": pid, "start": start})
-        pid = int(parent)
+        found.append({"pid": pid, "start": status[-1]})
+        pid = int(status[0])
 
     def watch() -> None:
         while all(map(is_running, found)):

@@ -101,9 +101,11 @@ class Run:
         ranks = dict[int, psutil.Process]()
         for process in self.processes:
             environment = process.environ()
-            if "RANK" in environment and "RANK" not in process.parent().environ():
+            if "RANK" in environment and "RANK" not in psutil.Process(process.ppid()).environ():
                 ranks[int(environment["RANK"])] = process
-        return ranks[0].parent() if target == "launcher" else ranks[int(target[-1])]
+        if target == "launcher":
+            return psutil.Process(ranks[0].ppid())
+        return ranks[int(target[-1])]
 
     def left(self) -> list[str]:
         self.command.poll()

@@ -13,12 +13,9 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from video_mae.config.world import World
 
-TRY_AGAIN = 75
-"""The exit status, EX_TEMPFAIL of sysexits.h."""
 TIMED = ("reading", "forward", "all-reduce")
 """Stages that no rank stays in. The start, a save and a validation take as long as they take, if
 only the rank beats.
@@ -66,7 +63,7 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
             watch.details = traceback.format_exc()
             watch.stall_seconds = 8  # who does not beat now has died
             time.sleep(15)
-            watch.leave(f"a connection between ranks has broken: {error}")
+            watch.leave(f"a connection between ranks has broken: {str(error).splitlines()[0]}")
         raise
     finally:
         ended.set()
@@ -95,7 +92,7 @@ class _Watch:
 
     def look(self) -> None:
         """Times are those of the file system: no machine's clock is compared with another's."""
-        now, rows, gone = self.files[self.rank].stat().st_mtime, list[Any](), dict[int, str]()
+        now, rows, gone = self.files[self.rank].stat().st_mtime, [], {}
         for rank, file in enumerate(self.files):
             heard, text = self.begin, f"0 0 rank {rank}: has not begun"
             # what an earlier start has left tells nothing
@@ -111,10 +108,12 @@ class _Watch:
             self.leave("; ".join(gone.values()) or line, min(alive))
 
     def leave(self, line: str, teller: int = 0) -> None:
-        if self.rank == teller:
-            line = f"stalled: {line}; see {self.log_file}, and start the same command again"
-            print(line, flush=True)
-            with suppress(OSError), self.log_file.open("a", encoding="utf-8") as stream:
-                stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n{self.details}")
-        time.sleep(2 * self.interval)  # until all know
-        os._exit(TRY_AGAIN)
+        try:
+            if self.rank == teller:
+                line = f"stalled: {line}; see {self.log_file}, and start the same command again"
+                with suppress(OSError), self.log_file.open("a", encoding="utf-8") as stream:
+                    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n{self.details}")
+                print(line, flush=True)
+            time.sleep(2 * self.interval)  # until all know
+        finally:
+            os._exit(os.EX_TEMPFAIL)
