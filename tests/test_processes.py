@@ -115,7 +115,7 @@ def test_the_second_signal_ends_a_process_that_handles_the_first(
     assert process.stdout.readline() == f"{signal.SIGINT:d}\n"
     process.send_signal(signal.SIGTERM)
     assert process.stdout.readline() == f"{signal.SIGTERM:d}\n"
-    time.sleep(1)
+    time.sleep(2)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM

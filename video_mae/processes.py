@@ -18,7 +18,7 @@ from typing import Any
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 1.0
 """From one look at the launchers to the next."""
-SAME_SECONDS = 0.5
+SAME_SECONDS = 0.8
 """Signals as close together are one: that of a terminal, say, and of a launcher that had it too."""
 
 _first = list[float]()

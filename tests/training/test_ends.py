@@ -107,9 +107,9 @@ class Run:
             return psutil.Process(ranks[0].ppid())
         return ranks[int(target[-1])]
 
-    def left(self) -> list[str]:
+    def left(self) -> list[psutil.Process]:
         self.command.poll()
-        return [" ".join(process.cmdline()) for process in self.processes if lives(process)]
+        return [process for process in self.processes if lives(process)]
 
     def kill(self) -> None:
         for process in self.processes:
