@@ -99,7 +99,7 @@ class Run:
         if target == "command":
             return self.processes[0]
         ranks = dict[int, psutil.Process]()
-        for process in self.processes:
+        for process in self.left():
             environment = process.environ()
             if "RANK" in environment and "RANK" not in psutil.Process(process.ppid()).environ():
                 ranks[int(environment["RANK"])] = process
