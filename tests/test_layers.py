@@ -29,6 +29,7 @@ LEVELS = (
     ("decoding", "kernels"),
     ("config",),
     ("files", "extras"),
+    ("processes",),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from video_mae.files import one_line
+from video_mae.processes import end_with_launchers
 
 USAGE_ERROR = 2
 PATIENCE_SECONDS = 30
@@ -146,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     else as the stage says.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        end_with_launchers()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files and classes that it cannot say, as sys.stderr does

@@ -2,6 +2,7 @@
 lines that a crash may tear.
 """
 
+import atexit
 import codecs
 import fcntl
 import json
@@ -9,11 +10,14 @@ import os
 import re
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
+
+from video_mae.processes import identity, is_running
 
 JsonObject = dict[str, Any]
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -323,3 +327,43 @@ def _check_settings(
 def write_metrics(folder: Path, settings: JsonObject, metrics: JsonObject) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
+
+
+SIGN_SECONDS, SILENT_SECONDS = 3.0, 30.0
+"""How often who holds a folder gives a sign of life in it; and how long another machine, which
+cannot see the process, waits for one.
+"""
+
+
+def hold_folder(folder: Path) -> list[str]:
+    """Keeps a folder to this process as long as it lives; returns a line where another one ended
+    without giving it back. Raises: ValueError naming the process that holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, own, told = folder / ".lock", identity(), list[str]()
+    with file.open("ab") as stream:
+        # Of two starts in the same instant one waits; not on a file system without locks.
+        with suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        for holder in read_jsonl(file):
+            who = f"{folder}: process {holder['pid']} on {holder['host']}"
+            is_alive = is_running(holder)
+            if holder["machine"] != own["machine"]:
+                before = file.stat()
+                time.sleep(SILENT_SECONDS)
+                file.read_bytes()  # a network file system looks anew when a file is opened
+                is_alive = file.stat().st_mtime != before.st_mtime
+            if is_alive and holder != own:
+                raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
+            told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
+        file.write_bytes(json_line(own))
+
+    def give_signs() -> None:
+        while True:
+            time.sleep(SIGN_SECONDS)
+            with suppress(OSError):
+                os.utime(file)
+
+    threading.Thread(target=give_signs, daemon=True).start()
+    atexit.register(file.unlink, missing_ok=True)
+    return told

@@ -232,6 +232,13 @@ class EngineConfig(Knobs):
         "what a loss does that is 10 times the running mean of those before: nothing; its step is "
         "skipped, as one that is not finite; or the run stops then with status 3, for either",
     )
+    stall_seconds: float = knob(
+        300.0,
+        "all ranks leave with status 75 when one of them has given no sign of life for so long, or "
+        "has been reading, computing or waiting for others in one and the same micro-batch",
+        low=10,
+        high=86400,
+    )
     extra: dict[str, Any] = knob(
         {}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error"
     )

@@ -131,10 +131,11 @@ def _start_worker(trainer: int, _: int) -> None:
     torch.set_num_threads(1)
     keep_memory()
     end_with(trainer)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer finishes its step
-    # and saves, and needs batches for it. Only the trainer's own SIGTERM counts. A thread waits for
-    # it because a handler would not run while a decoder hangs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, a closed terminal's SIGHUP and a scheduler's SIGTERM reach the whole process group:
+    # the trainer finishes its step and saves, and needs batches for it. Only the trainer's own
+    # SIGTERM counts. A thread waits for it because a handler would not run while a decoder hangs.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_with_trainer, daemon=True).start()
 

@@ -28,7 +28,14 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.files import check_made_with, json_text, say, write_json, write_text
+from video_mae.files import (
+    check_made_with,
+    hold_folder,
+    json_text,
+    say,
+    write_json,
+    write_text,
+)
 from video_mae.model.vit import VideoClassifier
 
 DONE, NOTHING = 0, 3
@@ -49,7 +56,10 @@ def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callab
     """The stage as the command line starts it: a mistake is raised here, the extraction is what is
     returned.
     """
-    return Extraction(model, source, Path(folder), config).run
+    extraction = Extraction(model, source, Path(folder), config)
+    if check_start(config.precision).rank == 0:
+        extraction.notes += hold_folder(extraction.folder)
+    return extraction.run
 
 
 class Extraction:

@@ -29,6 +29,7 @@ from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
 from video_mae.files import LIST_DIGEST, check_made_with, is_regular, say, write_json, write_text
+from video_mae.processes import ENDING, on_signals
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, FAILED, NOTHING = 0, 1, 3
@@ -130,12 +131,11 @@ class _Stop:
 def _stopping() -> Iterator[_Stop]:
     stop = _Stop()
 
-    def note(number: int, _: Any) -> None:
+    def note(number: int) -> None:
         stop.asked, stop.number = True, number
-        # a second one ends it at once; it goes on all the same
-        signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in ENDING}
+    on_signals(note)
     try:
         yield stop
     finally:

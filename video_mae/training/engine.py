@@ -20,6 +20,7 @@ from video_mae.config.world import World, ranks_here
 from video_mae.files import one_line
 from video_mae.training import checkpoint, device_step
 from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.spikes import SpikeWatch
 from video_mae.training.step_status import StatusQueue, filled
@@ -84,6 +85,7 @@ class Engine:
         """Accumulates gradients; `last` marks the last micro-batch of a step, whose update waits
         for `step`.
         """
+        progress.begin("all-reduce")
         self.deepspeed.backward(self.spikes.judged(loss))
         if not last:
             self.deepspeed.step()  # counts the micro-batch
@@ -110,7 +112,8 @@ class Engine:
             self.deepspeed.step()
             norm = self.deepspeed.get_global_grad_norm()
             self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        self.statuses.send(self.deepspeed.global_steps, self.skipped_steps)
+        progress.step = self.deepspeed.global_steps
+        self.statuses.send(progress.step, self.skipped_steps)
         return math.nan if norm is None else norm
 
     def set_micro_batch(self, num_clips: int) -> None:
@@ -208,6 +211,7 @@ class Engine:
         `resume` gives `memory` back, and tensors by name: those that several ranks have are
         written once.
         """
+        progress.begin("saving")
         final = self.checkpoints / checkpoint.step_name(step)
         building = self.checkpoints / f".{final.name}"
         if self.rank == 0:

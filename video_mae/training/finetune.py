@@ -24,6 +24,7 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
+from video_mae.training.command import command
 from video_mae.training.loop import Training
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
@@ -32,7 +33,7 @@ def start(config: FinetuneConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).run_and_leave
+    return command(prepare(config))
 
 
 def prepare(config: FinetuneConfig) -> "Finetuning":

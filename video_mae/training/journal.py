@@ -3,6 +3,7 @@ it, MFU; and of which videos.
 """
 
 import math
+import os
 import re
 import resource
 import sys
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from video_mae.config.training import Precision
 from video_mae.files import Register, cut_after, json_line, one_line
 from video_mae.training.engine import Engine
+from video_mae.training.heartbeat import progress
 
 Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
 """From the data wait, the milliseconds of a clip in each stage of loading and clips/s to the stage
@@ -125,8 +127,11 @@ class Journal:
         if self.engine.rank != 0 and not anywhere:
             return
         message = one_line(message)  # it may name files
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a terminal that is closed, a pipe whose reader has gone
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._log(message)
 
     @contextmanager
@@ -140,7 +145,9 @@ class Journal:
         if not self._has_begun:
             # what came before the first batch (building the model) is no part of a step
             self._begin, self._has_begun = begin, True
+        progress.begin("reading")
         yield
+        progress.begin("forward")
         self._wait_seconds += time.perf_counter() - begin
 
     def spent(self, seconds: Iterable[float]) -> None:
@@ -155,6 +162,7 @@ class Journal:
         down.
         """
         begin = time.perf_counter()
+        progress.begin("measuring")
         yield
         self._begin += time.perf_counter() - begin
 

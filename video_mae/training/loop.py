@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
 from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.dataset import Batch, Sample, UndecodableError
+from video_mae.data.dataset import Batch, Sample
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
@@ -24,7 +24,7 @@ from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import read_jsonl, write_json
 from video_mae.kernels.dispatch import describe
-from video_mae.training.engine import Engine, check_start, leave
+from video_mae.training.engine import Engine, check_start
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
@@ -124,7 +124,7 @@ class Training(ABC, Generic[Config]):
 
     @abstractmethod
     def after(self, done: int, *, ending: bool) -> None:
-        """What follows the step that makes `done`; `ending` where none comes after it for now.
+        """What follows the step that makes `done`; `ending` where it is the last.
         Every rank calls it.
         """
 
@@ -172,16 +172,6 @@ class Training(ABC, Generic[Config]):
                 self._conclude()
         return DONE
 
-    def run_and_leave(self) -> int:
-        """Trains as the command line does: at its end the process leaves its group."""
-        try:
-            exit_status = self.run()
-        except UndecodableError as error:
-            exit_status = STOPPED_BY_POLICY
-            self.journal.say(f"stopped: {error}", anywhere=True)
-        leave()
-        return exit_status
-
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
         config, engine, journal = self.config, self.engine, self.journal
@@ -212,7 +202,7 @@ class Training(ABC, Generic[Config]):
         ending = is_last or self.signal != 0
         if ending or is_logged:
             self._tell_fallbacks(ending)
-        self.after(done, ending=ending)
+        self.after(done, ending=is_last)
         if ending or is_saved:
             engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
             self.save_model("model")

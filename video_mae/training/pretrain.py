@@ -20,6 +20,7 @@ from video_mae.files import draw_or_tell
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
 from video_mae.training.collapse import RankWatch
+from video_mae.training.command import command
 from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
@@ -38,7 +39,7 @@ def start(config: PretrainConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).run_and_leave
+    return command(prepare(config))
 
 
 def prepare(config: PretrainConfig) -> "Pretraining":

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "engine.activation_checkpointing",
     "engine.max_skipped_in_a_row",
     "engine.on_spike",
+    "engine.stall_seconds",
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )
@@ -144,7 +145,8 @@ def run_in(folder: Path, schema: type[Config]) -> Config | None:
     for any other folder.
     """
     check_folder(folder)
-    if not folder.exists() or not any(folder.iterdir()):
+    # what is hidden is only left from a start that came to nothing
+    if not folder.exists() or all(path.name[0] == "." for path in folder.iterdir()):
         return None
     file = folder / "config.yaml"
     if not file.is_file():

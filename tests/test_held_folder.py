@@ -1,0 +1,93 @@
+"""One process a folder: the second start is refused, what a dead one left is taken over and told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from video_mae import files
+from video_mae.files import hold_folder
+from video_mae.processes import identity
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from video_mae.files import hold_folder
+try:
+    print(*hold_folder(Path(sys.argv[1])) or ["held"], flush=True)
+    time.sleep(float(sys.argv[2]))
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+def hold(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_of_many_starts_one_holds_the_folder_until_it_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    starts = [hold(folder, 100) for _ in range(5)]
+    lines = [said(start) for start in starts]
+    holder = starts[lines.index("held\n")]
+    for start, line in zip(starts, lines, strict=True):
+        if start is not holder:
+            assert f"{folder}: process {holder.pid} on " in line
+            assert "is at work in it; wait for it, or choose another folder" in line
+            start.wait()
+    os.kill(holder.pid, signal.SIGSTOP)  # it lives
+    assert "is at work in it" in said(hold(folder, 0))
+    holder.kill()  # a zombie, until somebody waits for it
+    last = hold(folder, 0)
+    assert f"process {holder.pid} on " in (line := said(last))
+    assert "has ended without a word; this one goes on" in line
+    holder.wait()
+    last.wait()
+    assert list(folder.iterdir()) == []  # given back
+    again = hold(folder, 0)
+    assert said(again) == "held\n"
+    again.wait()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_process_of_another_machine_is_known_by_its_signs_of_life(
+    lives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "SILENT_SECONDS", 1.0)
+    elsewhere = {**identity(), "host": "elsewhere", "machine": "another"}
+    (tmp_path / ".lock").write_text(json.dumps(elsewhere) + "\n")
+    ended = threading.Event()
+
+    def give_signs() -> None:
+        while not ended.wait(0.1):
+            os.utime(tmp_path / ".lock")
+
+    if lives:
+        threading.Thread(target=give_signs).start()
+        time.sleep(0.2)
+    try:
+        if lives:
+            with pytest.raises(ValueError, match="on elsewhere is at work in it"):
+                hold_folder(tmp_path)
+        else:
+            assert "on elsewhere was at work in it" in hold_folder(tmp_path)[0]
+    finally:
+        ended.set()
+
+
+def test_what_a_crash_tore_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_bytes(b'{"host": "a", "pi')
+    assert hold_folder(tmp_path) == []
+    assert hold_folder(tmp_path / "other") == []

@@ -1,0 +1,121 @@
+"""A command ends with those that started it, and with a second signal; what was started to outlive
+them does.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+COMMAND = """
+import os, pathlib, sys, time
+from video_mae.processes import end_with_launchers
+end_with_launchers()
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(100)
+"""
+# As launchers do: it notes its number, and its process is a rank.
+LAUNCHER = """
+import os, pathlib, subprocess, sys
+pathlib.Path(sys.argv[1] + ".launcher").write_text(str(os.getpid()))
+environment = {**os.environ, "RANK": "0"}
+subprocess.run([sys.executable, "command.py", sys.argv[1]], env=environment, start_new_session=True)
+"""
+HANDLING = """
+import time
+from video_mae.processes import on_signals
+on_signals(lambda number: print(number, flush=True))
+print("ready", flush=True)
+while True:
+    time.sleep(0.1)
+"""
+PYTHON = f"{sys.executable} command.py"
+LAUNCHED = f"{sys.executable} launcher.py"
+# What a shell does, which process is killed then, and whether the command ends.
+STARTS = {
+    "shell": (f"{PYTHON} shell; true", "shell", True),
+    "background": (f"{PYTHON} background & sleep 100", "shell", False),
+    "nohup": (f"nohup {PYTHON} nohup > /dev/null; true", "shell", False),
+    "session": (f"setsid {PYTHON} session; true", "shell", False),
+    "launcher": (f"{LAUNCHED} launcher; true", "launcher", True),
+    "runner": (f"{LAUNCHED} runner; true", "shell", True),
+    "nohup_launcher": (
+        f"nohup {LAUNCHED} nohup_launcher > /dev/null & sleep 100",
+        "launcher",
+        True,
+    ),
+    "nohup_runner": (f"nohup {LAUNCHED} nohup_runner > /dev/null & sleep 100", "shell", False),
+}
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def started() -> Iterator[list[psutil.Process]]:
+    """Processes that are killed after the test, with all that they have started."""
+    processes = list[psutil.Process]()
+    yield processes
+    for process in processes:
+        if process.is_running():
+            for child in [*process.children(recursive=True), process]:
+                child.kill()
+
+
+def test_a_command_ends_with_who_started_it_but_not_where_it_was_to_go_on(
+    tmp_path: Path, started: list[psutil.Process]
+) -> None:
+    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    shells, commands = dict[str, subprocess.Popen[bytes]](), dict[str, psutil.Process]()
+    for name, (line, _, _) in STARTS.items():
+        shells[name] = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, start_new_session=True)
+        started.append(psutil.Process(shells[name].pid))
+    for name in STARTS:
+        file = tmp_path / name
+        wait_for(lambda file=file: file.exists() and file.read_text())
+        commands[name] = psutil.Process(int(file.read_text()))
+        started.append(commands[name])
+    for name, (_, killed, _) in STARTS.items():
+        if killed == "launcher":
+            os.kill(int((tmp_path / f"{name}.launcher").read_text()), signal.SIGKILL)
+        else:
+            shells[name].kill()
+            shells[name].wait()
+    ending = [commands[name] for name, (_, _, ends) in STARTS.items() if ends]
+    assert psutil.wait_procs(ending, timeout=60)[1] == []
+    time.sleep(2)  # the others have had the time, too
+    assert [name for name, (_, _, ends) in STARTS.items() if not ends] == [
+        name for name, command in commands.items() if command.is_running()
+    ]
+
+
+def test_the_second_signal_ends_a_process_that_handles_the_first(
+    started: list[psutil.Process],
+) -> None:
+    """But signals that come together are one: of a terminal, say, and of the launcher."""
+    ignored = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+    start = f"{ignored}os.execv(sys.executable, [sys.executable, '-c', {HANDLING!r}])"
+    process = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    started.append(psutil.Process(process.pid))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)  # ignored from its start
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == f"{signal.SIGINT:d}\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == f"{signal.SIGTERM:d}\n"
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM

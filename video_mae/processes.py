@@ -1,0 +1,100 @@
+"""This process among others: how another one knows it again, who started it, and the signals that
+ask it to end.
+
+A launcher that is killed tells its processes nothing, and the `deepspeed` command passes no signal
+on. So a command looks for itself whether those are there that started it.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOOK_SECONDS = 1.0
+"""From one look at the launchers to the next."""
+SAME_SECONDS = 0.8
+"""Signals as close together are one: that of a terminal, say, and of a launcher that had it too."""
+
+_first = list[float]()
+"""When the first signal came."""
+
+
+def _status(pid: int | str) -> list[str]:
+    """Of a process: its parent, its group, and last its start, in ticks since that of the machine;
+    nothing where it has ended, whether or not its parent has taken notice. Source: proc(5).
+    """
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return []
+    # the name before it, in brackets, may hold anything
+    state, *words = line.rpartition(")")[2].split()
+    return [] if state in "ZX" else words[:19]
+
+
+def identity() -> dict[str, Any]:
+    """This process as `is_running` takes it, with its host for people, and its `machine`: one start
+    of one kernel, and one container's view of its processes.
+    """
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), os.readlink("/proc/self/ns/pid")
+    return {
+        "host": socket.gethostname(),
+        "machine": f"{boot.read_text().strip()} {space}",
+        "pid": os.getpid(),
+        "start": _status("self")[-1],
+    }
+
+
+def is_running(other: dict[str, Any]) -> bool:
+    """Whether a process of this machine is there, and not another one of its number."""
+    return _status(other["pid"])[-1:] == [other["start"]]
+
+
+def on_signals(handle: Callable[[int], None]) -> None:
+    """Has handle(number) called for the signals that ask a command to end, but not for SIGHUP where
+    it was ignored from the start, as by `nohup`. A second signal ends the process at once.
+    """
+
+    def note(number: int, frame: object) -> None:
+        now = time.monotonic()
+        _first.append(now)
+        if now > _first[0] + SAME_SECONDS:
+            os._exit(128 + number)
+        handle(number)
+
+    for number in ENDING:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
+
+
+def end_with_launchers() -> None:
+    """From now on this process has a SIGTERM when one of those that started it is gone: those of
+    its group, which a shell stops as one; under a launcher those of the launcher's.
+
+    What was started in the background or by `nohup` outlives who did it. Then only those count
+    whose command line ends as that of this process does: they are there for it alone.
+    """
+    pid = os.getppid()
+    group = str(os.getpgid(pid if "RANK" in os.environ else 0))
+    may_go = signal.SIG_IGN in map(signal.getsignal, (signal.SIGHUP, signal.SIGINT))
+    end = os.fsencode(f"{sys.argv[-1]}\0")
+    found = list[dict[str, Any]]()
+    while (status := _status(pid)) and status[1] == group:
+        if may_go and not Path(f"/proc/{pid}/cmdline").read_bytes().endswith(end):
+            break
+        found.append({"pid": pid, "start": status[-1]})
+        pid = int(status[0])
+
+    def watch() -> None:
+        while all(map(is_running, found)):
+            time.sleep(LOOK_SECONDS)
+        if not _first:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
