@@ -24,8 +24,16 @@ from video_mae.convert.model_folder import (
 )
 from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
-from video_mae.training.engine import FROZEN, partitioned_weights
+from video_mae.training.checkpoint import (
+    MANIFEST,
+    damaged_files,
+    is_of_deepspeed,
+    newest,
+    read_manifest,
+)
+from video_mae.training.deepspeed_checkpoint import FROZEN
+from video_mae.training.engine import partitioned_weights
+from video_mae.training.fragments import Fragment, read, weight_key
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
@@ -47,8 +55,8 @@ class ConvertConfig(Facts):
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
         False,
-        "read the pickles of a checkpoint folder of DeepSpeed, which can execute code: only for "
-        "runs of your own",
+        "read the pickles of a checkpoint that DeepSpeed wrote (earlier versions), which can "
+        "execute code: only for runs of your own",
     )
 
 
@@ -63,7 +71,7 @@ def start(source: str, destination: str, config: ConvertConfig) -> int:
 def convert(source: str | Path, destination: str | Path, config: ConvertConfig) -> list[str]:
     """Reads a model and writes it in another format; returns lines on what became of it.
 
-    source: what load_pretrained takes, a run folder, or with `trust` a checkpoint folder of a run.
+    source: what load_pretrained takes, a run folder, or a checkpoint folder of a run.
     Raises: FileNotFoundError; ValueError with one line. Then nothing is written.
     """
     source, destination = Path(source), Path(destination)
@@ -119,13 +127,13 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     """The model that a checkpoint RUN/checkpoints/step_N holds, in float32: any ZeRO stage, any
     number of ranks. Older ones than the newest have no model folder.
 
-    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or `trust` is not
-    given: DeepSpeed keeps its state in pickles, and reading one executes whatever it holds.
+    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or is one of DeepSpeed
+    and `trust` is not given: its state is in pickles, and reading one executes whatever it holds.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
-    if not trust:
+    if is_of_deepspeed(manifest) and not trust:
         raise ValueError(
             f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
             "take the run's model folder, or say trust=true if the run is your own"
@@ -148,18 +156,29 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
+    if is_of_deepspeed(manifest):
+        state = _weights_of_deepspeed(folder, manifest, model, config)
+    else:
+        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        read(folder, [Fragment(weight_key(name), 0, p.view(-1)) for name, p in state.items()])
+    if isinstance(config, FinetuneConfig):
+        state = merged(model, state)
+        model = VideoClassifier(config.model, config.classifier)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _weights_of_deepspeed(
+    folder: Path, manifest: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
+) -> dict[str, torch.Tensor]:
+    """The weights that a checkpoint of an earlier version holds."""
     file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
     content = torch.load(file, map_location="cpu", weights_only=False)
     if manifest["zero_stage"] > 0:
         state = partitioned_weights(folder)
     else:
         state = _whole_weights(content, model, config)
-    state |= content.get(FROZEN, {})
-    if isinstance(config, FinetuneConfig):
-        state = merged(model, state)
-        model = VideoClassifier(config.model, config.classifier)
-    model.load_state_dict(state)
-    return model.eval()
+    return state | content.get(FROZEN, {})
 
 
 def _whole_weights(

@@ -79,6 +79,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if complete else None
 
 
+def is_of_deepspeed(manifest: dict[str, Any]) -> bool:
+    """Whether an earlier version had DeepSpeed write it: pickles, of one number of ranks, stage and
+    precision.
+    """
+    return "memory" not in manifest
+
+
 def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
     """Those of `names` whose content is not what was written."""
     return [name for name in names if digest(folder / name) != manifest["files"][name]]

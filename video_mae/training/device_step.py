@@ -7,8 +7,10 @@ is finite, then a norm each, and waits for the answers: 3,333 operations and 4 w
 """
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,16 +55,68 @@ def master_weights(deepspeed: Any) -> list[torch.Tensor]:
     """The float32 weights that this rank updates: all of them, in ZeRO 1 to 3 its share in a few
     flat tensors.
     """
-    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
-    if stage == 3:
+    wrapper = deepspeed.optimizer
+    if deepspeed.zero_optimization_stage() == 3:
         return list(wrapper.fp32_partitioned_groups_flat)
-    if stage > 0:
-        return list(wrapper.single_partition_of_fp32_groups)
-    if hasattr(wrapper, "fp32_groups"):
-        return [master for group in wrapper.fp32_groups for master in group]
-    return list(deepspeed.module.parameters())
+    return [master for group in wrapper.param_groups for master in group["params"]]
 
 
+def layout(deepspeed: Any) -> Iterator[tuple[str, int, int, slice]]:
+    """Where the parameters that are trained are in `master_weights` of this rank: (name, the first
+    of its numbers that is there, index of the master, place in it).
+    """
+    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
+    names = {parameter: name for name, parameter in deepspeed.module.named_parameters()}
+    if stage == 3:
+        for index, group in enumerate(wrapper.fp16_groups):
+            offset = 0
+            for parameter in group:
+                start, size = _partition(deepspeed, parameter)
+                yield names[parameter], start, index, slice(offset, offset + size)
+                offset += parameter.ds_tensor.ds_numel  # with what fills up the last one
+    elif stage > 0:
+        for parameter, name in names.items():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None:  # a part of it is here
+                at = mapping.hp_fragment_address
+                place = slice(at.start, at.start + at.numel)
+                yield name, mapping.lp_fragment_address.start, mapping.param_group_index, place
+    else:
+        own = [group["params"] for group in wrapper.param_groups]  # in float32 their own masters
+        for index, parameter in enumerate(chain(*getattr(wrapper, "fp16_groups", own))):
+            yield names[parameter], 0, index, slice(None)
+
+
+def frozen_weights(deepspeed: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Of the parameters that are not trained what this rank keeps: (name, the first of its numbers
+    that is there, the numbers).
+    """
+    for name, parameter in deepspeed.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if deepspeed.zero_optimization_stage() == 3:
+            start, size = _partition(deepspeed, parameter)
+            yield name, start, parameter.ds_tensor[:size]
+        else:
+            yield name, 0, parameter.view(-1)
+
+
+def loss_scale(deepspeed: Any) -> dict[str, Any]:
+    """The state of the loss scale of fp16 itself, by name; {} of other precisions."""
+    if not deepspeed.fp16_enabled():
+        return {}
+    wrapper = deepspeed.optimizer
+    return vars(getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config)
+
+
+def _partition(deepspeed: Any, parameter: Any) -> tuple[int, int]:
+    """(start, size) of what ZeRO 3 keeps of a parameter on this rank."""
+    size = parameter.ds_tensor.ds_numel
+    start = size * deepspeed.global_rank
+    return start, max(0, min(size, parameter.ds_numel - start))
+
+
+@torch.no_grad()
 def spread_masters(deepspeed: Any) -> None:
     """Has the model compute with what the masters are now, as the end of a step does; every rank
     must call it.

@@ -11,19 +11,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
-from video_mae.training import checkpoint, device_step
+from video_mae.training import checkpoint, device_step, fragments
+from video_mae.training.deepspeed_checkpoint import load_deepspeed_checkpoint
 from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.fragments import Fragment, weight_key
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.step_status import StatusQueue, filled
 
-FROZEN = "frozen_weights"
-"""Of a checkpoint of rank 0: the float32 values of what is not trained, by name."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Engine:
@@ -31,7 +32,8 @@ class Engine:
 
     Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then
     `engine.step(lr)` once a step, and `engine.statuses.take()` for what the host is to know of it.
-    skipped_steps: how many since the start, on the device.
+    skipped_steps: how many since the start, on the device. beside_masters: what else is laid out as
+    `masters`, by its name in checkpoints.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
@@ -70,6 +72,7 @@ class Engine:
         self.is_guarded = device_step.is_possible(self.dictionary)
         self.statuses = StatusQueue(self.device)
         self.skipped_steps = filled(0, self.device)
+        self.beside_masters: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -196,33 +199,24 @@ class Engine:
         step: int,
         keep: int,
         memory: dict[str, Any],
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        tensors: Mapping[str, torch.Tensor],
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
-        `resume` gives `memory` back, and tensors by name: those that several ranks have are
-        written once.
+        `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
         """
         final = self.checkpoints / checkpoint.step_name(step)
         building = self.checkpoints / f".{final.name}"
         if self.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            building.mkdir(parents=True)
         dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        self.deepspeed.save_checkpoint(
-            str(self.checkpoints),
-            tag=building.name,
-            client_state={"step": step, "memory": memory, FROZEN: self.frozen},
-            save_latest=False,
-            exclude_frozen_parameters=False,
+        own, common = self._fragments(tensors)
+        common.sort(key=lambda fragment: len(fragment.view))
+        fragments.write(
+            building / f"state_{self.rank:05d}.safetensors",
+            own + common[self.rank :: self.world_size],
         )
-        tensors = tensors or {}
-        written: set[str] = set()
-        for names in self.gather(list(tensors))[: self.rank]:
-            written.update(names)
-        own = {name: tensors[name] for name in tensors if name not in written}
-        if own:
-            save_file(own, building / f"tensors_{self.rank}.safetensors")
         dist.barrier()
         mine: dict[str, Any] = {}
         for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
@@ -230,13 +224,20 @@ class Engine:
             mine[str(path.relative_to(building))] = checkpoint.digest(path)
         files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
         if self.rank == 0:
-            facts = {"step": step, **_facts(self.config, self.world_size)}
+            optim, scale = self.config.optim, device_step.loss_scale(self.deepspeed)
+            facts = {
+                "step": step,
+                **_facts(self.config, self.world_size),
+                "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
+                "memory": memory,
+                "updates": max(int(state["step"]) for state in self.optimizer.state.values()),
+                "counters": {name: getattr(self.deepspeed, name) for name in COUNTERS},
+                "loss_scale": {name: scale[name] for name in SCALE if name in scale},
+            }
             checkpoint.publish(building, final, files, facts, keep)
         dist.barrier()
 
-    def resume(
-        self, tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[int, dict[str, Any]]:
+    def resume(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, Any]]:
         """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
         has done and its memory, (0, {}) where there is none.
         """
@@ -250,16 +251,43 @@ class Engine:
                 break
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
-        _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+        if checkpoint.is_of_deepspeed(manifest):
+            return manifest["step"], load_deepspeed_checkpoint(self, folder, tensors)
+        own, common = self._fragments(tensors)
+        fragments.read(folder, own + common)
+        for state in self.optimizer.state.values():
+            state["step"].fill_(manifest["updates"])
+        frozen = device_step.frozen_weights(self.deepspeed)
+        fragments.read(folder, [Fragment(weight_key(name), *at) for name, *at in frozen])
+        device_step.spread_masters(self.deepspeed)
+        device_step.loss_scale(self.deepspeed).update(manifest["loss_scale"])
+        for name, value in manifest["counters"].items():
+            setattr(self.deepspeed, name, value)
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        if self.rank == 0:
-            self.frozen = state.get(FROZEN, self.frozen)
-        tensors = tensors or {}
-        for file in folder.glob("tensors_*.safetensors"):
-            with safe_open(file, framework="pt") as saved:
-                for name in tensors.keys() & saved.keys():
-                    tensors[name].copy_(saved.get_tensor(name))
-        return manifest["step"], state.get("memory", {})  # earlier versions wrote none
+        return manifest["step"], manifest["memory"]
+
+    def _fragments(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[list[Fragment], list[Fragment]]:
+        """The state of training on this rank: (what it alone has, what every rank has whole)."""
+        states = []
+        for index, master in enumerate(self.masters()):
+            state = self.optimizer.state[master]
+            if not state:  # before the first step
+                state["step"] = filled(0, master.device)
+                state.update({moment: torch.zeros_like(master) for moment in MOMENTS})
+            others = {kind: copies[index] for kind, copies in self.beside_masters.items()}
+            moments = {moment: state[moment] for moment in MOMENTS}
+            states.append({"weight": master, **moments, **others})
+        trained = []
+        for name, start, index, place in device_step.layout(self.deepspeed):
+            for kind, whole in states[index].items():
+                trained.append(Fragment(f"{kind}/{name}", start, whole.view(-1)[place]))
+        own = [Fragment(weight_key(name), 0, w.view(-1)) for name, w in self.frozen.items()]
+        common = [Fragment(f"tensor/{name}", 0, t.view(-1)) for name, t in tensors.items()]
+        if self.config.engine.zero_stage == 0:
+            return own, common + trained
+        return own + trained, common
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -283,16 +311,17 @@ def leave() -> None:
 
 
 def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What a checkpoint and the start that reads it have to agree about."""
+    """What a checkpoint of earlier versions and the start that reads it have to agree about."""
     keys = ("zero_stage", "precision", "offload")
     return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
 
 
-def check_start(config: RunConfig) -> int:
-    """Checks what the engine of a run will need; returns the number of ranks.
+def check_start(config: RunConfig) -> tuple[int, list[str]]:
+    """Checks what the engine of a run will need; returns the number of ranks, and a line about each
+    fact of it that was another when the newest checkpoint was written.
 
-    Raises: ValueError for what this machine or DeepSpeed cannot do, and where the newest checkpoint
-    was written by another number of ranks, stage or precision.
+    Raises: ValueError for what this machine or DeepSpeed cannot do, and where an earlier version
+    wrote the checkpoint for another number of ranks, stage or precision.
     """
     world_size = World.from_environment().size
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
@@ -300,18 +329,19 @@ def check_start(config: RunConfig) -> int:
     deepspeed_config(config, world_size)
     found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
-        return world_size
+        return world_size, []
     folder, manifest = found
-    for key, value in _facts(config, world_size).items():
-        if manifest[key] != value:
-            remedy = f"set engine.{key} back"
-            if key == "world_size":
-                remedy = "start it with as many ranks as before"
-            raise ValueError(
-                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; "
-                f"{remedy}, or choose another output folder"
-            )
-    return world_size
+    lines = [
+        f"{folder}: was written with {key} = {manifest[key]}, this start has {value}"
+        for key, value in _facts(config, world_size).items()
+        if manifest[key] != value
+    ]
+    if lines and checkpoint.is_of_deepspeed(manifest):
+        raise ValueError(
+            f"{lines[0]}; an earlier version wrote it: start as before until there is a newer one, "
+            "or choose another output folder"
+        )
+    return world_size, lines
 
 
 def prepare_environment() -> None:
