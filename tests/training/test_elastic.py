@@ -94,7 +94,7 @@ class TestRuns:
                 json.loads((folder / "MANIFEST.json").read_text())
                 for folder in (again, again.with_name(step_name(2)))
             )
-            for key in ("counters", "updates", "videos_per_step", "loss_scale"):
+            for key in ("counters", "updates", "videos_per_step"):
                 assert facts[key] == before[key], key
             shutil.rmtree(again)
 
@@ -190,9 +190,10 @@ def test_the_loss_scale_of_half_precision_is_that_of_either_wrapper(attribute: s
     """A stand-in: on a CPU there is no such run."""
     scaler = SimpleNamespace(cur_scale=4.0, cur_iter=7, dtype=torch.half)
     wrapper = SimpleNamespace(**{attribute: scaler})
-    deepspeed: Any = SimpleNamespace(optimizer=wrapper, fp16_enabled=lambda: True)
-    device_step.loss_scale(deepspeed).update({"cur_scale": 2.0})
+    deepspeed: Any = SimpleNamespace(optimizer=wrapper, fp16_enabled=lambda: True, global_steps=3)
+    device_step.counters(deepspeed)[1]["cur_scale"] = 2.0
     assert scaler.cur_scale == 2
-    assert device_step.loss_scale(deepspeed)["cur_iter"] == 7
+    engine, scale = device_step.counters(deepspeed)
+    assert (engine["global_steps"], scale["cur_iter"]) == (3, 7)
     deepspeed.fp16_enabled = lambda: False
-    assert device_step.loss_scale(deepspeed) == {}
+    assert device_step.counters(deepspeed) == [vars(deepspeed)]

@@ -33,7 +33,7 @@ from video_mae.training.checkpoint import (
 )
 from video_mae.training.deepspeed_checkpoint import FROZEN
 from video_mae.training.engine import partitioned_weights
-from video_mae.training.fragments import Fragment, read, weight_key
+from video_mae.training.fragments import Fragment, read
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
@@ -160,7 +160,7 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
         state = _weights_of_deepspeed(folder, manifest, model, config)
     else:
         state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        read(folder, [Fragment(weight_key(name), 0, p.view(-1)) for name, p in state.items()])
+        read(folder, [Fragment(f"weight/{name}", 0, p.view(-1)) for name, p in state.items()])
     if isinstance(config, FinetuneConfig):
         state = merged(model, state)
         model = VideoClassifier(config.model, config.classifier)
@@ -171,22 +171,13 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
 def _weights_of_deepspeed(
     folder: Path, manifest: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
 ) -> dict[str, torch.Tensor]:
-    """The weights that a checkpoint of an earlier version holds."""
+    """The weights that a checkpoint of an earlier version holds: without ZeRO those of the module,
+    or the float32 master copies that the optimizer keeps in its order.
+    """
     file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
     content = torch.load(file, map_location="cpu", weights_only=False)
     if manifest["zero_stage"] > 0:
-        state = partitioned_weights(folder)
-    else:
-        state = _whole_weights(content, model, config)
-    return state | content.get(FROZEN, {})
-
-
-def _whole_weights(
-    content: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
-) -> dict[str, torch.Tensor]:
-    """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
-    its order.
-    """
+        return partitioned_weights(folder) | content.get(FROZEN, {})
     state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
     if masters is not None:
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -197,4 +188,5 @@ def _whole_weights(
         for group, values in zip(groups, masters, strict=True):
             for parameter, value in zip(group["params"], values, strict=True):
                 state[names[parameter]] = value
-    return {name: tensor.detach().float() for name, tensor in state.items()}
+    state = {name: tensor.detach().float() for name, tensor in state.items()}
+    return state | content.get(FROZEN, {})

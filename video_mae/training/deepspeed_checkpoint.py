@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from video_mae.training.step_status import filled
-
 FROZEN = "frozen_weights"
 """Of rank 0: the float32 values of what is not trained, by name."""
 
@@ -20,7 +18,6 @@ def load_deepspeed_checkpoint(
 ) -> dict[str, Any]:
     """Loads an engine, and `tensors` in place; returns the memory of the run. Executes pickles."""
     _, state = engine.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
-    engine.skipped_steps = filled(engine.deepspeed.skipped_steps, engine.device)
     if engine.rank == 0:
         engine.frozen = state.get(FROZEN, engine.frozen)
     masters = order = engine.masters()

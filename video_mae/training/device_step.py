@@ -66,25 +66,24 @@ def layout(deepspeed: Any) -> Iterator[tuple[str, int, int, slice]]:
     of its numbers that is there, index of the master, place in it).
     """
     wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
-    names = {parameter: name for name, parameter in deepspeed.module.named_parameters()}
-    if stage == 3:
-        for index, group in enumerate(wrapper.fp16_groups):
-            offset = 0
-            for parameter in group:
-                start, size = _partition(deepspeed, parameter)
-                yield names[parameter], start, index, slice(offset, offset + size)
-                offset += parameter.ds_tensor.ds_numel  # with what fills up the last one
-    elif stage > 0:
-        for parameter, name in names.items():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None:  # a part of it is here
-                at = mapping.hp_fragment_address
-                place = slice(at.start, at.start + at.numel)
-                yield name, mapping.lp_fragment_address.start, mapping.param_group_index, place
-    else:
-        own = [group["params"] for group in wrapper.param_groups]  # in float32 their own masters
-        for index, parameter in enumerate(chain(*getattr(wrapper, "fp16_groups", own))):
-            yield names[parameter], 0, index, slice(None)
+    own = [group["params"] for group in wrapper.param_groups]  # in float32 their own masters
+    order = {p: i for i, p in enumerate(chain(*getattr(wrapper, "fp16_groups", own)))}
+    for name, parameter in deepspeed.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 3:
+            index, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = size * deepspeed.global_rank
+            size = max(0, min(size, parameter.ds_numel - start))  # without what fills it up
+        elif stage > 0:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # it is with other ranks
+                continue
+            index, start = mapping.param_group_index, mapping.lp_fragment_address.start
+            offset, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        else:
+            index, start, offset, size = order[parameter], 0, 0, parameter.numel()
+        yield name, start, index, slice(offset, offset + size)
 
 
 def frozen_weights(deepspeed: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -94,26 +93,20 @@ def frozen_weights(deepspeed: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     for name, parameter in deepspeed.module.named_parameters():
         if parameter.requires_grad:
             continue
+        start, kept = 0, parameter.view(-1)
         if deepspeed.zero_optimization_stage() == 3:
-            start, size = _partition(deepspeed, parameter)
-            yield name, start, parameter.ds_tensor[:size]
-        else:
-            yield name, 0, parameter.view(-1)
+            start = len(parameter.ds_tensor) * deepspeed.global_rank
+            kept = parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
+        yield name, start, kept
 
 
-def loss_scale(deepspeed: Any) -> dict[str, Any]:
-    """The state of the loss scale of fp16 itself, by name; {} of other precisions."""
+def counters(deepspeed: Any) -> list[dict[str, Any]]:
+    """The attributes themselves of what counts: the engine, and in fp16 its loss scale."""
     if not deepspeed.fp16_enabled():
-        return {}
+        return [vars(deepspeed)]
     wrapper = deepspeed.optimizer
-    return vars(getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config)
-
-
-def _partition(deepspeed: Any, parameter: Any) -> tuple[int, int]:
-    """(start, size) of what ZeRO 3 keeps of a parameter on this rank."""
-    size = parameter.ds_tensor.ds_numel
-    start = size * deepspeed.global_rank
-    return start, max(0, min(size, parameter.ds_numel - start))
+    scale = getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+    return [vars(deepspeed), vars(scale)]
 
 
 @torch.no_grad()

@@ -18,13 +18,20 @@ from video_mae.config.world import World, ranks_here
 from video_mae.training import checkpoint, device_step, fragments
 from video_mae.training.deepspeed_checkpoint import load_deepspeed_checkpoint
 from video_mae.training.deepspeed_config import deepspeed_config
-from video_mae.training.fragments import Fragment, weight_key
+from video_mae.training.fragments import Fragment
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.step_status import StatusQueue, filled
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+COUNTERS = (
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)
 
 
 class Engine:
@@ -153,19 +160,15 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters: dict[int, torch.Tensor] = {}
-        # the one wrapper that DeepSpeed's function overlooks
-        if self.config.engine.zero_stage == 0 and self.config.engine.precision != "fp32":
-            wrapper = self.deepspeed.optimizer
-            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
-        state = dict(self.frozen)
+        state, whole = dict(self.frozen), {}
+        # the one stage that DeepSpeed's function overlooks
+        if self.config.engine.zero_stage == 0:
+            masters = self.masters()
+            whole = {name: masters[i] for name, _, i, _ in device_step.layout(self.deepspeed)}
         for name, parameter in self.deepspeed.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            value = masters.get(id(parameter), parameter)
-            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # partitioned
-                value = safe_get_full_fp32_param(parameter)
+            value = whole[name] if whole else safe_get_full_fp32_param(parameter)
             assert value is not None
             if self.rank == 0:
                 state[name] = value.detach().float().cpu().clone()
@@ -199,7 +202,7 @@ class Engine:
         step: int,
         keep: int,
         memory: dict[str, Any],
-        tensors: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
         `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
@@ -211,7 +214,7 @@ class Engine:
             building.mkdir(parents=True)
         dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        own, common = self._fragments(tensors)
+        own, common = self._fragments(tensors or {})
         common.sort(key=lambda fragment: len(fragment.view))
         fragments.write(
             building / f"state_{self.rank:05d}.safetensors",
@@ -224,20 +227,23 @@ class Engine:
             mine[str(path.relative_to(building))] = checkpoint.digest(path)
         files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
         if self.rank == 0:
-            optim, scale = self.config.optim, device_step.loss_scale(self.deepspeed)
+            optim, counters = self.config.optim, {}
+            for of in device_step.counters(self.deepspeed):
+                counters |= {name: of[name] for name in COUNTERS if name in of}
             facts = {
                 "step": step,
                 **_facts(self.config, self.world_size),
                 "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
                 "memory": memory,
                 "updates": max(int(state["step"]) for state in self.optimizer.state.values()),
-                "counters": {name: getattr(self.deepspeed, name) for name in COUNTERS},
-                "loss_scale": {name: scale[name] for name in SCALE if name in scale},
+                "counters": counters,
             }
             checkpoint.publish(building, final, files, facts, keep)
         dist.barrier()
 
-    def resume(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, Any]]:
+    def resume(
+        self, tensors: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
         has done and its memory, (0, {}) where there is none.
         """
@@ -252,42 +258,47 @@ class Engine:
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
         if checkpoint.is_of_deepspeed(manifest):
-            return manifest["step"], load_deepspeed_checkpoint(self, folder, tensors)
+            memory = load_deepspeed_checkpoint(self, folder, tensors or {})
+        else:
+            memory = manifest["memory"]
+            self._load(folder, manifest, tensors or {})
+        self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
+        return manifest["step"], memory
+
+    def _load(
+        self, folder: Path, manifest: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
         own, common = self._fragments(tensors)
         fragments.read(folder, own + common)
         for state in self.optimizer.state.values():
             state["step"].fill_(manifest["updates"])
         frozen = device_step.frozen_weights(self.deepspeed)
-        fragments.read(folder, [Fragment(weight_key(name), *at) for name, *at in frozen])
+        kept = [Fragment(f"weight/{name}", start, view) for name, start, view in frozen]
+        fragments.read(folder, kept)
         device_step.spread_masters(self.deepspeed)
-        device_step.loss_scale(self.deepspeed).update(manifest["loss_scale"])
-        for name, value in manifest["counters"].items():
-            setattr(self.deepspeed, name, value)
-        self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        return manifest["step"], manifest["memory"]
+        for of in device_step.counters(self.deepspeed):
+            of.update({name: n for name, n in manifest["counters"].items() if name in of})
 
     def _fragments(
         self, tensors: Mapping[str, torch.Tensor]
     ) -> tuple[list[Fragment], list[Fragment]]:
         """The state of training on this rank: (what it alone has, what every rank has whole)."""
-        states = []
+        columns = []
         for index, master in enumerate(self.masters()):
-            state = self.optimizer.state[master]
-            if not state:  # before the first step
-                state["step"] = filled(0, master.device)
-                state.update({moment: torch.zeros_like(master) for moment in MOMENTS})
+            moments = self.optimizer.state[master]
+            if not moments:  # before the first step
+                moments["step"] = filled(0, master.device)
+                moments.update({name: torch.zeros_like(master) for name in MOMENTS})
             others = {kind: copies[index] for kind, copies in self.beside_masters.items()}
-            moments = {moment: state[moment] for moment in MOMENTS}
-            states.append({"weight": master, **moments, **others})
-        trained = []
-        for name, start, index, place in device_step.layout(self.deepspeed):
-            for kind, whole in states[index].items():
-                trained.append(Fragment(f"{kind}/{name}", start, whole.view(-1)[place]))
-        own = [Fragment(weight_key(name), 0, w.view(-1)) for name, w in self.frozen.items()]
+            columns.append({"weight": master, **moments, **others})
+        own = [Fragment(f"weight/{name}", 0, w.view(-1)) for name, w in self.frozen.items()]
         common = [Fragment(f"tensor/{name}", 0, t.view(-1)) for name, t in tensors.items()]
-        if self.config.engine.zero_stage == 0:
-            return own, common + trained
-        return own + trained, common
+        trained = common if self.config.engine.zero_stage == 0 else own
+        for name, start, index, place in device_step.layout(self.deepspeed):
+            for kind, whole in columns[index].items():
+                if kind != "step":
+                    trained.append(Fragment(f"{kind}/{name}", start, whole.view(-1)[place]))
+        return own, common
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:

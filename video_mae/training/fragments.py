@@ -12,18 +12,13 @@ from safetensors.torch import save_file
 
 
 class Fragment(NamedTuple):
-    """A stretch of a flattened tensor: what it is of, as KIND/NAME, the first of its numbers that
-    is here, and a flat view of all that are.
+    """A stretch of a flattened tensor: what it is of, as KIND/NAME (weight/NAME: of a parameter, in
+    float32), the first of its numbers that is here, and a flat view of all that are.
     """
 
     key: str
     start: int
     view: torch.Tensor
-
-
-def weight_key(name: str) -> str:
-    """Of the float32 weights of a parameter, trained or not."""
-    return f"weight/{name}"
 
 
 def write(file: Path, fragments: Iterable[Fragment]) -> None:

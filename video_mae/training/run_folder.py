@@ -134,9 +134,9 @@ def settled(config: Config) -> tuple[Config, Config]:
             "another output"
         ) from None
     config = replace(config, data=replace(config.data, decoder=decoder))
-    parts = {"micro_batch": config.optim.micro_batch, "accumulation": config.optim.accumulation}
-    before = before or config
-    return config, replace(before, optim=replace(before.optim, **parts))
+    before, optim = before or config, config.optim
+    optim = replace(before.optim, micro_batch=optim.micro_batch, accumulation=optim.accumulation)
+    return config, replace(before, optim=optim)
 
 
 def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
