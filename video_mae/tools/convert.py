@@ -24,16 +24,10 @@ from video_mae.convert.model_folder import (
 )
 from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.checkpoint import (
-    MANIFEST,
-    damaged_files,
-    is_of_deepspeed,
-    newest,
-    read_manifest,
-)
+from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
 from video_mae.training.deepspeed_checkpoint import FROZEN
 from video_mae.training.engine import partitioned_weights
-from video_mae.training.fragments import Fragment, read
+from video_mae.training.fragments import read, whole
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
@@ -133,7 +127,8 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
-    if is_of_deepspeed(manifest) and not trust:
+    is_of_deepspeed = "memory" not in manifest  # of an earlier version
+    if is_of_deepspeed and not trust:
         raise ValueError(
             f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
             "take the run's model folder, or say trust=true if the run is your own"
@@ -156,11 +151,11 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
-    if is_of_deepspeed(manifest):
+    if is_of_deepspeed:
         state = _weights_of_deepspeed(folder, manifest, model, config)
     else:
         state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        read(folder, [Fragment(f"weight/{name}", 0, p.view(-1)) for name, p in state.items()])
+        read(folder, whole("weight", state))
     if isinstance(config, FinetuneConfig):
         state = merged(model, state)
         model = VideoClassifier(config.model, config.classifier)

@@ -67,7 +67,9 @@ def publish(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint whose files are all there in full length, or None."""
+    """The manifest of a checkpoint whose files are all there in full length, or None. It has
+    `memory` unless an earlier version had DeepSpeed write the state.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         complete = all(
@@ -77,13 +79,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if complete else None
-
-
-def is_of_deepspeed(manifest: dict[str, Any]) -> bool:
-    """Whether an earlier version had DeepSpeed write it: pickles, of one number of ranks, stage and
-    precision.
-    """
-    return "memory" not in manifest
 
 
 def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:

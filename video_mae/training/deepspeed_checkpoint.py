@@ -23,10 +23,10 @@ def load_deepspeed_checkpoint(
     masters = order = engine.masters()
     if engine.deepspeed.optimizer is engine.optimizer:  # ZeRO 0 in float32: all, frozen ones too
         order = list(engine.deepspeed.module.parameters())
-    numbers = {id(master): number for number, master in enumerate(order)}
+    numbers = {master: number for number, master in enumerate(order)}
     wanted = dict(tensors)
     for master, average in zip(masters, engine.beside_masters.get("average", ()), strict=False):
-        wanted[f"average.{engine.rank}.{numbers[id(master)]}"] = average
+        wanted[f"average.{engine.rank}.{numbers[master]}"] = average
     for file in folder.glob("tensors_*.safetensors"):
         with safe_open(file, framework="pt") as saved:
             for name in wanted.keys() & saved.keys():

@@ -86,20 +86,6 @@ def layout(deepspeed: Any) -> Iterator[tuple[str, int, int, slice]]:
         yield name, start, index, slice(offset, offset + size)
 
 
-def frozen_weights(deepspeed: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """Of the parameters that are not trained what this rank keeps: (name, the first of its numbers
-    that is there, the numbers).
-    """
-    for name, parameter in deepspeed.module.named_parameters():
-        if parameter.requires_grad:
-            continue
-        start, kept = 0, parameter.view(-1)
-        if deepspeed.zero_optimization_stage() == 3:
-            start = len(parameter.ds_tensor) * deepspeed.global_rank
-            kept = parameter.ds_tensor[: max(0, parameter.ds_numel - start)]
-        yield name, start, kept
-
-
 def counters(deepspeed: Any) -> list[dict[str, Any]]:
     """The attributes themselves of what counts: the engine, and in fp16 its loss scale."""
     if not deepspeed.fp16_enabled():

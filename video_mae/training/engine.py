@@ -216,16 +216,10 @@ class Engine:
         self.deepspeed.skipped_steps = int(self.skipped_steps)
         own, common = self._fragments(tensors or {})
         common.sort(key=lambda fragment: len(fragment.view))
-        fragments.write(
-            building / f"state_{self.rank:05d}.safetensors",
-            own + common[self.rank :: self.world_size],
-        )
-        dist.barrier()
-        mine: dict[str, Any] = {}
-        for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
-            checkpoint.fsync(path)
-            mine[str(path.relative_to(building))] = checkpoint.digest(path)
-        files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
+        file = building / f"state_{self.rank:05d}.safetensors"
+        fragments.write(file, own + common[self.rank :: self.world_size])
+        checkpoint.fsync(file)
+        files = dict(self.gather((file.name, checkpoint.digest(file))))
         if self.rank == 0:
             optim, counters = self.config.optim, {}
             for of in device_step.counters(self.deepspeed):
@@ -257,47 +251,48 @@ class Engine:
                 break
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
-        if checkpoint.is_of_deepspeed(manifest):
+        if "memory" not in manifest:
             memory = load_deepspeed_checkpoint(self, folder, tensors or {})
         else:
-            memory = manifest["memory"]
-            self._load(folder, manifest, tensors or {})
+            memory, (own, common) = manifest["memory"], self._fragments(tensors or {})
+            fragments.read(folder, own + common)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(manifest["updates"])
+            self._read_frozen(folder)
+            device_step.spread_masters(self.deepspeed)
+            for of in device_step.counters(self.deepspeed):
+                of.update({name: n for name, n in manifest["counters"].items() if name in of})
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         return manifest["step"], memory
 
-    def _load(
-        self, folder: Path, manifest: dict[str, Any], tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        own, common = self._fragments(tensors)
-        fragments.read(folder, own + common)
-        for state in self.optimizer.state.values():
-            state["step"].fill_(manifest["updates"])
-        frozen = device_step.frozen_weights(self.deepspeed)
-        kept = [Fragment(f"weight/{name}", start, view) for name, start, view in frozen]
-        fragments.read(folder, kept)
-        device_step.spread_masters(self.deepspeed)
-        for of in device_step.counters(self.deepspeed):
-            of.update({name: n for name, n in manifest["counters"].items() if name in of})
+    def _read_frozen(self, folder: Path) -> None:
+        """What the model computes with of the weights that are not trained."""
+        import deepspeed
+
+        named = self.deepspeed.module.named_parameters()
+        frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
+        # ZeRO 3 takes apart again what rank 0 has read
+        with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
+            fragments.read(folder, fragments.whole("weight", frozen))
 
     def _fragments(
         self, tensors: Mapping[str, torch.Tensor]
     ) -> tuple[list[Fragment], list[Fragment]]:
         """The state of training on this rank: (what it alone has, what every rank has whole)."""
-        columns = []
-        for index, master in enumerate(self.masters()):
-            moments = self.optimizer.state[master]
-            if not moments:  # before the first step
-                moments["step"] = filled(0, master.device)
-                moments.update({name: torch.zeros_like(master) for name in MOMENTS})
-            others = {kind: copies[index] for kind, copies in self.beside_masters.items()}
-            columns.append({"weight": master, **moments, **others})
-        own = [Fragment(f"weight/{name}", 0, w.view(-1)) for name, w in self.frozen.items()]
-        common = [Fragment(f"tensor/{name}", 0, t.view(-1)) for name, t in tensors.items()]
+        masters, state = self.masters(), self.optimizer.state
+        for master in masters:
+            if not state[master]:  # before the first step
+                state[master]["step"] = filled(0, master.device)
+                state[master].update({kind: torch.zeros_like(master) for kind in MOMENTS})
+        kinds = {"weight": masters, **self.beside_masters}
+        for kind in MOMENTS:
+            kinds[kind] = [state[master][kind] for master in masters]
+        own = fragments.whole("weight", self.frozen)
+        common = fragments.whole("tensor", tensors)
         trained = common if self.config.engine.zero_stage == 0 else own
         for name, start, index, place in device_step.layout(self.deepspeed):
-            for kind, whole in columns[index].items():
-                if kind != "step":
-                    trained.append(Fragment(f"{kind}/{name}", start, whole.view(-1)[place]))
+            for kind, of in kinds.items():
+                trained.append(Fragment(f"{kind}/{name}", start, of[index].view(-1)[place]))
         return own, common
 
 
@@ -347,7 +342,7 @@ def check_start(config: RunConfig) -> tuple[int, list[str]]:
         for key, value in _facts(config, world_size).items()
         if manifest[key] != value
     ]
-    if lines and checkpoint.is_of_deepspeed(manifest):
+    if lines and "memory" not in manifest:
         raise ValueError(
             f"{lines[0]}; an earlier version wrote it: start as before until there is a newer one, "
             "or choose another output folder"

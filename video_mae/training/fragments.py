@@ -2,7 +2,7 @@
 them write and any others read, of whatever number and ZeRO stage.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,11 @@ class Fragment(NamedTuple):
     key: str
     start: int
     view: torch.Tensor
+
+
+def whole(kind: str, tensors: Mapping[str, torch.Tensor]) -> list[Fragment]:
+    """Tensors by name as fragments that have all of them."""
+    return [Fragment(f"{kind}/{name}", 0, tensor.view(-1)) for name, tensor in tensors.items()]
 
 
 def write(file: Path, fragments: Iterable[Fragment]) -> None:
