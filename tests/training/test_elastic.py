@@ -41,7 +41,11 @@ class TestRuns:
                 ["engine.zero_stage=3"],
                 ["engine.zero_stage=2", "optim.micro_batch=1", "optim.accumulation=4"],
             ),
-            (["engine.zero_stage=1", "engine.offload=optimizer"], ["engine.zero_stage=0"]),
+            pytest.param(
+                ["engine.zero_stage=1", "engine.offload=optimizer"],
+                ["engine.zero_stage=0"],
+                marks=pytest.mark.faults,
+            ),
         ],
         ids=["0to3", "3to2", "1to0"],
     )
@@ -98,7 +102,14 @@ class TestRuns:
                 assert facts[key] == before[key], key
             shutil.rmtree(again)
 
-    @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (2, "bf16")])
+    @pytest.mark.parametrize(
+        ("stage", "precision"),
+        [
+            (0, "fp32"),
+            pytest.param(0, "bf16", marks=pytest.mark.faults),
+            pytest.param(2, "bf16", marks=pytest.mark.faults),
+        ],
+    )
     def test_a_checkpoint_of_an_earlier_version_goes_on_to_the_same_bits(
         self,
         tiny: Tiny,
