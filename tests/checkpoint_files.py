@@ -37,7 +37,9 @@ def saved_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()]
+    """Those of its steps, in their order."""
+    lines = map(json.loads, (folder / "metrics.jsonl").open())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def forgotten(folder: Path, copy: Path, step: int) -> Path:

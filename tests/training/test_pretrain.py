@@ -426,17 +426,23 @@ def test_a_finished_run_stays_as_it_is(tiny: Tiny) -> None:
     assert [file.read_bytes() for file in files] == before
 
 
-def test_another_number_of_ranks_cannot_resume_and_says_so(
+def test_another_number_of_ranks_keeps_the_global_batch_or_is_refused(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(prepare(tiny("engine.zero_stage=1", "optim.steps=2")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ValueError,
-        match=r"step_00000002: was written with world_size = 1, this start has 2; start it "
-        r"with as many ranks",
+        match=r"run: this run was started with ranks x optim.micro_batch x optim.accumulation = 4, "
+        r"now it is 8; set it back",
     ):
         prepare(tiny("engine.zero_stage=1", "optim.steps=2"))
+    training = prepare(tiny("engine.zero_stage=2", "optim.steps=2", "optim.micro_batch=2"))
+    told = [line for line in training.introduction if "step_00000002" in line]
+    assert [line.split("was written with ")[1] for line in told] == [
+        "world_size = 1, this start has 2",
+        "zero_stage = 1, this start has 2",
+    ]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> None:
