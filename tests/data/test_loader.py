@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from checkpoint_files import saved_memory
 
 from video_mae.config import DataConfig, PretrainConfig
 from video_mae.data import (
@@ -578,11 +579,8 @@ class TestRun:
         run(prepare(config))
         folder = Path(config.output)
         assert "decoder: decord" in (folder / "config.yaml").read_text()
-        state = torch.load(
-            folder / "checkpoints" / "step_00000004" / "mp_rank_00_model_states.pt",
-            weights_only=False,
-        )
-        assert state["memory"]["decoder"] == f"decord {decoder_version('decord')}"
+        memory = saved_memory(folder / "checkpoints" / "step_00000004")
+        assert memory["decoder"] == f"decord {decoder_version('decord')}"
         # auto is what the run has, not what it would be now
         assert prepare(tiny()).config.data.decoder == "decord"
         with pytest.raises(

@@ -4,12 +4,14 @@ goes on or stops as it was told.
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import saved_state
 from safetensors.torch import load_file
 
 from video_mae.config import PretrainConfig
@@ -58,8 +60,8 @@ def test_a_spike_is_ten_times_the_running_mean_of_what_was_none() -> None:
 
 def test_nothing_is_judged_where_it_is_off() -> None:
     watch = SpikeWatch(lambda loss: loss, torch.device("cpu"), is_on=False)
-    assert watch.tensors == {}
     assert judged([1.0, 4e9], watch) == [False, False]
+    assert watch.tensors == {"usual_loss": torch.tensor(0.0)}
 
 
 def leap(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float = 100.0) -> None:
@@ -148,13 +150,25 @@ def test_the_usual_loss_is_remembered_over_a_restart_bit_for_bit(
     whole = tiny(*overrides, f"output={tmp_path / 'whole'}")
     assert run(prepare(whole)) == DONE
     checkpoints = Path(whole.output) / "checkpoints"
-    usual = load_file(checkpoints / "step_00000006" / "tensors_0.safetensors")["usual_loss"]
+    usual = saved_state(checkpoints / "step_00000006")["tensor/usual_loss"]
     assert usual > 0
     for path in checkpoints.glob("step_00000006/*"):
         path.unlink()
     assert run(prepare(whole)) == DONE
-    again = load_file(checkpoints / "step_00000006" / "tensors_0.safetensors")["usual_loss"]
+    again = saved_state(checkpoints / "step_00000006")["tensor/usual_loss"]
     assert torch.equal(again, usual)
+
+
+def test_a_run_that_began_unwatched_is_watched_when_it_goes_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("optim.steps=4", "journal.checkpoint_interval=2")
+    config = tiny(*overrides)
+    assert run(prepare(config)) == DONE
+    shutil.rmtree(Path(config.output) / "checkpoints" / "step_00000004")
+    leap(monkeypatch, {2})  # the first that is judged is all that is known
+    assert run(prepare(tiny(*overrides, "engine.on_spike=skip"))) == DONE
+    assert lines(config)[-1]["skipped_steps"] == 1
 
 
 @pytest.mark.faults

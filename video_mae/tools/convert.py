@@ -26,7 +26,9 @@ from video_mae.files import say
 from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
-from video_mae.training.engine import FROZEN, partitioned_weights
+from video_mae.training.deepspeed_checkpoint import FROZEN
+from video_mae.training.engine import partitioned_weights
+from video_mae.training.fragments import read, whole
 from video_mae.training.optim import parameter_groups
 
 REPORT = "import.json"
@@ -48,8 +50,8 @@ class ConvertConfig(Facts):
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
         False,
-        "read the pickles of a checkpoint folder of DeepSpeed, which can execute code: only for "
-        "runs of your own",
+        "read the pickles of a checkpoint that DeepSpeed wrote (earlier versions), which can "
+        "execute code: only for runs of your own",
     )
 
 
@@ -64,7 +66,7 @@ def start(source: str, destination: str, config: ConvertConfig) -> int:
 def convert(source: str | Path, destination: str | Path, config: ConvertConfig) -> list[str]:
     """Reads a model and writes it in another format; returns lines on what became of it.
 
-    source: what load_pretrained takes, a run folder, or with `trust` a checkpoint folder of a run.
+    source: what load_pretrained takes, a run folder, or a checkpoint folder of a run.
     Raises: FileNotFoundError; ValueError with one line. Then nothing is written.
     """
     source, destination = Path(source), Path(destination)
@@ -120,13 +122,14 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     """The model that a checkpoint RUN/checkpoints/step_N holds, in float32: any ZeRO stage, any
     number of ranks. Older ones than the newest have no model folder.
 
-    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or `trust` is not
-    given: DeepSpeed keeps its state in pickles, and reading one executes whatever it holds.
+    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or is one of DeepSpeed
+    and `trust` is not given: its state is in pickles, and reading one executes whatever it holds.
     """
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
-    if not trust:
+    is_of_deepspeed = "memory" not in manifest  # of an earlier version
+    if is_of_deepspeed and not trust:
         raise ValueError(
             f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
             "take the run's model folder, or say trust=true if the run is your own"
@@ -149,13 +152,11 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
-    file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
-    content = torch.load(file, map_location="cpu", weights_only=False)
-    if manifest["zero_stage"] > 0:
-        state = partitioned_weights(folder)
+    if is_of_deepspeed:
+        state = _weights_of_deepspeed(folder, manifest, model, config)
     else:
-        state = _whole_weights(content, model, config)
-    state |= content.get(FROZEN, {})
+        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        read(folder, whole("weight", state))
     if isinstance(config, FinetuneConfig):
         state = merged(model, state)
         model = VideoClassifier(config.model, config.classifier)
@@ -163,12 +164,16 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     return model.eval()
 
 
-def _whole_weights(
-    content: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
+def _weights_of_deepspeed(
+    folder: Path, manifest: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
 ) -> dict[str, torch.Tensor]:
-    """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
-    its order.
+    """The weights that a checkpoint of an earlier version holds: without ZeRO those of the module,
+    or the float32 master copies that the optimizer keeps in its order.
     """
+    file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
+    content = torch.load(file, map_location="cpu", weights_only=False)
+    if manifest["zero_stage"] > 0:
+        return partitioned_weights(folder) | content.get(FROZEN, {})
     state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
     if masters is not None:
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -179,4 +184,5 @@ def _whole_weights(
         for group, values in zip(groups, masters, strict=True):
             for parameter, value in zip(group["params"], values, strict=True):
                 state[names[parameter]] = value
-    return {name: tensor.detach().float() for name, tensor in state.items()}
+    state = {name: tensor.detach().float() for name, tensor in state.items()}
+    return state | content.get(FROZEN, {})

@@ -67,7 +67,9 @@ def publish(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint whose files are all there in full length, or None."""
+    """The manifest of a checkpoint whose files are all there in full length, or None. It has
+    `memory` unless an earlier version had DeepSpeed write the state.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         complete = all(

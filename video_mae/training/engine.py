@@ -11,22 +11,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
 from video_mae.files import one_line
-from video_mae.training import checkpoint, device_step
+from video_mae.training import checkpoint, device_step, fragments
+from video_mae.training.deepspeed_checkpoint import load_deepspeed_checkpoint
 from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.fragments import Fragment
 from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.spikes import SpikeWatch
 from video_mae.training.step_status import StatusQueue, filled
 
-FROZEN = "frozen_weights"
-"""Of a checkpoint of rank 0: the float32 values of what is not trained, by name."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = (
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)
 
 
 class Engine:
@@ -34,7 +42,8 @@ class Engine:
 
     Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then
     `engine.step(lr)` once a step, and `engine.statuses.take()` for what the host is to know of it.
-    skipped_steps: how many since the start, on the device.
+    skipped_steps: how many since the start, on the device. beside_masters: what else is laid out as
+    `masters`, by its name in checkpoints.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
@@ -77,6 +86,7 @@ class Engine:
             self.unusual += " or a spike"
         self.spikes = SpikeWatch(self.mean, self.device, is_on=is_watched)
         self.skipped_steps = filled(0, self.device)
+        self.beside_masters: dict[str, list[torch.Tensor]] = {}
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -159,19 +169,15 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters: dict[int, torch.Tensor] = {}
-        # the one wrapper that DeepSpeed's function overlooks
-        if self.config.engine.zero_stage == 0 and self.config.engine.precision != "fp32":
-            wrapper = self.deepspeed.optimizer
-            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
-        state = dict(self.frozen)
+        state, whole = dict(self.frozen), {}
+        # the one stage that DeepSpeed's function overlooks
+        if self.config.engine.zero_stage == 0:
+            masters = self.masters()
+            whole = {name: masters[i] for name, _, i, _ in device_step.layout(self.deepspeed)}
         for name, parameter in self.deepspeed.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            value = masters.get(id(parameter), parameter)
-            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # partitioned
-                value = safe_get_full_fp32_param(parameter)
+            value = whole[name] if whole else safe_get_full_fp32_param(parameter)
             assert value is not None
             if self.rank == 0:
                 state[name] = value.detach().float().cpu().clone()
@@ -208,39 +214,34 @@ class Engine:
         tensors: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
-        `resume` gives `memory` back, and tensors by name: those that several ranks have are
-        written once.
+        `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
         """
         progress.begin("saving")
         final = self.checkpoints / checkpoint.step_name(step)
         building = self.checkpoints / f".{final.name}"
         if self.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            building.mkdir(parents=True)
         dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        self.deepspeed.save_checkpoint(
-            str(self.checkpoints),
-            tag=building.name,
-            client_state={"step": step, "memory": memory, FROZEN: self.frozen},
-            save_latest=False,
-            exclude_frozen_parameters=False,
-        )
-        tensors = tensors or {}
-        written: set[str] = set()
-        for names in self.gather(list(tensors))[: self.rank]:
-            written.update(names)
-        own = {name: tensors[name] for name in tensors if name not in written}
-        if own:
-            save_file(own, building / f"tensors_{self.rank}.safetensors")
-        dist.barrier()
-        mine: dict[str, Any] = {}
-        for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
-            checkpoint.fsync(path)
-            mine[str(path.relative_to(building))] = checkpoint.digest(path)
-        files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
+        own, common = self._fragments(tensors or {})
+        common.sort(key=lambda fragment: len(fragment.view))
+        file = building / f"state_{self.rank:05d}.safetensors"
+        fragments.write(file, own + common[self.rank :: self.world_size])
+        checkpoint.fsync(file)
+        files = dict(self.gather((file.name, checkpoint.digest(file))))
         if self.rank == 0:
-            facts = {"step": step, **_facts(self.config, self.world_size)}
+            optim, counters = self.config.optim, {}
+            for of in device_step.counters(self.deepspeed):
+                counters |= {name: of[name] for name in COUNTERS if name in of}
+            facts = {
+                "step": step,
+                **_facts(self.config, self.world_size),
+                "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
+                "memory": memory,
+                "updates": max(int(state["step"]) for state in self.optimizer.state.values()),
+                "counters": counters,
+            }
             checkpoint.publish(building, final, files, facts, keep)
         dist.barrier()
 
@@ -260,16 +261,49 @@ class Engine:
                 break
             if self.rank == 0:
                 folder.rename(folder.with_name(f".damaged_{folder.name}"))
-        _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+        if "memory" not in manifest:
+            memory = load_deepspeed_checkpoint(self, folder, tensors or {})
+        else:
+            memory, (own, common) = manifest["memory"], self._fragments(tensors or {})
+            fragments.read(folder, own + common)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(manifest["updates"])
+            self._read_frozen(folder)
+            device_step.spread_masters(self.deepspeed)
+            for of in device_step.counters(self.deepspeed):
+                of.update({name: n for name, n in manifest["counters"].items() if name in of})
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        if self.rank == 0:
-            self.frozen = state.get(FROZEN, self.frozen)
-        tensors = tensors or {}
-        for file in folder.glob("tensors_*.safetensors"):
-            with safe_open(file, framework="pt") as saved:
-                for name in tensors.keys() & saved.keys():
-                    tensors[name].copy_(saved.get_tensor(name))
-        return manifest["step"], state.get("memory", {})  # earlier versions wrote none
+        return manifest["step"], memory
+
+    def _read_frozen(self, folder: Path) -> None:
+        """What the model computes with of the weights that are not trained."""
+        import deepspeed
+
+        named = self.deepspeed.module.named_parameters()
+        frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
+        # ZeRO 3 takes apart again what rank 0 has read
+        with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
+            fragments.read(folder, fragments.whole("weight", frozen))
+
+    def _fragments(
+        self, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[list[Fragment], list[Fragment]]:
+        """The state of training on this rank: (what it alone has, what every rank has whole)."""
+        masters, state = self.masters(), self.optimizer.state
+        for master in masters:
+            if not state[master]:  # before the first step
+                state[master]["step"] = filled(0, master.device)
+                state[master].update({kind: torch.zeros_like(master) for kind in MOMENTS})
+        kinds = {"weight": masters, **self.beside_masters}
+        for kind in MOMENTS:
+            kinds[kind] = [state[master][kind] for master in masters]
+        own = fragments.whole("weight", self.frozen)
+        common = fragments.whole("tensor", tensors)
+        trained = common if self.config.engine.zero_stage == 0 else own
+        for name, start, index, place in device_step.layout(self.deepspeed):
+            for kind, of in kinds.items():
+                trained.append(Fragment(f"{kind}/{name}", start, of[index].view(-1)[place]))
+        return own, common
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -293,16 +327,17 @@ def leave() -> None:
 
 
 def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What a checkpoint and the start that reads it have to agree about."""
+    """What a checkpoint of earlier versions and the start that reads it have to agree about."""
     keys = ("zero_stage", "precision", "offload")
     return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
 
 
-def check_start(config: RunConfig) -> int:
-    """Checks what the engine of a run will need; returns the number of ranks.
+def check_start(config: RunConfig) -> tuple[int, list[str]]:
+    """Checks what the engine of a run will need; returns the number of ranks, and a line about each
+    fact of it that was another when the newest checkpoint was written.
 
-    Raises: ValueError for what this machine or DeepSpeed cannot do, and where the newest checkpoint
-    was written by another number of ranks, stage or precision.
+    Raises: ValueError for what this machine or DeepSpeed cannot do, and where an earlier version
+    wrote the checkpoint for another number of ranks, stage or precision.
     """
     world_size = World.from_environment().size
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
@@ -312,18 +347,19 @@ def check_start(config: RunConfig) -> int:
         _check_with_deepspeed(dictionary, config.engine.extra)
     found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
-        return world_size
+        return world_size, []
     folder, manifest = found
-    for key, value in _facts(config, world_size).items():
-        if manifest[key] != value:
-            remedy = f"set engine.{key} back"
-            if key == "world_size":
-                remedy = "start it with as many ranks as before"
-            raise ValueError(
-                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; "
-                f"{remedy}, or choose another output folder"
-            )
-    return world_size
+    lines = [
+        f"{folder}: was written with {key} = {manifest[key]}, this start has {value}"
+        for key, value in _facts(config, world_size).items()
+        if manifest[key] != value
+    ]
+    if lines and "memory" not in manifest:
+        raise ValueError(
+            f"{lines[0]}; an earlier version wrote it: start as before until there is a newer one, "
+            "or choose another output folder"
+        )
+    return world_size, lines
 
 
 def _check_with_deepspeed(dictionary: dict[str, Any], changed: Iterable[str]) -> None:

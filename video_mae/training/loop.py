@@ -72,7 +72,7 @@ class Training(ABC, Generic[Config]):
         config = self.config
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
         self.weights = weights
-        world_size = check_start(config)
+        world_size, turns = check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
             lists["validation.source"] = validation
@@ -85,7 +85,7 @@ class Training(ABC, Generic[Config]):
         counts = len(videos), world_size, config.data.clips_per_video
         self.schedule, line = make_schedule(optim, *counts)
         check_rates(self.folder, make_schedule(before.optim, *counts)[0], self.schedule)
-        self.introduction = [*notes, *changed, *weights.lines, line]
+        self.introduction = [*notes, *changed, *weights.lines, *turns, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
@@ -375,8 +375,8 @@ class Training(ABC, Generic[Config]):
         return self.videos_before(done) / self.videos_per_epoch
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a run remembers beside the weights and the optimizer's state, on this rank."""
-        return {**self.engine.spikes.tensors, **(self.average.tensors if self.average else {})}
+        """What a run remembers beside what the engine does, the same on every rank."""
+        return dict(self.engine.spikes.tensors)
 
     def save_model(self, name: str) -> None:
         """Writes the model folder RUN/name; every rank must call it."""

@@ -3,6 +3,7 @@ they share, and which lists.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any, TypeVar
 
 from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
+from video_mae.config.world import World
 from video_mae.decoding import resolve_decoder
 from video_mae.files import check_folder
-from video_mae.training.checkpoint import steps_done
+from video_mae.training.checkpoint import newest, steps_done
 from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -31,12 +33,8 @@ FREE_KEYS = (
     "data.decode_memory_gb",
     "data.max_bad_share",
     "data.allow_changed_list",
-    "engine.compile",
-    "engine.kernels",
-    "engine.activation_checkpointing",
-    "engine.max_skipped_in_a_row",
-    "engine.on_spike",
-    "engine.stall_seconds",
+    "engine.",
+    "optim.accumulation",
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )
@@ -44,6 +42,9 @@ FREE_KEYS = (
 # With optim.schedule = constant_cooldown these may change too: `check_rates` sees to it that the
 # steps that are done keep their rates. Stages that have not begun are as free.
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
+
+# May come apart in another way, but stays.
+GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"
 
 LISTS_FILE = "lists.json"
 
@@ -82,7 +83,8 @@ def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: 
 
 def settled(config: Config) -> tuple[Config, Config]:
     """The configuration with the decoder that auto means, that of the run in the folder or the
-    first that works here; and the one that the run had before (for a new one the same).
+    first that works here; and the one that the run had before (for a new one the same), with the
+    micro-batch and accumulation of now.
 
     Raises: ValueError where the folder holds anything but this very run, or its decoder is not
     there any more.
@@ -98,11 +100,26 @@ def settled(config: Config) -> tuple[Config, Config]:
         now["data.decoder"] = wanted
         if recorded == "auto":
             was["data.decoder"] = wanted
+        if now.get("objective.negatives") != "batch":  # which come from a micro-batch
+            free += ("optim.micro_batch",)
+        done = math.inf
         if before.optim.schedule == "constant_cooldown":
-            free, done = FREE_KEYS + LENGTHS, steps_done(folder)
-            for flat in (was, now):
-                stages = flat.get("stages", {}).values()  # fine-tuning has none
-                flat["stages"] = {stage for stage in stages if stage.from_step < done}
+            free, done = free + LENGTHS, steps_done(folder)
+        for flat in (was, now):
+            stages = flat.get("stages", {}).values()  # fine-tuning has none
+            own = flat["optim.micro_batch"]
+            flat["stages"] = {
+                (replace(stage, micro_batch=None), (stage.micro_batch or own) / own)
+                for stage in stages
+                if stage.from_step < done
+            }
+        found = newest(folder / "checkpoints")
+        if found is not None:
+            then, manifest = before.optim, found[1]
+            earlier = then.micro_batch * then.accumulation * manifest["world_size"]
+            optim, num_ranks = config.optim, World.from_environment().size
+            was[GLOBAL_BATCH] = manifest.get("videos_per_step", earlier)
+            now[GLOBAL_BATCH] = num_ranks * optim.micro_batch * optim.accumulation
         for key, value in now.items():
             if value != was[key] and not key.startswith(free):
                 raise ValueError(
@@ -120,7 +137,9 @@ def settled(config: Config) -> tuple[Config, Config]:
             "another output"
         ) from None
     config = replace(config, data=replace(config.data, decoder=decoder))
-    return config, before or config
+    before, optim = before or config, config.optim
+    optim = replace(before.optim, micro_batch=optim.micro_batch, accumulation=optim.accumulation)
+    return config, replace(before, optim=optim)
 
 
 def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
