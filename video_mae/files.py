@@ -3,18 +3,25 @@ lines that a crash may tear.
 """
 
 import codecs
+import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+
 JsonObject = dict[str, Any]
+UNFINISHED = ".unfinished-"
+"""How the folder begins in which something is made, which a killed process leaves behind."""
+_FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
 # Unicode takes them.
@@ -92,24 +99,61 @@ def _escape(letter: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier
-    one.
+class StorageError(OSError):
+    """What the disk refuses to take, in one line: the file, the bytes it needs and those that are
+    free, and the remedy.
+    """
+
+
+class DamagedRunError(ValueError):
+    """A run that cannot go on from what its folder holds, in one line."""
+
+
+@contextmanager
+def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Wraps the writing of a file or folder that takes num_bytes (0: unknown): it is not begun
+    where the disk has less.
+
+    Raises: StorageError for what the disk refuses inside.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    try:
+        if num_bytes > free > 0:  # some network disks do not know
+            raise OSError(*_FULL)
+        yield
+    except StorageError:
+        raise
+    except (OSError, SafetensorError) as error:
+        needs = f"it needs {num_bytes} bytes, " if num_bytes else ""
+        raise StorageError(
+            f"{path}: cannot be written ({error}): {needs}{free} are free there; make room, or let "
+            "it be written to, and start the same command again"
+        ) from None
+
+
+def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
+    """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
+    place, instead of an earlier one.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
+    Raises: StorageError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # short: a name has 255 bytes
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:
-        building = Path(work) / "new"
-        write(building)
-        if building.is_file():
-            # a rename may outlive a power cut that the bytes of the file do not
-            with building.open("rb") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # a file is replaced by the rename itself
-            os.replace(path, Path(work) / "old")
-        os.replace(building, path)
+    with storing(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # short: a name has 255 bytes
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as work:
+            building = Path(work) / "new"
+            write(building)
+            if building.is_file():
+                # a rename may outlive a power cut that the bytes of the file do not
+                with building.open("rb") as file:
+                    os.fsync(file.fileno())
+            if path.is_dir():  # a file is replaced by the rename itself
+                os.replace(path, Path(work) / "old")
+            os.replace(building, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -120,7 +164,16 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     data = unicode_text(text).encode()
-    write_whole(path, lambda unfinished: unfinished.write_bytes(data))
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data), len(data))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds whole lines to the end of a file, all of them or nothing. Raises: StorageError."""
+    with storing(path, len(data)), path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        if stream.write(data) < len(data):
+            stream.truncate(size)
+            raise OSError(*_FULL)
 
 
 def draw_or_tell(
@@ -149,13 +202,27 @@ def read_jsonl(path: Path) -> list[JsonObject]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def cut_after(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here
-    loses nothing.
+def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], None]) -> None:
+    """Takes the lines after a step, which are lost work, out of a JSON-lines file, and those that
+    are no objects with these keys, which is told: FILE.damaged has all as it was.
+
+    What a crash tore is lost work. The file is replaced in one move, so a crash here loses nothing.
+    Raises: StorageError.
     """
-    kept = [json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step]
-    if path.exists():
-        write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+    if not path.exists():
+        return
+    data, kept, num_whole = path.read_bytes(), [], 0
+    for entry in read_jsonl(path):
+        step = entry.get("step", 0)
+        if keys <= entry.keys() and isinstance(step, int):
+            num_whole += 1
+            if step <= last_step:
+                kept.append(json_line(entry))
+    num_damaged = data.count(b"\n") - num_whole
+    if num_damaged > 0:
+        append(path.with_name(f"{path.name}.damaged"), data)
+        say(f"{path}: {num_damaged} damaged lines are left out, {path.name}.damaged has them")
+    write_whole(path, lambda new: new.write_bytes(b"".join(kept)), len(data))
 
 
 class Register:
@@ -163,33 +230,37 @@ class Register:
     RUN/fallbacks.jsonl.
 
     All ranks of a run may hold one: the file is the truth, read under a lock before each write.
+    What the disk refuses is written when it comes again; the journal tells of such a disk.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known = frozenset[str]()
 
-    def add(self, failures: Iterable[Any]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
-        the run has written. A failure has the first three.
+    def add(self, failures: Iterable[Any], step: int | None = None) -> None:
+        """Writes {path, decoder, reason, step, time} for each path that no rank and no earlier
+        start of the run has written. A failure has the first three; step: whose batch it was in.
         """
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._known:
             return
-        with self.file.open("ab") as stream:
+        with suppress(StorageError), storing(self.file), self.file.open("ab") as stream:
             # a file system without locks: two ranks may then both write a path, which is no reason
             # to stop
             with suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            text = self.file.read_bytes()
+            text, lines = self.file.read_bytes(), b""
             if text and not text.endswith(b"\n"):
                 # a crash tore the last line: end it, so that it spoils no other
-                stream.write(b"\n")
+                lines += b"\n"
             self._known = self.paths
             for path, failure in named.items():
                 if path not in self._known:
                     entry = {"path": path, "decoder": failure.decoder, "reason": failure.reason}
-                    stream.write(json_line({**entry, "time": time.time()}))
+                    if step is not None:
+                        entry["step"] = step
+                    lines += json_line({**entry, "time": time.time()})
+            append(self.file, lines)
             self._known |= named.keys()
 
     @property

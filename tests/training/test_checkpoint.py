@@ -10,7 +10,6 @@ from video_mae.training.checkpoint import (
     MANIFEST,
     damaged_files,
     digest,
-    files_of,
     newest,
     publish,
     read_manifest,
@@ -25,7 +24,7 @@ def write(checkpoints: Path, step: int, keep: int = 10) -> Path:
     (building / "rank").mkdir(parents=True)
     (building / "model.pt").write_bytes(os.urandom(3000) + bytes([step % 256]))
     (building / "rank" / "0.pt").write_bytes(b"state" * 100)
-    files = {str(path.relative_to(building)): digest(path) for path in files_of(building)}
+    files = {str(path.relative_to(building)): digest(path) for path in building.rglob("*.pt")}
     publish(building, checkpoints / step_name(step), files, {"step": step, **FACTS}, keep)
     return checkpoints / step_name(step)
 

@@ -5,21 +5,24 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World, ranks_here
+from video_mae.files import StorageError, storing
 from video_mae.training import checkpoint, device_step
 from video_mae.training.deepspeed_config import deepspeed_config
 from video_mae.training.optim import guard, make_optimizer
+from video_mae.training.saving import on_host, together, write_files
 from video_mae.training.step_status import StatusQueue, filled
 
 FROZEN = "frozen_weights"
@@ -70,6 +73,12 @@ class Engine:
         self.is_guarded = device_step.is_possible(self.dictionary)
         self.statuses = StatusQueue(self.device)
         self.skipped_steps = filled(0, self.device)
+        self.faults: list[str] = []
+        self._writing: Future[str] | str = ""
+        self._thread, self._group = ThreadPoolExecutor(1), None
+        if config.journal.checkpoint_async:
+            # what the threads tell one another must not get between the collectives of training
+            self._group = dist.new_group(backend="gloo")
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -133,10 +142,10 @@ class Engine:
         """The mean over ranks."""
         return self.sum(value) / self.world_size
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's picklable object, in order of rank."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group)
         return gathered
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
@@ -197,59 +206,106 @@ class Engine:
         keep: int,
         memory: dict[str, Any],
         tensors: Mapping[str, torch.Tensor] | None = None,
+        finish: Callable[[], object] = tuple,
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
         `resume` gives `memory` back, and tensors by name: those that several ranks have are
-        written once.
+        written once. What the disk refuses, `settle` tells.
+
+        finish: what the main rank does as soon as the checkpoint is there.
         """
+        files = self._files({"step": step, "memory": memory, FROZEN: self.frozen}, tensors or {})
+        if self._group is None:
+            self._writing = self._write(step, keep, files, finish)
+        else:
+            self._writing = self._thread.submit(self._write, step, keep, on_host(files), finish)
+
+    def settle(self, *, wait: bool) -> str:
+        """What the disk refused of the last save, once, as soon as it is known; else ""."""
+        writing = self._writing
+        if isinstance(writing, Future):
+            if not (wait or writing.done()):
+                return ""
+            writing = writing.result()
+        self._writing = ""
+        return writing
+
+    def _write(
+        self, step: int, keep: int, files: dict[str, Any], finish: Callable[[], object]
+    ) -> str:
         final = self.checkpoints / checkpoint.step_name(step)
-        building = self.checkpoints / f".{final.name}"
-        if self.rank == 0:
+        building = final.with_name(f".{final.name}")
+        gather = partial(self.gather, group=self._group)
+
+        def publish() -> None:
+            if self.rank == 0:
+                of_all = {name: of[name] for of in digests for name in of}
+                facts = {"step": step, **_facts(self.config, self.world_size)}
+                every = self.config.journal.keep_every
+                with storing(final):
+                    checkpoint.publish(building, final, of_all, facts, keep, every)
+                finish()
+
+        try:
+            digests = together(partial(write_files, building, files), gather)
+            together(publish, gather)
+        except StorageError as error:
             shutil.rmtree(building, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
+            return str(error)
+        return ""
+
+    def _files(self, state: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What this rank has to write, by the names of the files; every rank must call it."""
+        files: dict[str, Any] = {}
+
+        def save(state_dict: Any, path: str) -> None:
+            files[Path(path).name] = state_dict
+
+        # DeepSpeed is asked what it would write, and where.
+        writer = self.deepspeed.checkpoint_engine
+        writer.save = save
+        writer.makedirs = self.deepspeed._copy_recovery_script = lambda *_, **__: None
         self.deepspeed.skipped_steps = int(self.skipped_steps)
         self.deepspeed.save_checkpoint(
             str(self.checkpoints),
-            tag=building.name,
-            client_state={"step": step, "memory": memory, FROZEN: self.frozen},
+            tag="unnamed",
+            client_state=state,
             save_latest=False,
             exclude_frozen_parameters=False,
         )
-        tensors = tensors or {}
         written: set[str] = set()
         for names in self.gather(list(tensors))[: self.rank]:
             written.update(names)
         own = {name: tensors[name] for name in tensors if name not in written}
         if own:
-            save_file(own, building / f"tensors_{self.rank}.safetensors")
-        dist.barrier()
-        mine: dict[str, Any] = {}
-        for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
-            checkpoint.fsync(path)
-            mine[str(path.relative_to(building))] = checkpoint.digest(path)
-        files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
-        if self.rank == 0:
-            facts = {"step": step, **_facts(self.config, self.world_size)}
-            checkpoint.publish(building, final, files, facts, keep)
-        dist.barrier()
+            files[f"tensors_{self.rank}.safetensors"] = own
+        return files
+
+    def is_finite(self) -> bool:
+        """Whether all weights are, on all ranks; every rank must call it."""
+        return all(self.gather(all(bool(one.isfinite().all()) for one in self.masters())))
 
     def resume(
         self, tensors: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
-        has done and its memory, (0, {}) where there is none.
+        """Loads the newest checkpoint that is whole, `tensors` in place; returns the number of
+        steps it has done and its memory, (0, {}) for a run that never had one. `faults` says what
+        is wrong with those that were passed over.
+
+        Raises: DamagedRunError.
         """
-        while True:
-            found = self.gather(checkpoint.newest(self.checkpoints))[0]  # all ranks follow rank 0
-            if found is None:
-                return 0, {}
-            folder, manifest = found
-            mine = sorted(manifest["files"])[self.rank :: self.world_size]
-            if not any(self.gather(checkpoint.damaged_files(folder, manifest, mine))):
+        part, passed_over = slice(self.rank, None, self.world_size), list[Path]()
+        for folder in self.gather(checkpoint.folders(self.checkpoints))[0]:
+            found = [one for one in self.gather(checkpoint.fault(folder, part)) if one]
+            if not found:
                 break
-            if self.rank == 0:
-                folder.rename(folder.with_name(f".damaged_{folder.name}"))
+            self.faults.append(f"{folder.name}: {found[0]}")
+            passed_over.append(folder)
+        else:
+            checkpoint.require_new(self.checkpoints.parent, self.faults)
+            return 0, {}
+        for one in passed_over if self.rank == 0 else ():
+            one.rename(one.with_name(f".damaged_{one.name}"))
         _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         if self.rank == 0:
@@ -259,7 +315,7 @@ class Engine:
             with safe_open(file, framework="pt") as saved:
                 for name in tensors.keys() & saved.keys():
                     tensors[name].copy_(saved.get_tensor(name))
-        return manifest["step"], state.get("memory", {})  # earlier versions wrote none
+        return state["step"], state.get("memory", {})  # earlier versions wrote none
 
 
 def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -298,12 +354,17 @@ def check_start(config: RunConfig) -> int:
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
     deepspeed_config(config, world_size)
-    found = checkpoint.newest(Path(config.output) / "checkpoints")
+    checkpoints = Path(config.output) / "checkpoints"
+    found = checkpoint.newest(checkpoints)
+    if config.from_scratch:
+        return world_size
     if found is None:
+        faults = [f"{one.name}: {checkpoint.fault(one)}" for one in checkpoint.folders(checkpoints)]
+        checkpoint.require_new(checkpoints.parent, faults)
         return world_size
     folder, manifest = found
     for key, value in _facts(config, world_size).items():
-        if manifest[key] != value:
+        if manifest.get(key, value) != value:
             remedy = f"set engine.{key} back"
             if key == "world_size":
                 remedy = "start it with as many ranks as before"

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
-from video_mae.convert.model_folder import Model, save_model_folder
+from video_mae.convert.model_folder import Model
 from video_mae.data.dataset import Batch, Sample
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
@@ -22,14 +23,23 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
-from video_mae.files import read_jsonl, write_json
+from video_mae.files import StorageError, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
+from video_mae.training.keeping import publish, save_run, weights
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_folder import (
+    LISTS_FILE,
+    Config,
+    check_lists,
+    check_rates,
+    open_folder,
+    settled,
+)
+from video_mae.training.saving import together
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -79,7 +89,8 @@ class Training(ABC, Generic[Config]):
         self.lists = {
             key: {"digest": one.digest(), "videos": len(one)} for key, one in lists.items()
         }
-        changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
+        is_free = config.data.allow_changed_list or config.from_scratch
+        changed = check_lists(self.folder, self.lists, allow=is_free)
         notes = [note for one in lists.values() for note in one.notes]
         optim = config.optim
         counts = len(videos), world_size, config.data.clips_per_video
@@ -141,28 +152,15 @@ class Training(ABC, Generic[Config]):
         self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
-        if engine.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-            write_json(self.folder / "deepspeed.json", engine.dictionary)
-            write_json(self.folder / LISTS_FILE, self.lists)
+        lines = together(partial(open_folder, config, engine.rank), engine.gather)[0]
         self.begin()
         first_step, self.memory = engine.resume(self.tensors())
-        if first_step == 0 and self.weights.is_resumed:
-            raise ValueError(
-                f"{self.folder}: all its checkpoints are damaged; start it again, and it begins "
-                "anew"
-            )
+        self.introduction[:0] = [*lines, *(f"passed over: {fault}" for fault in engine.faults)]
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
-        self.signal, self.has_told_fallbacks = 0, False
-        self.journal = Journal(
-            engine,
-            total_steps=total_steps,
-            clips_per_step=self.videos_per_step * config.data.clips_per_video,
-            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
-            resumed_step=first_step,
-            stages=Costs._fields,
-        )
+        self.signal, self.is_save_due = 0, False
+        together(partial(self._open_journal, first_step, macs_per_clip), engine.gather)
+        if first_step:  # the start that wrote the checkpoint may have been killed before its model
+            publish(self, weights(self))
         with closing(self.journal), closing(self._batches(first_step)) as batches:
             for step in range(first_step, total_steps):
                 exit_status = self._step(batches, step)
@@ -171,6 +169,23 @@ class Training(ABC, Generic[Config]):
             if engine.rank == 0:
                 self._conclude()
         return DONE
+
+    def _open_journal(self, first_step: int, macs_per_clip: float) -> None:
+        """Writes what a run folder holds from the start. Raises: StorageError."""
+        config, engine = self.config, self.engine
+        if engine.rank == 0:
+            save_config(replace(config, from_scratch=False), self.folder / "config.yaml")
+            write_json(self.folder / "deepspeed.json", engine.dictionary)
+            write_json(self.folder / LISTS_FILE, self.lists)
+        self.journal = Journal(
+            engine,
+            total_steps=self.schedule.total_steps,
+            clips_per_step=self.videos_per_step * config.data.clips_per_video,
+            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
+            resumed_step=first_step,
+            stages=Costs._fields,
+            sums=self.memory.get("sums", ()),
+        )
 
     def run_and_leave(self) -> int:
         """Trains as the command line does: at its end the process leaves its group."""
@@ -194,7 +209,7 @@ class Training(ABC, Generic[Config]):
         more = self.measure(done) if is_logged else {}
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
 
-        is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
+        is_saved = is_last or is_due(done, config.journal.checkpoint_interval) or self.is_save_due
         # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
         # the host is a step behind.
         self._learn_of_steps(of_all=is_logged or is_saved)
@@ -203,25 +218,28 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
+            journal.say(engine.settle(wait=True))
             return STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
-            self._tell_fallbacks(ending)
+            journal.tell_fallbacks(ending)
         self.after(done, ending=ending)
-        if ending or is_saved:
-            engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
-            self.save_model("model")
-            if self.average:
-                with self.average.in_place():
-                    self.save_model("model_ema")
+        is_saved = is_saved or ending
+        journal.say(engine.settle(wait=is_saved))
+        if is_saved:
+            self.is_save_due = not save_run(self, done)
+        if ending:
+            refusal = engine.settle(wait=True)
+            if refusal:
+                raise StorageError(refusal)
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
                 "to go on"
             )
             return 128 + self.signal
-        return None
+        return STOPPED_BY_POLICY if is_last and self.is_save_due else None
 
     def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one step's micro-batches; returns the means of what the stage
@@ -233,8 +251,8 @@ class Training(ABC, Generic[Config]):
             with self.journal.data_wait():
                 batch = next(batches)
             self.journal.spent(batch.costs)
-            self.journal.quarantine.add(batch.failures)
-            self.journal.fallbacks.add(batch.fallbacks)
+            self.journal.quarantine.add(batch.failures, step + 1)
+            self.journal.fallbacks.add(batch.fallbacks, step + 1)
             values = self.losses(batch, step, micro)
             self.engine.backward(values["loss"], last=micro == num - 1)
             for name, value in values.items():
@@ -273,21 +291,6 @@ class Training(ABC, Generic[Config]):
         return (
             f"{bad} of about {tried} videos tried could not be decoded, more than "
             f"data.max_bad_share = {most}; they are named in {self.journal.quarantine.file}"
-        )
-
-    def _tell_fallbacks(self, ending: bool) -> None:
-        """Once as soon as there are some, and at the end."""
-        if self.engine.rank != 0 or (self.has_told_fallbacks and not ending):
-            return
-        found = read_jsonl(self.journal.fallbacks.file)
-        if not found:
-            return
-        self.has_told_fallbacks = True
-        first, reason = found[0], found[0]["reason"].split(";")[0]
-        self.journal.say(
-            f"{len(found)} of the videos so far were read by another decoder, the first "
-            f"{first['path']} by {first['decoder']}, as {reason}; {self.journal.fallbacks.file} "
-            "names them, `video-mae pack` cures them"
         )
 
     def _batches(self, first_step: int) -> DevicePrefetcher:
@@ -382,12 +385,6 @@ class Training(ABC, Generic[Config]):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside the weights and the optimizer's state, on this rank."""
         return self.average.tensors if self.average else {}
-
-    def save_model(self, name: str) -> None:
-        """Writes the model folder RUN/name; every rank must call it."""
-        state = self.engine.full_state()
-        if self.engine.rank == 0:
-            save_model_folder(self.folder / name, self.model, state)
 
 
 def is_due(done: int, interval: int) -> bool:

@@ -3,6 +3,8 @@ they share, and which lists.
 """
 
 import json
+import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
+from video_mae.files import UNFINISHED, read_text, storing
 from video_mae.training.checkpoint import steps_done
 from video_mae.training.optim import Schedule
 
@@ -20,6 +23,7 @@ Config = TypeVar("Config", bound=RunConfig)
 # run.
 FREE_KEYS = (
     "output",
+    "from_scratch",
     "journal.",
     "data.num_workers",
     "data.decoder_threads",
@@ -41,6 +45,10 @@ FREE_KEYS = (
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 
 LISTS_FILE = "lists.json"
+EARLIER = "earlier_"
+"""How the folders in it begin that hold runs which were begun anew."""
+LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
+"""How the names of what a killed start, of earlier versions too, leaves behind begin."""
 
 
 def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: bool) -> list[str]:
@@ -83,7 +91,7 @@ def settled(config: Config) -> tuple[Config, Config]:
     there any more.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
-    before = run_in(folder, type(config))
+    before = run_in(config)
     free = FREE_KEYS
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
@@ -135,20 +143,60 @@ def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
         )
 
 
-def run_in(folder: Path, schema: type[Config]) -> Config | None:
-    """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
-    for any other folder.
+def run_in(config: Config) -> Config | None:
+    """The configuration of the run that the folder of one holds; None for a new folder, and where
+    its run is to begin anew. Raises: ValueError for any other folder.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    folder = Path(config.output)
+    # what a start that was killed at once leaves is hidden
+    if not folder.exists() or not any(path.name[0] != "." for path in folder.iterdir()):
         return None
     file = folder / "config.yaml"
     if not file.is_file():
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
+    if config.from_scratch:
+        return None
+    text = read_text(file)
+    # Earlier versions left this much where a disk was full. The last section that all of them wrote
+    # is `journal`.
+    if "\njournal:\n" not in text:
+        raise ValueError(
+            f"{file}: is not whole; put it back, or begin anew with --from-scratch, which moves "
+            "what is there into a folder beside"
+        )
     try:
-        return load_config(file, schema=schema)
+        return load_config(file, schema=type(config))
     except ValueError as error:
         raise ValueError(
-            f"{error}: the folder holds a run of another kind; choose another output"
+            f"{error}: the file is damaged, or of a run of another kind; put it back, or choose "
+            "another output"
         ) from None
+
+
+def open_folder(config: RunConfig, rank: int) -> list[str]:
+    """Has the main rank make the run folder, or make it ready for another start: what a killed one
+    was making goes, and with from_scratch the run that is there is moved aside. Returns a line on
+    each.
+
+    Raises: StorageError.
+    """
+    folder, lines = Path(config.output), list[str]()
+    if rank != 0:
+        return lines
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        left = [one for one in folder.glob("**/.*") if one.name.startswith(LEFT_BEHIND)]
+        for one in left:
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+            lines.append(f"removed what an earlier start left behind: {one}")
+        there = [one for one in folder.iterdir() if not one.name.startswith((".", EARLIER))]
+        if config.from_scratch and there:
+            aside = folder / time.strftime(f"{EARLIER}%Y%m%d_%H%M%S")
+            aside.mkdir()
+            # the configuration last: until then it is a run folder
+            for one in sorted(there, key=lambda one: one.name == "config.yaml"):
+                one.rename(aside / one.name)
+            lines.append(f"begins anew: the run that was there is in {aside}")
+    return lines
