@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
+from video_mae.data.device_crop import NO_ROOM
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.isolation import end_with
 
@@ -46,10 +47,11 @@ def make_loader(
             dataset,
             batch_sampler=islice(batches, delivered, None),
             collate_fn=collate,
-            **worker_options(workers, data.prefetch_batches),
+            **worker_options(workers >> loader.halvings, data.prefetch_batches),
         )
 
-    return Loader(make, say)
+    loader: Loader[Batch] = Loader(make, say)
+    return loader
 
 
 def worker_options(workers: int, prefetch_batches: int = 2) -> dict[str, Any]:
@@ -72,14 +74,15 @@ class Loader(Generic[Item]):
     """What `make(0)` gives, item after item; when a worker dies, `make(number delivered)` goes on
     with the item after them.
 
-    The samples are functions of their keys, so the items are the same. Raises: RuntimeError when
+    halvings: of the number of workers, each time the memory that they share with the trainer had no
+    room for their batches. The samples are functions of their keys, so the items are the same. Raises: RuntimeError when
     workers die again and again.
     """
 
     def __init__(
         self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = print
     ) -> None:
-        self.make, self.say = make, say
+        self.make, self.say, self.halvings = make, say, 0
 
     def __iter__(self) -> Iterator[Item]:
         # the workers are started here, by this thread, not when the first item is asked for
@@ -94,6 +97,9 @@ class Loader(Generic[Item]):
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 death = _death(error, items)
+                if NO_ROOM in str(error):
+                    self.halvings += 1
+                    death = f"{str(error).splitlines()[-1]}, half of the workers go on"
                 if not death:
                     raise
             else:
