@@ -74,9 +74,9 @@ class Loader(Generic[Item]):
     """What `make(0)` gives, item after item; when a worker dies, `make(number delivered)` goes on
     with the item after them.
 
-    halvings: of the number of workers, each time the memory that they share with the trainer had no
-    room for their batches. The samples are functions of their keys, so the items are the same. Raises: RuntimeError when
-    workers die again and again.
+    The samples are functions of their keys, so the items are the same. halvings: of the number of
+    workers, each time the memory that they share with the trainer had no room for their batches.
+    Raises: RuntimeError when workers die again and again.
     """
 
     def __init__(

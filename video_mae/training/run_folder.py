@@ -14,7 +14,7 @@ from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
 from video_mae.files import UNFINISHED, read_text, storing
-from video_mae.training.checkpoint import steps_done
+from video_mae.training.checkpoint import folders, steps_done
 from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -199,4 +199,6 @@ def open_folder(config: RunConfig, rank: int) -> list[str]:
             for one in sorted(there, key=lambda one: one.name == "config.yaml"):
                 one.rename(aside / one.name)
             lines.append(f"begins anew: the run that was there is in {aside}")
+        elif there and not folders(folder / "checkpoints"):
+            lines.append("there is no checkpoint yet: begins with the first step")
     return lines
