@@ -126,12 +126,20 @@ def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except (OSError, SafetensorError) as error:
-        needs = f"it needs {num_bytes} bytes, " if num_bytes else ""
+    except (OSError, RuntimeError, SafetensorError) as error:  # as their libraries have it
         raise StorageError(
-            f"{path}: cannot be written ({error}): {needs}{free} are free there; make room, or let "
-            "it be written to, and start the same command again"
+            f"{path}: cannot be written ({error}): needed are {num_bytes or 'some'} bytes, {free} "
+            "are free; make room, or let it be written to, and start the same command again"
         ) from None
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
@@ -149,8 +157,7 @@ def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0)
             write(building)
             if building.is_file():
                 # a rename may outlive a power cut that the bytes of the file do not
-                with building.open("rb") as file:
-                    os.fsync(file.fileno())
+                fsync(building)
             if path.is_dir():  # a file is replaced by the rename itself
                 os.replace(path, Path(work) / "old")
             os.replace(building, path)
@@ -211,18 +218,16 @@ def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], 
     """
     if not path.exists():
         return
-    data, kept, num_whole = path.read_bytes(), [], 0
+    data, whole = path.read_bytes(), []
     for entry in read_jsonl(path):
-        step = entry.get("step", 0)
-        if keys <= entry.keys() and isinstance(step, int):
-            num_whole += 1
-            if step <= last_step:
-                kept.append(json_line(entry))
-    num_damaged = data.count(b"\n") - num_whole
+        if keys <= entry.keys() and isinstance(entry.get("step", 0), int):
+            whole.append(entry)
+    num_damaged = data.count(b"\n") - len(whole)
     if num_damaged > 0:
         append(path.with_name(f"{path.name}.damaged"), data)
         say(f"{path}: {num_damaged} damaged lines are left out, {path.name}.damaged has them")
-    write_whole(path, lambda new: new.write_bytes(b"".join(kept)), len(data))
+    kept = b"".join(json_line(entry) for entry in whole if entry.get("step", 0) <= last_step)
+    write_whole(path, lambda new: new.write_bytes(kept), len(kept))
 
 
 class Register:
@@ -244,7 +249,7 @@ class Register:
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._known:
             return
-        with suppress(StorageError), storing(self.file), self.file.open("ab") as stream:
+        with suppress(OSError), self.file.open("ab") as stream:
             # a file system without locks: two ranks may then both write a path, which is no reason
             # to stop
             with suppress(OSError):

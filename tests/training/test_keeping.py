@@ -153,7 +153,7 @@ def test_lines_that_the_disk_refuses_are_written_later_and_in_their_order(
     assert run(prepare(make(folder))) == DONE
     assert timeless(folder) == timeless(undisturbed)
     assert (
-        f"metrics.jsonl: cannot be written ([Errno 28] No space left on device): it needs {sizes[0]}"
+        f"metrics.jsonl: cannot be written ([Errno 28] No space left on device): needed are {sizes[0]}"
         in capfd.readouterr().out
     )
 

@@ -275,8 +275,8 @@ class RunConfig(Knobs):
     )
     from_scratch: bool = knob(
         False,
-        "begin with the first step again, where output holds a run: what is there is moved to "
-        "OUTPUT/earlier_N",
+        "begin with the first step, where output holds a run as well: its folder is renamed to "
+        "OUTPUT.earlier_TIME",
     )
     model: ModelConfig = section(
         ModelConfig,

@@ -6,7 +6,6 @@ of the frames, C channels, B clips.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +55,7 @@ def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     num_bytes = math.prod(shape) * dtype.itemsize
     # PyTorch shares small tensors besides in a thread, whose error nobody would hear of
-    free = shutil.disk_usage(SHARED).free if os.path.isdir(SHARED) else math.inf
+    free = shutil.disk_usage(SHARED).free
     if free < num_bytes + 2**20:
         raise RuntimeError(f"{SHARED}: {NO_ROOM} {num_bytes} bytes more, {free} are free")
     storage = torch.UntypedStorage._new_shared(num_bytes)

@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import DamagedRunError, write_json, write_text
+from video_mae.files import DamagedRunError, fsync, write_json, write_text
 
 MANIFEST = "MANIFEST.json"
 
@@ -18,15 +18,6 @@ MANIFEST = "MANIFEST.json"
 def step_name(step: int) -> str:
     """The folder of a checkpoint."""
     return f"step_{step:08d}"
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file's, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> dict[str, int]:
@@ -88,7 +79,7 @@ def fault(folder: Path, part: slice = slice(0)) -> str:
             if size != facts["size"]:
                 return f"{name} has {size} bytes, {facts['size']} were written"
         for name in damaged_files(folder, manifest, sorted(files)[part]):
-            return f"{name} is not what was written (its checksum is another)"
+            return f"{name}: is not what was written (its checksum is another)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -121,15 +112,15 @@ def steps_done(run_folder: Path) -> int:
     return 0 if found is None else found[1]["step"]
 
 
-def require_new(run_folder: Path, faults: Sequence[str]) -> None:
+def require_new(run_folder: Path, faults: Mapping[Path, str]) -> None:
     """A run without a usable checkpoint begins with its first step only where it never had one.
 
     faults: of those that are there. Raises: DamagedRunError with all that is wrong.
     """
     has_saved = (run_folder / "checkpoints/latest").exists() or (run_folder / "model").exists()
     if faults or has_saved:
-        wrong = "; ".join(faults) or "there is none, and there was one"
+        wrong = "; ".join(f"{folder.name}: {fault}" for folder, fault in faults.items())
         raise DamagedRunError(
-            f"{run_folder}: no checkpoint can be used: {wrong}; put one back, or begin anew with "
-            "--from-scratch, which moves what is there into a folder beside"
+            f"{run_folder}: no checkpoint can be used: {wrong or 'there was one'}; put one back, "
+            "or begin anew with --from-scratch, which renames the folder"
         )

@@ -22,7 +22,7 @@ from video_mae.files import StorageError, storing
 from video_mae.training import checkpoint, device_step
 from video_mae.training.deepspeed_config import deepspeed_config
 from video_mae.training.optim import guard, make_optimizer
-from video_mae.training.saving import on_host, together, write_files
+from video_mae.training.saving import attempt, on_host, write_files
 from video_mae.training.step_status import StatusQueue, filled
 
 FROZEN = "frozen_weights"
@@ -73,7 +73,7 @@ class Engine:
         self.is_guarded = device_step.is_possible(self.dictionary)
         self.statuses = StatusQueue(self.device)
         self.skipped_steps = filled(0, self.device)
-        self.faults: list[str] = []
+        self.faults: dict[Path, str] = {}
         self._writing: Future[str] | str = ""
         self._thread, self._group = ThreadPoolExecutor(1), None
         if config.journal.checkpoint_async:
@@ -143,9 +143,14 @@ class Engine:
         return self.sum(value) / self.world_size
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's picklable object, in order of rank."""
+        """Every rank's picklable object, in order of rank. Raises: the first StorageError of
+        these, on all ranks.
+        """
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group)
+        for one in gathered:
+            if isinstance(one, StorageError):
+                raise one
         return gathered
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
@@ -235,7 +240,6 @@ class Engine:
     ) -> str:
         final = self.checkpoints / checkpoint.step_name(step)
         building = final.with_name(f".{final.name}")
-        gather = partial(self.gather, group=self._group)
 
         def publish() -> None:
             if self.rank == 0:
@@ -247,8 +251,9 @@ class Engine:
                 finish()
 
         try:
-            digests = together(partial(write_files, building, files), gather)
-            together(publish, gather)
+            written = attempt(partial(write_files, building, files))
+            digests = self.gather(written, self._group)
+            self.gather(attempt(publish), self._group)
         except StorageError as error:
             shutil.rmtree(building, ignore_errors=True)
             return str(error)
@@ -294,18 +299,15 @@ class Engine:
 
         Raises: DamagedRunError.
         """
-        part, passed_over = slice(self.rank, None, self.world_size), list[Path]()
+        part = slice(self.rank, None, self.world_size)
         for folder in self.gather(checkpoint.folders(self.checkpoints))[0]:
             found = [one for one in self.gather(checkpoint.fault(folder, part)) if one]
             if not found:
                 break
-            self.faults.append(f"{folder.name}: {found[0]}")
-            passed_over.append(folder)
+            self.faults[folder] = found[0]
         else:
             checkpoint.require_new(self.checkpoints.parent, self.faults)
             return 0, {}
-        for one in passed_over if self.rank == 0 else ():
-            one.rename(one.with_name(f".damaged_{one.name}"))
         _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         if self.rank == 0:
@@ -354,13 +356,8 @@ def check_start(config: RunConfig) -> int:
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
     deepspeed_config(config, world_size)
-    checkpoints = Path(config.output) / "checkpoints"
-    found = checkpoint.newest(checkpoints)
-    if config.from_scratch:
-        return world_size
+    found = checkpoint.newest(Path(config.output) / "checkpoints")
     if found is None:
-        faults = [f"{one.name}: {checkpoint.fault(one)}" for one in checkpoint.folders(checkpoints)]
-        checkpoint.require_new(checkpoints.parent, faults)
         return world_size
     folder, manifest = found
     for key, value in _facts(config, world_size).items():

@@ -4,16 +4,14 @@ steps that were skipped, and what the disk refuses is tried again when the next 
 Every rank must call these.
 """
 
-import errno
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from video_mae.convert.facts import Tensors
 from video_mae.convert.model_folder import save_model_folder
-from video_mae.files import StorageError, storing
-from video_mae.training.saving import together
+from video_mae.files import StorageError
+from video_mae.training.saving import attempt
 
 if TYPE_CHECKING:
     from video_mae.training.loop import Training
@@ -25,18 +23,15 @@ def save_run(run: "Training[Any]", done: int) -> bool:
 
     Raises: StorageError where the run folder is gone.
     """
-    engine, unsound = run.engine, ""
+    engine = run.engine
     # a lone one at the end is not the beginning of more
-    if run.skipped_in_a_row > (done == run.schedule.total_steps):
-        unsound = "it was skipped; the last checkpoint is from before the skipped steps"
-    elif not engine.is_finite():
-        unsound = "not all weights are finite"
-    if unsound:
-        run.journal.say(f"step {done}: not saved, {unsound}")
+    is_bad = run.skipped_in_a_row > (done == run.schedule.total_steps)
+    if is_bad or not engine.is_finite():
+        why = "it was skipped" if is_bad else "weights are not finite"
+        run.journal.say(f"step {done}: not saved, {why}; the last checkpoint is from before that")
         return False
     if not all(engine.gather((run.folder / "config.yaml").exists())):
-        with storing(run.folder):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        raise StorageError(f"{run.folder}: cannot be written, it was removed; the run ends")
     run.memory["sums"] = run.journal.sums()
     finish = partial(_write, run, weights(run))
     engine.save(done, run.config.journal.keep_checkpoints, run.memory, run.tensors(), finish)
@@ -48,7 +43,7 @@ def publish(run: "Training[Any]", states: Mapping[str, Tensors]) -> bool:
     refuse it, which is told.
     """
     try:
-        together(partial(_write, run, states), run.engine.gather)
+        run.engine.gather(attempt(partial(_write, run, states)))
     except StorageError as error:
         run.journal.say(str(error))
         return False

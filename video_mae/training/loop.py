@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -39,7 +38,7 @@ from video_mae.training.run_folder import (
     open_folder,
     settled,
 )
-from video_mae.training.saving import together
+from video_mae.training.saving import attempt
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -89,8 +88,7 @@ class Training(ABC, Generic[Config]):
         self.lists = {
             key: {"digest": one.digest(), "videos": len(one)} for key, one in lists.items()
         }
-        is_free = config.data.allow_changed_list or config.from_scratch
-        changed = check_lists(self.folder, self.lists, allow=is_free)
+        changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
         notes = [note for one in lists.values() for note in one.notes]
         optim = config.optim
         counts = len(videos), world_size, config.data.clips_per_video
@@ -152,13 +150,11 @@ class Training(ABC, Generic[Config]):
         self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
-        lines = together(partial(open_folder, config, engine.rank), engine.gather)[0]
         self.begin()
         first_step, self.memory = engine.resume(self.tensors())
-        self.introduction[:0] = [*lines, *(f"passed over: {fault}" for fault in engine.faults)]
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.is_save_due = 0, False
-        together(partial(self._open_journal, first_step, macs_per_clip), engine.gather)
+        engine.gather(attempt(partial(self._open, first_step, macs_per_clip)))
         if first_step:  # the start that wrote the checkpoint may have been killed before its model
             publish(self, weights(self))
         with closing(self.journal), closing(self._batches(first_step)) as batches:
@@ -170,11 +166,12 @@ class Training(ABC, Generic[Config]):
                 self._conclude()
         return DONE
 
-    def _open_journal(self, first_step: int, macs_per_clip: float) -> None:
+    def _open(self, first_step: int, macs_per_clip: float) -> None:
         """Writes what a run folder holds from the start. Raises: StorageError."""
         config, engine = self.config, self.engine
         if engine.rank == 0:
-            save_config(replace(config, from_scratch=False), self.folder / "config.yaml")
+            self.introduction[:0] = open_folder(self.folder, engine.faults)
+            save_config(config, self.folder / "config.yaml")
             write_json(self.folder / "deepspeed.json", engine.dictionary)
             write_json(self.folder / LISTS_FILE, self.lists)
         self.journal = Journal(
@@ -339,7 +336,7 @@ class Training(ABC, Generic[Config]):
             )
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
         millions = sum(math.prod(shape) for shape in shapes) / 1e6
-        state = f"resumed after step {first_step}" if first_step else "new"
+        state = f"resumed after step {first_step}" if first_step else "begins with the first step"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
 from video_mae.files import UNFINISHED, read_text, storing
-from video_mae.training.checkpoint import folders, steps_done
+from video_mae.training.checkpoint import steps_done
 from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -23,7 +24,6 @@ Config = TypeVar("Config", bound=RunConfig)
 # run.
 FREE_KEYS = (
     "output",
-    "from_scratch",
     "journal.",
     "data.num_workers",
     "data.decoder_threads",
@@ -45,8 +45,6 @@ FREE_KEYS = (
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 
 LISTS_FILE = "lists.json"
-EARLIER = "earlier_"
-"""How the folders in it begin that hold runs which were begun anew."""
 LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
 """How the names of what a killed start, of earlier versions too, leaves behind begin."""
 
@@ -144,8 +142,8 @@ def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
 
 
 def run_in(config: Config) -> Config | None:
-    """The configuration of the run that the folder of one holds; None for a new folder, and where
-    its run is to begin anew. Raises: ValueError for any other folder.
+    """The configuration of the run that the folder of one holds; None for a new folder. Raises:
+    ValueError for any other folder.
     """
     folder = Path(config.output)
     # what a start that was killed at once leaves is hidden
@@ -156,15 +154,13 @@ def run_in(config: Config) -> Config | None:
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
-    if config.from_scratch:
-        return None
     text = read_text(file)
     # Earlier versions left this much where a disk was full. The last section that all of them wrote
     # is `journal`.
     if "\njournal:\n" not in text:
         raise ValueError(
-            f"{file}: is not whole; put it back, or begin anew with --from-scratch, which moves "
-            "what is there into a folder beside"
+            f"{file}: is not whole; put it back, or begin anew with --from-scratch, which "
+            "renames the folder"
         )
     try:
         return load_config(file, schema=type(config))
@@ -175,30 +171,29 @@ def run_in(config: Config) -> Config | None:
         ) from None
 
 
-def open_folder(config: RunConfig, rank: int) -> list[str]:
-    """Has the main rank make the run folder, or make it ready for another start: what a killed one
-    was making goes, and with from_scratch the run that is there is moved aside. Returns a line on
-    each.
-
-    Raises: StorageError.
+def set_aside(config: Config) -> Config:
+    """With from_scratch renames the folder of an earlier run; returns the configuration without it.
+    Each rank may call it, before any makes a new folder.
     """
-    folder, lines = Path(config.output), list[str]()
-    if rank != 0:
-        return lines
+    folder = Path(config.output)
+    if config.from_scratch and (folder / "config.yaml").exists():
+        with suppress(FileNotFoundError):  # another rank was first
+            folder.rename(f"{folder}.earlier_{int(time.time())}")
+    return replace(config, from_scratch=False)
+
+
+def open_folder(folder: Path, faults: Mapping[Path, str]) -> list[str]:
+    """Makes a run folder ready for a start: what a killed one was making goes, and checkpoints that
+    are passed over for their faults are hidden. Returns a line on each. Raises: StorageError.
+    """
+    lines: list[str] = []
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        left = [one for one in folder.glob("**/.*") if one.name.startswith(LEFT_BEHIND)]
-        for one in left:
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
-            lines.append(f"removed what an earlier start left behind: {one}")
-        there = [one for one in folder.iterdir() if not one.name.startswith((".", EARLIER))]
-        if config.from_scratch and there:
-            aside = folder / time.strftime(f"{EARLIER}%Y%m%d_%H%M%S")
-            aside.mkdir()
-            # the configuration last: until then it is a run folder
-            for one in sorted(there, key=lambda one: one.name == "config.yaml"):
-                one.rename(aside / one.name)
-            lines.append(f"begins anew: the run that was there is in {aside}")
-        elif there and not folders(folder / "checkpoints"):
-            lines.append("there is no checkpoint yet: begins with the first step")
+        for one in folder.glob("**/.*"):
+            if one.name.startswith(LEFT_BEHIND):
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+                lines.append(f"removed what an earlier start left behind: {one}")
+        for one, fault in faults.items():
+            one.rename(one.with_name(f".damaged_{one.name}"))
+            lines.append(f"passed over: {one.name}: {fault}")
     return lines

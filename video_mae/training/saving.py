@@ -11,23 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_leaves
 
-from video_mae.files import StorageError, storing
-from video_mae.training import checkpoint
+from video_mae.files import StorageError, fsync, storing
+from video_mae.training.checkpoint import digest
 
 
-def together(work: Callable[[], Any], gather: Callable[[Any], list[Any]]) -> list[Any]:
-    """What work() returns on each rank; every rank must call it. Raises: StorageError, on all ranks
-    where it does on one.
+def attempt(work: Callable[[], Any]) -> Any:
+    """What work() returns, or the StorageError that it raises: to be gathered, where all ranks are
+    to know.
     """
     try:
-        result = work()
+        return work()
     except StorageError as error:
-        result = error
-    results = gather(result)
-    for result in results:
-        if isinstance(result, StorageError):
-            raise result
-    return results
+        return error
 
 
 def write_files(folder: Path, files: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -43,12 +38,9 @@ def write_files(folder: Path, files: dict[str, Any]) -> dict[str, dict[str, int]
             if path.suffix == ".safetensors":
                 save_file(content, path)
             else:
-                try:
-                    torch.save(content, path)
-                except RuntimeError as error:  # PyTorch's writer knows no other
-                    raise OSError(f"PyTorch: {error!s:.60}") from None
-            checkpoint.fsync(path)
-            digests[name] = checkpoint.digest(path)
+                torch.save(content, path)
+            fsync(path)
+            digests[name] = digest(path)
     return digests
 
 
@@ -57,7 +49,5 @@ def on_host(content: Any) -> Any:
     copies = {}
     for tensor in filter(torch.is_tensor, tree_leaves(content)):
         there = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copies[id(tensor)] = there.copy_(tensor.detach(), non_blocking=True)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        copies[id(tensor)] = there.copy_(tensor.detach())
     return copy.deepcopy(content, copies)

@@ -14,7 +14,7 @@ from video_mae.convert.model_folder import Model, find_model_folder, load_pretra
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.training.checkpoint import folders
-from video_mae.training.run_folder import Config, run_in
+from video_mae.training.run_folder import Config, run_in, set_aside
 
 # Fields in which the encoder of a run may differ from the one that it starts from.
 FREE_FIELDS = (
@@ -51,6 +51,7 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
     Raises: FileNotFoundError; ValueError where the encoders differ, with the overrides that would
     make them agree.
     """
+    config = set_aside(config)
     if not config.checkpoint:
         return config, StartingWeights({}, ["starts from random weights"])
     output = Path(config.output)
