@@ -58,7 +58,10 @@ def manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def text(new: bytes) -> Callable[[Path], None]:
-    return lambda folder: (folder / MANIFEST).write_bytes(new) and None
+    def damage(folder: Path) -> None:
+        (folder / MANIFEST).write_bytes(new)
+
+    return damage
 
 
 def without(key: str) -> Callable[[Path], None]:

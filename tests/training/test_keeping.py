@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def make(tiny_file: Path) -> Callable[..., PretrainConfig]:
 @pytest.fixture(scope="module")
 def undisturbed(
     make: Callable[..., PretrainConfig], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def test_a_thread_writes_the_same_checkpoints_and_a_slow_disk_is_not_waited_for(
     make, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     under_way, steps = [], []
-    write, step = saving.checkpoint.fsync, Journal.step
+    write, step = saving.fsync, Journal.step
 
     def slow(path: Path) -> None:
         under_way.append(path)
@@ -89,7 +89,7 @@ def test_a_thread_writes_the_same_checkpoints_and_a_slow_disk_is_not_waited_for(
         steps.append(number)
         step(self, number, *values)
 
-    monkeypatch.setattr(saving.checkpoint, "fsync", slow)
+    monkeypatch.setattr(saving, "fsync", slow)
     monkeypatch.setattr(Journal, "step", count)
     folder = tmp_path / "run"
     assert run(prepare(make(folder, "journal.checkpoint_async=true"))) == DONE
@@ -118,12 +118,11 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(
 ) -> None:
     write, folder = saving.write_files, tmp_path / "run"
 
-    def refuse(building: Path, files: dict[str, Any]) -> Any:
+    def refuse(building: Path, contents: dict[str, Any]) -> Any:
         if building.name == ".step_00000004":
-            files = {**files, "too_large.pt": torch.empty(2**50, device="meta")}
-        return write(building, files)
+            contents = {**contents, "too_large.pt": torch.empty(2**50, device="meta")}
+        return write(building, contents)
 
-    monkeypatch.setattr(saving, "write_files", refuse)
     monkeypatch.setattr("video_mae.training.engine.write_files", refuse)
     config = make(folder, f"journal.checkpoint_async={str(is_async).lower()}")
     assert run(prepare(config)) == DONE
@@ -132,8 +131,8 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(
     (line,) = [line for line in log(folder).splitlines() if "cannot be written" in line]
     assert "step_00000004" in line
     assert "No space left on device" in line
-    assert "it needs 4503" in line
-    assert "are free there; make room" in line
+    assert "needed are 4503" in line
+    assert "are free; make room" in line
     assert not list((folder / "checkpoints").glob(".*"))
 
 
@@ -161,8 +160,8 @@ def test_lines_that_the_disk_refuses_are_written_later_and_in_their_order(
 def test_a_last_save_that_the_disk_refuses_ends_the_run_with_an_error_of_one_line(
     make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(folder: Path, files: dict[str, Any]) -> Any:
-        with saving.storing(folder):
+    def refuse(folder: Path, contents: dict[str, Any]) -> Any:
+        with files.storing(folder):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("video_mae.training.engine.write_files", refuse)
@@ -182,7 +181,7 @@ def test_a_run_folder_that_is_gone_ends_the_run_and_is_not_made_again(
         step(self, number, *values)
 
     monkeypatch.setattr(Journal, "step", remove)
-    with pytest.raises(StorageError, match=r"run: cannot be written .*No such file"):
+    with pytest.raises(StorageError, match=r"run: cannot be written, it was removed"):
         run(prepare(make(folder, "optim.steps=1000", "journal.checkpoint_interval=0")))
     assert not (folder / "config.yaml").exists()
 
@@ -322,19 +321,17 @@ def test_every_fallback_is_told_and_none_usable_is_refused_until_the_run_is_set_
     for step in (6, 7):
         (checkpoints / step_name(step) / MANIFEST).unlink()
     message = r"no checkpoint can be used: step_00000007: MANIFEST.json is missing; step_00000006: "
-    with pytest.raises(ValueError, match=message):
-        prepare(make(copy))
+    with pytest.raises(DamagedRunError, match=message):
+        run(prepare(make(copy)))
     shutil.rmtree(checkpoints)
-    with pytest.raises(
-        DamagedRunError, match=r"there is none, and there was one; .*--from-scratch"
-    ):
-        prepare(make(copy))
+    with pytest.raises(DamagedRunError, match=r"used: there was one; .*--from-scratch"):
+        run(prepare(make(copy)))
     (copy / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"config.yaml: is not whole; put it back, or begin anew"):
         prepare(make(copy))
     assert run(prepare(make(copy, "from_scratch=true", "seed=3"))) == DONE
-    (aside,) = copy.glob("earlier_*")
+    (aside,) = copy.parent.glob("run.earlier_*")
     assert {"config.yaml", "model", "metrics.jsonl"} <= {path.name for path in aside.iterdir()}
-    assert f"begins anew: the run that was there is in {aside}" in log(copy)
+    assert "run: begins with the first step" in log(copy)
     assert "from_scratch: false" in (copy / "config.yaml").read_text()
     assert run(prepare(make(copy, "seed=3"))) == DONE

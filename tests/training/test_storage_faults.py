@@ -151,7 +151,7 @@ def test_a_run_folder_that_is_removed_ends_all_ranks_and_is_not_made_again(
         time.sleep(0.2)
         assert process.poll() is None
     run.rename(tmp_path / "away")
-    assert "No such file" in refusals(ended(process, CANNOT_WRITE))[-1]
+    assert "it was removed" in refusals(ended(process, CANNOT_WRITE))[-1]
     assert not (run / "config.yaml").exists()
     assert fault(folders(tmp_path / "away" / "checkpoints")[0], slice(None)) == ""
 

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -243,11 +244,12 @@ class Engine:
 
         def publish() -> None:
             if self.rank == 0:
-                of_all = {name: of[name] for of in digests for name in of}
                 facts = {"step": step, **_facts(self.config, self.world_size)}
                 every = self.config.journal.keep_every
                 with storing(final):
-                    checkpoint.publish(building, final, of_all, facts, keep, every)
+                    checkpoint.publish(
+                        building, final, dict(ChainMap(*digests)), facts, keep, every
+                    )
                 finish()
 
         try:

@@ -24,8 +24,8 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.keeping import publish
 from video_mae.training.loop import Training
+from video_mae.training.saving import publish
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
 

@@ -26,7 +26,6 @@ from video_mae.files import StorageError, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.journal import Journal
-from video_mae.training.keeping import publish, save_run, weights
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
@@ -38,7 +37,7 @@ from video_mae.training.run_folder import (
     open_folder,
     settled,
 )
-from video_mae.training.saving import attempt
+from video_mae.training.saving import attempt, publish, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
