@@ -136,6 +136,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_nothing_else(
     assert not list((folder / "checkpoints").glob(".*"))
 
 
+@pytest.mark.faults
 def test_lines_that_the_disk_refuses_are_written_later_and_in_their_order(
     make, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
@@ -199,6 +200,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     monkeypatch.setattr(Objective, "forward", poisoned)
 
 
+@pytest.mark.faults
 def test_nothing_is_kept_of_skipped_steps_and_the_save_is_made_up_for(
     make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ def test_nothing_is_kept_of_skipped_steps_and_the_save_is_made_up_for(
     assert log(folder).count("not saved, it was skipped") == 2
 
 
+@pytest.mark.faults
 def test_a_learning_rate_out_of_all_bounds_publishes_nothing_and_stops_at_each_start(
     make, tmp_path: Path
 ) -> None:
@@ -232,6 +235,7 @@ def test_a_learning_rate_out_of_all_bounds_publishes_nothing_and_stops_at_each_s
     assert steps[0] == steps[1]
 
 
+@pytest.mark.faults
 def test_a_signal_among_skipped_steps_saves_nothing_and_the_steps_are_done_again(
     make, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
