@@ -154,7 +154,9 @@ def run_in(config: Config) -> Config | None:
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
-    text = read_text(file)
+    text = ""
+    with suppress(ValueError):  # no text at all
+        text = read_text(file)
     # Earlier versions left this much where a disk was full. The last section that all of them wrote
     # is `journal`.
     if "\njournal:\n" not in text:
