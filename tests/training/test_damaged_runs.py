@@ -1,4 +1,4 @@
-"""Thirty kinds of damage to a run folder: the run goes on from what is whole and says so, or it is
+"""Many kinds of damage to a run folder: the run goes on from what is whole and says so, or it is
 refused in one line; it never begins anew by itself.
 """
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from video_mae.training.checkpoint import fault, folders
 
-pytestmark = [pytest.mark.faults, pytest.mark.launcher]
+pytestmark = [pytest.mark.faults, pytest.mark.launcher, pytest.mark.timeout(2400)]
 
 CANNOT_WRITE, TORN = 74, (".step_", ".unfinished-")
 STEPS = ["optim.steps=6", "journal.checkpoint_interval=2", "engine.zero_stage=1"]
