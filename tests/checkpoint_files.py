@@ -5,7 +5,7 @@ wrote them.
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def save_as_before(
     keep: int,
     memory: dict[str, Any],
     tensors: Mapping[str, torch.Tensor] | None = None,
+    finish: Callable[[], object] = tuple,
 ) -> None:
     """Engine.save of the versions in which DeepSpeed wrote the state."""
     averages = self.beside_masters.get("average", [])
@@ -90,8 +91,9 @@ def save_as_before(
         save_file(own, building / f"tensors_{self.rank}.safetensors")
     torch.distributed.barrier()
     if self.rank == 0:
-        paths = checkpoint.files_of(building)
+        paths = [path for path in building.rglob("*") if path.is_file()]
         files = {str(path.relative_to(building)): checkpoint.digest(path) for path in paths}
         facts = {"step": step, **_facts(self.config, self.world_size)}
         checkpoint.publish(building, final, files, facts, keep)
+        finish()
     torch.distributed.barrier()

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from video_mae import files
-from video_mae.files import hold_folder
-from video_mae.processes import identity
+from video_mae import processes
+from video_mae.processes import hold_folder, identity
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from video_mae.files import hold_folder
+from video_mae.processes import hold_folder
 try:
     print(*hold_folder(Path(sys.argv[1])) or ["held"], flush=True)
     time.sleep(float(sys.argv[2]))
@@ -65,7 +64,7 @@ def test_of_many_starts_one_holds_the_folder_until_it_ends(tmp_path: Path) -> No
 def test_a_process_of_another_machine_is_known_by_its_signs_of_life(
     lives: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "SILENT_SECONDS", 1.0)
     elsewhere = {**identity(), "host": "elsewhere", "machine": "another"}
     (tmp_path / ".lock").write_text(json.dumps(elsewhere) + "\n")
     ended = threading.Event()

@@ -28,8 +28,8 @@ LEVELS = (
     ("data", "model"),
     ("decoding", "kernels"),
     ("config",),
-    ("files", "extras"),
     ("processes",),
+    ("files", "extras"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours

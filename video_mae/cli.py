@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from video_mae.files import one_line
+from video_mae.files import DamagedRunError, StorageError, one_line
 from video_mae.processes import end_with_launchers
 
-USAGE_ERROR = 2
+USAGE_ERROR, CANNOT_WRITE = 2, 74
 PATIENCE_SECONDS = 30
 CONFIG = "CONFIG.yaml"
 
@@ -50,12 +50,14 @@ STAGES = {
         "training.pretrain",
         "PretrainConfig",
         (CONFIG,),
+        ("--from-scratch",),
     ),
     "finetune": Stage(
         "train a pretrained model to name actions; under the launcher as well",
         "training.finetune",
         "FinetuneConfig",
         (CONFIG,),
+        ("--from-scratch",),
     ),
     "reconstruct": Stage(
         "draw what a pretrained model makes of the hidden parts of a video",
@@ -143,8 +145,8 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where),
-    else as the stage says.
+    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data, 74 where the disk
+    takes nothing more (one line says where), else as the stage says.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
@@ -153,15 +155,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files and classes that it cannot say, as sys.stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
+    left = None
     try:
         left = _start(STAGES[options.stage], options)
+        status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
+        if left is not None and not isinstance(error, StorageError | DamagedRunError):
+            raise
         if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
             # the launcher kills all ranks when one exits: the first one is to say why, once
             time.sleep(PATIENCE_SECONDS)
         print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
-        sys.exit(USAGE_ERROR)
-    sys.exit(left if isinstance(left, int) else left())
+        status = CANNOT_WRITE if isinstance(error, StorageError) else USAGE_ERROR
+    sys.exit(status)
 
 
 class _StageParser(argparse.ArgumentParser):

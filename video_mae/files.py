@@ -2,24 +2,27 @@
 lines that a crash may tear.
 """
 
-import atexit
 import codecs
+import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from video_mae.processes import identity, is_running
+from safetensors import SafetensorError
 
 JsonObject = dict[str, Any]
+UNFINISHED = ".unfinished-"
+"""How the folder begins in which something is made, which a killed process leaves behind."""
+_FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
 # Unicode takes them.
@@ -139,24 +142,66 @@ def _escape(letter: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier
-    one.
+class StorageError(OSError):
+    """What the disk refuses to take, in one line: the file, the bytes it needs and those that are
+    free, and the remedy.
+    """
+
+
+class DamagedRunError(ValueError):
+    """A run that cannot go on from what its folder holds, in one line."""
+
+
+@contextmanager
+def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Wraps the writing of a file or folder that takes num_bytes (0: unknown): it is not begun
+    where the disk has less. Raises: StorageError for what the disk refuses inside.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    try:
+        if num_bytes > free > 0:  # some network disks do not know
+            raise OSError(*_FULL)
+        yield
+    except StorageError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # as their libraries have it
+        raise StorageError(
+            f"{path}: cannot be written ({error}): needed are {num_bytes or 'some'} bytes, {free} "
+            "are free; make room, or let it be written to, and start the same command again"
+        ) from None
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
+    """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
+    place, instead of an earlier one.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
+    Raises: StorageError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # short: a name has 255 bytes
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:
-        building = Path(work) / "new"
-        write(building)
-        if building.is_file():
-            # a rename may outlive a power cut that the bytes of the file do not
-            with building.open("rb") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # a file is replaced by the rename itself
-            os.replace(path, Path(work) / "old")
-        os.replace(building, path)
+    with storing(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # short: a name has 255 bytes
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as work:
+            building = Path(work) / "new"
+            write(building)
+            if building.is_file():
+                # a rename may outlive a power cut that the bytes of the file do not
+                fsync(building)
+            if path.is_dir():  # a file is replaced by the rename itself
+                os.replace(path, Path(work) / "old")
+            os.replace(building, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -167,7 +212,16 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     data = unicode_text(text).encode()
-    write_whole(path, lambda unfinished: unfinished.write_bytes(data))
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data), len(data))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds whole lines to the end of a file, all of them or nothing. Raises: StorageError."""
+    with storing(path, len(data)), path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        if stream.write(data) < len(data):
+            stream.truncate(size)
+            raise OSError(*_FULL)
 
 
 def draw_or_tell(
@@ -196,13 +250,25 @@ def read_jsonl(path: Path) -> list[JsonObject]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def cut_after(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here
-    loses nothing.
+def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], None]) -> None:
+    """Takes the lines after a step, which are lost work, out of a JSON-lines file, and those that
+    are no objects with these keys, which is told: FILE.damaged has all as it was.
+
+    What a crash tore is lost work. The file is replaced in one move, so a crash here loses nothing.
+    Raises: StorageError.
     """
-    kept = [json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step]
-    if path.exists():
-        write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+    if not path.exists():
+        return
+    data, whole = path.read_bytes(), []
+    for entry in read_jsonl(path):
+        if keys <= entry.keys() and isinstance(entry.get("step", 0), int):
+            whole.append(entry)
+    num_damaged = data.count(b"\n") - len(whole)
+    if num_damaged > 0:
+        append(path.with_name(f"{path.name}.damaged"), data)
+        say(f"{path}: {num_damaged} damaged lines are left out, {path.name}.damaged has them")
+    kept = b"".join(json_line(entry) for entry in whole if entry.get("step", 0) <= last_step)
+    write_whole(path, lambda new: new.write_bytes(kept), len(kept))
 
 
 class Register:
@@ -210,33 +276,37 @@ class Register:
     RUN/fallbacks.jsonl.
 
     All ranks of a run may hold one: the file is the truth, read under a lock before each write.
+    What the disk refuses is written when it comes again; the journal tells of such a disk.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known = frozenset[str]()
 
-    def add(self, failures: Iterable[Any]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
-        the run has written. A failure has the first three.
+    def add(self, failures: Iterable[Any], step: int | None = None) -> None:
+        """Writes {path, decoder, reason, step, time} for each path that no rank and no earlier
+        start of the run has written. A failure has the first three; step: whose batch it was in.
         """
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._known:
             return
-        with self.file.open("ab") as stream:
+        with suppress(OSError), self.file.open("ab") as stream:
             # a file system without locks: two ranks may then both write a path, which is no reason
             # to stop
             with suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            text = self.file.read_bytes()
+            text, lines = self.file.read_bytes(), b""
             if text and not text.endswith(b"\n"):
                 # a crash tore the last line: end it, so that it spoils no other
-                stream.write(b"\n")
+                lines += b"\n"
             self._known = self.paths
             for path, failure in named.items():
                 if path not in self._known:
                     entry = {"path": path, "decoder": failure.decoder, "reason": failure.reason}
-                    stream.write(json_line({**entry, "time": time.time()}))
+                    if step is not None:
+                        entry["step"] = step
+                    lines += json_line({**entry, "time": time.time()})
+            append(self.file, lines)
             self._known |= named.keys()
 
     @property
@@ -327,43 +397,3 @@ def _check_settings(
 def write_metrics(folder: Path, settings: JsonObject, metrics: JsonObject) -> None:
     """Writes metrics.json: the settings, then the metrics. The same results give the same bytes."""
     write_json(folder / METRICS_FILE, {"settings": settings, **metrics})
-
-
-SIGN_SECONDS, SILENT_SECONDS = 3.0, 30.0
-"""How often who holds a folder gives a sign of life in it; and how long another machine, which
-cannot see the process, waits for one.
-"""
-
-
-def hold_folder(folder: Path) -> list[str]:
-    """Keeps a folder to this process as long as it lives; returns a line where another one ended
-    without giving it back. Raises: ValueError naming the process that holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file, own, told = folder / ".lock", identity(), list[str]()
-    with file.open("ab") as stream:
-        # Of two starts in the same instant one waits; not on a file system without locks.
-        with suppress(OSError):
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        for holder in read_jsonl(file):
-            who = f"{folder}: process {holder['pid']} on {holder['host']}"
-            is_alive = is_running(holder)
-            if holder["machine"] != own["machine"]:
-                before = file.stat()
-                time.sleep(SILENT_SECONDS)
-                file.read_bytes()  # a network file system looks anew when a file is opened
-                is_alive = file.stat().st_mtime != before.st_mtime
-            if is_alive and holder != own:
-                raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
-            told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
-        file.write_bytes(json_line(own))
-
-    def give_signs() -> None:
-        while True:
-            time.sleep(SIGN_SECONDS)
-            with suppress(OSError):
-                os.utime(file)
-
-    threading.Thread(target=give_signs, daemon=True).start()
-    atexit.register(file.unlink, missing_ok=True)
-    return told

@@ -1,10 +1,12 @@
-"""This process among others: how another one knows it again, who started it, and the signals that
-ask it to end.
+"""This process among others: how another one knows it again, who started it, the signals that ask
+it to end, and the folder that it keeps to itself.
 
 A launcher that is killed tells its processes nothing, and the `deepspeed` command passes no signal
 on. So a command looks for itself whether those are there that started it.
 """
 
+import atexit
+import fcntl
 import os
 import signal
 import socket
@@ -12,8 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from video_mae.files import json_line, read_jsonl, storing
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 1.0
@@ -98,3 +103,53 @@ def end_with_launchers() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+SIGN_SECONDS, SILENT_SECONDS = 3.0, 30.0
+"""How often who holds a folder gives a sign of life in it; and how long another machine, which
+cannot see the process, waits for one.
+"""
+
+
+def require_free(folder: Path) -> list[str]:
+    """Returns a line where another process held a folder and ended without giving it back. Raises:
+    ValueError naming the process that holds it.
+    """
+    file, own, told = folder / ".lock", identity(), list[str]()
+    for holder in read_jsonl(file):
+        who = f"{folder}: process {holder['pid']} on {holder['host']}"
+        is_alive = is_running(holder)
+        if holder["machine"] != own["machine"]:
+            before = file.stat()
+            time.sleep(SILENT_SECONDS)
+            file.read_bytes()  # a network file system looks anew when a file is opened
+            is_alive = file.stat().st_mtime != before.st_mtime
+        if is_alive and holder != own:
+            raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
+        told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
+    return told
+
+
+def hold_folder(folder: Path) -> list[str]:
+    """Keeps a folder to this process as long as it lives; returns what `require_free` does. Raises:
+    ValueError as that; StorageError.
+    """
+    file = folder / ".lock"
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") as stream:
+            # Of two starts in the same instant one waits; not on a file system without locks.
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            told = require_free(folder)
+            file.write_bytes(json_line(identity()))
+
+    def give_signs() -> None:
+        while True:
+            time.sleep(SIGN_SECONDS)
+            with suppress(OSError):
+                os.utime(file)
+
+    threading.Thread(target=give_signs, daemon=True).start()
+    atexit.register(file.unlink, missing_ok=True)
+    return told

@@ -10,7 +10,6 @@ from video_mae.training.checkpoint import (
     MANIFEST,
     damaged_files,
     digest,
-    files_of,
     newest,
     publish,
     read_manifest,
@@ -20,13 +19,15 @@ from video_mae.training.checkpoint import (
 FACTS = {"world_size": 2, "zero_stage": 1}
 
 
-def write(checkpoints: Path, step: int, keep: int = 10) -> Path:
+def write(checkpoints: Path, step: int, keep: int = 10, keep_every: int = 0) -> Path:
     building = checkpoints / f".{step_name(step)}"
     (building / "rank").mkdir(parents=True)
     (building / "model.pt").write_bytes(os.urandom(3000) + bytes([step % 256]))
     (building / "rank" / "0.pt").write_bytes(b"state" * 100)
-    files = {str(path.relative_to(building)): digest(path) for path in files_of(building)}
-    publish(building, checkpoints / step_name(step), files, {"step": step, **FACTS}, keep)
+    files = {str(path.relative_to(building)): digest(path) for path in building.rglob("*.pt")}
+    publish(
+        building, checkpoints / step_name(step), files, {"step": step, **FACTS}, keep, keep_every
+    )
     return checkpoints / step_name(step)
 
 
@@ -114,6 +115,13 @@ def test_pruning_keeps_the_newest(tmp_path, keep):
         write(tmp_path, step, keep)
     left = [path.name for path in sorted(tmp_path.glob("step_*"))]
     assert left == [step_name(step) for step in (1, 2, 10, 11, 100)][-keep:]
+
+
+def test_pruning_leaves_those_that_are_kept_for_ever(tmp_path):
+    for step in (5, 10, 15, 20, 25, 30, 32):
+        write(tmp_path, step, 2, 10)
+    left = [path.name for path in sorted(tmp_path.glob("step_*"))]
+    assert left == [step_name(step) for step in (10, 20, 30, 32)]
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -19,7 +19,7 @@ from video_mae.config import PretrainConfig
 from video_mae.training import device_step
 from video_mae.training.checkpoint import digest, step_name
 from video_mae.training.engine import Engine
-from video_mae.training.fragments import Fragment, read, write
+from video_mae.training.fragments import Fragment, named, read
 from video_mae.training.loop import DONE
 from video_mae.training.pretrain import prepare, run
 
@@ -185,7 +185,7 @@ def test_fragments_are_read_by_whoever_wrote_them(tmp_path: Path, cuts: tuple[in
     for rank, (begin, end) in enumerate(pairwise(cuts)):
         part = Fragment("weight/a.b", begin, whole[begin:end])
         other = Fragment("exp_avg/a.b", begin, -whole[begin:end])
-        write(tmp_path / f"state_{rank:05d}.safetensors", [part, other])
+        save_file(named([part, other]), tmp_path / f"state_{rank:05d}.safetensors")
     for begin, end in ((0, 10), (0, 3), (3, 9), (9, 10), (6, 6)):
         view = torch.full((end - begin,), torch.nan, dtype=torch.bfloat16)
         read(tmp_path, [Fragment("weight/a.b", begin, view)])

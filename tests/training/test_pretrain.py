@@ -20,7 +20,8 @@ from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
 from video_mae.training.checkpoint import step_name
 from video_mae.training.deepspeed_config import deepspeed_config
-from video_mae.training.engine import Engine, prepare_environment
+from video_mae.training.engine import Engine
+from video_mae.training.environment import prepare_environment
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 

@@ -31,7 +31,7 @@ from video_mae.config.yaml_text import (
     refuse_interpolation,
     to_yaml,
 )
-from video_mae.files import JsonObject, as_read_back, one_line, read_text
+from video_mae.files import JsonObject, as_read_back, one_line, read_text, write_text
 
 Schema = TypeVar("Schema")
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -143,8 +143,10 @@ def read_keys(path: Path) -> JsonObject:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes a dataclass of knobs as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(to_yaml(asdict(config)), encoding="utf-8")
+    """Writes a dataclass of knobs, whole or not at all, as YAML that `load_config` reads back to an
+    equal object.
+    """
+    write_text(Path(path), to_yaml(asdict(config)))
 
 
 def to_dict(config: Any) -> JsonObject:

@@ -260,6 +260,15 @@ class JournalConfig(Knobs):
         500, "resumable checkpoints; the last step always writes one", low=0
     )
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept", low=1)
+    keep_every: int = knob(
+        0,
+        "checkpoints after a multiple of so many steps are kept besides; 0: none of them",
+        low=0,
+        below=10**12,
+    )
+    checkpoint_async: bool = knob(
+        False, "a thread writes checkpoints from a copy in host memory, and training does not wait"
+    )
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
 
@@ -280,6 +289,11 @@ class RunConfig(Knobs):
         "",
         "the model to start from: a model folder, a run folder, or what another project wrote; "
         "empty: random weights; a run that goes on does not read it again",
+    )
+    from_scratch: bool = knob(
+        False,
+        "begin with the first step, where output holds a run as well: its folder is renamed to "
+        "OUTPUT.earlier_TIME",
     )
     model: ModelConfig = section(
         ModelConfig,

@@ -64,7 +64,7 @@ def write_weights(folder: str | Path, state: Tensors, files: Options) -> None:
             text = json_text(content, indent=2) + "\n"
             (building / name).write_text(text, encoding="utf-8")
 
-    write_whole(Path(folder), write)
+    write_whole(Path(folder), write, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def read_safetensors(file: Path) -> Tensors:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
+from video_mae.data.device_crop import NO_ROOM
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.isolation import end_with
 from video_mae.files import say
@@ -45,10 +46,11 @@ def make_loader(
             dataset,
             batch_sampler=islice(batches, delivered, None),
             collate_fn=collate,
-            **worker_options(workers, data.prefetch_batches),
+            **worker_options(workers >> loader.halvings, data.prefetch_batches),
         )
 
-    return Loader(make, say)
+    loader: Loader[Batch] = Loader(make, say)
+    return loader
 
 
 def worker_options(workers: int, prefetch_batches: int = 2) -> dict[str, Any]:
@@ -71,14 +73,15 @@ class Loader(Generic[Item]):
     """What `make(0)` gives, item after item; when a worker dies, `make(number delivered)` goes on
     with the item after them.
 
-    The samples are functions of their keys, so the items are the same. Raises: what the data set
-    does; RuntimeError when workers die again and again.
+    The samples are functions of their keys, so the items are the same. halvings: of the number of
+    workers, each time the memory that they share with the trainer had no room for their batches.
+    Raises: what the data set does; RuntimeError when workers die again and again.
     """
 
     def __init__(
         self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = say
     ) -> None:
-        self.make, self.say = make, say
+        self.make, self.say, self.halvings = make, say, 0
 
     def __iter__(self) -> Iterator[Item]:
         # the workers are started here, by this thread, not when the first item is asked for
@@ -94,9 +97,12 @@ class Loader(Generic[Item]):
             except (RuntimeError, OSError, EOFError) as error:
                 # The memory of a batch is handed over by the worker that made it: one that dies
                 # meanwhile is a broken connection, in many words.
-                if not hasattr(items, "_workers") or _OF_DATA in str(error):
-                    raise
                 death = f"a decoding worker is gone ({error!r})"
+                if NO_ROOM in str(error):
+                    self.halvings += 1
+                    death = f"{str(error).splitlines()[-1]}, half of the workers go on"
+                elif not hasattr(items, "_workers") or _OF_DATA in str(error):
+                    raise
             else:
                 delivered, restarts = delivered + 1, 0
                 yield item

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.config import ClassifierConfig, FinetuneConfig
+from video_mae.config import ClassifierConfig, FinetuneConfig, RunConfig
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.lists import Line, read_list
 from video_mae.data.paths import Paths, file_mistake, first_bad, printable
@@ -326,9 +326,10 @@ def _number(name: str, names: Sequence[str], source: str) -> int:
     )
 
 
-def has_begun(output: str) -> bool:
-    """Whether a run folder has a checkpoint: its lists were read before."""
-    return any(Path(output, "checkpoints").glob("step_*"))
+def has_begun(config: RunConfig) -> bool:
+    """Whether a run goes on from a checkpoint: its lists were read before."""
+    is_anew = config.from_scratch
+    return not is_anew and any(Path(config.output, "checkpoints").glob("step_*"))
 
 
 def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
@@ -345,7 +346,7 @@ def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierC
         data.root,
         names=classifier.class_names,
         list_format=data.list_format,
-        resumed=has_begun(config.output),
+        resumed=has_begun(config),
     )
     known, num = len(videos.class_names), classifier.num_classes
     if known and known != num:
@@ -375,5 +376,5 @@ def read_validation_videos(config: FinetuneConfig) -> VideoList:
         classifier.num_classes,
         classifier.class_names,
         validation.list_format,
-        resumed=has_begun(config.output),
+        resumed=has_begun(config),
     )

@@ -28,15 +28,9 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.files import (
-    check_made_with,
-    hold_folder,
-    json_text,
-    say,
-    write_json,
-    write_text,
-)
+from video_mae.files import check_made_with, json_text, say, write_json, write_text
 from video_mae.model.vit import VideoClassifier
+from video_mae.processes import hold_folder
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from video_mae.config.training import Precision
 from video_mae.config.world import World
 from video_mae.files import say
-from video_mae.training.engine import leave, prepare_environment
+from video_mae.training.engine import leave
+from video_mae.training.environment import prepare_environment
 
 TIMEOUT = timedelta(days=1)
 """How long a rank that is done waits for the others: theirs may be the long videos."""

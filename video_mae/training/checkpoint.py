@@ -6,11 +6,11 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import write_json, write_text
+from video_mae.files import DamagedRunError, fsync, write_json, write_text
 
 MANIFEST = "MANIFEST.json"
 
@@ -18,15 +18,6 @@ MANIFEST = "MANIFEST.json"
 def step_name(step: int) -> str:
     """The folder of a checkpoint."""
     return f"step_{step:08d}"
-
-
-def fsync(path: Path) -> None:
-    """Waits until a file's, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> dict[str, int]:
@@ -38,16 +29,16 @@ def digest(path: Path) -> dict[str, int]:
     return {"size": path.stat().st_size, "crc32": crc}
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Every file of a checkpoint but its manifest, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
 def publish(
-    building: Path, final: Path, files: dict[str, dict[str, int]], facts: dict[str, Any], keep: int
+    building: Path,
+    final: Path,
+    files: dict[str, dict[str, int]],
+    facts: dict[str, Any],
+    keep: int,
+    keep_every: int = 0,
 ) -> None:
-    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all but the
-    `keep` newest go.
+    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all go but
+    the `keep` newest and those whose step is a multiple of keep_every (0: none).
 
     An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a
     later step.
@@ -59,26 +50,48 @@ def publish(
     os.replace(building, final)
     fsync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
-    folders = sorted(final.parent.glob("step_*"), reverse=True)
-    kept = [folder for folder in folders if read_manifest(folder) is not None][:keep]
-    for folder in folders:
-        if folder not in (*kept, final):
+    complete = [folder for folder in folders(final.parent) if not fault(folder)]
+    kept = {final, *complete[:keep]}
+    if keep_every:
+        kept.update(one for one in complete if int(one.name[5:]) % keep_every == 0)
+    for folder in folders(final.parent):
+        if folder not in kept:
             shutil.rmtree(folder)
+
+
+def folders(checkpoints: Path) -> list[Path]:
+    """Of all checkpoints, complete or not, newest first."""
+    return sorted(checkpoints.glob("step_*"), reverse=True)
+
+
+def fault(folder: Path, part: slice = slice(0)) -> str:
+    """What keeps a checkpoint from being what was written, "" for nothing: as far as the lengths of
+    its files tell, and the content of a part of them, in the order of their names.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = manifest["files"]
+        facts = manifest["world_size"], manifest["zero_stage"]
+        if step_name(manifest["step"]) != folder.name or not files or None in facts:
+            return f"its {MANIFEST} is not of it"
+        for name, facts in files.items():
+            size = (folder / name).stat().st_size
+            if size != facts["size"]:
+                return f"{name} has {size} bytes, {facts['size']} were written"
+        for name in damaged_files(folder, manifest, sorted(files)[part]):
+            return f"{name}: is not what was written (its checksum is another)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error!r:.100})"
+    return ""
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint whose files are all there in full length, or None. It has
     `memory` unless an earlier version had DeepSpeed write the state.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        complete = all(
-            (folder / name).stat().st_size == facts["size"]
-            for name, facts in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if complete else None
+    return None if fault(folder) else json.loads((folder / MANIFEST).read_bytes())
 
 
 def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
@@ -88,7 +101,7 @@ def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) 
 
 def newest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest complete checkpoint and its manifest; incomplete ones are passed over."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
+    for folder in folders(checkpoints):
         manifest = read_manifest(folder)
         if manifest is not None:
             return folder, manifest
@@ -99,3 +112,17 @@ def steps_done(run_folder: Path) -> int:
     """Of the newest complete checkpoint of a run; 0 where there is none."""
     found = newest(run_folder / "checkpoints")
     return 0 if found is None else found[1]["step"]
+
+
+def require_new(run_folder: Path, faults: Mapping[Path, str]) -> None:
+    """A run without a usable checkpoint begins with its first step only where it never had one.
+
+    faults: of those that are there. Raises: DamagedRunError with all that is wrong.
+    """
+    has_saved = (run_folder / "checkpoints/latest").exists() or (run_folder / "model").exists()
+    if faults or has_saved:
+        wrong = "; ".join(f"{folder.name}: {fault}" for folder, fault in faults.items())
+        raise DamagedRunError(
+            f"{run_folder}: no checkpoint can be used: {wrong or 'there was one'}; put one back, "
+            "or begin anew with --from-scratch, which renames the folder"
+        )

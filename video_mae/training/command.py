@@ -7,7 +7,7 @@ from typing import Any
 
 from video_mae.config.world import World
 from video_mae.data.dataset import UndecodableError
-from video_mae.files import hold_folder
+from video_mae.processes import hold_folder
 from video_mae.training.engine import leave
 from video_mae.training.heartbeat import heartbeat
 from video_mae.training.loop import STOPPED_BY_POLICY, Training
@@ -16,7 +16,7 @@ from video_mae.training.loop import STOPPED_BY_POLICY, Training
 def command(training: Training[Any]) -> Callable[[], int]:
     """Takes the run folder; what is returned trains, and returns the exit status.
 
-    Raises: ValueError where another process has the folder.
+    Raises: ValueError where another process has the folder; StorageError.
     """
     if World.from_environment().rank == 0:
         training.introduction += hold_folder(training.folder)
@@ -30,6 +30,7 @@ def command(training: Training[Any]) -> Callable[[], int]:
             except UndecodableError as error:
                 exit_status = STOPPED_BY_POLICY
                 training.journal.say(f"stopped: {error}", anywhere=True)
+                training.journal.say(training.engine.writer.settle(wait=True))
         leave()
         return exit_status
 

@@ -1,11 +1,10 @@
 """DeepSpeed in one place: its start, step, checkpoints. The only file that imports it."""
 
 import contextlib
+import copy
 import io
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 from video_mae.config import RunConfig
-from video_mae.config.world import World, ranks_here
-from video_mae.files import one_line
+from video_mae.config.world import World
+from video_mae.files import StorageError, one_line
 from video_mae.training import checkpoint, device_step, fragments
 from video_mae.training.deepspeed_checkpoint import load_deepspeed_checkpoint
 from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.environment import prepare_environment
 from video_mae.training.fragments import Fragment
 from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
+from video_mae.training.saving import CheckpointWriter
 from video_mae.training.spikes import SpikeWatch
 from video_mae.training.step_status import StatusQueue, filled
 
@@ -87,6 +88,8 @@ class Engine:
         self.spikes = SpikeWatch(self.mean, self.device, is_on=is_watched)
         self.skipped_steps = filled(0, self.device)
         self.beside_masters: dict[str, list[torch.Tensor]] = {}
+        self.faults: dict[Path, str] = {}
+        self.writer = CheckpointWriter(self)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -152,10 +155,15 @@ class Engine:
         """The mean over ranks."""
         return self.sum(value) / self.world_size
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's picklable object, in order of rank."""
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Every rank's picklable object, in order of rank. Raises: the first StorageError of
+        these, on all ranks.
+        """
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group)
+        for one in gathered:
+            if isinstance(one, StorageError):
+                raise one
         return gathered
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
@@ -212,55 +220,55 @@ class Engine:
         keep: int,
         memory: dict[str, Any],
         tensors: Mapping[str, torch.Tensor] | None = None,
+        finish: Callable[[], object] = tuple,
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
         `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
+        What the disk refuses, `writer` tells.
+
+        finish: what the main rank does as soon as the checkpoint is there.
         """
-        progress.begin("saving")
-        final = self.checkpoints / checkpoint.step_name(step)
-        building = self.checkpoints / f".{final.name}"
-        if self.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True)
-        dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
         own, common = self._fragments(tensors or {})
         common.sort(key=lambda fragment: len(fragment.view))
-        file = building / f"state_{self.rank:05d}.safetensors"
-        fragments.write(file, own + common[self.rank :: self.world_size])
-        checkpoint.fsync(file)
-        files = dict(self.gather((file.name, checkpoint.digest(file))))
-        if self.rank == 0:
-            optim, counters = self.config.optim, {}
-            for of in device_step.counters(self.deepspeed):
-                counters |= {name: of[name] for name in COUNTERS if name in of}
-            facts = {
-                "step": step,
-                **_facts(self.config, self.world_size),
-                "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
-                "memory": memory,
-                "updates": max(int(state["step"]) for state in self.optimizer.state.values()),
-                "counters": counters,
-            }
-            checkpoint.publish(building, final, files, facts, keep)
-        dist.barrier()
+        state = fragments.named(own + common[self.rank :: self.world_size])
+        optim, counters = self.config.optim, {}
+        for of in device_step.counters(self.deepspeed):
+            counters |= {name: of[name] for name in COUNTERS if name in of}
+        facts = {
+            "step": step,
+            **_facts(self.config, self.world_size),
+            "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
+            "memory": copy.deepcopy(memory),
+            "updates": max(int(one["step"]) for one in self.optimizer.state.values()),
+            "counters": counters,
+        }
+        self.writer.write(facts, keep, state, finish)
+
+    def is_finite(self) -> bool:
+        """Whether all weights are, on all ranks; every rank must call it."""
+        return all(self.gather(all(bool(one.isfinite().all()) for one in self.masters())))
 
     def resume(
         self, tensors: Mapping[str, torch.Tensor] | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
-        has done and its memory, (0, {}) where there is none.
+        """Loads the newest checkpoint that is whole, `tensors` in place; returns the number of
+        steps it has done and its memory, (0, {}) for a run that never had one. `faults` says what
+        is wrong with those that were passed over.
+
+        Raises: DamagedRunError.
         """
-        while True:
-            found = self.gather(checkpoint.newest(self.checkpoints))[0]  # all ranks follow rank 0
-            if found is None:
-                return 0, {}
-            folder, manifest = found
-            mine = sorted(manifest["files"])[self.rank :: self.world_size]
-            if not any(self.gather(checkpoint.damaged_files(folder, manifest, mine))):
+        part = slice(self.rank, None, self.world_size)
+        for folder in self.gather(checkpoint.folders(self.checkpoints))[0]:
+            found = [one for one in self.gather(checkpoint.fault(folder, part)) if one]
+            if not found:
                 break
-            if self.rank == 0:
-                folder.rename(folder.with_name(f".damaged_{folder.name}"))
+            self.faults[folder] = found[0]
+        else:
+            checkpoint.require_new(self.checkpoints.parent, self.faults)
+            return 0, {}
+        manifest = checkpoint.read_manifest(folder)
+        assert manifest is not None
         if "memory" not in manifest:
             memory = load_deepspeed_checkpoint(self, folder, tensors or {})
         else:
@@ -352,7 +360,7 @@ def check_start(config: RunConfig) -> tuple[int, list[str]]:
     lines = [
         f"{folder}: was written with {key} = {manifest[key]}, this start has {value}"
         for key, value in _facts(config, world_size).items()
-        if manifest[key] != value
+        if manifest.get(key, value) != value
     ]
     if lines and "memory" not in manifest:
         raise ValueError(
@@ -378,27 +386,3 @@ def _check_with_deepspeed(dictionary: dict[str, Any], changed: Iterable[str]) ->
                 said = error.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
             where = ".".join(["engine.extra", key, *map(str, said["loc"])])
             raise ValueError(one_line(f"{where}: DeepSpeed: {said['msg']}")) from None
-
-
-def prepare_environment() -> None:
-    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the
-    cores. Raises: ValueError.
-    """
-    world = World.from_environment()
-    given = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    if "RANK" not in given:
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
-    if len(given) < 3:  # one process, then: on any port that is free
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(
-        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
-    )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
-    elif world.local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} "
-            "here; start as many processes"
-        )

@@ -47,7 +47,7 @@ class FeatureProbe:
         probe = config.probe
         self.config, self._not_before, self._is_told = config, 0.0, False
         self.lists = dict[str, VideoList]()
-        resumed = has_begun(config.output)
+        resumed = has_begun(config)
         if probe.train:
             read = partial(
                 read_labeled, root=probe.root, list_format=probe.list_format, resumed=resumed

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from video_mae.files import DamagedRunError
 
 
 class Fragment(NamedTuple):
@@ -26,16 +27,16 @@ def whole(kind: str, tensors: Mapping[str, torch.Tensor]) -> list[Fragment]:
     return [Fragment(f"{kind}/{name}", 0, tensor.view(-1)) for name, tensor in tensors.items()]
 
 
-def write(file: Path, fragments: Iterable[Fragment]) -> None:
-    """Writes a file of tensors by KIND/NAME/START."""
-    save_file({f"{key}/{start}": view.detach() for key, start, view in fragments}, file)
+def named(fragments: Iterable[Fragment]) -> dict[str, torch.Tensor]:
+    """Tensors by KIND/NAME/START, as a file has them."""
+    return {f"{key}/{start}": view.detach() for key, start, view in fragments}
 
 
 @torch.no_grad()
 def read(folder: Path, fragments: Iterable[Fragment]) -> None:
     """Copies into fragments what the files of a checkpoint hold of them.
 
-    Raises: ValueError where they do not hold all of it.
+    Raises: DamagedRunError where they do not hold all of it.
     """
     wanted = {fragment.key: fragment for fragment in fragments}
     missing = {key: fragment.view.numel() for key, fragment in wanted.items()}
@@ -54,4 +55,4 @@ def read(folder: Path, fragments: Iterable[Fragment]) -> None:
                     missing[key] -= end - begin
     for key, num in missing.items():
         if num:
-            raise ValueError(f"{folder}: {num} numbers of {key} are in none of its files")
+            raise DamagedRunError(f"{folder}: {num} numbers of {key} are in none of its files")

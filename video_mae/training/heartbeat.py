@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from video_mae.config.world import World
+from video_mae.files import storing
 
 TIMED = ("reading", "forward", "all-reduce")
 """Stages that no rank stays in. The start, a save and a validation take as long as they take, if
@@ -77,9 +78,10 @@ class _Watch:
         self.interval = 1 + size / 16  # seconds: all read the files of all
         self.stall_seconds = stall_seconds
         self.log_file, folder = run_folder / "log.txt", run_folder / ".heartbeats"
-        folder.mkdir(parents=True, exist_ok=True)
         self.files = [folder / f"rank_{rank}" for rank in range(size)]
-        self.tell()
+        with storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.tell()
         self.begin = self.files[self.rank].stat().st_mtime
 
     def tell(self) -> None:

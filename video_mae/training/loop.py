@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
-from video_mae.convert.model_folder import Model, save_model_folder
+from video_mae.convert.model_folder import Model
 from video_mae.data.dataset import Batch, Sample
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
@@ -22,14 +22,22 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
-from video_mae.files import read_jsonl, write_json
+from video_mae.files import StorageError, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.training.engine import Engine, check_start
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_folder import (
+    LISTS_FILE,
+    Config,
+    check_lists,
+    check_rates,
+    open_folder,
+    settled,
+)
+from video_mae.training.saving import attempt, publish, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -141,28 +149,13 @@ class Training(ABC, Generic[Config]):
         self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
-        if engine.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-            write_json(self.folder / "deepspeed.json", engine.dictionary)
-            write_json(self.folder / LISTS_FILE, self.lists)
         self.begin()
         first_step, self.memory = engine.resume(self.tensors())
-        if first_step == 0 and self.weights.is_resumed:
-            raise ValueError(
-                f"{self.folder}: all its checkpoints are damaged; start it again, and it begins "
-                "anew"
-            )
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
-        self.signal, self.has_told_fallbacks = 0, False
-        self.journal = Journal(
-            engine,
-            total_steps=total_steps,
-            clips_per_step=self.videos_per_step * config.data.clips_per_video,
-            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
-            resumed_step=first_step,
-            stages=Costs._fields,
-        )
+        self.signal, self.is_save_due = 0, False
+        engine.gather(attempt(partial(self._open, first_step, macs_per_clip)))
+        if first_step:  # the start that wrote the checkpoint may have been killed before its model
+            publish(self, weights(self))
         with closing(self.journal), closing(self._batches(first_step)) as batches:
             for step in range(first_step, total_steps):
                 exit_status = self._step(batches, step)
@@ -171,6 +164,24 @@ class Training(ABC, Generic[Config]):
             if engine.rank == 0:
                 self._conclude()
         return DONE
+
+    def _open(self, first_step: int, macs_per_clip: float) -> None:
+        """Writes what a run folder holds from the start. Raises: StorageError."""
+        config, engine = self.config, self.engine
+        if engine.rank == 0:
+            self.introduction[:0] = open_folder(self.folder, engine.faults)
+            save_config(config, self.folder / "config.yaml")
+            write_json(self.folder / "deepspeed.json", engine.dictionary)
+            write_json(self.folder / LISTS_FILE, self.lists)
+        self.journal = Journal(
+            engine,
+            total_steps=self.schedule.total_steps,
+            clips_per_step=self.videos_per_step * config.data.clips_per_video,
+            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
+            resumed_step=first_step,
+            stages=Costs._fields,
+            sums=self.memory.get("sums", ()),
+        )
 
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
@@ -188,7 +199,7 @@ class Training(ABC, Generic[Config]):
         more = self.measure(done) if is_logged else {}
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
 
-        is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
+        is_saved = is_last or is_due(done, config.journal.checkpoint_interval) or self.is_save_due
         # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
         # the host is a step behind.
         self._learn_of_steps(of_all=is_logged or is_saved)
@@ -197,25 +208,28 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
+            journal.say(engine.writer.settle(wait=True))
             return STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
-            self._tell_fallbacks(ending)
+            journal.tell_fallbacks(ending)
         self.after(done, ending=is_last)
-        if ending or is_saved:
-            engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
-            self.save_model("model")
-            if self.average:
-                with self.average.in_place():
-                    self.save_model("model_ema")
+        is_saved = is_saved or ending
+        journal.say(engine.writer.settle(wait=is_saved))
+        if is_saved:
+            self.is_save_due = not save_run(self, done)
+        if ending:
+            refusal = engine.writer.settle(wait=True)
+            if refusal:
+                raise StorageError(refusal)
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
                 "to go on"
             )
             return 128 + self.signal
-        return None
+        return STOPPED_BY_POLICY if is_last and self.is_save_due else None
 
     def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one step's micro-batches; returns the means of what the stage
@@ -227,8 +241,8 @@ class Training(ABC, Generic[Config]):
             with self.journal.data_wait():
                 batch = next(batches)
             self.journal.spent(batch.costs)
-            self.journal.quarantine.add(batch.failures)
-            self.journal.fallbacks.add(batch.fallbacks)
+            self.journal.quarantine.add(batch.failures, step + 1)
+            self.journal.fallbacks.add(batch.fallbacks, step + 1)
             values = self.losses(batch, step, micro)
             self.engine.backward(values["loss"], last=micro == num - 1)
             for name, value in values.items():
@@ -268,21 +282,6 @@ class Training(ABC, Generic[Config]):
         return (
             f"{bad} of about {tried} videos tried could not be decoded, more than "
             f"data.max_bad_share = {most}; they are named in {self.journal.quarantine.file}"
-        )
-
-    def _tell_fallbacks(self, ending: bool) -> None:
-        """Once as soon as there are some, and at the end."""
-        if self.engine.rank != 0 or (self.has_told_fallbacks and not ending):
-            return
-        found = read_jsonl(self.journal.fallbacks.file)
-        if not found:
-            return
-        self.has_told_fallbacks = True
-        first, reason = found[0], found[0]["reason"].split(";")[0]
-        self.journal.say(
-            f"{len(found)} of the videos so far were read by another decoder, the first "
-            f"{first['path']} by {first['decoder']}, as {reason}; {self.journal.fallbacks.file} "
-            "names them, `video-mae pack` cures them"
         )
 
     def _batches(self, first_step: int) -> DevicePrefetcher:
@@ -331,7 +330,7 @@ class Training(ABC, Generic[Config]):
             )
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
         millions = sum(math.prod(shape) for shape in shapes) / 1e6
-        state = f"resumed after step {first_step}" if first_step else "new"
+        state = f"resumed after step {first_step}" if first_step else "begins with the first step"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:
@@ -377,12 +376,6 @@ class Training(ABC, Generic[Config]):
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside what the engine does, the same on every rank."""
         return dict(self.engine.spikes.tensors)
-
-    def save_model(self, name: str) -> None:
-        """Writes the model folder RUN/name; every rank must call it."""
-        state = self.engine.full_state()
-        if self.engine.rank == 0:
-            save_model_folder(self.folder / name, self.model, state)
 
 
 def is_due(done: int, interval: int) -> bool:

@@ -78,7 +78,7 @@ class Pretraining(Training[PretrainConfig]):
         config, weights = starting_weights(config)
         if objective.teacher == "ema":
             self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
-        resumed = has_begun(config.output)
+        resumed = has_begun(config)
         videos = read_sources(config.data, model.in_channels, resumed=resumed)
         super().__init__(config, videos, weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)

@@ -4,7 +4,10 @@ they share, and which lists.
 
 import json
 import math
+import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +16,8 @@ from video_mae.config import RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.config.world import World
 from video_mae.decoding import resolve_decoder
-from video_mae.files import check_folder
+from video_mae.files import UNFINISHED, check_folder, read_text, storing
+from video_mae.processes import require_free
 from video_mae.training.checkpoint import newest, steps_done
 from video_mae.training.optim import Schedule
 
@@ -47,6 +51,8 @@ LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"
 
 LISTS_FILE = "lists.json"
+LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
+"""How the names of what a killed start, of earlier versions too, leaves behind begin."""
 
 
 def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: bool) -> list[str]:
@@ -90,7 +96,7 @@ def settled(config: Config) -> tuple[Config, Config]:
     there any more.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
-    before = run_in(folder, type(config))
+    before = run_in(config)
     free = FREE_KEYS
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
@@ -159,10 +165,11 @@ def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
         )
 
 
-def run_in(folder: Path, schema: type[Config]) -> Config | None:
-    """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
-    for any other folder.
+def run_in(config: Config) -> Config | None:
+    """The configuration of the run that the folder of one holds; None for a new folder. Raises:
+    ValueError for any other folder.
     """
+    folder = Path(config.output)
     check_folder(folder)
     # what is hidden is only left from a start that came to nothing
     if not folder.exists() or all(path.name[0] == "." for path in folder.iterdir()):
@@ -172,9 +179,49 @@ def run_in(folder: Path, schema: type[Config]) -> Config | None:
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
+    text = ""
+    with suppress(ValueError):  # no text at all
+        text = read_text(file)
+    # Earlier versions left this much where a disk was full. The last section that all of them wrote
+    # is `journal`.
+    if "\njournal:\n" not in text:
+        raise ValueError(
+            f"{file}: is not whole; put it back, or begin anew with --from-scratch, which "
+            "renames the folder"
+        )
     try:
-        return load_config(file, schema=schema)
+        return load_config(file, schema=type(config))
     except ValueError as error:
         raise ValueError(
-            f"{error}: the folder holds a run of another kind; choose another output"
+            f"{error}: the file is damaged, or of a run of another kind; put it back, or choose "
+            "another output"
         ) from None
+
+
+def set_aside(config: Config) -> Config:
+    """With from_scratch renames the folder of an earlier run; returns the configuration without it.
+    Each rank may call it, before any makes a new folder. Raises: ValueError where it is at work.
+    """
+    folder = Path(config.output)
+    if config.from_scratch and (folder / "config.yaml").exists():
+        with suppress(FileNotFoundError):  # another rank was first
+            require_free(folder)
+            folder.rename(f"{folder}.earlier_{int(time.time())}")
+    return replace(config, from_scratch=False)
+
+
+def open_folder(folder: Path, faults: Mapping[Path, str]) -> list[str]:
+    """Makes a run folder ready for a start: what a killed one was making goes, and checkpoints that
+    are passed over for their faults are hidden. Returns a line on each. Raises: StorageError.
+    """
+    lines: list[str] = []
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for one in folder.glob("**/.*"):
+            if one.name.startswith(LEFT_BEHIND):
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+                lines.append(f"removed what an earlier start left behind: {one}")
+        for one, fault in faults.items():
+            one.rename(one.with_name(f".damaged_{one.name}"))
+            lines.append(f"passed over: {one.name}: {fault}")
+    return lines

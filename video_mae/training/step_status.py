@@ -40,10 +40,11 @@ class StatusQueue:
         """From now on SIGTERM, SIGINT, SIGHUP and SIGUSR1 are told, so that all ranks can stop
         together at the end of a step.
         """
-        on_signals(self._remember)
-        signal.signal(signal.SIGUSR1, self._remember)
+        on_signals(self.remember)
+        signal.signal(signal.SIGUSR1, self.remember)
 
-    def _remember(self, number: int, frame: object = None) -> None:
+    def remember(self, number: int, frame: object = None) -> None:
+        """A signal, or what counts as one."""
         self._received = number
 
     def send(self, step: int, skipped_steps: torch.Tensor) -> None:

@@ -1,0 +1,168 @@
+"""What a run keeps: checkpoints, of which each rank writes its files, and the model folders that
+follow from them. What the disk refuses to one rank is told on all.
+"""
+
+import shutil
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from video_mae.convert.facts import Tensors
+from video_mae.convert.model_folder import save_model_folder
+from video_mae.files import StorageError, fsync, storing
+from video_mae.training import checkpoint
+from video_mae.training.heartbeat import progress
+
+if TYPE_CHECKING:
+    from video_mae.training.engine import Engine
+    from video_mae.training.loop import Training
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    """What work() returns, or the StorageError that it raises: to be gathered, where all ranks are
+    to know.
+    """
+    try:
+        return work()
+    except StorageError as error:
+        return error
+
+
+def write_state(file: Path, state: Tensors) -> dict[str, dict[str, int]]:
+    """Writes a file of a checkpoint; returns its digest by its name. Raises: StorageError."""
+    with storing(file, sum(tensor.nbytes for tensor in state.values())):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, file)
+        fsync(file)
+        return {file.name: checkpoint.digest(file)}
+
+
+def on_host(state: Tensors) -> Tensors:
+    """A copy that training does not change, in page-locked memory of the host."""
+    copies: Tensors = {}
+    for name, tensor in state.items():
+        there = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copies[name] = there.copy_(tensor)
+    return copies
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of an engine, of which each rank writes a file; a thread does it where
+    journal.checkpoint_async says so. What the disk refuses to one is told on all.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self._writing: Future[str] | str = ""
+        self._thread, self._group = ThreadPoolExecutor(1), None
+        if engine.config.journal.checkpoint_async:
+            # what the threads tell one another must not get between the collectives of training
+            self._group = dist.new_group(backend="gloo")
+
+    def write(
+        self, facts: dict[str, Any], keep: int, state: Tensors, finish: Callable[[], object]
+    ) -> None:
+        """Writes or begins to write checkpoints/step_N with these facts in its manifest; then the
+        main rank does finish().
+        """
+        if self._group is None:
+            self._writing = self._write(facts, keep, state, finish)
+        else:
+            self._writing = self._thread.submit(self._write, facts, keep, on_host(state), finish)
+
+    def settle(self, *, wait: bool) -> str:
+        """What the disk refused of the last save, once, as soon as it is known; else "". It waits
+        before a save, and for one.
+        """
+        if wait:
+            progress.begin("saving")
+        writing = self._writing
+        if isinstance(writing, Future):
+            if not (wait or writing.done()):
+                return ""
+            writing = writing.result()
+        self._writing = ""
+        return writing
+
+    def _write(
+        self,
+        facts: dict[str, Any],
+        keep: int,
+        state: Tensors,
+        finish: Callable[[], object],
+    ) -> str:
+        engine, gather = self.engine, self.engine.gather
+        final = engine.checkpoints / checkpoint.step_name(facts["step"])
+        building = final.with_name(f".{final.name}")
+        file = building / f"state_{engine.rank:05d}.safetensors"
+
+        def publish() -> None:
+            if engine.rank == 0:
+                files, every = dict(ChainMap(*digests)), engine.config.journal.keep_every
+                with storing(final):
+                    checkpoint.publish(building, final, files, facts, keep, every)
+                finish()
+
+        try:
+            digests = gather(attempt(partial(write_state, file, state)), self._group)
+            gather(attempt(publish), self._group)
+        except StorageError as error:
+            shutil.rmtree(building, ignore_errors=True)
+            return str(error)
+        return ""
+
+
+def save_run(run: "Training[Any]", done: int) -> bool:
+    """Saves a run after step `done` and publishes its weights; returns whether they are sound:
+    nothing is kept of steps that were skipped. Every rank must call it.
+
+    What the disk refuses, `CheckpointWriter.settle` tells; it is tried again when the next
+    checkpoint is due. Raises: StorageError where the run folder is gone.
+    """
+    engine = run.engine
+    # a lone one at the end is not the beginning of more
+    is_bad = run.skipped_in_a_row > (done == run.schedule.total_steps)
+    if is_bad or not engine.is_finite():
+        why = "it was skipped" if is_bad else "weights are not finite"
+        run.journal.say(f"step {done}: not saved, {why}; the last checkpoint is from before that")
+        return False
+    if not all(engine.gather((run.folder / "config.yaml").exists())):
+        raise StorageError(f"{run.folder}: cannot be written, it was removed; the run ends")
+    run.memory["sums"] = run.journal.sums()
+    finish = partial(_write, run, weights(run))
+    engine.save(done, run.config.journal.keep_checkpoints, run.memory, run.tensors(), finish)
+    return True
+
+
+def publish(run: "Training[Any]", states: Mapping[str, Tensors]) -> bool:
+    """Writes model folders of these weights, by name; returns whether that was done: the disk may
+    refuse it, which is told. Every rank must call it.
+    """
+    try:
+        run.engine.gather(attempt(partial(_write, run, states)))
+    except StorageError as error:
+        run.journal.say(str(error))
+        return False
+    return True
+
+
+def weights(run: "Training[Any]") -> dict[str, Tensors]:
+    """The weights of the model folders that follow the checkpoints; every rank must call it."""
+    states = {"model": run.engine.full_state()}
+    if run.average:
+        with run.average.in_place():
+            states["model_ema"] = run.engine.full_state()
+    return states
+
+
+def _write(run: "Training[Any]", states: Mapping[str, Tensors]) -> None:
+    if run.engine.rank == 0:
+        for name, state in states.items():
+            save_model_folder(run.folder / name, run.model, state)
