@@ -88,8 +88,8 @@ class TestRuns:
             training = prepare(tiny(*COMMON, "optim.steps=2", *mode))
             training.engine = engine = Engine(training.make_model()[0], training.config)
             training.begin()
-            assert engine.resume({})[0] == 2
-            engine.save(7, 9, {}, {})
+            assert engine.resume(training.tensors())[0] == 2
+            engine.save(7, 9, {}, training.tensors())
             again = tmp_path / "run" / "checkpoints" / step_name(7)
             found = saved_state(again)
             assert written.keys() == found.keys()

@@ -283,7 +283,8 @@ class Journal:
         """Ends the progress bar. Raises: StorageError for lines that still cannot be written."""
         self._bar.close()
         for file, lines in self.unwritten.items():
-            append(file, lines)
+            if file.parent.exists():  # else what ends the run says so
+                append(file, lines)
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
