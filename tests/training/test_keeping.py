@@ -18,6 +18,7 @@ from video_mae import files
 from video_mae.config import PretrainConfig, load_config
 from video_mae.files import DamagedRunError, StorageError
 from video_mae.model.objective import Losses, Objective
+from video_mae.processes import _status, identity
 from video_mae.training import saving
 from video_mae.training.checkpoint import MANIFEST, step_name
 from video_mae.training.journal import Journal
@@ -331,3 +332,14 @@ def test_every_fallback_is_told_and_none_usable_is_refused_until_the_run_is_set_
     assert "run: begins with the first step" in log(copy)
     assert "from_scratch: false" in (copy / "config.yaml").read_text()
     assert run(prepare(make(copy, "seed=3"))) == DONE
+
+
+def test_a_run_that_is_at_work_is_not_set_aside(make, tmp_path: Path) -> None:
+    folder, parent = tmp_path / "run", os.getppid()
+    folder.mkdir()
+    (folder / "config.yaml").write_text("")
+    holder = {**identity(), "pid": parent, "start": _status(parent)[-1]}
+    (folder / ".lock").write_bytes(files.json_line(holder))
+    with pytest.raises(ValueError, match=rf"run: process {parent} on .* is at work in it"):
+        prepare(make(folder, "from_scratch=true"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
