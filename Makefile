@@ -26,7 +26,7 @@ bench: install
 	@$(BIN)/video-mae bench step output=$(OUTPUT)
 	@$(BIN)/video-mae bench data output=$(OUTPUT)
 
-# Does pretraining help where labels are few? Half an hour on two quiet cores; stopped and started again, it goes on.
+# Does pretraining help where labels are few? Two hours on two quiet cores; stopped and started again, it goes on.
 experiment: install
 	@$(BIN)/python experiments/pretraining_helps.py
 
