@@ -49,7 +49,7 @@ SHAPES = (
     Shape("giant", (2, 14, 14), 2048, 208, 1840, 920, 16, 88, 8, 64),
 )
 # that the encoders of all recipes see, class tokens among them
-ENCODER_TOKENS = (37, 50, 54, 64, 157, 160, 208, 392)
+ENCODER_TOKENS = (32, 37, 50, 54, 157, 160, 208, 392)
 
 
 def attention_shapes() -> list[AttentionShape]:

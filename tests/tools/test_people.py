@@ -182,4 +182,4 @@ def test_the_data_set_is_balanced_and_equal_settings_give_equal_files(tmp_path: 
 
 def test_a_number_of_clips_that_does_not_fit_the_actions_is_refused() -> None:
     with pytest.raises(ValueError, match="train_clips: 1024 must be a multiple of the 15 actions"):
-        DemoConfig(subject="people")
+        DemoConfig(subject="people", train_clips=1024)
