@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from video_mae.training import checkpoint
-from video_mae.training.engine import Engine, _facts
+from video_mae.training.engine import Engine
 
 
 def saved_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,10 +58,9 @@ def saved_memory(folder: Path) -> dict[str, Any]:
 def save_as_before(
     self: Engine,
     step: int,
-    keep: int,
     memory: dict[str, Any],
-    tensors: Mapping[str, torch.Tensor] | None = None,
-    finish: Callable[[], object] = tuple,
+    tensors: Mapping[str, torch.Tensor],
+    finish: Callable[[], object],
 ) -> None:
     """Engine.save of the versions in which DeepSpeed wrote the state."""
     averages = self.beside_masters.get("average", [])
@@ -72,9 +71,8 @@ def save_as_before(
         order = range(len(averages))
     own = {f"average.{self.rank}.{i}": average for i, average in zip(order, averages, strict=False)}
     if self.rank == 0:
-        own |= tensors or {}
-    final = self.checkpoints / checkpoint.step_name(step)
-    building = self.checkpoints / f".{final.name}"
+        own |= tensors
+    building = self.checkpoints / f".{checkpoint.step_name(step)}"
     if self.rank == 0:
         shutil.rmtree(building, ignore_errors=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,7 @@ def save_as_before(
     if self.rank == 0:
         paths = [path for path in building.rglob("*") if path.is_file()]
         files = {str(path.relative_to(building)): checkpoint.digest(path) for path in paths}
-        facts = {"step": step, **_facts(self.config, self.world_size)}
-        checkpoint.publish(building, final, files, facts, keep)
+        manifest = {"step": step, **checkpoint.facts(self.config), "files": files}
+        checkpoint.publish(building, manifest, self.config.journal.keep_checkpoints)
         finish()
     torch.distributed.barrier()

@@ -19,8 +19,9 @@ import sys, time
 from pathlib import Path
 from video_mae.processes import hold_folder
 try:
-    print(*hold_folder(Path(sys.argv[1])) or ["held"], flush=True)
-    time.sleep(float(sys.argv[2]))
+    with hold_folder(Path(sys.argv[1])) as told:
+        print(*told or ["held"], flush=True)
+        time.sleep(float(sys.argv[2]))
 except ValueError as error:
     print(error, flush=True)
 """
@@ -78,15 +79,28 @@ def test_a_process_of_another_machine_is_known_by_its_signs_of_life(
         time.sleep(0.2)
     try:
         if lives:
-            with pytest.raises(ValueError, match="on elsewhere is at work in it"):
-                hold_folder(tmp_path)
+            with (
+                pytest.raises(ValueError, match="on elsewhere is at work in it"),
+                hold_folder(tmp_path),
+            ):
+                pass
         else:
-            assert "on elsewhere was at work in it" in hold_folder(tmp_path)[0]
+            with hold_folder(tmp_path) as told:
+                assert "on elsewhere was at work in it" in told[0]
     finally:
         ended.set()
 
 
 def test_what_a_crash_tore_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_bytes(b'{"host": "a", "pi')
-    assert hold_folder(tmp_path) == []
-    assert hold_folder(tmp_path / "other") == []
+    for folder in (tmp_path, tmp_path / "other"):
+        with hold_folder(folder) as told:
+            assert told == []
+            assert (folder / ".lock").exists()
+        assert not (folder / ".lock").exists()
+
+
+def test_of_several_ranks_the_first_holds_the_folder(tmp_path: Path) -> None:
+    with hold_folder(tmp_path / "run", rank=1) as told:
+        assert told == []
+    assert not (tmp_path / "run").exists()

@@ -119,3 +119,16 @@ def test_the_second_signal_ends_a_process_that_handles_the_first(
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_an_earlier_run_of_the_process_is_none_to_the_next() -> None:
+    script = (
+        "import signal\n"
+        "from video_mae import processes\n"
+        "processes.SAME_SECONDS = 0\n"
+        "for _ in range(2):\n"
+        "    processes.on_signals(lambda number: print(number, flush=True))\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 2 * f"{signal.SIGTERM:d}\n")

@@ -4,13 +4,14 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from video_mae.files import DamagedRunError, StorageError, one_line
+from video_mae.files import FolderError, StorageError, one_line
 from video_mae.processes import end_with_launchers
 
 USAGE_ERROR, CANNOT_WRITE = 2, 74
@@ -146,7 +147,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one stage and exits: 0 done, 2 a mistake in configuration or data, 74 where the disk
-    takes nothing more (one line says where), else as the stage says.
+    takes nothing more (one line says where), 130 for Ctrl-C, else as the stage says.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
@@ -160,13 +161,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         left = _start(STAGES[options.stage], options)
         status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
-        if left is not None and not isinstance(error, StorageError | DamagedRunError):
+        if left is not None and not isinstance(error, StorageError | FolderError):
             raise
         if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
-            # the launcher kills all ranks when one exits: the first one is to say why, once
+            # the launcher ends all ranks when one exits: the first one is to say why, once
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE_SECONDS)
-        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
+        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr)
         status = CANNOT_WRITE if isinstance(error, StorageError) else USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"video-mae {options.stage}: interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)
 
 

@@ -4,7 +4,6 @@ lines that a crash may tear.
 
 import codecs
 import errno
-import fcntl
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 
 JsonObject = dict[str, Any]
 UNFINISHED = ".unfinished-"
-"""How the folder begins in which something is made, which a killed process leaves behind."""
+"""How the folder begins in which something is made."""
 _FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
@@ -58,11 +57,17 @@ def read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def check_folder(folder: Path) -> None:
-    """Raises: ValueError where there can be no folder of results, below a file say."""
-    there = folder.absolute()
+def existing(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there."""
+    there = path.absolute()
     while not there.exists():
         there = there.parent
+    return there
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ValueError where there can be no folder of results, below a file say."""
+    there = existing(folder)
     if not there.is_dir() or there.stat().st_dev in _KERNEL:
         raise ValueError(f"{folder}: cannot be a folder of results: {there} is no folder of a disk")
 
@@ -148,8 +153,8 @@ class StorageError(OSError):
     """
 
 
-class DamagedRunError(ValueError):
-    """A run that cannot go on from what its folder holds, in one line."""
+class FolderError(ValueError):
+    """A folder that a command cannot go on with, for what it holds or who holds it, in one line."""
 
 
 @contextmanager
@@ -157,17 +162,14 @@ def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
     """Wraps the writing of a file or folder that takes num_bytes (0: unknown): it is not begun
     where the disk has less. Raises: StorageError for what the disk refuses inside.
     """
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing(path)).free
     try:
         if num_bytes > free > 0:  # some network disks do not know
             raise OSError(*_FULL)
         yield
     except StorageError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # as their libraries have it
+    except (OSError, SafetensorError) as error:  # as their libraries have it
         raise StorageError(
             f"{path}: cannot be written ({error}): needed are {num_bytes or 'some'} bytes, {free} "
             "are free; make room, or let it be written to, and start the same command again"
@@ -259,10 +261,14 @@ def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], 
     """
     if not path.exists():
         return
-    data, whole = path.read_bytes(), []
-    for entry in read_jsonl(path):
-        if keys <= entry.keys() and isinstance(entry.get("step", 0), int):
-            whole.append(entry)
+    data, whole = (
+        path.read_bytes(),
+        [
+            entry
+            for entry in read_jsonl(path)
+            if keys <= entry.keys() and isinstance(entry.get("step", 0), int)
+        ],
+    )
     num_damaged = data.count(b"\n") - len(whole)
     if num_damaged > 0:
         append(path.with_name(f"{path.name}.damaged"), data)
@@ -275,37 +281,34 @@ class Register:
     """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl,
     RUN/fallbacks.jsonl.
 
-    All ranks of a run may hold one: the file is the truth, read under a lock before each write.
-    What the disk refuses is written when it comes again; the journal tells of such a disk.
+    All ranks of a run may hold one: the file is the truth, read before each write. Two that meet a
+    video in the same instant may both write it; it counts once. What the disk refuses is written
+    when it comes again; the journal tells of such a disk.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known = frozenset[str]()
 
-    def add(self, failures: Iterable[Any], step: int | None = None) -> None:
+    def add(self, failures: Iterable[Any], step: int) -> None:
         """Writes {path, decoder, reason, step, time} for each path that no rank and no earlier
         start of the run has written. A failure has the first three; step: whose batch it was in.
         """
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._known:
             return
-        with suppress(OSError), self.file.open("ab") as stream:
-            # a file system without locks: two ranks may then both write a path, which is no reason
-            # to stop
-            with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            text, lines = self.file.read_bytes(), b""
-            if text and not text.endswith(b"\n"):
-                # a crash tore the last line: end it, so that it spoils no other
-                lines += b"\n"
-            self._known = self.paths
-            for path, failure in named.items():
-                if path not in self._known:
-                    entry = {"path": path, "decoder": failure.decoder, "reason": failure.reason}
-                    if step is not None:
-                        entry["step"] = step
-                    lines += json_line({**entry, "time": time.time()})
+        self._known, lines = self.paths, b""
+        for path, failure in named.items():
+            if path not in self._known:
+                entry = {
+                    "path": path,
+                    "decoder": failure.decoder,
+                    "reason": failure.reason,
+                    "step": step,
+                    "time": time.time(),
+                }
+                lines += json_line(entry)
+        with suppress(StorageError):
             append(self.file, lines)
             self._known |= named.keys()
 
@@ -356,9 +359,7 @@ def check_made_with(
         remedy = "choose another folder, or remove this one"
         _check_settings(file, settings, earlier or {}, section, remedy)
     # What a stopped writer leaves is hidden.
-    elif folder.exists() and (
-        not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
-    ):
+    elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder}: is not empty and has no {file.name}; choose another folder")
 
 

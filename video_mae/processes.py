@@ -5,21 +5,23 @@ A launcher that is killed tells its processes nothing, and the `deepspeed` comma
 on. So a command looks for itself whether those are there that started it.
 """
 
-import atexit
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import json_line, read_jsonl, storing
+from video_mae.files import UNFINISHED, FolderError, json_line, read_jsonl, storing
 
+LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
+"""How the names of what a killed process, of earlier versions too, leaves behind begin."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOOK_SECONDS = 1.0
 """From one look at the launchers to the next."""
@@ -73,6 +75,7 @@ def on_signals(handle: Callable[[int], None]) -> None:
             os._exit(128 + number)
         handle(number)
 
+    _first.clear()
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
@@ -113,7 +116,7 @@ cannot see the process, waits for one.
 
 def require_free(folder: Path) -> list[str]:
     """Returns a line where another process held a folder and ended without giving it back. Raises:
-    ValueError naming the process that holds it.
+    FolderError naming the process that holds it.
     """
     file, own, told = folder / ".lock", identity(), list[str]()
     for holder in read_jsonl(file):
@@ -124,17 +127,21 @@ def require_free(folder: Path) -> list[str]:
             time.sleep(SILENT_SECONDS)
             file.read_bytes()  # a network file system looks anew when a file is opened
             is_alive = file.stat().st_mtime != before.st_mtime
-        if is_alive and holder != own:
-            raise ValueError(f"{who} is at work in it; wait for it, or choose another folder")
+        if is_alive:
+            raise FolderError(f"{who} is at work in it; wait for it, or choose another folder")
         told.append(f"{who} was at work in it, and has ended without a word; this one goes on")
     return told
 
 
-def hold_folder(folder: Path) -> list[str]:
-    """Keeps a folder to this process as long as it lives; returns what `require_free` does. Raises:
-    ValueError as that; StorageError.
+@contextmanager
+def hold_folder(folder: Path, rank: int = 0) -> Iterator[list[str]]:
+    """Inside, this process has a folder to itself; gives what `require_free` returns. Of several
+    ranks the first one has it for all. Raises: FolderError as that; StorageError.
     """
-    file = folder / ".lock"
+    if rank != 0:
+        yield []
+        return
+    file, ended = folder / ".lock", threading.Event()
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with file.open("ab") as stream:
@@ -145,11 +152,24 @@ def hold_folder(folder: Path) -> list[str]:
             file.write_bytes(json_line(identity()))
 
     def give_signs() -> None:
-        while True:
-            time.sleep(SIGN_SECONDS)
+        while not ended.wait(SIGN_SECONDS):
             with suppress(OSError):
                 os.utime(file)
 
     threading.Thread(target=give_signs, daemon=True).start()
-    atexit.register(file.unlink, missing_ok=True)
-    return told
+    try:
+        yield told
+    finally:
+        ended.set()
+        with suppress(OSError):
+            file.unlink()
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Removes from a folder what killed processes were making in it; returns a line on each."""
+    lines: list[str] = []
+    for one in folder.glob("**/.*"):
+        if one.name.startswith(LEFT_BEHIND):
+            shutil.rmtree(one) if one.is_dir() else one.unlink()
+            lines.append(f"removed what an earlier start left behind: {one}")
+    return lines

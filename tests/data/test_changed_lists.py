@@ -146,8 +146,8 @@ def test_a_file_that_is_gone_when_a_run_goes_on_is_bad_as_in_the_run_itself(
     )
     folder, after = Path(config.output), Pretraining.after
 
-    def vanish(self: Pretraining, done: int, *, ending: bool) -> None:
-        after(self, done, ending=ending)
+    def vanish(self: Pretraining, done: int) -> None:
+        after(self, done)
         if done == 2:
             victim.unlink()
 

@@ -84,9 +84,11 @@ def loader(
         **changes,
     )
     clips = ClipDataset(read_annotations(data), data, num_frames=4, height=32, width=32, seed=3)
-    return make_loader(
-        clips, StepSampler(len(clips), 4 // ranks, 1, rank, ranks, 3, 0, steps), data, say
+    loader = make_loader(
+        clips, StepSampler(len(clips), 4 // ranks, 1, rank, ranks, 3, 0, steps), data
     )
+    loader.say = say
+    return loader
 
 
 def assert_same(left: list[Batch], right: list[Batch]) -> None:
@@ -301,7 +303,9 @@ def test_a_worker_that_is_killed_is_replaced_and_no_batch_is_lost(videos: Path) 
     for pid in workers_of(batches):
         os.kill(pid, signal.SIGKILL)
     time.sleep(0.3)  # a handler of SIGCHLD, if there were one, would raise here
+    numbers = torch.get_rng_state()
     found += list(batches)
+    assert torch.equal(torch.get_rng_state(), numbers)  # they are those of a step in the middle
     assert_same(found, expected)
     assert len(told) == 1
     assert "decoding worker" in told[0]
@@ -326,6 +330,12 @@ class Handed:
         return self.left.pop(0)
 
 
+def telling(make: Callable[[int], Any], told: list[str]) -> Loader[int]:
+    loader: Loader[int] = Loader(make)
+    loader.say = told.append
+    return loader
+
+
 def test_workers_that_die_each_time_end_the_run_with_a_remedy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -341,7 +351,7 @@ def test_workers_that_die_each_time_end_the_run_with_a_remedy(
         RuntimeError,
         match=r"exited unexpectedly'\)\), for the last of 3 times: is there enough memory\? Lower data",
     ):
-        list(Loader(make, told.append))
+        list(telling(make, told))
     assert (starts, len(told)) == ([0, 1, 1], 2)
 
 
@@ -354,7 +364,7 @@ def test_deaths_with_batches_between_them_are_never_too_many(
         return Handed(delivered, EOFError(), range(delivered + 1, 4))
 
     told: list[str] = []
-    assert list(Loader(make, told.append)) == [0, 1, 2, 3]
+    assert list(telling(make, told)) == [0, 1, 2, 3]
     assert len(told) == 3
     assert all("(1 of at most 1 times in a row)" in line for line in told)
 
@@ -375,14 +385,14 @@ def test_a_worker_that_dies_with_a_batch_in_its_hands_is_replaced_too(error: Exc
     def make(delivered: int) -> Any:
         return Handed(delivered, error, range(0 if delivered else 1, 0 if delivered else 2))
 
-    found = list(Loader(make, told.append))
+    found = list(telling(make, told))
     assert found == [0, 1, 2, 3]
     assert len(told) == 1
     assert type(error).__name__ in told[0]
 
     of_data = type(error)("Caught it in DataLoader worker process 1.\nOriginal Traceback")
     with pytest.raises(type(error)):
-        list(Loader(lambda delivered: Handed(delivered, of_data, range(1, 4)), told.append))  # pyright: ignore[reportArgumentType]
+        list(telling(lambda delivered: Handed(delivered, of_data, range(1, 4)), told))
     assert len(told) == 1
 
 

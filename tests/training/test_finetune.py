@@ -400,7 +400,7 @@ def test_a_larger_picture_keeps_the_weights_and_interpolates_the_positions(
         ),
         (
             ["output=OTHER"],
-            r"unknown key .*: the file is damaged, or of a run of another kind; put it back",
+            r"unknown key .*: damaged, or of a run of another kind; put it back",
         ),
     ],
 )

@@ -83,6 +83,16 @@ def test_a_save_and_what_others_wait_for_meanwhile_takes_its_time(watch: _Watch)
     watch.look()
 
 
+def test_a_rank_that_is_gone_is_named_once_no_other_is_behind_it(watch: _Watch) -> None:
+    tell(watch.files[0], 6, 0, "saving", 400)
+    tell(watch.files[1], 8, 390, "all-reduce", 400)
+    tell(watch.files[2], 8, 3, "all-reduce", 40)
+    watch.look()
+    tell(watch.files[0], 8, 0, "all-reduce", 400)
+    with pytest.raises(LeftError, match=r"^0: rank 2 .*: all-reduce since then; no sign of life"):
+        watch.look()
+
+
 def test_only_stages_of_a_step_are_timed_and_not_what_the_first_one_compiles(
     watch: _Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

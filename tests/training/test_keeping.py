@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from video_mae import files
 from video_mae.config import PretrainConfig, load_config
-from video_mae.files import DamagedRunError, StorageError
+from video_mae.files import FolderError, StorageError
 from video_mae.model.objective import Losses, Objective
 from video_mae.processes import _status, identity
 from video_mae.training import saving
@@ -318,13 +318,16 @@ def test_every_fallback_is_told_and_none_usable_is_refused_until_the_run_is_set_
     for step in (6, 7):
         (checkpoints / step_name(step) / MANIFEST).unlink()
     message = r"no checkpoint can be used: step_00000007: MANIFEST.json is missing; step_00000006: "
-    with pytest.raises(DamagedRunError, match=message):
+    with pytest.raises(FolderError, match=message):
         run(prepare(make(copy)))
     shutil.rmtree(checkpoints)
-    with pytest.raises(DamagedRunError, match=r"used: there was one; .*--from-scratch"):
+    with pytest.raises(FolderError, match=r"used: there was one; .*--from-scratch"):
         run(prepare(make(copy)))
     (copy / "config.yaml").write_text("")
-    with pytest.raises(ValueError, match=r"config.yaml: is not whole; put it back, or begin anew"):
+    with pytest.raises(
+        ValueError,
+        match=r"config.yaml: is not whole: damaged, .* or begin anew with --from-scratch",
+    ):
         prepare(make(copy))
     assert run(prepare(make(copy, "from_scratch=true", "seed=3"))) == DONE
     (aside,) = copy.parent.glob("run.earlier_*")

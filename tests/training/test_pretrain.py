@@ -111,7 +111,8 @@ def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:
     state = saved_state(Path(config.output) / "checkpoints" / step_name(2))
     loaded = load_pretrained(Path(config.output) / "model").state_dict()
     kinds = ("weight", "exp_avg", "exp_avg_sq")
-    assert {f"{kind}/{name}" for name in loaded for kind in kinds} == state.keys()
+    kept = {f"{kind}/{name}" for name in loaded for kind in kinds}
+    assert kept | {"tensor/usual_loss"} == state.keys()
     assert all(torch.equal(loaded[name].flatten(), state[f"weight/{name}"]) for name in loaded)
 
 
@@ -520,11 +521,11 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
         ),
         (
             "engine.extra={zero_optimization: {reduce_bucket_size: many}}",
-            r"engine.extra.zero_optimization.reduce_bucket_size: DeepSpeed: Input should be a valid",
+            r"engine.extra.zero_optimization: DeepSpeed: 1 .* reduce_bucket_size Input should be a v",
         ),
         (
             "engine.extra={zero_optimization: {reduce_bucket_siz: 7}}",
-            r"engine.extra.zero_optimization.reduce_bucket_siz: DeepSpeed: Extra inputs are not",
+            r"engine.extra.zero_optimization: DeepSpeed: 1 .* reduce_bucket_siz Extra inputs are no",
         ),
         (
             "engine.extra={flops_profiler: {enabld: true}}",
@@ -533,7 +534,7 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
         ("engine.extra={checkpoint: {tag_validation: x}}", "engine.extra.checkpoint: DeepSpeed: "),
         ("engine.extra={prescale_gradients: 7}", "engine.extra.prescale_gradients: 7 is not what"),
         ("engine.extra={communication_data_type: fp31}", "communication_data_type: DeepSpeed: Inv"),
-        ("engine.extra={bf16: {no: 1}}", "engine.extra.bf16.no: DeepSpeed: Extra inputs"),
+        ("engine.extra={bf16: {no: 1}}", "engine.extra.bf16: DeepSpeed: 1 .* no Extra inp"),
         ("engine.extra={timers: 7}", "engine.extra.timers: 7 is not what DeepSpeed takes"),
         ("engine.extra={sparse_gradients: true}", "sparse_gradients: DeepSpeed has no such key"),
     ],

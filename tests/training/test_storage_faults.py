@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_keeps_the_checkpoint_before_and_a_larger_one_ends_
     disk: Path, tiny_file: Path, mode: str, tmp_path: Path
 ) -> None:
     run, whole = disk / "run", tmp_path / "whole"
-    remount(disk, "size=1500k")  # room for a checkpoint, its model and half of the next one
+    remount(disk, "size=1300k")  # room for a checkpoint, its model and half of the next one
     changes = [f"journal.checkpoint_async={mode == 'async'}".lower()]
     lines = refusals(ended(start(tiny_file, run, *changes, ranks=2), CANNOT_WRITE))
     assert 1 <= len(lines) <= 3  # of the saves after steps 4 and 6, and a line of metrics at most

@@ -49,7 +49,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[State]:
     begin, after = Pretraining.begin, Pretraining.after
 
     def look(training: Pretraining) -> None:
-        with training.engine.whole(training.model):
+        with training.engine.whole(training.model.parameters()):
             encoder = training.model.encoder
             states.append({n: p.detach().clone() for n, p in encoder.named_parameters()})
 
@@ -57,9 +57,9 @@ def history(monkeypatch: pytest.MonkeyPatch) -> list[State]:
         look(self)
         begin(self)
 
-    def observed_after(self: Pretraining, done: int, *, ending: bool) -> None:
+    def observed_after(self: Pretraining, done: int) -> None:
         look(self)
-        after(self, done, ending=ending)
+        after(self, done)
 
     monkeypatch.setattr(Pretraining, "begin", observed_begin)
     monkeypatch.setattr(Pretraining, "after", observed_after)

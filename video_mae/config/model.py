@@ -11,11 +11,11 @@ Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_WIDTH, MOST_DEPTH, MOST_RATIO = 32_768, 1024, 256
-"""The largest published ViT has a width of 6,144 and 48 blocks (ViT-22B)."""
+MOST_DEPTH = 1024
+"""The largest published ViT has 48 blocks, of a width of 6,144 (ViT-22B)."""
 MOST_TOKENS, MOST_VALUES, MOST_WEIGHTS = 2**20, 2**31, 2**38
 """Of a clip: its positions are computed, whatever their number, and its values are what a decoder
-hands over at most. Of the matrices of all blocks: a terabyte.
+hands over at most. Of the matrices of all blocks of the encoder, or the decoder: a terabyte.
 """
 
 
@@ -74,21 +74,19 @@ class ModelConfig(Knobs):
     preset_values = PRESETS
 
     in_channels: int = knob(3, "channels of a pixel", low=1, high=MOST_SIDE)
-    num_frames: int = knob(16, "frames of a clip", low=1, high=MOST_SIDE)
-    height: int = knob(224, "pixels", low=1, high=MOST_SIDE)
-    width: int = knob(224, "pixels", low=1, high=MOST_SIDE)
+    num_frames: int = knob(16, "frames of a clip", low=1)
+    height: int = knob(224, "pixels", low=1)
+    width: int = knob(224, "pixels", low=1)
     tubelet_size: int = knob(2, "frames of a tubelet", low=1)
     patch_size: int = knob(16, "pixels, height and width of a tubelet", low=1)
-    embed_dim: int = knob(768, "encoder width", low=1, high=MOST_WIDTH)
+    embed_dim: int = knob(768, "encoder width", low=1)
     depth: int = knob(12, "encoder blocks", low=1, high=MOST_DEPTH)
     num_heads: int = knob(12, "encoder attention heads", low=1)
-    mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim", high=MOST_RATIO)
-    decoder_embed_dim: int = knob(384, "decoder width", low=1, high=MOST_WIDTH)
+    mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim")
+    decoder_embed_dim: int = knob(384, "decoder width", low=1)
     decoder_depth: int = knob(4, "decoder blocks", low=1, high=MOST_DEPTH)
     decoder_num_heads: int = knob(6, "decoder attention heads", low=1)
-    decoder_mlp_ratio: float = knob(
-        4.0, "decoder MLP width over decoder_embed_dim", high=MOST_RATIO
-    )
+    decoder_mlp_ratio: float = knob(4.0, "decoder MLP width over decoder_embed_dim")
     drop_path: float = knob(
         0.0, "stochastic depth of the last encoder block, growing linearly from 0", low=0, below=1
     )
@@ -107,7 +105,6 @@ class ModelConfig(Knobs):
         "grid (time, height, width) in tokens that the positions were made for, "
         "where it is not the model's own",
         low=1,
-        high=4096,
     )
     resize_positions: Literal["interpolate", "compute"] = knob(
         "interpolate",
@@ -154,7 +151,7 @@ class ModelConfig(Knobs):
         "features that the decoder predicts of a tubelet, set by objective.teacher; null: its "
         "pixels",
         low=1,
-        high=MOST_WIDTH,
+        high=MOST_SIDE,
     )
     decoder_context: Literal["scored", "all"] = knob(
         "scored",
@@ -181,18 +178,18 @@ class ModelConfig(Knobs):
         made_for = self.position_grid or self.grid
         is_believed = math.prod(made_for) <= MOST_TOKENS
         require(is_believed, "position_grid", made_for, "has more tokens than are believed")
-        blocks = self.depth * self.embed_dim**2 * (4 + 2 * self.mlp_ratio)
-        remedy = (
-            f"blocks of model.embed_dim = {self.embed_dim} have more than {MOST_WEIGHTS} weights"
-        )
-        require(blocks <= MOST_WEIGHTS, "depth", self.depth, remedy)
         # pairs of sine and cosine: of the flattened index, or of row and column
         pair = 4 if self.positions == "sincos" else 2
-        for name, of in (("mlp_ratio", "embed_dim"), ("decoder_mlp_ratio", "decoder_embed_dim")):
-            ratio, width = getattr(self, name), getattr(self, of)
-            require(round(ratio * width) >= 1, name, ratio, f"of {width} is no width of an MLP")
+        for part in ("", "decoder_"):
+            width, ratio = getattr(self, f"{part}embed_dim"), getattr(self, f"{part}mlp_ratio")
+            remedy = f"of {width} is no width of an MLP"
+            require(round(ratio * width) >= 1, f"{part}mlp_ratio", ratio, remedy)
             remedy = f"must be a multiple of {pair} for model.positions = {self.positions}"
-            require(width % pair == 0, of, width, remedy)
+            require(width % pair == 0, f"{part}embed_dim", width, remedy)
+            depth = getattr(self, f"{part}depth")
+            remedy = f"blocks of width {width} have more than {MOST_WEIGHTS} weights"
+            weights = depth * width**2 * (4 + 2 * ratio)
+            require(weights <= MOST_WEIGHTS, f"{part}depth", depth, remedy)
         for name in ("mean", "std"):
             values = getattr(self, name)
             remedy = f"must have 1 value or one for each of model.in_channels = {self.in_channels}"

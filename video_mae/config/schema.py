@@ -276,8 +276,13 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     by_name = {f.name: f for f in fields(schema)}
     for key in values:
         if key not in by_name:
-            near = _near(key, f"{prefix}{key}", by_name, root)
-            raise ValueError(f"unknown key {prefix}{key}{near}")
+            # the same name in another section, else a similar one
+            everywhere = [known for known, *_ in _walk(root)]
+            near = [known for known in everywhere if known.split(".")[-1] == key]
+            near += get_close_matches(key, by_name, 1)
+            near += get_close_matches(f"{prefix}{key}", everywhere, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
     for key, value in values.items():
         factory = by_name[key].default_factory
@@ -285,14 +290,6 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
         made[key] = _typed(value, hints[key], f"{prefix}{key}", root, make_part)
     with _naming(prefix):
         return make(**made)
-
-
-def _near(name: str, key: str, names: Mapping[str, Any], root: Any) -> str:
-    """What may be meant by an unknown key: the same name in another section, else a similar one."""
-    everywhere = [known for known, *_ in _walk(root)]
-    near = [known for known in everywhere if known.split(".")[-1] == name]
-    near += get_close_matches(name, names, 1) or get_close_matches(key, everywhere, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _without_none(hint: Any) -> Any:

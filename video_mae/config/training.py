@@ -229,8 +229,8 @@ class EngineConfig(Knobs):
     )
     on_spike: Literal["ignore", "skip", "stop"] = knob(
         "ignore",
-        "what a loss does that is 10 times the running mean of those before: nothing; its step is "
-        "skipped, as one that is not finite; or the run stops then with status 3, for either",
+        "what a loss does that is 10 times the running mean of those before: nothing; skip its "
+        "step, as one that is not finite; or stop the run with status 3, as one that is not finite",
     )
     stall_seconds: float = knob(
         300.0,
@@ -260,12 +260,7 @@ class JournalConfig(Knobs):
         500, "resumable checkpoints; the last step always writes one", low=0
     )
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept", low=1)
-    keep_every: int = knob(
-        0,
-        "checkpoints after a multiple of so many steps are kept besides; 0: none of them",
-        low=0,
-        below=10**12,
-    )
+    keep_every: int = knob(0, "those of multiples of so many steps are kept too; 0: none", low=0)
     checkpoint_async: bool = knob(
         False, "a thread writes checkpoints from a copy in host memory, and training does not wait"
     )
@@ -303,6 +298,11 @@ class RunConfig(Knobs):
     optim: OptimConfig = section(OptimConfig, "optimization")
     engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
     journal: JournalConfig = section(JournalConfig, "logs and checkpoints")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run goes on from a checkpoint: its lists were read before."""
+        return not self.from_scratch and any(Path(self.output, "checkpoints").glob("step_*"))
 
 
 class PretrainJournalConfig(JournalConfig):

@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -99,27 +99,24 @@ def read_list(
             )
     if list_format == "header":
         split, note = _header(source, number, text)
-        return _read(texts, split, folder, may_climb), (note,)
-    split = partial(split_line, list_format=list_format)
-    return _read(chain([first], texts), split, folder, may_climb), notes
+        notes = (note,)
+    else:
+        split = partial(split_line, list_format=list_format)
+        texts = chain([first], texts)
 
+    def lines() -> Iterator[Line]:
+        for number, text, mistake in texts:
+            path, label = "", -1
+            if not mistake:
+                try:
+                    path, label = split(text)
+                except ValueError as error:
+                    mistake = str(error)
+            if not may_climb and ".." in path and os.path.normpath(path).startswith("../"):
+                mistake = mistake or f"{one_line(path[:100])} {CLIMBS}"
+            yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
 
-def _read(
-    texts: Iterable[tuple[int, str, str]],
-    split: Callable[[str], tuple[str, int]],
-    folder: str,
-    may_climb: bool,
-) -> Iterator[Line]:
-    for number, text, mistake in texts:
-        path, label = "", -1
-        if not mistake:
-            try:
-                path, label = split(text)
-            except ValueError as error:
-                mistake = str(error)
-        if not may_climb and ".." in path and os.path.normpath(path).startswith("../"):
-            mistake = mistake or f"{one_line(path[:100])} {CLIMBS}"
-        yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
+    return lines(), notes
 
 
 def _texts(source: Path) -> Iterator[tuple[int, str, str]]:

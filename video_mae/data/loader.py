@@ -31,10 +31,7 @@ Item = TypeVar("Item")
 
 
 def make_loader(
-    dataset: Dataset[Sample],
-    batches: Iterable[Any],
-    data: DataConfig,
-    say: Callable[[str], None] = say,
+    dataset: Dataset[Sample], batches: Iterable[Any], data: DataConfig
 ) -> "Loader[Batch]":
     """The micro-batches whose keys `batches` gives, in their order, the same for any number of
     workers and threads.
@@ -49,20 +46,23 @@ def make_loader(
             **worker_options(workers >> loader.halvings, data.prefetch_batches),
         )
 
-    loader: Loader[Batch] = Loader(make, say)
+    loader: Loader[Batch] = Loader(make)
     return loader
 
 
-def worker_options(workers: int, prefetch_batches: int = 2) -> dict[str, Any]:
+def worker_options(workers: int, prefetch_batches: int) -> dict[str, Any]:
     """What every DataLoader here is told about its workers.
 
     It has no timeout: what hangs is a decoder, whose process has a limit of its own, and twenty
     such limits in a row are no fault.
     """
+    # of its own: else a loader that is started anew would draw from the numbers of a training step
+    generator = torch.Generator()
     if workers == 0:
-        return {"num_workers": 0}
+        return {"num_workers": 0, "generator": generator}
     return {
         "num_workers": workers,
+        "generator": generator,
         "prefetch_factor": prefetch_batches,
         "multiprocessing_context": "fork",
         "worker_init_fn": partial(_start_worker, os.getpid()),
@@ -75,13 +75,12 @@ class Loader(Generic[Item]):
 
     The samples are functions of their keys, so the items are the same. halvings: of the number of
     workers, each time the memory that they share with the trainer had no room for their batches.
-    Raises: what the data set does; RuntimeError when workers die again and again.
+    say: who is told. Raises: what the data set does; RuntimeError when workers die again and again.
     """
 
-    def __init__(
-        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = say
-    ) -> None:
-        self.make, self.say, self.halvings = make, say, 0
+    def __init__(self, make: "Callable[[int], DataLoader[Any]]") -> None:
+        self.make, self.halvings = make, 0
+        self.say: Callable[[str], None] = say
 
     def __iter__(self) -> Iterator[Item]:
         # the workers are started here, by this thread, not when the first item is asked for

@@ -81,9 +81,7 @@ def is_packed(source: str) -> bool:
     return "://" in source or (source != "" and os.path.isfile(os.path.join(source, SETTINGS)))
 
 
-def read_packed(
-    source: str, what: str = "data.source"
-) -> tuple[Members, NDArray[np.int64], tuple[str, ...]]:
+def read_packed(source: str, what: str) -> tuple[Members, NDArray[np.int64], tuple[str, ...]]:
     """The videos of a packed folder, or of one behind an fsspec URL, their labels [M], and the
     names of the classes. Nothing but its shards is ever opened, whatever its rows say.
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.config import ClassifierConfig, FinetuneConfig, RunConfig
+from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.lists import Line, read_list
 from video_mae.data.paths import Paths, file_mistake, first_bad, printable
@@ -110,7 +110,7 @@ def place(source: str, number: int) -> str:
 
 
 def read_entries(
-    data: SourceConfig, what: str = "data.source"
+    data: SourceConfig, what: str
 ) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
     """What a list or folder names, in its order; what is to be told about it; and the names of the
     labels 0, 1, ... where it is a folder with a folder per class. No file is touched but the first
@@ -144,9 +144,7 @@ def read_entries(
     return *read_list(source, data.list_format, folder, may_climb=data.root != ""), ()
 
 
-def read_lines(
-    data: SourceConfig, what: str = "data.source"
-) -> tuple[list[Line], tuple[str, ...], tuple[str, ...]]:
+def read_lines(data: SourceConfig) -> tuple[list[Line], tuple[str, ...], tuple[str, ...]]:
     """All that a list, a folder or a packed folder names, as `read_entries` reads it, good or bad;
     what is to be told about it; and the names of the classes, those of a classes.txt beside a list
     as well.
@@ -154,10 +152,10 @@ def read_lines(
     Raises: as `read_entries`, and ValueError where nothing is named.
     """
     if is_packed(data.source):
-        members, label_M, names = read_packed(data.source, what)
+        members, label_M, names = read_packed(data.source, "data.source")
         pairs = zip(members, label_M.tolist(), strict=True)
         return [Line(number, *pair) for number, pair in enumerate(pairs, start=1)], (), names
-    entries, notes, names = read_entries(data, what)
+    entries, notes, names = read_entries(data, "data.source")
     lines = list(entries)
     if not lines:
         raise ValueError(f"{data.source}: {NO_LINES}")
@@ -326,12 +324,6 @@ def _number(name: str, names: Sequence[str], source: str) -> int:
     )
 
 
-def has_begun(config: RunConfig) -> bool:
-    """Whether a run goes on from a checkpoint: its lists were read before."""
-    is_anew = config.from_scratch
-    return not is_anew and any(Path(config.output, "checkpoints").glob("step_*"))
-
-
 def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
     """The training list with every label checked, and the head with the names of its classes, where
     anybody names them.
@@ -346,7 +338,7 @@ def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierC
         data.root,
         names=classifier.class_names,
         list_format=data.list_format,
-        resumed=has_begun(config),
+        resumed=config.has_begun,
     )
     known, num = len(videos.class_names), classifier.num_classes
     if known and known != num:
@@ -376,5 +368,5 @@ def read_validation_videos(config: FinetuneConfig) -> VideoList:
         classifier.num_classes,
         classifier.class_names,
         validation.list_format,
-        resumed=has_begun(config),
+        resumed=config.has_begun,
     )

@@ -215,14 +215,14 @@ def _call(function: Callable[..., Any], place: Place, reading: Reading, *argumen
 
 @contextmanager
 def _attempt(place: Place, reading: Reading, is_last: bool) -> Iterator[None]:
-    """To read a file. Where others have ended the process and this is not the last attempt, it ends
-    in silence: who is out of memory, or cleans up, kills whatever decodes just then. Twice in a row
-    is no chance, but the file.
+    """To read a file. Where the process has ended, or had to be, and this is not the last attempt,
+    it ends in silence: who is out of memory, or cleans up, kills or stops whatever decodes just
+    then. Twice in a row is no chance, but the file.
     """
     try:
         yield
     except KilledError as killed:
-        if is_last or not killed.is_by_others:
+        if is_last:
             raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
 
 

@@ -9,7 +9,6 @@ a socket, the arrays in them through memory that both see.
 """
 
 import ctypes
-import math
 import mmap
 import os
 import pickle
@@ -57,14 +56,9 @@ Result = TypeVar("Result")
 
 
 class KilledError(Exception):
-    """The process ended in a call, or was ended because it took too long: one line of reason.
-
-    is_by_others: it may be no fault of what was asked, another process is to be asked once more.
+    """The process ended in a call, or was ended because it took too long: one line of reason. That
+    may be no fault of what was asked: another process is to be asked once more.
     """
-
-    def __init__(self, reason: str, *, is_by_others: bool = True) -> None:
-        super().__init__(reason)
-        self.is_by_others = is_by_others
 
 
 class Isolated:
@@ -109,20 +103,12 @@ class Isolated:
         connection, begin, folder = self._connect(), time.monotonic(), ""
         with suppress(FileNotFoundError):  # it was removed: no relative path leads anywhere
             folder = os.getcwd()
-        waits = math.ceil(seconds)
         try:
             connection.send((function, arguments, memory_gb, folder))
-            # In parts: of a time in which this process was stopped one part alone counts.
-            is_there = any(connection.poll(seconds / waits) for _ in range(waits))
             # Late is late, also where this process comes to look only after the answer.
-            if not is_there or time.monotonic() - begin > seconds:
-                assert self._process is not None
-                with open(f"/proc/{self._process.pid}/stat", "rb") as file:
-                    is_by_others = is_there or b") T " in file.read()  # T: stopped by a signal
+            if not connection.poll(seconds) or time.monotonic() - begin > seconds:
                 self.close()
-                raise KilledError(
-                    f"no answer within {seconds:g} seconds", is_by_others=is_by_others
-                )
+                raise KilledError(f"no answer within {seconds:g} seconds")
             answer, places = connection.recv()
             end = sum(num_bytes for _, num_bytes in places)
             if end > len(self._shared):

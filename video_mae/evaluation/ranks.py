@@ -36,13 +36,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        prepare_environment()
-        self.rank, self.size, local_rank = World.from_environment()
+        self.device = prepare_environment()
+        self.rank, self.size, _ = World.from_environment()
         self.is_main = self.rank == 0
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group("gloo", timeout=TIMEOUT)
 

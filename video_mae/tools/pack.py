@@ -5,12 +5,10 @@ Processes pack videos ahead, one writes them in the order of the list: what come
 list and the settings alone.
 """
 
-import errno
 import hashlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -28,11 +26,19 @@ from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
 from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
-from video_mae.files import LIST_DIGEST, check_made_with, is_regular, say, write_json, write_text
-from video_mae.processes import ENDING, on_signals
+from video_mae.files import (
+    LIST_DIGEST,
+    check_made_with,
+    is_regular,
+    say,
+    storing,
+    write_json,
+    write_text,
+)
+from video_mae.processes import ENDING, hold_folder, on_signals, remove_unfinished
 from video_mae.tools.shard_writer import ShardWriter
 
-DONE, FAILED, NOTHING = 0, 1, 3
+DONE, NOTHING = 0, 3
 FREE_KEYS = ("root", "list_format", "num_workers", "decode_seconds", "decode_memory_gb")
 
 
@@ -52,12 +58,12 @@ PackedRow = tuple[dict[str, Any], NDArray[Any] | None]
 
 
 def start(source: str, folder: str, config: PackConfig) -> int:
-    """Packs what is not packed yet. Returns 0; 3 where no video could be packed; 1 where the disk
-    is full; 128 + the signal that ended it.
+    """Packs what is not packed yet. Returns 0; 3 where no video could be packed; 128 + the signal
+    that ended it.
 
     Raises: ValueError or FileNotFoundError with one line, before anything is packed: for the list,
     for a folder that holds something else, was packed from another list or with other settings, or
-    is being packed.
+    is being packed. StorageError where the disk takes nothing more; what is packed is not lost.
     """
     if "://" in folder:
         raise ValueError(f"{folder}: is a URL; pack into a local folder, then copy it there")
@@ -72,11 +78,13 @@ def start(source: str, folder: str, config: PackConfig) -> int:
     check_made_with(target / SETTINGS, settings)
     if (target / MANIFEST).is_file():
         return _tell(target, json.loads((target / MANIFEST).read_bytes()), "is packed already: ")
-    try:
+    with hold_folder(target) as told, storing(target):
+        for line in told + remove_unfinished(target):
+            say(line)
+        check_made_with(target / SETTINGS, settings)  # by now it is ours
         if not (target / SETTINGS).is_file():
             write_json(target / SETTINGS, settings)
         with closing(ShardWriter(target, config.form, config.shard_mb * 10**6)) as writer:
-            check_made_with(target / SETTINGS, settings)  # by now it is ours
             with _stopping() as stop:
                 _pack_all(items, writer, config, stop)
             if stop.number:
@@ -86,8 +94,6 @@ def start(source: str, folder: str, config: PackConfig) -> int:
                 )
                 return 128 + stop.number
             return _conclude(target, writer, settings, names)
-    except OSError as error:
-        return _failed(error, target)
 
 
 def read_items(
@@ -194,7 +200,7 @@ def _pack_one(
         except VideoDecodeError as error:
             reason = error.reason
         except KilledError as killed:
-            if again and killed.is_by_others:
+            if again:
                 return _pack_one(item, config, stop, again=False)
             reason = str(killed)
             if "no answer" in reason:  # without figures: they are no fact of the video
@@ -233,21 +239,6 @@ def _tell(folder: Path, manifest: dict[str, Any], before: str) -> int:
         f"data.source={folder}"
     )
     return DONE if manifest["videos"] else NOTHING
-
-
-def _failed(error: OSError, folder: Path) -> int:
-    remedy = (
-        "free some space"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        else "see to the disk"
-    )
-    print(
-        f"video-mae pack: {folder}: {error.strerror or error}: {remedy} and start the same "
-        "command again, what is packed is not lost",
-        file=sys.stderr,
-        flush=True,
-    )
-    return FAILED
 
 
 def _digest(items: Sequence[Item], names: Sequence[str]) -> str:

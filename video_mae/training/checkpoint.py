@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import DamagedRunError, fsync, write_json, write_text
+from video_mae.config import RunConfig
+from video_mae.config.world import World
+from video_mae.files import fsync, write_json, write_text
 
 MANIFEST = "MANIFEST.json"
 
@@ -18,6 +19,17 @@ MANIFEST = "MANIFEST.json"
 def step_name(step: int) -> str:
     """The folder of a checkpoint."""
     return f"step_{step:08d}"
+
+
+def facts(config: RunConfig) -> dict[str, Any]:
+    """How the ranks of this start share the state of training, which a manifest tells."""
+    engine, world_size = config.engine, World.from_environment().size
+    return {
+        "world_size": world_size,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+        "offload": engine.offload,
+    }
 
 
 def digest(path: Path) -> dict[str, int]:
@@ -29,21 +41,15 @@ def digest(path: Path) -> dict[str, int]:
     return {"size": path.stat().st_size, "crc32": crc}
 
 
-def publish(
-    building: Path,
-    final: Path,
-    files: dict[str, dict[str, int]],
-    facts: dict[str, Any],
-    keep: int,
-    keep_every: int = 0,
-) -> None:
+def publish(building: Path, manifest: dict[str, Any], keep: int, keep_every: int = 0) -> None:
     """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all go but
     the `keep` newest and those whose step is a multiple of keep_every (0: none).
 
     An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a
     later step.
     """
-    write_json(building / MANIFEST, {**facts, "files": files})
+    final = building.with_name(step_name(manifest["step"]))
+    write_json(building / MANIFEST, manifest)
     fsync(building)
     if final.exists():  # an incomplete one that resuming passed over
         shutil.rmtree(final)
@@ -69,42 +75,37 @@ def fault(folder: Path, part: slice = slice(0)) -> str:
     its files tell, and the content of a part of them, in the order of their names.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_manifest(folder)
         files = manifest["files"]
         facts = manifest["world_size"], manifest["zero_stage"]
         if step_name(manifest["step"]) != folder.name or not files or None in facts:
             return f"its {MANIFEST} is not of it"
-        for name, facts in files.items():
+        for name, written in files.items():
             size = (folder / name).stat().st_size
-            if size != facts["size"]:
-                return f"{name} has {size} bytes, {facts['size']} were written"
-        for name in damaged_files(folder, manifest, sorted(files)[part]):
-            return f"{name}: is not what was written (its checksum is another)"
+            if size != written["size"]:
+                return f"{name} has {size} bytes, {written['size']} were written"
+        for name in sorted(files)[part]:
+            if digest(folder / name) != files[name]:
+                return f"{name} is not what was written (its checksum is another)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a manifest may hold
         return f"it cannot be read ({error!r:.100})"
     return ""
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint whose files are all there in full length, or None. It has
-    `memory` unless an earlier version had DeepSpeed write the state.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint without a fault. It has `memory` unless an earlier version had
+    DeepSpeed write the state.
     """
-    return None if fault(folder) else json.loads((folder / MANIFEST).read_bytes())
-
-
-def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of `names` whose content is not what was written."""
-    return [name for name in names if digest(folder / name) != manifest["files"][name]]
+    return json.loads((folder / MANIFEST).read_bytes())
 
 
 def newest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest complete checkpoint and its manifest; incomplete ones are passed over."""
     for folder in folders(checkpoints):
-        manifest = read_manifest(folder)
-        if manifest is not None:
-            return folder, manifest
+        if not fault(folder):
+            return folder, read_manifest(folder)
     return None
 
 
@@ -112,17 +113,3 @@ def steps_done(run_folder: Path) -> int:
     """Of the newest complete checkpoint of a run; 0 where there is none."""
     found = newest(run_folder / "checkpoints")
     return 0 if found is None else found[1]["step"]
-
-
-def require_new(run_folder: Path, faults: Mapping[Path, str]) -> None:
-    """A run without a usable checkpoint begins with its first step only where it never had one.
-
-    faults: of those that are there. Raises: DamagedRunError with all that is wrong.
-    """
-    has_saved = (run_folder / "checkpoints/latest").exists() or (run_folder / "model").exists()
-    if faults or has_saved:
-        wrong = "; ".join(f"{folder.name}: {fault}" for folder, fault in faults.items())
-        raise DamagedRunError(
-            f"{run_folder}: no checkpoint can be used: {wrong or 'there was one'}; put one back, "
-            "or begin anew with --from-scratch, which renames the folder"
-        )

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,16 +9,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 from video_mae.config import RunConfig
 from video_mae.config.world import World
-from video_mae.files import StorageError, one_line
+from video_mae.files import FolderError, StorageError, one_line
 from video_mae.training import checkpoint, device_step, fragments
-from video_mae.training.deepspeed_checkpoint import load_deepspeed_checkpoint
 from video_mae.training.deepspeed_config import deepspeed_config
 from video_mae.training.environment import prepare_environment
-from video_mae.training.fragments import Fragment
+from video_mae.training.fragments import Fragments
 from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
 from video_mae.training.saving import CheckpointWriter
@@ -48,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        prepare_environment()
+        self.device = prepare_environment()
         import deepspeed
 
         world = World.from_environment()
@@ -58,10 +57,6 @@ class Engine:
         num_gradients = sum(parameter.numel() for parameter in model.parameters())
         zero = self.dictionary["zero_optimization"]
         zero.setdefault("reduce_bucket_size", min(num_gradients, 500_000_000))
-        self.device, backend = torch.device("cpu"), "gloo"
-        if torch.cuda.is_available():
-            self.device, backend = torch.device("cuda", world.local_rank), "nccl"
-            torch.cuda.set_device(self.device)
         fused = config.engine.offload == "none"
         self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
         # DeepSpeed rounds them to the precision of the run, and no optimizer has a master of them.
@@ -73,6 +68,7 @@ class Engine:
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
         # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deepspeed: Any = deepspeed.initialize(
@@ -81,10 +77,9 @@ class Engine:
         if config.engine.compile:
             self.deepspeed.compile()
         self.is_guarded = device_step.is_possible(self.dictionary)
-        self.statuses, self.unusual = StatusQueue(self.device), "not finite"
+        self.statuses = StatusQueue(self.device)
         is_watched = config.engine.on_spike != "ignore"
-        if is_watched:
-            self.unusual += " or a spike"
+        self.unusual = "not finite or a spike" if is_watched else "not finite"
         self.spikes = SpikeWatch(self.mean, self.device, is_on=is_watched)
         self.skipped_steps = filled(0, self.device)
         self.beside_masters: dict[str, list[torch.Tensor]] = {}
@@ -156,15 +151,24 @@ class Engine:
         return self.sum(value) / self.world_size
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Every rank's picklable object, in order of rank. Raises: the first StorageError of
-        these, on all ranks.
-        """
+        """Every rank's picklable object, in order of rank."""
         gathered: list[Any] = [None] * self.world_size
         dist.all_gather_object(gathered, value, group)
-        for one in gathered:
-            if isinstance(one, StorageError):
-                raise one
         return gathered
+
+    def together(self, work: Callable[[], Any], group: Any = None) -> list[Any]:
+        """What work() returns on every rank. Raises: on all of them the first StorageError that one
+        of them raises, so that all go on or all leave.
+        """
+        try:
+            own = work()
+        except StorageError as error:
+            own = error
+        results = self.gather(own, group)
+        for result in results:
+            if isinstance(result, StorageError):
+                raise result
+        return results
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """To TensorBoard and Weights & Biases, where the configuration asks for them."""
@@ -192,13 +196,15 @@ class Engine:
         return state
 
     @contextlib.contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Inside, every rank has the parameters of a part of the model in full, to be read: ZeRO 3
-        gathers them. Every rank must enter.
+    def whole(
+        self, parameters: Iterable[nn.Parameter], writer: int | None = None
+    ) -> Iterator[None]:
+        """Inside, every rank has parameters of the model in full, to be read: ZeRO 3 gathers them.
+        Every rank must enter. writer: a rank whose changes ZeRO 3 takes apart again.
         """
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(module.parameters()):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
             yield
 
     def masters(self) -> list[torch.Tensor]:
@@ -217,10 +223,9 @@ class Engine:
     def save(
         self,
         step: int,
-        keep: int,
         memory: dict[str, Any],
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        finish: Callable[[], object] = tuple,
+        tensors: Mapping[str, torch.Tensor],
+        finish: Callable[[], object],
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
         `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
@@ -229,34 +234,29 @@ class Engine:
         finish: what the main rank does as soon as the checkpoint is there.
         """
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        own, common = self._fragments(tensors or {})
-        common.sort(key=lambda fragment: len(fragment.view))
-        state = fragments.named(own + common[self.rank :: self.world_size])
+        own, common = self._fragments(tensors)
+        by_size = sorted(common, key=lambda key: len(common[key][1]))
+        own |= {key: common[key] for key in by_size[self.rank :: self.world_size]}
         optim, counters = self.config.optim, {}
         for of in device_step.counters(self.deepspeed):
             counters |= {name: of[name] for name in COUNTERS if name in of}
         facts = {
             "step": step,
-            **_facts(self.config, self.world_size),
+            **checkpoint.facts(self.config),
             "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
             "memory": copy.deepcopy(memory),
             "updates": max(int(one["step"]) for one in self.optimizer.state.values()),
             "counters": counters,
         }
-        self.writer.write(facts, keep, state, finish)
+        state = {f"{key}/{start}": view.detach() for key, (start, view) in own.items()}
+        self.writer.write(facts, state, finish)
 
-    def is_finite(self) -> bool:
-        """Whether all weights are, on all ranks; every rank must call it."""
-        return all(self.gather(all(bool(one.isfinite().all()) for one in self.masters())))
-
-    def resume(
-        self, tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[int, dict[str, Any]]:
+    def resume(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, Any]]:
         """Loads the newest checkpoint that is whole, `tensors` in place; returns the number of
         steps it has done and its memory, (0, {}) for a run that never had one. `faults` says what
         is wrong with those that were passed over.
 
-        Raises: DamagedRunError.
+        Raises: FolderError.
         """
         part = slice(self.rank, None, self.world_size)
         for folder in self.gather(checkpoint.folders(self.checkpoints))[0]:
@@ -265,37 +265,57 @@ class Engine:
                 break
             self.faults[folder] = found[0]
         else:
-            checkpoint.require_new(self.checkpoints.parent, self.faults)
+            run_folder = self.checkpoints.parent
+            has_saved = (self.checkpoints / "latest").exists() or (run_folder / "model").exists()
+            if self.faults or has_saved:
+                wrong = "; ".join(f"{one.name}: {fault}" for one, fault in self.faults.items())
+                raise FolderError(
+                    f"{run_folder}: no checkpoint can be used: {wrong or 'there was one'}; put one "
+                    "back, or begin anew with --from-scratch, which renames the folder"
+                )
             return 0, {}
         manifest = checkpoint.read_manifest(folder)
-        assert manifest is not None
         if "memory" not in manifest:
-            memory = load_deepspeed_checkpoint(self, folder, tensors or {})
+            memory = self.load_deepspeed_checkpoint(folder, tensors)
         else:
-            memory, (own, common) = manifest["memory"], self._fragments(tensors or {})
-            fragments.read(folder, own + common)
+            memory, (own, common) = manifest["memory"], self._fragments(tensors)
+            fragments.read(folder, own | common)
             for state in self.optimizer.state.values():
                 state["step"].fill_(manifest["updates"])
-            self._read_frozen(folder)
+            named = self.deepspeed.module.named_parameters()
+            frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
+            with self.whole(frozen.values(), writer=0):
+                fragments.read(folder, fragments.whole("weight", frozen))
             device_step.spread_masters(self.deepspeed)
             for of in device_step.counters(self.deepspeed):
                 of.update({name: n for name, n in manifest["counters"].items() if name in of})
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
         return manifest["step"], memory
 
-    def _read_frozen(self, folder: Path) -> None:
-        """What the model computes with of the weights that are not trained."""
-        import deepspeed
+    def load_deepspeed_checkpoint(
+        self, folder: Path, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What `resume` does of one that an earlier version had DeepSpeed write, for the same ranks
+        in the same mode; returns the memory of the run. Executes pickles.
+        """
+        _, state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        if self.rank == 0:
+            # the float32 values of what is not trained, by name
+            self.frozen = state.get("frozen_weights", self.frozen)
+        masters = order = self.masters()
+        if self.deepspeed.optimizer is self.optimizer:  # ZeRO 0 in float32: all, frozen ones too
+            order = list(self.deepspeed.module.parameters())
+        numbers = {master: number for number, master in enumerate(order)}
+        wanted = dict(tensors)
+        for master, average in zip(masters, self.beside_masters.get("average", ()), strict=False):
+            wanted[f"average.{self.rank}.{numbers[master]}"] = average
+        for file in folder.glob("tensors_*.safetensors"):
+            saved = load_file(file)
+            for name in wanted.keys() & saved.keys():
+                wanted[name].copy_(saved[name])
+        return state.get("memory", {})  # still earlier ones wrote none
 
-        named = self.deepspeed.module.named_parameters()
-        frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
-        # ZeRO 3 takes apart again what rank 0 has read
-        with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0):
-            fragments.read(folder, fragments.whole("weight", frozen))
-
-    def _fragments(
-        self, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[list[Fragment], list[Fragment]]:
+    def _fragments(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Fragments, Fragments]:
         """The state of training on this rank: (what it alone has, what every rank has whole)."""
         masters, state = self.masters(), self.optimizer.state
         for master in masters:
@@ -306,26 +326,12 @@ class Engine:
         for kind in MOMENTS:
             kinds[kind] = [state[master][kind] for master in masters]
         own = fragments.whole("weight", self.frozen)
-        common = fragments.whole("tensor", tensors)
+        common = fragments.whole("tensor", {**self.spikes.tensors, **tensors})
         trained = common if self.config.engine.zero_stage == 0 else own
         for name, start, index, place in device_step.layout(self.deepspeed):
             for kind, of in kinds.items():
-                trained.append(Fragment(f"{kind}/{name}", start, of[index].view(-1)[place]))
+                trained[f"{kind}/{name}"] = start, of[index].view(-1)[place]
         return own, common
-
-
-def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint of ZeRO 1 to 3, of any number of ranks; its pickles are
-    executed.
-    """
-    prepare_environment()
-    # it talks
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return dict(
-            get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {}
-        )
 
 
 def leave() -> None:
@@ -334,55 +340,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What a checkpoint of earlier versions and the start that reads it have to agree about."""
-    keys = ("zero_stage", "precision", "offload")
-    return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
-
-
-def check_start(config: RunConfig) -> tuple[int, list[str]]:
-    """Checks what the engine of a run will need; returns the number of ranks, and a line about each
-    fact of it that was another when the newest checkpoint was written.
-
-    Raises: ValueError for what this machine or DeepSpeed cannot do, and where an earlier version
-    wrote the checkpoint for another number of ranks, stage or precision.
+def check_start(config: RunConfig) -> None:
+    """Checks what the engine of a run will need. Raises: ValueError for what this machine or
+    DeepSpeed cannot do.
     """
-    world_size = World.from_environment().size
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
-    dictionary = deepspeed_config(config, world_size)
-    if config.engine.extra:
-        _check_with_deepspeed(dictionary, config.engine.extra)
-    found = checkpoint.newest(Path(config.output) / "checkpoints")
-    if found is None:
-        return world_size, []
-    folder, manifest = found
-    lines = [
-        f"{folder}: was written with {key} = {manifest[key]}, this start has {value}"
-        for key, value in _facts(config, world_size).items()
-        if manifest.get(key, value) != value
-    ]
-    if lines and "memory" not in manifest:
-        raise ValueError(
-            f"{lines[0]}; an earlier version wrote it: start as before until there is a newer one, "
-            "or choose another output folder"
-        )
-    return world_size, lines
-
-
-def _check_with_deepspeed(dictionary: dict[str, Any], changed: Iterable[str]) -> None:
-    """Has DeepSpeed read the keys that a user has changed, one at a time, so that what is wrong is
-    told by its key. Raises: ValueError.
-    """
+    dictionary = deepspeed_config(config, World.from_environment().size)
+    if not config.engine.extra:
+        return
     prepare_environment()
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    for key in changed:
+    # one at a time, so that what is wrong is told by its key
+    for key in config.engine.extra:
         try:
             DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: dictionary[key]})
         except Exception as error:  # pydantic's, and types of its own
-            said: Any = {"loc": (), "msg": error}
-            if hasattr(error, "errors"):
-                said = error.errors()[0]  # pyright: ignore[reportAttributeAccessIssue]
-            where = ".".join(["engine.extra", key, *map(str, said["loc"])])
-            raise ValueError(one_line(f"{where}: DeepSpeed: {said['msg']}")) from None
+            said = " ".join(str(error).split())
+            raise ValueError(one_line(f"engine.extra.{key}: DeepSpeed: {said}")) from None

@@ -17,7 +17,7 @@ from video_mae.config.data import SourceConfig
 from video_mae.data.dataset import Batch, Failure, MiddleClips, share_batches
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sources import Sources
-from video_mae.data.videos import VideoList, has_begun, read_annotations, read_labeled
+from video_mae.data.videos import VideoList, read_annotations, read_labeled
 from video_mae.decoding.choices import dense_indices
 from video_mae.model.objective import Losses
 from video_mae.training.feature_quality import (
@@ -47,7 +47,7 @@ class FeatureProbe:
         probe = config.probe
         self.config, self._not_before, self._is_told = config, 0.0, False
         self.lists = dict[str, VideoList]()
-        resumed = has_begun(config)
+        resumed = config.has_begun
         if probe.train:
             read = partial(
                 read_labeled, root=probe.root, list_format=probe.list_format, resumed=resumed
@@ -76,8 +76,7 @@ class FeatureProbe:
                     f"probe.max_share = {max_share} of the time"
                 )
             return
-        # what loads clips draws a number for its workers
-        with journal.aside(), torch.random.fork_rng(devices=[]):
+        with journal.aside():
             found = {name: self._encode(name, journal, inputs_of) for name in self.lists}
             if journal.engine.rank == 0 and all(found.values()):
                 journal.record(done, epoch, self.scores(**found))

@@ -24,7 +24,6 @@ from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList, read_training_videos, read_validation_videos
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
-from video_mae.training.command import command
 from video_mae.training.loop import Training
 from video_mae.training.saving import publish
 from video_mae.training.starting_weights import StartingWeights, starting_weights
@@ -34,7 +33,7 @@ def start(config: FinetuneConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return command(prepare(config))
+    return prepare(config).command
 
 
 def prepare(config: FinetuneConfig) -> "Finetuning":
@@ -125,7 +124,7 @@ class Finetuning(Training[FinetuneConfig]):
             values["accuracy"] = (logits_BK.argmax(dim=1) == label_B).float().mean()
         return values
 
-    def after(self, done: int, *, ending: bool) -> None:
+    def after(self, done: int) -> None:
         if self.validation is None:
             return
         if self.is_measured(done, self.config.validation.interval):

@@ -62,8 +62,8 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if re.search("gloo|NCCL|c10d", str(error)):
             watch.details = traceback.format_exc()
-            watch.stall_seconds = 8  # who does not beat now has died
-            time.sleep(15)
+            watch.stall_seconds = 7 * watch.interval  # who does not beat now has died
+            time.sleep(14 * watch.interval)
             watch.leave(f"a connection between ranks has broken: {str(error).splitlines()[0]}")
         raise
     finally:
@@ -94,20 +94,22 @@ class _Watch:
 
     def look(self) -> None:
         """Times are those of the file system: no machine's clock is compared with another's."""
-        now, rows, gone = self.files[self.rank].stat().st_mtime, [], {}
+        now, rows, teller = self.files[self.rank].stat().st_mtime, [], self.rank
         for rank, file in enumerate(self.files):
             heard, text = self.begin, f"0 0 rank {rank}: has not begun"
             # what an earlier start has left tells nothing
             if file.exists() and file.stat().st_mtime > heard:
                 heard, text = file.stat().st_mtime, file.read_text() or text
             moves, seconds, line = text.split(" ", 2)
-            rows.append((int(moves), int(seconds), line))
-            if now - heard > self.stall_seconds:
-                gone[rank] = f"{line}; no sign of life since {time.ctime(heard)}"
-        _, seconds, line = min(rows)  # who is behind the others, and not for the longest
-        if gone or seconds > self.stall_seconds:
-            alive = set(range(len(rows))).difference(gone)
-            self.leave("; ".join(gone.values()) or line, min(alive))
+            rows.append((int(moves), heard, int(seconds), line))
+            if now - heard <= self.stall_seconds:  # the first one that lives
+                teller = min(teller, rank)
+        # who is behind the others, of several who was heard of before them
+        _, heard, seconds, line = min(rows)
+        if now - heard > self.stall_seconds:
+            self.leave(f"{line}; no sign of life since {time.ctime(heard)}", teller)
+        elif seconds > self.stall_seconds:
+            self.leave(line, teller)
 
     def leave(self, line: str, teller: int = 0) -> None:
         try:

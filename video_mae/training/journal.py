@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,9 @@ class Journal:
     ranks, flops_per_clip is a forward and backward pass; both may be changed between steps. With
     resumed_step = k, lines of later steps are cut off metrics.jsonl: that work was lost. stages: of
     loading, whose costs are measured. sums: what `sums` returned for the checkpoint that a run goes
-    on from. Lines that the disk refuses are written later. `quarantine` names the videos that could
-    not be decoded, `fallbacks` those that another decoder had to read. `advise` is asked after each
-    line but the first, in which workers start; what it says of a stage is told once.
+    on from. Lines of metrics that the disk refuses are written later. `quarantine` names the videos
+    that could not be decoded, `fallbacks` those that another decoder had to read. `advise` is asked
+    after each line but the first, in which workers start; what it says of a stage is told once.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Journal:
         self.advise: Advise = lambda data_wait, milliseconds, clips_per_second: None
         # the stages that were told, and whether workers are past their start
         self._told, self._has_line = set[str](), False
-        self.unwritten, self._has_told_fallbacks = dict[Path, bytes](), False
+        self._unwritten, self._has_told_fallbacks = b"", False
         self.flops_per_clip = flops_per_clip
         self._peak_flops: float | None = None  # of all ranks
         if engine.device.type == "cuda":
@@ -124,7 +124,6 @@ class Journal:
         if sums:  # of another number of ranks it is about what they had
             self._num_steps, *means = map(float, sums[engine.rank % len(sums)])
             self._sums = self._stack(*means)
-        run_folder.mkdir(parents=True, exist_ok=True)
         if engine.rank == 0:
             mend_jsonl(self.metrics_file, resumed_step, {"step"}, self.say)
             for register in (self.quarantine, self.fallbacks):
@@ -146,7 +145,11 @@ class Journal:
         if not message or (self.engine.rank != 0 and not anywhere):
             return
         message = one_line(message)  # it may name files
-        _print(message)
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a terminal that is closed, a pipe whose reader has gone
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         self._log(message)
 
     @contextmanager
@@ -282,9 +285,8 @@ class Journal:
     def close(self) -> None:
         """Ends the progress bar. Raises: StorageError for lines that still cannot be written."""
         self._bar.close()
-        for file, lines in self.unwritten.items():
-            if file.parent.exists():  # else what ends the run says so
-                append(file, lines)
+        if self._unwritten and self.metrics_file.parent.exists():  # else what ends the run says so
+            append(self.metrics_file, self._unwritten)
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
@@ -312,7 +314,17 @@ class Journal:
         """Writes a line of metrics and gives it to the monitors; returns it as a text."""
         line = {key: value if _is_finite(value) else None for key, value in line.items()}
         step = line["step"]
-        self._append(self.metrics_file, json_line(line))
+        is_told = self._unwritten != b""
+        self._unwritten += json_line(line)
+        try:  # after those that the disk refused before
+            append(self.metrics_file, self._unwritten)
+            self._unwritten = b""
+        except StorageError as error:
+            if not is_told:
+                self.say(str(error))
+            if not self.metrics_file.parent.exists():
+                # nothing can be saved any more: all ranks are to end with this step
+                self.engine.statuses.remember(signal.SIGTERM)
         self.engine.write_events(
             [
                 (f"{kind}/{key}", float(value), step)
@@ -326,30 +338,8 @@ class Journal:
 
     def _log(self, message: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n"
-        self._append(self.log_file, line.encode())
-
-    def _append(self, file: Path, line: bytes) -> None:
-        """Adds a line to a file of the run, after those that the disk refused before."""
-        is_told = bool(self.unwritten)
-        lines = self.unwritten.pop(file, b"") + line
-        try:
-            append(file, lines)
-        except StorageError as error:
-            self.unwritten[file] = lines
-            if is_told:
-                return
-            _print(one_line(str(error)))
-            if not file.parent.exists():
-                # nothing can be saved any more: all ranks are to end with this step
-                self.engine.statuses.remember(signal.SIGTERM)
-
-
-def _print(message: str) -> None:
-    try:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-    except OSError:  # a terminal that is closed, a pipe whose reader has gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        with suppress(StorageError):  # the console has it
+            append(self.log_file, line.encode())
 
 
 def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:

@@ -14,17 +14,20 @@ import torch
 from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
+from video_mae.config.world import World
 from video_mae.convert.model_folder import Model
-from video_mae.data.dataset import Batch, Sample
+from video_mae.data.dataset import Batch, Sample, UndecodableError
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
-from video_mae.files import StorageError, write_json
+from video_mae.files import storing, write_json
 from video_mae.kernels.dispatch import describe
-from video_mae.training.engine import Engine, check_start
+from video_mae.processes import hold_folder, remove_unfinished
+from video_mae.training.engine import Engine, check_start, leave
+from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
@@ -34,10 +37,9 @@ from video_mae.training.run_folder import (
     Config,
     check_lists,
     check_rates,
-    open_folder,
     settled,
 )
-from video_mae.training.saving import attempt, publish, save_run, weights
+from video_mae.training.saving import publish, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
 DONE, STOPPED_BY_POLICY = 0, 3
@@ -76,23 +78,24 @@ class Training(ABC, Generic[Config]):
             describe(config.engine.kernels, torch.device(device))
         except ValueError as error:
             raise ValueError(f"engine.kernels: {error}") from None
-        self.config, before = settled(config)
+        self.config, before, turns = settled(config)
         config = self.config
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
         self.weights = weights
-        world_size, turns = check_start(config)
+        check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
             lists["validation.source"] = validation
         self.lists = {
             key: {"digest": one.digest(), "videos": len(one)} for key, one in lists.items()
         }
-        changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
+        changed = check_lists(config, self.lists)
         notes = [note for one in lists.values() for note in one.notes]
         optim = config.optim
+        world_size = World.from_environment().size
         counts = len(videos), world_size, config.data.clips_per_video
         self.schedule, line = make_schedule(optim, *counts)
-        check_rates(self.folder, make_schedule(before.optim, *counts)[0], self.schedule)
+        check_rates(self.folder, make_schedule(before, *counts)[0], self.schedule)
         self.introduction = [*notes, *changed, *weights.lines, *turns, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
@@ -131,17 +134,30 @@ class Training(ABC, Generic[Config]):
         return {}
 
     @abstractmethod
-    def after(self, done: int, *, ending: bool) -> None:
-        """What follows the step that makes `done`; `ending` where it is the last.
-        Every rank calls it.
+    def after(self, done: int) -> None:
+        """What follows the step that makes `done`. Every rank calls it."""
+
+    def command(self) -> int:
+        """`run` alone in its folder, by ranks that watch one another and leave together. Raises:
+        FolderError, StorageError.
         """
+        rank, stall_seconds = World.from_environment().rank, self.config.engine.stall_seconds
+        with hold_folder(self.folder, rank) as told, heartbeat(self.folder, stall_seconds):
+            self.introduction += told
+            try:
+                exit_status = self.run()
+                # a launcher ends the rest as soon as one is gone
+                self.engine.gather(exit_status)
+            except UndecodableError as error:
+                exit_status = STOPPED_BY_POLICY
+                self.journal.say(f"stopped: {error}", anywhere=True)
+        leave()
+        return exit_status
 
     def run(self) -> int:
-        """Trains from the newest checkpoint of the run folder to the last step; returns the exit
-        status.
-
-        0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by a
-        signal, with a checkpoint.
+        """Trains from the newest checkpoint of the run folder to the last step. Returns the exit
+        status: 0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by
+        a signal, with a checkpoint.
         """
         config, total_steps = self.config, self.schedule.total_steps
         torch.manual_seed(config.seed)
@@ -153,14 +169,15 @@ class Training(ABC, Generic[Config]):
         first_step, self.memory = engine.resume(self.tensors())
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.is_save_due = 0, False
-        engine.gather(attempt(partial(self._open, first_step, macs_per_clip)))
+        engine.together(partial(self._open, first_step, macs_per_clip))
         if first_step:  # the start that wrote the checkpoint may have been killed before its model
             publish(self, weights(self))
-        with closing(self.journal), closing(self._batches(first_step)) as batches:
-            for step in range(first_step, total_steps):
-                exit_status = self._step(batches, step)
-                if exit_status is not None:
-                    return exit_status
+        with closing(self.journal):
+            with closing(engine.writer), closing(self._batches(first_step)) as batches:
+                for step in range(first_step, total_steps):
+                    exit_status = self._step(batches, step)
+                    if exit_status is not None:
+                        return exit_status
             if engine.rank == 0:
                 self._conclude()
         return DONE
@@ -169,7 +186,11 @@ class Training(ABC, Generic[Config]):
         """Writes what a run folder holds from the start. Raises: StorageError."""
         config, engine = self.config, self.engine
         if engine.rank == 0:
-            self.introduction[:0] = open_folder(self.folder, engine.faults)
+            with storing(self.folder):
+                self.introduction[:0] = remove_unfinished(self.folder)
+                for checkpoint, fault in engine.faults.items():
+                    checkpoint.rename(checkpoint.with_name(f".damaged_{checkpoint.name}"))
+                    self.introduction.append(f"passed over: {checkpoint.name}: {fault}")
             save_config(config, self.folder / "config.yaml")
             write_json(self.folder / "deepspeed.json", engine.dictionary)
             write_json(self.folder / LISTS_FILE, self.lists)
@@ -208,21 +229,16 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
-            journal.say(engine.writer.settle(wait=True))
             return STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
             journal.tell_fallbacks(ending)
-        self.after(done, ending=is_last)
+        self.after(done)
         is_saved = is_saved or ending
         journal.say(engine.writer.settle(wait=is_saved))
         if is_saved:
             self.is_save_due = not save_run(self, done)
-        if ending:
-            refusal = engine.writer.settle(wait=True)
-            if refusal:
-                raise StorageError(refusal)
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
@@ -314,8 +330,9 @@ class Training(ABC, Generic[Config]):
             self.videos.stream(config.seed),
             self.videos_per_epoch,
         )
-        say = journal.say if engine.rank == 0 else print
-        loader = make_loader(self.make_dataset(), self.arranged(sampler), config.data, say)
+        loader = make_loader(self.make_dataset(), self.arranged(sampler), config.data)
+        if engine.rank == 0:
+            loader.say = journal.say
         return DevicePrefetcher(loader, engine.device)
 
     def _introduce(self, first_step: int, loading: str) -> None:
@@ -375,7 +392,7 @@ class Training(ABC, Generic[Config]):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a run remembers beside what the engine does, the same on every rank."""
-        return dict(self.engine.spikes.tensors)
+        return {}
 
 
 def is_due(done: int, interval: int) -> bool:

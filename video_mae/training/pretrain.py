@@ -15,12 +15,10 @@ from video_mae.config import PretrainConfig
 from video_mae.data.dataset import Batch, collate
 from video_mae.data.sampling import StepSampler
 from video_mae.data.sources import read_sources
-from video_mae.data.videos import has_begun
 from video_mae.files import draw_or_tell
 from video_mae.model.objective import Losses, pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
 from video_mae.training.collapse import RankWatch
-from video_mae.training.command import command
 from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
 from video_mae.training.picture import draw_reconstruction, reconstruction_frames
@@ -39,7 +37,7 @@ def start(config: PretrainConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return command(prepare(config))
+    return prepare(config).command
 
 
 def prepare(config: PretrainConfig) -> "Pretraining":
@@ -78,8 +76,7 @@ class Pretraining(Training[PretrainConfig]):
         config, weights = starting_weights(config)
         if objective.teacher == "ema":
             self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
-        resumed = has_begun(config)
-        videos = read_sources(config.data, model.in_channels, resumed=resumed)
+        videos = read_sources(config.data, model.in_channels, resumed=config.has_begun)
         super().__init__(config, videos, weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)
         self.base, *others = self.stages
@@ -140,10 +137,7 @@ class Pretraining(Training[PretrainConfig]):
             self.watch = RankWatch(self.engine, min_rank) if min_rank > 0 else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tensors = super().tensors()
-        if isinstance(self.teacher, MovingTeacher):
-            tensors = {**tensors, **self.teacher.averages}
-        return tensors
+        return self.teacher.averages if isinstance(self.teacher, MovingTeacher) else {}
 
     def measure(self, done: int) -> dict[str, float]:
         if self.watch is None:
@@ -160,12 +154,12 @@ class Pretraining(Training[PretrainConfig]):
         number = bisect(self.stages, step, key=lambda stage: stage.first_step)
         return self.stages[number - 1]
 
-    def after(self, done: int, *, ending: bool) -> None:
+    def after(self, done: int) -> None:
         if isinstance(self.teacher, MovingTeacher):
             progress = (done - 1) / self.schedule.total_steps
             self.teacher.follow(self.engine, self.model.encoder, progress)
-        has_pictures = self.teacher is None
-        if has_pictures and (ending or is_due(done, self.config.journal.picture_interval)):
+        is_drawn = is_due(done, self.config.journal.picture_interval)
+        if self.teacher is None and (is_drawn or done == self.schedule.total_steps):
             self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
         # a run that is told to end has no time for it
         if self.probe and not self.signal and self.is_measured(done, self.config.probe.interval):

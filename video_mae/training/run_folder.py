@@ -4,7 +4,6 @@ they share, and which lists.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from video_mae.config import RunConfig, load_config
+from video_mae.config import OptimConfig, RunConfig, load_config
 from video_mae.config.schema import flatten
-from video_mae.config.world import World
 from video_mae.decoding import resolve_decoder
-from video_mae.files import UNFINISHED, check_folder, read_text, storing
+from video_mae.files import check_folder, read_text
 from video_mae.processes import require_free
-from video_mae.training.checkpoint import newest, steps_done
+from video_mae.training.checkpoint import facts, newest, steps_done
 from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -51,21 +49,19 @@ LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"
 
 LISTS_FILE = "lists.json"
-LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
-"""How the names of what a killed start, of earlier versions too, leaves behind begin."""
 
 
-def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: bool) -> list[str]:
+def check_lists(config: RunConfig, lists: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Compares lists, {"digest", "videos"} by their keys, with those of the run in the folder;
-    returns a line about each that is another, where `allow` lets it in.
+    returns a line about each that is another, where data.allow_changed_list lets it in.
 
     What is not recorded (earlier versions did not), and the lists of a run without a checkpoint, is
     not compared.
     Raises: ValueError naming the key and the remedy where a list is another than before, under the
     same name.
     """
-    file = folder / LISTS_FILE
-    if not file.is_file() or not any((folder / "checkpoints").glob("step_*")):
+    file = Path(config.output) / LISTS_FILE
+    if not file.is_file() or not config.has_begun:
         return []
     try:
         before = json.loads(file.read_bytes())
@@ -79,25 +75,26 @@ def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: 
         raise ValueError(
             f"{file}: is not readable; remove it, and see that the lists are those of the run"
         ) from None
-    if changed and not allow:
+    if changed and not config.data.allow_changed_list:
         raise ValueError(
-            f"{folder}: {changed[0]}; put the list back, set data.allow_changed_list=true to go on "
-            "with this one, or choose another output"
+            f"{config.output}: {changed[0]}; put the list back, set data.allow_changed_list=true "
+            "to go on with this one, or choose another output"
         )
     return changed
 
 
-def settled(config: Config) -> tuple[Config, Config]:
+def settled(config: Config) -> tuple[Config, OptimConfig, list[str]]:
     """The configuration with the decoder that auto means, that of the run in the folder or the
-    first that works here; and the one that the run had before (for a new one the same), with the
-    micro-batch and accumulation of now.
+    first that works here; the optimization that the run had before (for a new one the same), with
+    the micro-batch and accumulation of now; and a line about each of its facts that was another
+    when the newest checkpoint was written.
 
-    Raises: ValueError where the folder holds anything but this very run, or its decoder is not
-    there any more.
+    Raises: ValueError where the folder holds anything but this very run, its decoder is not there
+    any more, or an earlier version wrote the checkpoint in another mode.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
     before = run_in(config)
-    free = FREE_KEYS
+    free, turns = FREE_KEYS, list[str]()
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
         if wanted == "auto":
@@ -121,11 +118,22 @@ def settled(config: Config) -> tuple[Config, Config]:
             }
         found = newest(folder / "checkpoints")
         if found is not None:
-            then, manifest = before.optim, found[1]
+            place, manifest = found
+            here = facts(config)
+            turns = [
+                f"{place}: was written with {key} = {manifest[key]}, this start has {value}"
+                for key, value in here.items()
+                if manifest.get(key, value) != value
+            ]
+            if turns and "memory" not in manifest:
+                raise ValueError(
+                    f"{turns[0]}; an earlier version wrote it: start as before until there is a "
+                    "newer one, or choose another output folder"
+                )
+            then, optim = before.optim, config.optim
             earlier = then.micro_batch * then.accumulation * manifest["world_size"]
-            optim, num_ranks = config.optim, World.from_environment().size
             was[GLOBAL_BATCH] = manifest.get("videos_per_step", earlier)
-            now[GLOBAL_BATCH] = num_ranks * optim.micro_batch * optim.accumulation
+            now[GLOBAL_BATCH] = here["world_size"] * optim.micro_batch * optim.accumulation
         for key, value in now.items():
             if value != was[key] and not key.startswith(free):
                 raise ValueError(
@@ -143,9 +151,9 @@ def settled(config: Config) -> tuple[Config, Config]:
             "another output"
         ) from None
     config = replace(config, data=replace(config.data, decoder=decoder))
-    before, optim = before or config, config.optim
-    optim = replace(before.optim, micro_batch=optim.micro_batch, accumulation=optim.accumulation)
-    return config, replace(before, optim=optim)
+    then, optim = (before or config).optim, config.optim
+    then = replace(then, micro_batch=optim.micro_batch, accumulation=optim.accumulation)
+    return config, then, turns
 
 
 def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
@@ -179,22 +187,16 @@ def run_in(config: Config) -> Config | None:
         raise ValueError(
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
-    text = ""
-    with suppress(ValueError):  # no text at all
-        text = read_text(file)
-    # Earlier versions left this much where a disk was full. The last section that all of them wrote
-    # is `journal`.
-    if "\njournal:\n" not in text:
-        raise ValueError(
-            f"{file}: is not whole; put it back, or begin anew with --from-scratch, which "
-            "renames the folder"
-        )
     try:
+        # Earlier versions left a part of it where a disk was full. The last section that all of
+        # them wrote is `journal`.
+        if "\njournal:\n" not in read_text(file):
+            raise ValueError(f"{file}: is not whole")
         return load_config(file, schema=type(config))
     except ValueError as error:
         raise ValueError(
-            f"{error}: the file is damaged, or of a run of another kind; put it back, or choose "
-            "another output"
+            f"{error}: damaged, or of a run of another kind; put it back, choose another output, "
+            "or begin anew with --from-scratch, which renames the folder"
         ) from None
 
 
@@ -208,20 +210,3 @@ def set_aside(config: Config) -> Config:
             require_free(folder)
             folder.rename(f"{folder}.earlier_{int(time.time())}")
     return replace(config, from_scratch=False)
-
-
-def open_folder(folder: Path, faults: Mapping[Path, str]) -> list[str]:
-    """Makes a run folder ready for a start: what a killed one was making goes, and checkpoints that
-    are passed over for their faults are hidden. Returns a line on each. Raises: StorageError.
-    """
-    lines: list[str] = []
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for one in folder.glob("**/.*"):
-            if one.name.startswith(LEFT_BEHIND):
-                shutil.rmtree(one) if one.is_dir() else one.unlink()
-                lines.append(f"removed what an earlier start left behind: {one}")
-        for one, fault in faults.items():
-            one.rename(one.with_name(f".damaged_{one.name}"))
-            lines.append(f"passed over: {one.name}: {fault}")
-    return lines

@@ -3,8 +3,7 @@ follow from them. What the disk refuses to one rank is told on all.
 """
 
 import shutil
-from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -25,32 +24,21 @@ if TYPE_CHECKING:
     from video_mae.training.loop import Training
 
 
-def attempt(work: Callable[[], Any]) -> Any:
-    """What work() returns, or the StorageError that it raises: to be gathered, where all ranks are
-    to know.
-    """
-    try:
-        return work()
-    except StorageError as error:
-        return error
-
-
-def write_state(file: Path, state: Tensors) -> dict[str, dict[str, int]]:
-    """Writes a file of a checkpoint; returns its digest by its name. Raises: StorageError."""
+def write_state(file: Path, state: Tensors) -> tuple[str, dict[str, int]]:
+    """Writes a file of a checkpoint; returns its name and digest. Raises: StorageError."""
     with storing(file, sum(tensor.nbytes for tensor in state.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file)
         fsync(file)
-        return {file.name: checkpoint.digest(file)}
+        return file.name, checkpoint.digest(file)
 
 
 def on_host(state: Tensors) -> Tensors:
     """A copy that training does not change, in page-locked memory of the host."""
-    copies: Tensors = {}
-    for name, tensor in state.items():
-        there = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        copies[name] = there.copy_(tensor)
-    return copies
+    return {
+        name: torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor)
+        for name, tensor in state.items()
+    }
 
 
 class CheckpointWriter:
@@ -66,16 +54,37 @@ class CheckpointWriter:
             # what the threads tell one another must not get between the collectives of training
             self._group = dist.new_group(backend="gloo")
 
-    def write(
-        self, facts: dict[str, Any], keep: int, state: Tensors, finish: Callable[[], object]
-    ) -> None:
+    def write(self, facts: dict[str, Any], state: Tensors, finish: Callable[[], object]) -> None:
         """Writes or begins to write checkpoints/step_N with these facts in its manifest; then the
         main rank does finish().
         """
+        engine, config = self.engine, self.engine.config.journal
+        building = engine.checkpoints / f".{checkpoint.step_name(facts['step'])}"
+        file = building / f"state_{engine.rank:05d}.safetensors"
+
+        def publish(files: Iterable[tuple[str, Any]]) -> None:
+            if engine.rank == 0:
+                manifest = {**facts, "files": dict(files)}
+                with storing(building):
+                    checkpoint.publish(
+                        building, manifest, config.keep_checkpoints, config.keep_every
+                    )
+                finish()
+
+        def work() -> str:
+            try:
+                files = engine.together(partial(write_state, file, state), self._group)
+                engine.together(partial(publish, files), self._group)
+            except StorageError as error:
+                shutil.rmtree(building, ignore_errors=True)
+                return str(error)
+            return ""
+
         if self._group is None:
-            self._writing = self._write(facts, keep, state, finish)
+            self._writing = work()
         else:
-            self._writing = self._thread.submit(self._write, facts, keep, on_host(state), finish)
+            state = on_host(state)
+            self._writing = self._thread.submit(work)
 
     def settle(self, *, wait: bool) -> str:
         """What the disk refused of the last save, once, as soon as it is known; else "". It waits
@@ -91,32 +100,11 @@ class CheckpointWriter:
         self._writing = ""
         return writing
 
-    def _write(
-        self,
-        facts: dict[str, Any],
-        keep: int,
-        state: Tensors,
-        finish: Callable[[], object],
-    ) -> str:
-        engine, gather = self.engine, self.engine.gather
-        final = engine.checkpoints / checkpoint.step_name(facts["step"])
-        building = final.with_name(f".{final.name}")
-        file = building / f"state_{engine.rank:05d}.safetensors"
-
-        def publish() -> None:
-            if engine.rank == 0:
-                files, every = dict(ChainMap(*digests)), engine.config.journal.keep_every
-                with storing(final):
-                    checkpoint.publish(building, final, files, facts, keep, every)
-                finish()
-
-        try:
-            digests = gather(attempt(partial(write_state, file, state)), self._group)
-            gather(attempt(publish), self._group)
-        except StorageError as error:
-            shutil.rmtree(building, ignore_errors=True)
-            return str(error)
-        return ""
+    def close(self) -> None:
+        """Waits for the last save. Raises: StorageError where the disk refused it."""
+        refusal = self.settle(wait=True)
+        if refusal:
+            raise StorageError(refusal)
 
 
 def save_run(run: "Training[Any]", done: int) -> bool:
@@ -129,7 +117,8 @@ def save_run(run: "Training[Any]", done: int) -> bool:
     engine = run.engine
     # a lone one at the end is not the beginning of more
     is_bad = run.skipped_in_a_row > (done == run.schedule.total_steps)
-    if is_bad or not engine.is_finite():
+    is_finite = all(bool(one.isfinite().all()) for one in engine.masters())
+    if is_bad or not all(engine.gather(is_finite)):
         why = "it was skipped" if is_bad else "weights are not finite"
         run.journal.say(f"step {done}: not saved, {why}; the last checkpoint is from before that")
         return False
@@ -137,7 +126,7 @@ def save_run(run: "Training[Any]", done: int) -> bool:
         raise StorageError(f"{run.folder}: cannot be written, it was removed; the run ends")
     run.memory["sums"] = run.journal.sums()
     finish = partial(_write, run, weights(run))
-    engine.save(done, run.config.journal.keep_checkpoints, run.memory, run.tensors(), finish)
+    engine.save(done, run.memory, run.tensors(), finish)
     return True
 
 
@@ -146,7 +135,7 @@ def publish(run: "Training[Any]", states: Mapping[str, Tensors]) -> bool:
     refuse it, which is told. Every rank must call it.
     """
     try:
-        run.engine.gather(attempt(partial(_write, run, states)))
+        run.engine.together(partial(_write, run, states))
     except StorageError as error:
         run.journal.say(str(error))
         return False

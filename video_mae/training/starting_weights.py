@@ -13,7 +13,6 @@ from video_mae.config import FinetuneConfig, ModelConfig, PretrainConfig, RunCon
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.checkpoint import folders
 from video_mae.training.run_folder import Config, run_in, set_aside
 
 # Fields in which the encoder of a run may differ from the one that it starts from.
@@ -54,9 +53,8 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
     config = set_aside(config)
     if not config.checkpoint:
         return config, StartingWeights({}, ["starts from random weights"])
-    output = Path(config.output)
     before = run_in(config)
-    if before is not None and folders(output / "checkpoints"):
+    if before is not None and config.has_begun:
         model = replace(config.model, position_grid=before.model.position_grid)
         line = f"started from {config.checkpoint}, which is not read again"
         return replace(config, model=model), StartingWeights({}, [line])
