@@ -141,6 +141,44 @@ def save_run(run: "Training[Any]", done: int) -> bool:
     return True
 
 
+def roll_back(run: "Training[Any]", done: int) -> bool:
+    """Where engine.on_spike=rollback, and steps have just been skipped: the newest checkpoint
+    becomes that of step `done`, so that the next start leaves out the steps between them. Every
+    rank must call it.
+
+    Returns whether it does: there is a checkpoint, and it was not gone back to
+    engine.max_skipped_in_a_row times before, without another one since. Raises: StorageError.
+    """
+    engine, config = run.engine, run.config
+    if config.engine.on_spike != "rollback" or not run.skipped_in_a_row:
+        return False
+
+    def copy() -> bool:
+        found = checkpoint.newest(engine.checkpoints) if engine.rank == 0 else None
+        if found is None or "counters" not in found[1]:  # DeepSpeed wrote it
+            return False
+        folder, facts = found
+        counters = facts["counters"]
+        counters["skipped_steps"] += done - facts["step"]
+        counters["global_steps"] = facts["step"] = done
+        facts["rollbacks"] = facts.get("rollbacks", 0) + 1
+        if facts["rollbacks"] > config.engine.max_skipped_in_a_row:
+            return False
+        final = folder.with_name(checkpoint.step_name(done))
+        building = final.with_name(f".{final.name}")
+        with storing(final):
+            shutil.copytree(folder, building)
+            # the next save sees to what is kept
+            checkpoint.publish(building, final, facts["files"], facts, done)
+        run.journal.say(
+            f"goes back to {folder.name} and leaves out the steps since then; start the same "
+            "command again"
+        )
+        return True
+
+    return engine.gather(attempt(copy))[0]
+
+
 def publish(run: "Training[Any]", states: Mapping[str, Tensors]) -> bool:
     """Writes model folders of these weights, by name; returns whether that was done: the disk may
     refuse it, which is told. Every rank must call it.
