@@ -280,11 +280,16 @@ class Journal:
         )
 
     def close(self) -> None:
-        """Ends the progress bar. Raises: StorageError for lines that still cannot be written."""
+        """Ends the progress bar. Raises: as `flush`."""
         self._bar.close()
-        for file, lines in self.unwritten.items():
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what the disk has refused. Raises: StorageError where it still does."""
+        for file in list(self.unwritten):
             if file.parent.exists():  # else what ends the run says so
-                append(file, lines)
+                append(file, self.unwritten[file])
+            del self.unwritten[file]
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0

@@ -135,6 +135,7 @@ def save_run(run: "Training[Any]", done: int) -> bool:
         return False
     if not all(engine.gather((run.folder / "config.yaml").exists())):
         raise StorageError(f"{run.folder}: cannot be written, it was removed; the run ends")
+    attempt(run.journal.flush)  # of steps that will not be done again
     run.memory["sums"] = run.journal.sums()
     finish = partial(_write, run, weights(run))
     engine.save(done, run.config.journal.keep_checkpoints, run.memory, run.tensors(), finish)
