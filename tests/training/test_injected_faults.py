@@ -41,7 +41,7 @@ ENDING = {*product(("kill", "terminate"), ROLES[:3]), ("hang", "rank"), ("fill",
 WORLDS = [(2, 1), (1, 2)]
 """(ranks, accumulation): a sum of two gradients has the same bits, whoever adds them up."""
 
-STAGES = [0, 1, 2, 3]
+STAGES = [0, 1, 2]
 
 LOOP = "until ./start; do echo $? >> ended; sleep 1; done; echo 0 >> ended"
 # A person would write the command where ./start is; here it waits for what is done between starts.

@@ -145,7 +145,7 @@ def test_a_run_that_is_told_to_stop_does_so_at_once_and_goes_on_without_it(
 def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_to_a_spike(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    overrides = ("optim.steps=8", "optim.ema=0.9", "journal.checkpoint_interval=3")
+    overrides = ("optim.steps=8", "journal.checkpoint_interval=3")
     config = tiny(*overrides, "engine.on_spike=rollback")
     leap(monkeypatch, {5})
     assert run(prepare(config)) == TRY_AGAIN
