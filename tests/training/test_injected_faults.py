@@ -43,7 +43,15 @@ WORLDS = [(2, 1), (1, 2)]
 
 STAGES = [0, 1, 2]
 
-LOOP = "until ./start; do echo $? >> ended; sleep 1; done; echo 0 >> ended"
+# The command returns 0 where its launcher is killed by a signal: the report is what a run that is
+# done writes last.
+LOOP = """
+until ./start && [ -e $RUN/report.html ]; do
+    echo $? >> ended
+    sleep 1
+done
+echo 0 >> ended
+"""
 # A person would write the command where ./start is; here it waits for what is done between starts.
 START = """#!/bin/bash
 touch ready
@@ -69,7 +77,7 @@ class Start:
 
 
 class Loop:
-    """Starts a command until it succeeds. between: does what is to be done between two starts, and
+    """Starts a command until the run is done. between: does what is to be done between two starts, and
     returns the command.
     """
 
@@ -78,7 +86,7 @@ class Loop:
         self.said, self.starts, self.events = folder / "said", list[Start](), list[str]()
         (folder / "start").write_text(START)
         (folder / "start").chmod(0o755)
-        environment = {**os.environ, MARK: str(folder), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, MARK: str(folder), "RUN": str(run), "OMP_NUM_THREADS": "1"}
         if not torch.cuda.is_available():
             environment["DS_ACCELERATOR"] = "cpu"
         self.begin = time.monotonic()
@@ -262,15 +270,15 @@ def fill(disk: Path) -> None:
 
 
 def wait_for_a_moment(loop: Loop, start_seconds: float, rng: random.Random) -> None:
-    """Some steps from now, or sooner, while a start begins, if the fault before makes for one."""
-    is_early, num_starts, step = (
-        rng.random() < 0.4,
-        len(loop.starts),
-        loop.step + rng.randint(2, 10),
-    )
+    """Some steps from now; or sooner, while a start begins, if the fault before makes for one."""
+    step, is_early, num_starts = loop.step, rng.random() < 0.4, len(loop.starts)
+    late_step = step + rng.randint(2, 10)
     early, late = rng.uniform(0, 1.2 * start_seconds), rng.uniform(0, 0.3)
-    loop.wait(lambda: loop.step >= step or (is_early and len(loop.starts) > num_starts))
-    loop.rest(late if loop.step >= step else early)
+    loop.wait(lambda: loop.step >= late_step or (is_early and len(loop.starts) > num_starts))
+    if loop.step < late_step:
+        end = time.monotonic() + early
+        loop.wait(lambda: loop.step >= late_step or time.monotonic() >= end)
+    loop.rest(late)
 
 
 def do(loop: Loop, kind: str, role: str, disk: Path, rng: random.Random) -> bool:
@@ -348,8 +356,8 @@ def test_a_run_that_is_killed_stopped_starved_and_damaged_ends_in_the_same_bits(
     loop, num_done = begin(run, between), 0
     loop.note(f"seed {seed}, a start takes {start_seconds:.1f} s")
     kinds = [kind for kind in KINDS if kind[0] != "fill" or os.path.ismount(disk)]
-    faults = list(islice(cycle(kinds), NUM_FAULTS))
-    rng.shuffle(faults)
+    rng.shuffle(kinds)
+    faults = rng.sample(list(islice(cycle(kinds), NUM_FAULTS)), NUM_FAULTS)
     for kind, role in faults:
         wait_for_a_moment(loop, start_seconds, rng)
         num_done += do(loop, kind, role, disk, rng)
