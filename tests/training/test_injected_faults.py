@@ -26,7 +26,7 @@ from checkpoint_files import saved_state
 from video_mae.files import read_jsonl
 from video_mae.training.checkpoint import fault, folders, step_name
 
-NUM_FAULTS = int(os.environ.get("VIDEO_MAE_FAULTS", "17"))
+NUM_FAULTS = int(os.environ.get("VIDEO_MAE_FAULTS", "18"))
 SEED = int(os.environ.get("VIDEO_MAE_SEED", "0"))
 STEPS = 20 * NUM_FAULTS + 80
 PATIENCE = 600.0
@@ -347,7 +347,7 @@ def test_a_run_that_is_killed_stopped_starved_and_damaged_ends_in_the_same_bits(
         if len(loop.starts) % 3 == 2:
             truncate_newest(loop, rng_of_starts)
         return world(
-            *rng_of_starts.choice(WORLDS),
+            *WORLDS[len(loop.starts) % 3 == 1],
             f"data.num_workers={rng_of_starts.choice([1, 2])}",
             f"engine.zero_stage={rng_of_starts.choice(STAGES)}",
             f"journal.checkpoint_async={rng_of_starts.choice(['true', 'false'])}",
@@ -357,7 +357,8 @@ def test_a_run_that_is_killed_stopped_starved_and_damaged_ends_in_the_same_bits(
     loop.note(f"seed {seed}, a start takes {start_seconds:.1f} s")
     kinds = [kind for kind in KINDS if kind[0] != "fill" or os.path.ismount(disk)]
     rng.shuffle(kinds)
-    faults = rng.sample(list(islice(cycle(kinds), NUM_FAULTS)), NUM_FAULTS)
+    # the first start has two ranks, of which one can miss the other
+    faults = [("hang", "rank"), *islice(cycle(kinds), NUM_FAULTS - 1)]
     for kind, role in faults:
         wait_for_a_moment(loop, start_seconds, rng)
         num_done += do(loop, kind, role, disk, rng)
