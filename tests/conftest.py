@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LONG = (
     "test_launcher",
+    "test_injected_faults",
     "test_attention",
     "test_contrastive",
     "test_joint",

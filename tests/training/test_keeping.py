@@ -19,7 +19,7 @@ from video_mae.config import PretrainConfig, load_config
 from video_mae.files import FolderError, StorageError
 from video_mae.model.objective import Losses, Objective
 from video_mae.processes import _status, identity
-from video_mae.training import saving
+from video_mae.training import loop, saving
 from video_mae.training.checkpoint import MANIFEST, step_name
 from video_mae.training.journal import Journal
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
@@ -149,6 +149,34 @@ def test_lines_that_the_disk_refuses_are_written_later_and_in_their_order(
         f"metrics.jsonl: cannot be written ([Errno 28] No space left on device): needed are {sizes[0]}"
         in capfd.readouterr().out
     )
+
+
+def test_lines_that_the_disk_refused_are_there_before_a_checkpoint_is(
+    make, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, append = tmp_path / "run", files.append
+
+    def refuse(path: Path, data: bytes) -> None:
+        if data.startswith(b'{"step": 6,'):
+            patch.setattr("video_mae.training.journal.append", append)  # there is room again
+            with files.storing(path, len(data)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(path, data)
+
+    def end(run: Any, done: int) -> bool:
+        assert save_run(run, done)
+        assert done < 6, "killed"
+        return True
+
+    save_run = loop.save_run
+    with monkeypatch.context() as patch:
+        patch.setattr("video_mae.training.journal.append", refuse)
+        patch.setattr(loop, "save_run", end)
+        patch.setattr(Journal, "close", lambda self: None)
+        with pytest.raises(AssertionError, match="killed"):
+            run(prepare(make(folder)))
+    assert run(prepare(make(folder))) == DONE
+    assert timeless(folder) == timeless(undisturbed)
 
 
 def test_a_last_save_that_the_disk_refuses_ends_the_run_with_an_error_of_one_line(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from video_mae.config import PretrainConfig
 from video_mae.training.engine import Engine
-from video_mae.training.loop import DONE, STOPPED_BY_POLICY
+from video_mae.training.loop import DONE, STOPPED_BY_POLICY, TRY_AGAIN
 from video_mae.training.pretrain import prepare, run
 from video_mae.training.spikes import LEAP, SHARE, SpikeWatch
 
@@ -142,6 +142,66 @@ def test_a_run_that_is_told_to_stop_does_so_at_once_and_goes_on_without_it(
     assert lines(config)[-1]["skipped_steps"] == 1
 
 
+def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_to_a_spike(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    overrides = ("optim.steps=8", "journal.checkpoint_interval=3")
+    config = tiny(*overrides, "engine.on_spike=rollback")
+    leap(monkeypatch, {5})
+    assert run(prepare(config)) == TRY_AGAIN
+    assert "goes back to step_00000003 and leaves out the steps since then" in log(config)
+    monkeypatch.undo()
+    assert run(prepare(config)) == DONE
+    assert "resumed after step 5" in log(config)
+    assert [line["step"] for line in lines(config)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert lines(config)[-1]["skipped_steps"] == 2
+    leap(monkeypatch, {4, 5})  # as if both had been skipped in the first place
+    skipped = tiny(*overrides, "engine.on_spike=skip", f"output={tmp_path / 'skipped'}")
+    assert run(prepare(skipped)) == DONE
+    ours, theirs = (
+        saved_state(Path(one.output) / "checkpoints" / "step_00000008") for one in (config, skipped)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_does_not_go_back_for_ever(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    config = tiny(
+        "optim.steps=20",
+        "journal.checkpoint_interval=3",
+        "journal.keep_every=3",
+        "engine.max_skipped_in_a_row=2",
+        "engine.on_spike=rollback",
+        f"engine.precision={precision}",
+    )
+    checkpoints = Path(config.output) / "checkpoints"
+    starts = [
+        (2, STOPPED_BY_POLICY, ""),  # no checkpoint yet
+        (5, TRY_AGAIN, "step_00000005"),
+        (1, TRY_AGAIN, "step_00000006"),
+        (1, STOPPED_BY_POLICY, "step_00000006"),  # for the third time
+        (4, TRY_AGAIN, "step_00000010"),  # there was one after step 9
+        (99, DONE, "step_00000020"),
+    ]
+    for step, status, latest in starts:
+        with monkeypatch.context() as patch:
+            leap(patch, {step})
+            assert run(prepare(config)) == status
+        found = max((one.name for one in checkpoints.glob("step_*")), default="")
+        assert found == latest
+    kept = [checkpoints / f"step_{step:08d}" for step in (3, 6, 9, 12, 15, 18)]
+    assert all(one.exists() for one in kept)
+    assert [line["step"] for line in lines(config)] == list(range(1, 21))
+    # 4 and 5, then 6, then 10
+    assert lines(config)[-1]["skipped_steps"] == 4
+    usual = saved_state(checkpoints / "step_00000020")
+    assert all(tensor.isfinite().all() for tensor in usual.values())
+
+
 @pytest.mark.faults
 def test_the_usual_loss_is_remembered_over_a_restart_bit_for_bit(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -193,6 +253,7 @@ def test_a_learning_rate_that_explodes_is_stopped_before_its_weights_are_saved(t
     assert lines(config)[-1]["step"] < 20
 
 
-def test_fp16_skips_steps_by_itself(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"engine.on_spike: stop does not fit fp16"):
-        tiny("engine.on_spike=stop", "engine.precision=fp16")
+@pytest.mark.parametrize("on_spike", ["stop", "rollback"])
+def test_fp16_skips_steps_by_itself(tiny: Tiny, on_spike: str) -> None:
+    with pytest.raises(ValueError, match=f"engine.on_spike: {on_spike} does not fit fp16"):
+        tiny(f"engine.on_spike={on_spike}", "engine.precision=fp16")

@@ -227,10 +227,11 @@ class EngineConfig(Knobs):
         "that is not finite",
         low=1,
     )
-    on_spike: Literal["ignore", "skip", "stop"] = knob(
+    on_spike: Literal["ignore", "skip", "stop", "rollback"] = knob(
         "ignore",
         "what a loss does that is 10 times the running mean of those before: nothing; skip its "
-        "step, as one that is not finite; or stop the run with status 3, as one that is not finite",
+        "step, as one that is not finite; stop the run with status 3, as one that is not finite; "
+        "or likewise with status 75, to go back to its last checkpoint without the steps since",
     )
     stall_seconds: float = knob(
         300.0,
@@ -248,8 +249,8 @@ class EngineConfig(Knobs):
         stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         remedy = f"needs engine.zero_stage {stage} or more"
         require(self.zero_stage >= stage, "offload", self.offload, remedy)
-        is_possible = (self.on_spike, self.precision) != ("stop", "fp16")
-        require(is_possible, "on_spike", "stop", "does not fit fp16, which skips steps by itself")
+        is_possible = self.on_spike in ("ignore", "skip") or self.precision != "fp16"
+        require(is_possible, "on_spike", self.on_spike, "does not fit fp16, which skips by itself")
 
 
 class JournalConfig(Knobs):

@@ -283,10 +283,15 @@ class Journal:
         )
 
     def close(self) -> None:
-        """Ends the progress bar. Raises: StorageError for lines that still cannot be written."""
+        """Ends the progress bar. Raises: as `flush`."""
         self._bar.close()
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that the disk has refused. Raises: StorageError where it still does."""
         if self._unwritten and self.metrics_file.parent.exists():  # else what ends the run says so
             append(self.metrics_file, self._unwritten)
+            self._unwritten = b""
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0

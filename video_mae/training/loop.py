@@ -39,10 +39,10 @@ from video_mae.training.run_folder import (
     check_rates,
     settled,
 )
-from video_mae.training.saving import publish, save_run, weights
+from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
-DONE, STOPPED_BY_POLICY = 0, 3
+DONE, STOPPED_BY_POLICY, TRY_AGAIN = 0, 3, 75
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
 
@@ -156,8 +156,8 @@ class Training(ABC, Generic[Config]):
 
     def run(self) -> int:
         """Trains from the newest checkpoint of the run folder to the last step. Returns the exit
-        status: 0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by
-        a signal, with a checkpoint.
+        status: 0 done; 3 stopped because too many videos or steps were bad; 75 gone back to the
+        last checkpoint for such a step; 128 + number stopped by a signal, with a checkpoint.
         """
         config, total_steps = self.config, self.schedule.total_steps
         torch.manual_seed(config.seed)
@@ -229,7 +229,7 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
-            return STOPPED_BY_POLICY
+            return TRY_AGAIN if roll_back(self, done) else STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
@@ -280,7 +280,8 @@ class Training(ABC, Generic[Config]):
 
     def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
-        most = 1 if config.engine.on_spike == "stop" else config.engine.max_skipped_in_a_row
+        is_one_enough = config.engine.on_spike in ("stop", "rollback")
+        most = 1 if is_one_enough else config.engine.max_skipped_in_a_row
         if self.skipped_in_a_row >= most:
             return (
                 f"{self.skipped_in_a_row} steps in a row were {self.engine.unusual}; the last "

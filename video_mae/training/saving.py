@@ -5,6 +5,7 @@ follow from them. What the disk refuses to one rank is told on all.
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,10 +125,49 @@ def save_run(run: "Training[Any]", done: int) -> bool:
         return False
     if not all(engine.gather((run.folder / "config.yaml").exists())):
         raise StorageError(f"{run.folder}: cannot be written, it was removed; the run ends")
+    with suppress(StorageError):
+        run.journal.flush()  # lines of steps that will not be done again
     run.memory["sums"] = run.journal.sums()
     finish = partial(_write, run, weights(run))
     engine.save(done, run.memory, run.tensors(), finish)
     return True
+
+
+def roll_back(run: "Training[Any]", done: int) -> bool:
+    """Where engine.on_spike=rollback, and steps have just been skipped: the newest checkpoint
+    becomes that of step `done`, so that the next start leaves out the steps between them. Every
+    rank must call it.
+
+    Returns whether it does: there is a checkpoint, and it was not gone back to
+    engine.max_skipped_in_a_row times before, without another one since. Raises: StorageError.
+    """
+    engine, config = run.engine, run.config
+    if config.engine.on_spike != "rollback" or not run.skipped_in_a_row:
+        return False
+
+    def copy() -> bool:
+        found = checkpoint.newest(engine.checkpoints) if engine.rank == 0 else None
+        if found is None or "counters" not in found[1]:  # DeepSpeed wrote it
+            return False
+        folder, facts = found
+        counters = facts["counters"]
+        counters["skipped_steps"] += done - facts["step"]
+        counters["global_steps"] = facts["step"] = done
+        facts["rollbacks"] = facts.get("rollbacks", 0) + 1
+        if facts["rollbacks"] > config.engine.max_skipped_in_a_row:
+            return False
+        building = folder.with_name(f".{checkpoint.step_name(done)}")
+        with storing(building):
+            shutil.copytree(folder, building)
+            checkpoint.publish(building, facts, keep=done)  # the next save sees to what is kept
+        run.journal.say(
+            f"goes back to {folder.name} and leaves out the steps since then; start the same "
+            "command again"
+        )
+        return True
+
+    run.journal.say(engine.writer.settle(wait=True))
+    return engine.together(copy)[0]
 
 
 def publish(run: "Training[Any]", states: Mapping[str, Tensors]) -> bool:
