@@ -130,8 +130,7 @@ class Doctor:
         self._compare("same_content", by_path=False)
         self._check_labels_and_names()
         summary = summarize(self.source, self.notes, config.check, self.decoder, lines)
-        is_relative = Path(self.source).is_file() and not config.data.root
-        clean = write(self.folder, summary, lines, self.names, is_relative)
+        clean = write(self.folder, summary, lines, self.names)
         print(report(summary, lines, clean, config.worst), flush=True)
         return BAD if summary["bad"] else GOOD
 
