@@ -61,6 +61,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def signals_of_a_terminal() -> None:
+    """Whatever these tests were started by: what is in the background ignores SIGINT."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started() -> Iterator[list[psutil.Process]]:
     """Processes that are killed after the test, with all that they have started."""
@@ -79,7 +85,12 @@ def test_a_command_ends_with_who_started_it_but_not_where_it_was_to_go_on(
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     shells, commands = dict[str, subprocess.Popen[bytes]](), dict[str, psutil.Process]()
     for name, (line, _, _) in STARTS.items():
-        shells[name] = subprocess.Popen(["bash", "-c", line], cwd=tmp_path, start_new_session=True)
+        shells[name] = subprocess.Popen(
+            ["bash", "-c", line],
+            cwd=tmp_path,
+            start_new_session=True,
+            preexec_fn=signals_of_a_terminal,
+        )
         started.append(psutil.Process(shells[name].pid))
     for name in STARTS:
         file = tmp_path / name
