@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from accuracy_report import write_report
 from clips import photographs
-from trials import ARMS, ArmName, ExperimentConfig, Job, choose_device, work
+from trials import ARMS, ArmName, ExperimentConfig, Job, choose_device, job_of, work
 
 from video_mae.config.schema import describe, parse, to_dict
 from video_mae.files import read_jsonl, write_whole
@@ -40,7 +40,7 @@ def first_jobs(config: ExperimentConfig) -> list[Job]:
         *(Job("pretrain", arm, seed) for arm in arms for seed in seeds_of[arm]),
         *(
             Job("search", "random", labels=labels, steps=steps, lr=lr)
-            for labels in label_counts(config)
+            for labels in config.label_counts
             for steps in config.scratch_steps
             for lr in config.scratch_lrs
         ),
@@ -50,7 +50,7 @@ def first_jobs(config: ExperimentConfig) -> list[Job]:
 def last_jobs(config: ExperimentConfig, lines: Sequence[dict[str, Any]]) -> list[Job]:
     """All that gives figures; lines: of the first jobs."""
     jobs = []
-    for labels in label_counts(config):
+    for labels in config.label_counts:
         for seed in config.seeds:
             steps, lr = best_from_scratch(lines, labels)
             jobs.append(Job("finetune", "random", 0, labels, seed, steps, lr))
@@ -61,11 +61,6 @@ def last_jobs(config: ExperimentConfig, lines: Sequence[dict[str, Any]]) -> list
                     job = job._replace(steps=config.finetune_steps, lr=config.finetune_lr)
                     jobs += [job, Job("probe", first.arm, first.weights, labels, seed)]
     return jobs
-
-
-def label_counts(config: ExperimentConfig) -> list[int]:
-    """Numbers of labelled clips."""
-    return [num * len(config.shown.classes) for num in sorted(config.labels_per_class)]
 
 
 def best_from_scratch(lines: Sequence[dict[str, Any]], labels: int) -> tuple[int, float]:
@@ -92,8 +87,8 @@ def finished(config: ExperimentConfig, jobs: Sequence[Job]) -> Iterator[dict[str
         try:
             while waiting or running:
                 pending = (*waiting, *running.values())
-                teachers = [job for job in pending if job.arm == "pixels"]
-                missing = {job.weights for job in teachers if job.kind == "pretrain"}
+                teachers = [job for job in pending if job[:2] == ("pretrain", "pixels")]
+                missing = {job.weights for job in teachers}
                 ready = [job for job in waiting if not (_is_taught(job) and job.weights in missing)]
                 for job in ready[: config.workers - len(running)]:
                     waiting.remove(job)
@@ -165,7 +160,7 @@ def _do(
     part: str, config: ExperimentConfig, jobs: Sequence[Job], lines: list[dict[str, Any]]
 ) -> None:
     """Appends what is missing to the lines, and to their file."""
-    done = {Job(*(line[name] for name in Job._fields)) for line in lines[1:]}
+    done = {job_of(line) for line in lines[1:]}
     left, now = [job for job in jobs if job not in done], []
     for line in finished(config, left):
         with (Path(config.output) / "results.jsonl").open("a") as file:
@@ -180,10 +175,10 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _cost(config: ExperimentConfig, kind: str, arm: ArmName, steps: int) -> float:
-    if kind == "pretrain":
-        return COST[kind] * config.steps * ARMS[arm].times
-    return COST[kind] * (steps or 1)
+def _cost(config: ExperimentConfig, job: Job) -> float:
+    if job.kind == "pretrain":
+        return COST[job.kind] * config.steps * ARMS[job.arm].times
+    return COST[job.kind] * (job.steps or 1)
 
 
 def _progress(
@@ -192,12 +187,10 @@ def _progress(
     now: Sequence[dict[str, Any]],
     left: Sequence[Job],
 ) -> str:
-    pace = fmean(
-        done["seconds"] / _cost(config, done["kind"], done["arm"], done["steps"]) for done in now
-    )
+    pace = fmean(done["seconds"] / _cost(config, job_of(done)) for done in now)
     workers = 1 if choose_device().type == "cuda" else config.workers
-    rest = sum(_cost(config, job.kind, job.arm, job.steps) for job in left)
-    rest -= sum(_cost(config, done["kind"], done["arm"], done["steps"]) for done in now)
+    rest = sum(_cost(config, job) for job in left)
+    rest -= sum(_cost(config, job_of(done)) for done in now)
     what = f"{line['kind']} {line['arm']} {line['weights']}"
     if line["labels"]:
         what += f" {line['labels']} labels seed {line['seed']}"

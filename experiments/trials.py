@@ -74,6 +74,7 @@ ARMS: dict[ArmName, Arm] = {
     "ema": Arm("ema", False),
     "ema_contrastive": Arm("ema", True),
 }
+# without the contrastive term, a moving average is for trials (LOG.md): two hours hold no more
 COMPARED: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "ema")
 
 
@@ -141,9 +142,8 @@ class ExperimentConfig(Knobs):
             least = 0 if name == "seeds" else 1e-9
             is_set = 0 < len(values) == len(set(values)) and min(values) >= least
             require(is_set, name, values, "must be different numbers, none negative")
-        num_labels = max(self.labels_per_class) * len(self.shown.classes)
         require(
-            num_labels <= self.unlabelled_clips,
+            self.label_counts[-1] <= self.unlabelled_clips,
             "labels_per_class",
             self.labels_per_class,
             f"labels come from unlabelled_clips = {self.unlabelled_clips}",
@@ -163,18 +163,19 @@ class ExperimentConfig(Knobs):
         for name, known in (("arms", ARMS), ("repeated", self.arms)):
             value = getattr(self, name)
             require(set(value) <= set(known), name, value, f"must be of {', '.join(known)}")
-        taught = {arm for arm in self.arms if ARMS[cast(ArmName, arm)].target == "features"}
-        for name, have, need in (
-            ("arms", self.arms, taught),
-            ("repeated", self.repeated, taught & set(self.repeated)),
-        ):
-            is_taught = not need or "pixels" in have
-            require(is_taught, name, have, f"pixels teach {', '.join(sorted(need))}")
+            taught = [arm for arm in ARMS if arm in value and ARMS[arm].target == "features"]
+            is_taught = not taught or "pixels" in value
+            require(is_taught, name, value, f"pixels teach {', '.join(taught)}")
 
     @property
     def shown(self) -> Subject:
         """What is seen in the clips."""
         return SUBJECTS[self.subject]
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Numbers of labelled clips, fewest first."""
+        return [num * len(self.shown.classes) for num in sorted(self.labels_per_class)]
 
 
 class Job(NamedTuple):
@@ -192,6 +193,11 @@ class Job(NamedTuple):
     lr: float = 0.0
 
 
+def job_of(line: dict[str, Any]) -> Job:
+    """Whose line of results.jsonl it is."""
+    return Job(*(line[name] for name in Job._fields))
+
+
 def work(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     """Does a job and returns its line of results.jsonl."""
     start = time.monotonic()
@@ -200,9 +206,8 @@ def work(config: ExperimentConfig, job: Job) -> dict[str, Any]:
             result = pretrain(config, job)
         case "search":
             # rendered are those alone that may have labels
-            num = max(config.labels_per_class) * len(config.shown.classes)
-            tuning = replace(config, scored_on="tuning", unlabelled_clips=num)
-            result = finetune(tuning, job)
+            num = config.label_counts[-1]
+            result = finetune(replace(config, scored_on="tuning", unlabelled_clips=num), job)
         case "finetune":
             result = finetune(config, job)
         case "probe":
