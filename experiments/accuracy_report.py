@@ -16,12 +16,14 @@ METHODS = ("fine-tuned", "linear", "nearest neighbours")
 COLOURS = {
     "random": "tab:gray",
     "pixels": "tab:blue",
+    "pixels_longer": "navy",
     "pixels_contrastive": "tab:cyan",
     "features": "tab:red",
     "features_contrastive": "tab:orange",
+    "ema": "tab:olive",
     "ema_contrastive": "tab:green",
 }
-TWINS = (("pixels", "pixels_contrastive"), ("features", "features_contrastive"))
+TWINS = tuple((name, f"{name}_contrastive") for name in ("pixels", "features", "ema"))
 
 # of (method, arm) by number of labels, one a seed of pretraining and of fine-tuning
 Accuracies = dict[tuple[str, str], dict[int, list[float]]]
@@ -65,7 +67,7 @@ def findings(accuracies: Accuracies, names: dict[str, str]) -> str:
         f"Fine-tuned from {names[best]}, the arm with the largest margin, against from scratch: "
         + _differences(accuracies, ("fine-tuned", best), scratch)
     ]
-    pairs = [("Targets of features", "features", "pixels")]
+    pairs = [("Targets of features", "features", name) for name in ("pixels", "pixels_longer")]
     pairs += [("The contrastive term", contrastive, plain) for plain, contrastive in TWINS]
     for what, ours, theirs in pairs:
         for method in METHODS if {ours, theirs} <= set(names) else ():
@@ -109,9 +111,11 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
     names = {
         "random": "random weights",
         "pixels": "pixels",
+        "pixels_longer": "pixels, twice the steps",
         "pixels_contrastive": f"pixels, {pixel}",
         "features": "features",
         "features_contrastive": f"features, {feature}",
+        "ema": "moving average",
         "ema_contrastive": f"moving average, {feature}",
     }
     return {arm: name for arm, name in names.items() if arm in ("random", *config["arms"])}
@@ -126,8 +130,8 @@ def _table(lines: Sequence[dict[str, Any]], accuracies: Accuracies, names: dict[
         f"Top-1 accuracy in %, mean (standard error over seeds), on "
         f"{classes * config['scored_per_class']} clips of {config['subject']}, {unseen} "
         f"photographs; chance is {100 / classes:.1f}. Pretraining: {config['steps']} steps of "
-        f"{config['batch']} clips, those of targets of features with the {config['first_steps']} "
-        f"of the first stage; fine-tuning: {config['finetune_steps']} steps of {config['batch']}.",
+        f"{config['batch']} clips, for targets of features besides those of their teacher, pixels; "
+        f"fine-tuning: {config['finetune_steps']} steps of {config['finetune_batch']}.",
         "",
         "| | encoder | " + " | ".join(f"{count} labels" for count in counts) + " |",
         "|---" * (len(counts) + 2) + "|",

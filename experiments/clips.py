@@ -21,8 +21,8 @@ NUM_FRAMES = 8
 PEOPLE_SIDE, PEOPLE_FPS = 52, 8.0
 # of the training photographs: all choices are made by scores on these
 TUNING_PHOTOGRAPHS = ("coffee.png", "grass.png")
-# streams of random numbers; LABELLED + seed is the last
-UNLABELLED, SCORED, LABELLED = range(3)
+# streams of random numbers
+TRAINING, SCORED, LABELLED = range(3)
 
 
 class Subject(NamedTuple):
@@ -44,14 +44,14 @@ def render_people(
     photographs: Sequence[str], stream: int, num_clips: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """clips_NTHWC uint8 and label_N of people before the named photographs; clip n shows action n
-    mod 15, from directions of the camera that belong to training, or, before photographs of
-    validation, to validation.
+    mod 15, from directions of the camera that belong to training, or, to be SCORED, from those
+    between these.
 
     Clip n is a function of (seed, stream, n) alone: more clips extend fewer.
     """
     shorter_side = round(PHOTOGRAPH_SIDES[1] * PEOPLE_SIDE)
     pictures = [load_photograph(name, shorter_side) for name in photographs]
-    split = "train" if set(photographs) <= set(PHOTOGRAPHS["train"]) else "val"
+    split = "val" if stream == SCORED else "train"
     size = NUM_FRAMES, PEOPLE_SIDE, PEOPLE_SIDE
     clips_NTHWC = torch.empty(num_clips, *size, 3, dtype=torch.uint8)
     for index in range(num_clips):

@@ -21,28 +21,26 @@ from typing import Any
 import torch
 from accuracy_report import write_report
 from clips import photographs
-from trials import ARMS, COMPARED, ArmName, ExperimentConfig, Job, choose_device, work
+from trials import ARMS, ArmName, ExperimentConfig, Job, choose_device, job_of, work
 
 from video_mae.config.schema import describe, parse, to_dict
 from video_mae.files import read_jsonl, write_whole
 
 FREE_KEYS = ("output", "workers")  # other values of these give the same results
 # seconds of a step, a step, a step, a job on one core: their ratio counts
-COST = {"pretrain": 0.1, "search": 0.1, "finetune": 0.1, "probe": 5.0}
+COST = {"pretrain": 0.05, "search": 0.1, "finetune": 0.1, "probe": 5.0}
 
 
 def first_jobs(config: ExperimentConfig) -> list[Job]:
-    """Pretraining, teachers first, and the search for the best training from scratch."""
-    arms: list[ArmName] = [arm for arm in COMPARED if arm in config.arms]
+    """Pretraining, and the search for the best training from scratch."""
+    # pixels, which teach, before features
+    arms: list[ArmName] = [arm for arm in ARMS if arm in config.arms]
     seeds_of = {arm: [0, 1] if arm in config.repeated else [0] for arm in arms}
-    students = [Job("pretrain", arm, seed) for arm in arms for seed in seeds_of[arm]]
-    taught = {job.weights for job in students if ARMS[job.arm].target == "features"}
     return [
-        *(Job("pretrain", "first_stage", seed) for seed in sorted(taught)),
-        *students,
+        *(Job("pretrain", arm, seed) for arm in arms for seed in seeds_of[arm]),
         *(
             Job("search", "random", labels=labels, steps=steps, lr=lr)
-            for labels in label_counts(config)
+            for labels in config.label_counts
             for steps in config.scratch_steps
             for lr in config.scratch_lrs
         ),
@@ -52,22 +50,17 @@ def first_jobs(config: ExperimentConfig) -> list[Job]:
 def last_jobs(config: ExperimentConfig, lines: Sequence[dict[str, Any]]) -> list[Job]:
     """All that gives figures; lines: of the first jobs."""
     jobs = []
-    for labels in label_counts(config):
+    for labels in config.label_counts:
         for seed in config.seeds:
             steps, lr = best_from_scratch(lines, labels)
             jobs.append(Job("finetune", "random", 0, labels, seed, steps, lr))
             jobs.append(Job("probe", "random", 0, labels, seed))
             for first in first_jobs(config):
-                if first.arm in COMPARED:
+                if first.kind == "pretrain":
                     job = Job("finetune", first.arm, first.weights, labels, seed)
                     job = job._replace(steps=config.finetune_steps, lr=config.finetune_lr)
                     jobs += [job, Job("probe", first.arm, first.weights, labels, seed)]
     return jobs
-
-
-def label_counts(config: ExperimentConfig) -> list[int]:
-    """Numbers of labelled clips."""
-    return [num * len(config.shown.classes) for num in sorted(config.labels_per_class)]
 
 
 def best_from_scratch(lines: Sequence[dict[str, Any]], labels: int) -> tuple[int, float]:
@@ -81,7 +74,7 @@ def best_from_scratch(lines: Sequence[dict[str, Any]], labels: int) -> tuple[int
 
 def finished(config: ExperimentConfig, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     """The lines of jobs as these end: in this process, or in workers of one thread each, none
-    before the first stage that it needs.
+    before the teacher that it needs.
     """
     if config.workers == 1 or choose_device().type == "cuda":
         for job in jobs:
@@ -94,7 +87,8 @@ def finished(config: ExperimentConfig, jobs: Sequence[Job]) -> Iterator[dict[str
         try:
             while waiting or running:
                 pending = (*waiting, *running.values())
-                missing = {job.weights for job in pending if job.arm == "first_stage"}
+                teachers = [job for job in pending if job[:2] == ("pretrain", "pixels")]
+                missing = {job.weights for job in teachers}
                 ready = [job for job in waiting if not (_is_taught(job) and job.weights in missing)]
                 for job in ready[: config.workers - len(running)]:
                     waiting.remove(job)
@@ -166,7 +160,7 @@ def _do(
     part: str, config: ExperimentConfig, jobs: Sequence[Job], lines: list[dict[str, Any]]
 ) -> None:
     """Appends what is missing to the lines, and to their file."""
-    done = {Job(*(line[name] for name in Job._fields)) for line in lines[1:]}
+    done = {job_of(line) for line in lines[1:]}
     left, now = [job for job in jobs if job not in done], []
     for line in finished(config, left):
         with (Path(config.output) / "results.jsonl").open("a") as file:
@@ -181,10 +175,10 @@ def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _cost(config: ExperimentConfig, kind: str, steps: int) -> float:
-    if kind == "pretrain":
-        return COST[kind] * config.steps
-    return COST[kind] * (steps or 1)
+def _cost(config: ExperimentConfig, job: Job) -> float:
+    if job.kind == "pretrain":
+        return COST[job.kind] * config.steps * ARMS[job.arm].times
+    return COST[job.kind] * (job.steps or 1)
 
 
 def _progress(
@@ -193,10 +187,10 @@ def _progress(
     now: Sequence[dict[str, Any]],
     left: Sequence[Job],
 ) -> str:
-    pace = fmean(done["seconds"] / _cost(config, done["kind"], done["steps"]) for done in now)
+    pace = fmean(done["seconds"] / _cost(config, job_of(done)) for done in now)
     workers = 1 if choose_device().type == "cuda" else config.workers
-    rest = sum(_cost(config, job.kind, job.steps) for job in left)
-    rest -= sum(_cost(config, done["kind"], done["steps"]) for done in now)
+    rest = sum(_cost(config, job) for job in left)
+    rest -= sum(_cost(config, job_of(done)) for done in now)
     what = f"{line['kind']} {line['arm']} {line['weights']}"
     if line["labels"]:
         what += f" {line['labels']} labels seed {line['seed']}"

@@ -20,7 +20,7 @@ from clips import (
     LABELLED,
     SCORED,
     SUBJECTS,
-    UNLABELLED,
+    TRAINING,
     Subject,
     default_subject,
     middle,
@@ -47,31 +47,35 @@ WEIGHTS, ORDER, STEP, CROPS = range(100, 104)
 
 ArmName = Literal[
     "random",
-    "first_stage",
     "pixels",
+    "pixels_longer",
     "pixels_contrastive",
     "features",
     "features_contrastive",
+    "ema",
     "ema_contrastive",
 ]
 
 
 class Arm(NamedTuple):
-    """How an encoder is pretrained."""
+    """How an encoder is pretrained: for times as many steps as others."""
 
     target: Literal["pixels", "features", "ema"]
     is_contrastive: bool
+    times: int = 1
 
 
 ARMS: dict[ArmName, Arm] = {
-    "first_stage": Arm("pixels", False),
     "pixels": Arm("pixels", False),
+    "pixels_longer": Arm("pixels", False, times=2),
     "pixels_contrastive": Arm("pixels", True),
     "features": Arm("features", False),
     "features_contrastive": Arm("features", True),
+    "ema": Arm("ema", False),
     "ema_contrastive": Arm("ema", True),
 }
-COMPARED: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "first_stage")
+# without the contrastive term, a moving average is for trials (LOG.md): two hours hold no more
+COMPARED: tuple[ArmName, ...] = tuple(name for name in ARMS if name != "ema")
 
 
 class ExperimentConfig(Knobs):
@@ -93,30 +97,31 @@ class ExperimentConfig(Knobs):
         (0, 1, 2),
         "repetitions: each has its own labelled clips, head, order, augmentation and random weights",
     )
-    labels_per_class: tuple[int, ...] = knob((1, 10, 40, 100), "labelled clips of each class")
+    labels_per_class: tuple[int, ...] = knob((1, 10, 100), "labelled clips of each class")
     scored_on: Literal["validation", "tuning"] = knob(
         "validation",
         "which photographs give the figures: the four of the demo's validation list; or coffee and "
         "grass, on which nothing is then trained, to try recipes out",
     )
-    unlabelled_clips: int = knob(12000, "clips for pretraining, cropped anew each time", low=1)
+    unlabelled_clips: int = knob(12000, "for pretraining; a seed knows the labels of some", low=1)
     scored_per_class: int = knob(80, "clips of each class that give an accuracy", low=1)
-    batch: int = knob(32, "clips of a step, in pretraining and in fine-tuning", low=1)
-    steps: int = knob(5000, "of pretraining; of targets of features with those of the first stage")
-    first_steps: int = knob(2500, "of the first stage: pixels, whose encoder becomes the teacher")
+    batch: int = knob(16, "clips of a step of pretraining", low=1)
+    steps: int = knob(10000, "of pretraining; the teacher of features has had as many before")
     warmup_steps: int = knob(200, "of pretraining")
-    pretrain_lr: float = knob(3e-3, "peak learning rate of pretraining, as it is", above=0)
+    pretrain_lr: float = knob(2e-3, "peak learning rate of pretraining, as it is", above=0)
     mask_ratio: float = knob(0.5, "share of the tubes that are hidden")
     pixel_contrast: tuple[float, float] = knob((0.01, 0.03), "lambda and tau on pixels")
     feature_contrast: tuple[float, float] = knob(
-        (0.05, 0.1), "lambda and tau on features, of the first stage and of the moving average"
+        (0.05, 0.1), "lambda and tau on features, of pixels' encoder and of the moving average"
     )
     momentum: float = knob(0.996, "of the moving average at first; it grows to 1")
     negatives: Literal["clip", "batch"] = knob("clip", "of the contrastive term, as in a run")
     arms: tuple[str, ...] = knob(COMPARED, "ways of pretraining that are compared", filled=True)
     repeated: tuple[str, ...] = knob(
-        ("features", "features_contrastive"), "of these, whose pretraining has a second seed"
+        ("pixels", "features", "features_contrastive"),
+        "of these, whose pretraining has a second seed",
     )
+    finetune_batch: int = knob(32, "clips of a step of training with labels", low=1)
     finetune_steps: int = knob(800, "of fine-tuning pretrained weights", low=1)
     finetune_lr: float = knob(1.5e-3, "its peak learning rate", above=0)
     scratch_steps: tuple[int, ...] = knob(
@@ -138,11 +143,16 @@ class ExperimentConfig(Knobs):
             is_set = 0 < len(values) == len(set(values)) and min(values) >= least
             require(is_set, name, values, "must be different numbers, none negative")
         require(
-            self.warmup_steps < min(self.first_steps, self.steps - self.first_steps),
+            self.label_counts[-1] <= self.unlabelled_clips,
+            "labels_per_class",
+            self.labels_per_class,
+            f"labels come from unlabelled_clips = {self.unlabelled_clips}",
+        )
+        require(
+            self.warmup_steps < self.steps,
             "warmup_steps",
             self.warmup_steps,
-            f"must be below first_steps = {self.first_steps} and what it leaves of steps = "
-            f"{self.steps}",
+            f"must be below steps = {self.steps}",
         )
         require(
             self.save_interval % self.log_interval == 0,
@@ -150,14 +160,22 @@ class ExperimentConfig(Knobs):
             self.save_interval,
             f"must be a multiple of log_interval = {self.log_interval}",
         )
-        for name, known in (("arms", COMPARED), ("repeated", self.arms)):
+        for name, known in (("arms", ARMS), ("repeated", self.arms)):
             value = getattr(self, name)
             require(set(value) <= set(known), name, value, f"must be of {', '.join(known)}")
+            taught = [arm for arm in ARMS if arm in value and ARMS[arm].target == "features"]
+            is_taught = not taught or "pixels" in value
+            require(is_taught, name, value, f"pixels teach {', '.join(taught)}")
 
     @property
     def shown(self) -> Subject:
         """What is seen in the clips."""
         return SUBJECTS[self.subject]
+
+    @property
+    def label_counts(self) -> list[int]:
+        """Numbers of labelled clips, fewest first."""
+        return [num * len(self.shown.classes) for num in sorted(self.labels_per_class)]
 
 
 class Job(NamedTuple):
@@ -175,6 +193,11 @@ class Job(NamedTuple):
     lr: float = 0.0
 
 
+def job_of(line: dict[str, Any]) -> Job:
+    """Whose line of results.jsonl it is."""
+    return Job(*(line[name] for name in Job._fields))
+
+
 def work(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     """Does a job and returns its line of results.jsonl."""
     start = time.monotonic()
@@ -182,7 +205,9 @@ def work(config: ExperimentConfig, job: Job) -> dict[str, Any]:
         case "pretrain":
             result = pretrain(config, job)
         case "search":
-            result = finetune(replace(config, scored_on="tuning"), job)
+            # rendered are those alone that may have labels
+            num = config.label_counts[-1]
+            result = finetune(replace(config, scored_on="tuning", unlabelled_clips=num), job)
         case "finetune":
             result = finetune(config, job)
         case "probe":
@@ -190,19 +215,24 @@ def work(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     return {**job._asdict(), **result, "seconds": round(time.monotonic() - start, 2)}
 
 
-@lru_cache(maxsize=1)
-def unlabelled_clips(config: ExperimentConfig) -> Tensor:
-    """clips_NTHWC for pretraining, larger than a frame."""
+@lru_cache(maxsize=2)
+def training_clips(config: ExperimentConfig) -> tuple[Tensor, Tensor]:
+    """clips_NTHWC for pretraining, larger than a frame, and the label_N that it does not see."""
     train, _ = photographs(config.scored_on)
-    return config.shown.render(train, UNLABELLED, config.unlabelled_clips, config.seed)[0]
+    return config.shown.render(train, TRAINING, config.unlabelled_clips, config.seed)
 
 
-@lru_cache(maxsize=8)
-def labelled_clips(config: ExperimentConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """clips_NTHWC and label_N of a seed: the first n of them, balanced, are what n labels give."""
-    train, _ = photographs(config.scored_on)
-    num = max(config.labels_per_class) * len(config.shown.classes)
-    return config.shown.render(train, LABELLED + seed, num, config.seed)
+def labelled_clips(config: ExperimentConfig, labels: int, seed: int) -> tuple[Tensor, Tensor]:
+    """clips_NTHWC and label_N of those whose labels are known to a seed, the same number of each
+    class; fewer are the first of more.
+    """
+    clips_NTHWC, label_N = training_clips(config)
+    classes = len(config.shown.classes)
+    # clip n shows class n mod classes
+    random = np.random.default_rng([config.seed, LABELLED, seed])
+    place_G = random.permutation(len(clips_NTHWC) // classes)[: labels // classes]
+    index_N = torch.from_numpy((place_G[:, None] * classes + np.arange(classes)).flatten())
+    return clips_NTHWC[index_N], label_N[index_N]
 
 
 @lru_cache(maxsize=2)
@@ -220,14 +250,10 @@ def pretrain(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     """
     device, arm = choose_device(), ARMS[job.arm]
     state_file = Path(config.output) / "states" / f"{job.arm}_{job.weights}.pt"
-    clips_NTHWC = unlabelled_clips(config).to(device)
+    clips_NTHWC = training_clips(config)[0].to(device)
     model, teacher = _student(config, arm, job.weights)
     optimizer = make_optimizer(model, weight_decay=0.01, beta2=0.95)
-    total = config.steps
-    if job.arm == "first_stage":
-        total = config.first_steps
-    elif arm.target == "features":
-        total = config.steps - config.first_steps
+    total = config.steps * arm.times
     schedule = Schedule(config.pretrain_lr, 0.0, config.warmup_steps, total)
     first, curve = 0, []
     if state_file.exists():
@@ -241,7 +267,8 @@ def pretrain(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     for step in range(first, total):
         random = np.random.default_rng([config.seed, STEP, job.weights, step])
         index_B = torch.from_numpy(random.integers(0, len(clips_NTHWC), config.batch)).to(device)
-        clip_BTHWC = random_crop(clips_NTHWC[index_B], random, config.shown.model.height)
+        crop_BTHWC = random_crop(clips_NTHWC[index_B], random, config.shown.model.height)
+        clip_BTHWC = config.shown.vary(crop_BTHWC, random)
         mask_seed_B = torch.from_numpy(random.integers(0, 2**62, config.batch)).to(device)
         mask = token_mask(mask_seed_B, model.grid, "tube", config.mask_ratio)
         target_BSF = None if teacher is None else teacher(clip_BTHWC)
@@ -292,7 +319,7 @@ def _student(config: ExperimentConfig, arm: Arm, seed: int) -> tuple[VideoMAE, T
     seed_torch(config, seed)
     if arm.target == "pixels":
         return VideoMAE(model_config, replace(objective, normalize="none")).to(device), None
-    folder = model_folder(config, "first_stage", seed)
+    folder = model_folder(config, "pixels", seed)
     named = "ema" if arm.target == "ema" else str(folder)
     objective = replace(objective, target="features", teacher=named)
     student = VideoMAE(replace(model_config, target_width=model_config.embed_dim), objective)
@@ -334,8 +361,8 @@ def finetune(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     the result.
     """
     device, shown = choose_device(), config.shown
-    labelled = labelled_clips(config, job.seed)
-    clips_NTHWC, label_N = (part[: job.labels].to(device) for part in labelled)
+    labelled = labelled_clips(config, job.labels, job.seed)
+    clips_NTHWC, label_N = (part.to(device) for part in labelled)
     weights = encoder_of(config, job).state_dict()
     seed_torch(config, job.seed)
     head = ClassifierConfig(num_classes=len(shown.classes), head_init_scale=1.0)
@@ -348,12 +375,12 @@ def finetune(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     optimizer = make_optimizer(model, weight_decay=0.05, beta2=0.999)
     schedule = Schedule(job.lr, 0.0, job.steps // 10, job.steps)
     order = np.random.default_rng([config.seed, ORDER, job.seed])
-    passes = -(-job.steps * config.batch // job.labels)
+    passes = -(-job.steps * config.finetune_batch // job.labels)
     index = torch.from_numpy(np.concatenate([order.permutation(job.labels) for _ in range(passes)]))
     losses = []
     for step in range(job.steps):
         random = np.random.default_rng([config.seed, STEP, job.seed, step])
-        index_B = index[step * config.batch : (step + 1) * config.batch].to(device)
+        index_B = index[step * config.finetune_batch :][: config.finetune_batch].to(device)
         clip_BTHWC = random_crop(clips_NTHWC[index_B], random, shown.model.height)
         logits_BK = model(shown.vary(clip_BTHWC, random))
         loss = F.cross_entropy(logits_BK, label_N[index_B], label_smoothing=0.1)
@@ -375,8 +402,7 @@ def probe(config: ExperimentConfig, job: Job) -> dict[str, Any]:
     neighbours.
     """
     device, shown = choose_device(), config.shown
-    labelled = labelled_clips(config, job.seed)
-    clips_NTHWC, label_N = (part[: job.labels] for part in labelled)
+    clips_NTHWC, label_N = labelled_clips(config, job.labels, job.seed)
     scored_NTHWC, scored_label_N = scored_clips(config)
     encoder = encoder_of(config, job).to(device).eval()
     random = np.random.default_rng([config.seed, CROPS, job.seed])

@@ -31,10 +31,10 @@ TOY = [
     "unlabelled_clips=24",
     "scored_per_class=4",
     "steps=14",
-    "first_steps=6",
     "warmup_steps=2",
     "batch=4",
-    "repeated=[features]",
+    "finetune_batch=4",
+    "repeated=[pixels,features]",
     "finetune_steps=3",
     "scratch_steps=[2,3]",
     "scratch_lrs=[2e-3]",
@@ -43,9 +43,8 @@ TOY = [
     "workers=1",
 ]
 PRETRAININGS = [
-    ("first_stage", 0),
-    ("first_stage", 1),
     *((arm, 0) for arm in COMPARED),
+    ("pixels", 1),
     ("features", 1),
 ]
 SMALL = ShapeClipsConfig(num_frames=3)
@@ -149,7 +148,7 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(
         scored_on=split,
         labels_per_class=(1,),
         scored_per_class=1,
-        unlabelled_clips=2,
+        unlabelled_clips=8,
         seed=77,
     )
     rendered: list[tuple[Sequence[str], Sequence[Any]]] = []
@@ -160,14 +159,13 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(
 
     shown = SUBJECTS["shapes"]
     monkeypatch.setitem(SUBJECTS, "shapes", shown._replace(render=record))
-    trials.unlabelled_clips(config)
-    labelled_clips(config, 0)
-    labelled_clips(config, 1)
+    labelled_clips(config, 8, 0)
+    labelled_clips(config, 8, 1)
     scored_clips(config)
-    *training, scoring = rendered
-    assert len({rest[0] for _, rest in rendered}) == 4  # each has its own random numbers
+    training, scoring = rendered
+    assert training[1][0] != scoring[1][0]  # each has its own random numbers
     train, scored = photographs(split)
-    assert [names for names, _ in training] == [train] * 3
+    assert training[0] == train
     assert (
         scoring[0]
         == scored
@@ -181,10 +179,22 @@ def test_figures_come_from_photographs_that_nothing_is_trained_on(
         assert not set(PHOTOGRAPHS["val"]) & {*train, *scored}
 
 
-def test_the_first_labelled_clips_are_balanced_at_every_number_of_labels() -> None:
-    _, label_N = labelled_clips(ExperimentConfig(subject="shapes", labels_per_class=(1, 3)), 1)
-    for labels in (8, 24):
-        assert label_N[:labels].bincount().tolist() == [labels // 8] * 8
+def test_labelled_clips_are_balanced_nested_and_some_of_those_of_pretraining() -> None:
+    config = ExperimentConfig(subject="shapes", labels_per_class=(1, 3), unlabelled_clips=48)
+    clips_NTHWC, label_N = trials.training_clips(config)
+    places = []
+    for seed in (0, 1):
+        more_NTHWC, more_label_N = labelled_clips(config, 24, seed)
+        fewer_NTHWC, fewer_label_N = labelled_clips(config, 8, seed)
+        assert torch.equal(more_NTHWC[:8], fewer_NTHWC)
+        for some_label_N in (fewer_label_N, more_label_N):
+            assert some_label_N.bincount().tolist() == [len(some_label_N) // 8] * 8
+        is_same_NN = (more_NTHWC[:, None] == clips_NTHWC[None]).flatten(2).all(2)
+        assert (is_same_NN.sum(1) == 1).all()
+        place_N = is_same_NN.int().argmax(1)
+        assert torch.equal(label_N[place_N], more_label_N)
+        places.append(place_N.tolist())
+    assert set(places[0]) != set(places[1])
 
 
 def test_crops_and_colours_are_the_same_in_all_frames_and_leave_the_clip_recognisable() -> None:
@@ -236,28 +246,28 @@ def test_a_run_writes_all_its_files_and_a_line_for_every_figure(toy: Path) -> No
     expected += [
         (kind, arm, weights, labels, seed)
         for kind in ("finetune", "probe")
-        for arm, weights in (("random", 0), *PRETRAININGS[2:])
+        for arm, weights in (("random", 0), *PRETRAININGS)
         for labels in (8, 16)
         for seed in (3,)
     ]
     assert sorted(found) == sorted(expected)
     for line in lines:
         if line["kind"] == "pretrain":
-            last = {"first_stage": 6, "features": 8, "features_contrastive": 8}.get(line["arm"], 14)
+            last = 28 if line["arm"] == "pixels_longer" else 14
             assert [step for step, _, _ in line["curve"]] == list(range(2, last + 1, 2))
             assert (line["curve"][-1][2] > 0) == line["arm"].endswith("contrastive")
         else:
             # of 32 clips
             assert all((32 * accuracy) % 1 == 0 for accuracy in line["top1"].values())
     rows = [line for line in (toy / "table.md").read_text().splitlines() if line.startswith("| f")]
-    assert len(rows) == 18
+    assert len(rows) == 21
     by_seed = [
         100 * line["top1"]["fine-tuned"]
         for line in lines
         if (line["kind"], line["arm"], line["labels"]) == ("finetune", "features", 16)
     ]
     error = float(np.std(by_seed, ddof=1)) / 2**0.5
-    assert f"**{np.mean(by_seed):.1f}** ({error:.1f}, 2 seeds)" in rows[3]
+    assert f"**{np.mean(by_seed):.1f}** ({error:.1f}, 2 seeds)" in rows[4]
     for picture in ("accuracy.png", "curves.png"):
         assert (toy / picture).stat().st_size > 10_000
 
@@ -291,13 +301,15 @@ def test_training_from_scratch_has_the_settings_that_were_best_on_the_tuning_pho
     job = Job("search", "random", labels=8, steps=3, lr=2e-3)
     [line] = [line for line in lines if Job(*(line[name] for name in Job._fields)) == job]
     # nothing of it comes from the photographs that give the figures
-    config = dataclasses.replace(config, batch=4)
+    config = dataclasses.replace(config, finetune_batch=4, unlabelled_clips=16)
     assert trials.finetune(config, job)["top1"] == line["top1"]
 
 
 def test_readings_of_a_run_are_those_of_its_saved_model_on_unseen_clips(toy: Path) -> None:
-    config = ExperimentConfig(subject="shapes", labels_per_class=(1, 2), scored_per_class=4)
-    clips_NTHWC, label_N = labelled_clips(config, 3)
+    config = ExperimentConfig(
+        subject="shapes", labels_per_class=(1, 2), scored_per_class=4, unlabelled_clips=24
+    )
+    clips_NTHWC, label_N = labelled_clips(config, 16, 3)
     unseen_NTHWC, unseen_label_N = scored_clips(config)
     whole_NTHWC, _ = render_clips(PHOTOGRAPHS["val"], 1, 32, ShapeClipsConfig())
     assert torch.equal(unseen_NTHWC, whole_NTHWC[:, :, 4:36, 4:36])
@@ -322,17 +334,12 @@ def test_readings_of_a_run_are_those_of_its_saved_model_on_unseen_clips(toy: Pat
         correct += votes.index(max(votes)) == label
     job = Job("probe", "features", 1, 16, 3)
     [line] = [
-        line
-        for line in lines_of(toy)[1:]
-        if line["kind"] == "probe"
-        and line["weights"] == 1
-        and (line["labels"], line["seed"]) == (16, 3)
+        line for line in lines_of(toy)[1:] if Job(*(line[name] for name in Job._fields)) == job
     ]
-    assert Job(*(line[name] for name in Job._fields)) == job
     assert line["top1"]["nearest neighbours"] == correct / 32
 
 
-def test_targets_of_features_are_those_of_the_first_stage_of_the_same_seed(toy: Path) -> None:
+def test_targets_of_features_are_those_of_pixels_of_the_same_seed(toy: Path) -> None:
     config = ExperimentConfig(subject="shapes", output=str(toy))
     clip_BTHWC = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8)
     targets = {}
@@ -340,7 +347,7 @@ def test_targets_of_features_are_those_of_the_first_stage_of_the_same_seed(toy: 
         _, teacher = trials._student(config, trials.ARMS["features"], seed)
         assert teacher is not None
         targets[seed] = teacher(clip_BTHWC)
-        encoder = load_pretrained(toy / "models" / f"first_stage_{seed}").encoder
+        encoder = load_pretrained(toy / "models" / f"pixels_{seed}").encoder
         with torch.no_grad():
             expected = torch.nn.functional.layer_norm(encoder(clip_BTHWC), (96,))
         torch.testing.assert_close(targets[seed], expected)
@@ -411,15 +418,15 @@ def test_only_what_is_missing_is_done_again(
 def test_two_workers_find_the_same_figures(
     toy: Path, tmp_path: Path, steps_taken: list[float]
 ) -> None:
-    options = ["arms=[features]", "workers=2"]
+    options = ["arms=[pixels,features]", "workers=2"]
     assert main([f"output={tmp_path / 'run'}", *TOY, *options]) == 0
     assert steps_taken == []  # in this process
     _, *lines = lines_of(tmp_path / "run")
     order = [(line["kind"], line["arm"], line["weights"]) for line in lines]
     for weights in (0, 1):
-        stage = order.index(("pretrain", "first_stage", weights))
-        assert stage < order.index(("pretrain", "features", weights))
-    expected = lines_of_arms(toy, "first_stage", "features")
+        teacher = order.index(("pretrain", "pixels", weights))
+        assert teacher < order.index(("pretrain", "features", weights))
+    expected = lines_of_arms(toy, "pixels", "features")
     assert sorted(lines, key=str) == sorted(expected, key=str)
 
 
@@ -430,8 +437,10 @@ def test_two_workers_find_the_same_figures(
         ("seeds=[1,1]", "seeds: .* must be different numbers"),
         ("step=3", "unknown key step .*steps"),
         ("save_interval=3", "save_interval: 3 must be a multiple of log_interval"),
-        ("first_steps=14", "warmup_steps: 2 must be below first_steps = 14"),
+        ("warmup_steps=14", "warmup_steps: 14 must be below steps = 14"),
+        ("unlabelled_clips=15", "labels_per_class: .* labels come from unlabelled_clips = 15"),
         ("repeated=[everything]", "repeated: .* must be of pixels, "),
+        ("repeated=[features]", "repeated: .* pixels teach features"),
         (
             "finetune_steps=7",
             "results.jsonl: holds results of other settings .finetune_steps.: name another folder",

@@ -360,12 +360,12 @@ def test_forward_adds_a_scaled_gradient_to_what_is_there(buffer, negatives, monk
 
 def test_are_proper_torch_operations():
     predicted, target = (x.detach().half() for x in clips(2, 4, 9))
-    tau, some = torch.tensor([0.1]), torch.tensor([0.3])
+    tau, weight = torch.tensor([0.1]), torch.tensor([0.3, 0.4])  # a weight a clip
     for with_gradient in (True, False):
         OPCHECK(chunked.forward, (predicted, target, tau, with_gradient, 200))
     OPCHECK(streaming.forward, (predicted, target, tau))
     _, _, _, *rows = streaming.forward(predicted, target, tau)
-    OPCHECK(streaming.backward, (predicted, target, tau, some, *rows))
+    OPCHECK(streaming.backward, (predicted, target, tau, weight, *rows))
 
 
 @pytest.mark.parametrize("memory", WAYS)
