@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from video_mae import processes
-from video_mae.processes import hold_folder, identity
+from video_mae.processes import hold_folder, identity, remove_unfinished
 
 HOLD = """
 import sys, time
@@ -98,6 +99,31 @@ def test_what_a_crash_tore_holds_nothing(tmp_path: Path) -> None:
             assert told == []
             assert (folder / ".lock").exists()
         assert not (folder / ".lock").exists()
+
+
+def test_a_process_whose_folder_is_removed_ends_and_leaves_the_next_ones_alone(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    first = hold(folder, 100)
+    assert said(first) == "held\n"
+    shutil.rmtree(folder)
+    assert said(first) == f"{folder}: was removed, and may become another's; this process ends\n"
+    assert first.wait(60) == -signal.SIGTERM
+    second = hold(folder, 0)
+    assert said(second) == "held\n"
+    second.wait()
+
+
+def test_what_is_cleaned_up_is_of_this_folder_alone(tmp_path: Path) -> None:
+    """A run that lies in another one's folder, and may be at work."""
+    left = [tmp_path / name for name in (".unfinished-a", "checkpoints/.step_00000004")]
+    others = [tmp_path / "other" / name for name in (".unfinished-a", "checkpoints/.step_00000004")]
+    for folder in (*left, *others):
+        folder.mkdir(parents=True)
+    lines = remove_unfinished(tmp_path)
+    assert lines == [f"removed what an earlier start left behind: {one}" for one in left]
+    assert [one.exists() for one in (*left, *others)] == [False, False, True, True]
 
 
 def test_of_several_ranks_the_first_holds_the_folder(tmp_path: Path) -> None:

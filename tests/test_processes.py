@@ -27,10 +27,27 @@ pathlib.Path(sys.argv[1] + ".launcher").write_text(str(os.getpid()))
 environment = {**os.environ, "RANK": "0"}
 subprocess.run([sys.executable, "command.py", sys.argv[1]], env=environment, start_new_session=True)
 """
+# As `deepspeed` is killed while its launcher still imports what it needs.
+LOST = """
+import os, pathlib, subprocess, sys
+environment = {**os.environ, "RANK": "0", "CROSS_RANK": "0"}
+done = subprocess.run([sys.executable, "command.py", sys.argv[1]], env=environment)
+pathlib.Path(sys.argv[1]).write_text(f"ended {done.returncode}")
+"""
+# Waits as a collective does: no handler comes to its turn.
+WAITING = """
+import ctypes
+from video_mae.processes import on_signals
+on_signals(print)
+lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+library.pthread_mutex_lock(lock)
+print("ready", flush=True)
+library.pthread_mutex_lock(lock)
+"""
 HANDLING = """
 import time
 from video_mae.processes import on_signals
-on_signals(lambda number: print(number, flush=True))
+on_signals(lambda number, frame: print(number, flush=True))
 print("ready", flush=True)
 while True:
     time.sleep(0.1)
@@ -111,6 +128,44 @@ def test_a_command_ends_with_who_started_it_but_not_where_it_was_to_go_on(
     ]
 
 
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_rank_whose_launcher_has_lost_who_started_it_ends(
+    is_whole: bool, tmp_path: Path, started: list[psutil.Process]
+) -> None:
+    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "launcher.py").write_text(LOST)
+    line = f"{sys.executable} launcher.py number"
+    # the shell in between is gone at once
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{line}; true" if is_whole else f"({line} &) ; sleep 100"],
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=signals_of_a_terminal,
+    )
+    started.append(psutil.Process(shell.pid))
+    number = tmp_path / "number"
+    wait_for(lambda: number.exists() and number.read_text())
+    time.sleep(2)
+    if is_whole:
+        started.append(psutil.Process(int(number.read_text())))
+    else:
+        wait_for(lambda: number.read_text() == f"ended {-signal.SIGTERM}")
+
+
+def test_a_second_signal_ends_a_process_whose_handlers_have_to_wait(
+    started: list[psutil.Process],
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+    started.append(psutil.Process(process.pid))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    time.sleep(2)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+
+
 def test_the_second_signal_ends_a_process_that_handles_the_first(
     started: list[psutil.Process],
 ) -> None:
@@ -138,7 +193,7 @@ def test_a_signal_to_an_earlier_run_of_the_process_is_none_to_the_next() -> None
         "from video_mae import processes\n"
         "processes.SAME_SECONDS = 0\n"
         "for _ in range(2):\n"
-        "    processes.on_signals(lambda number: print(number, flush=True))\n"
+        "    processes.on_signals(lambda number, frame: print(number, flush=True))\n"
         "    signal.raise_signal(signal.SIGTERM)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

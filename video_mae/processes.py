@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import UNFINISHED, FolderError, json_line, read_jsonl, storing
+from video_mae.files import UNFINISHED, FolderError, json_line, read_jsonl, say, storing
 
 LEFT_BEHIND = (UNFINISHED, ".step_", ".damaged_step_", ".model-")
 """How the names of what a killed process, of earlier versions too, leaves behind begin."""
@@ -63,22 +63,28 @@ def is_running(other: dict[str, Any]) -> bool:
     return _status(other["pid"])[-1:] == [other["start"]]
 
 
-def on_signals(handle: Callable[[int], None]) -> None:
-    """Has handle(number) called for the signals that ask a command to end, but not for SIGHUP where
-    it was ignored from the start, as by `nohup`. A second signal ends the process at once.
+def on_signals(handle: Callable[[int, Any], object]) -> None:
+    """Has handle(number, frame) called for the signals that ask a command to end, but not for
+    SIGHUP where it was ignored from the start, as by `nohup`. A second signal ends the process at
+    once, also where no handler comes to its turn, as in a collective: a thread hears of it.
     """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
 
-    def note(number: int, frame: object) -> None:
-        now = time.monotonic()
-        _first.append(now)
-        if now > _first[0] + SAME_SECONDS:
-            os._exit(128 + number)
-        handle(number)
+    def hear() -> None:
+        while True:
+            number, now = os.read(heard, 1)[0], time.monotonic()
+            if number in ENDING:
+                _first.append(now)
+                if now > _first[0] + SAME_SECONDS:
+                    os._exit(128 + number)
 
     _first.clear()
+    signal.set_wakeup_fd(told)
     for number in ENDING:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, note)
+            signal.signal(number, handle)
+    threading.Thread(target=hear, daemon=True).start()
 
 
 def end_with_launchers() -> None:
@@ -86,7 +92,8 @@ def end_with_launchers() -> None:
     its group, which a shell stops as one; under a launcher those of the launcher's.
 
     What was started in the background or by `nohup` outlives who did it. Then only those count
-    whose command line ends as that of this process does: they are there for it alone.
+    whose command line ends as that of this process does: they are there for it alone. Of
+    `deepspeed` and its launcher one is gone already where less than two are found.
     """
     pid = os.getppid()
     group = str(os.getpgid(pid if "RANK" in os.environ else 0))
@@ -98,9 +105,10 @@ def end_with_launchers() -> None:
             break
         found.append({"pid": pid, "start": status[-1]})
         pid = int(status[0])
+    is_alone = "CROSS_RANK" in os.environ and len(found) < 2 and os.getppid() != os.getpgid(0)
 
     def watch() -> None:
-        while all(map(is_running, found)):
+        while not is_alone and all(map(is_running, found)):
             time.sleep(LOOK_SECONDS)
         if not _first:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -154,6 +162,9 @@ def hold_folder(folder: Path, rank: int = 0) -> Iterator[list[str]]:
     def give_signs() -> None:
         while not ended.wait(SIGN_SECONDS):
             with suppress(OSError):
+                if not (file.exists() or ended.is_set()):
+                    say(f"{folder}: was removed, and may become another's; this process ends")
+                    return os.kill(os.getpid(), signal.SIGTERM)
                 os.utime(file)
 
     threading.Thread(target=give_signs, daemon=True).start()
@@ -166,10 +177,13 @@ def hold_folder(folder: Path, rank: int = 0) -> Iterator[list[str]]:
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Removes from a folder what killed processes were making in it; returns a line on each."""
+    """Removes from a folder what killed processes were making in it; returns a line on each. What
+    lies deeper may be of others that are at work.
+    """
     lines: list[str] = []
-    for one in folder.glob("**/.*"):
-        if one.name.startswith(LEFT_BEHIND):
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
-            lines.append(f"removed what an earlier start left behind: {one}")
+    for place in ("", "checkpoints/", "reconstructions/"):
+        for one in folder.glob(f"{place}.*"):
+            if one.name.startswith(LEFT_BEHIND):
+                shutil.rmtree(one) if one.is_dir() else one.unlink()
+                lines.append(f"removed what an earlier start left behind: {one}")
     return lines

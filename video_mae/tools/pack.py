@@ -8,9 +8,8 @@ list and the settings alone.
 import hashlib
 import json
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ from video_mae.files import (
     write_json,
     write_text,
 )
-from video_mae.processes import ENDING, hold_folder, on_signals, remove_unfinished
+from video_mae.processes import hold_folder, on_signals, remove_unfinished
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, NOTHING = 0, 3
@@ -85,8 +84,9 @@ def start(source: str, folder: str, config: PackConfig) -> int:
         if not (target / SETTINGS).is_file():
             write_json(target / SETTINGS, settings)
         with closing(ShardWriter(target, config.form, config.shard_mb * 10**6)) as writer:
-            with _stopping() as stop:
-                _pack_all(items, writer, config, stop)
+            stop = _Stop()
+            on_signals(stop.note)
+            _pack_all(items, writer, config, stop)
             if stop.number:
                 say(
                     f"{folder}: stopped at {writer.num_rows} of {len(items)} videos; the same "
@@ -132,21 +132,8 @@ class _Stop:
 
     asked, number = False, 0
 
-
-@contextmanager
-def _stopping() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def note(number: int) -> None:
-        stop.asked, stop.number = True, number
-
-    before = {number: signal.getsignal(number) for number in ENDING}
-    on_signals(note)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def note(self, number: int, frame: object) -> None:
+        self.asked, self.number = True, number
 
 
 def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, stop: _Stop) -> None:
