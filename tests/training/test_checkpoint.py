@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from video_mae.training.checkpoint import (
     MANIFEST,
     digest,
     fault,
+    folders,
     newest,
     publish,
     read_manifest,
@@ -59,6 +61,14 @@ def test_steps_sort_by_number(tmp_path):
     assert found(tmp_path) == 1000
 
 
+def test_a_copy_that_a_person_keeps_is_none_of_them_and_stays(tmp_path):
+    copy = Path(shutil.copytree(write(tmp_path, 1), tmp_path / "step_00000001_good"))
+    write(tmp_path, 2, keep=1)
+    write(tmp_path, 3, keep=1)
+    assert [one.name for one in folders(tmp_path)] == ["step_00000003"]
+    assert copy.exists()
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -79,6 +89,13 @@ def torn(path: Path) -> None:
         (MANIFEST, lambda path: path.write_bytes(b"\xff\x00")),
         (MANIFEST, lambda path: path.write_text("[]")),
         (MANIFEST, lambda path: path.write_text("{}")),
+        # of what this version writes: else DeepSpeed would be asked for the rest
+        (
+            MANIFEST,
+            lambda path: path.write_text(
+                path.read_text().replace('"step"', '"memory": {}, "step"')
+            ),
+        ),
     ],
 )
 def test_incomplete_checkpoint_is_passed_over(tmp_path, name, damage):
