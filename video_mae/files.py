@@ -168,8 +168,11 @@ def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        # this module is to do without safetensors; an OSError without a number is of our own
-        is_refused = getattr(error, "errno", None) or type(error).__name__ == "SafetensorError"
+        # Of safetensors, shutil.copytree and torch.save, two of which this module is to do without.
+        # Another OSError without a number is of our own.
+        is_refused = getattr(error, "errno", None) or re.match(
+            r"SafetensorError|Error\(|RuntimeError.*inline_container", repr(error)
+        )
         source = getattr(error, "filename", None) or path  # what is read for it may be missing
         if not is_refused or not str(source).startswith(str(path.parent)):
             raise
@@ -229,6 +232,12 @@ def append(path: Path, data: bytes) -> None:
             raise OSError(*_FULL)
 
 
+def log(file: Path, text: str) -> None:
+    """Adds to a log, with the time; what the disk refuses has been said."""
+    with suppress(StorageError):
+        append(file, unicode_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n").encode())
+
+
 def draw_or_tell(
     path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = say
 ) -> None:
@@ -250,8 +259,8 @@ def read_jsonl(path: Path) -> list[JsonObject]:
     """
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # torn by a crash
-            entries.append(json.loads(line))
+        with suppress(ValueError, RecursionError):  # torn by a crash, or no JSON that we write
+            entries.append(as_read_back(json.loads(line)))
     return [entry for entry in entries if isinstance(entry, dict)]
 
 

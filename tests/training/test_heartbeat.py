@@ -1,12 +1,13 @@
 """Who is named where ranks stand still, from what they have told."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from video_mae.training.heartbeat import Progress, _Watch
+from video_mae.training.heartbeat import Progress, _Watch, heartbeat
 
 
 class LeftError(Exception):
@@ -44,6 +45,24 @@ def test_ranks_that_beat_and_move_are_left_alone(watch: _Watch) -> None:
         for rank, file in enumerate(watch.files):
             tell(file, moves + rank, 29, "forward", ago)
         watch.look()
+
+
+@pytest.mark.parametrize("text", ["\0" * 60, "5", "5 x rank 1", ""])
+def test_half_a_text_is_no_sign_of_death_and_ends_no_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    """As a network disk may give, of a file that is just written."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    beats = tmp_path / ".heartbeats"
+    with heartbeat(tmp_path, 30):
+        (watching,) = [one for one in threading.enumerate() if "beat" in one.name]
+        tell(beats / "rank_1", 5, 1, "forward", 1)
+        (beats / "rank_1").write_text(text)
+        os.utime(beats / "rank_1", (time.time() + 1, time.time() + 1))
+        time.sleep(2.5)
+        assert watching.is_alive()
 
 
 def test_a_rank_that_is_not_heard_is_named(watch: _Watch) -> None:

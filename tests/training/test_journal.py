@@ -443,6 +443,18 @@ def test_a_torn_quarantine_line_spoils_no_other(tmp_path: Path):
     assert [entry["path"] for entry in read_jsonl(file)] == ["a.mp4", "b.mp4", "c.mp4"]
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": 1e999}', b"[" * 10**5]
+)
+def test_a_line_that_is_no_json_of_ours_is_set_aside(tmp_path: Path, line: bytes):
+    file, said = tmp_path / "metrics.jsonl", list[str]()
+    file.write_bytes(line + b'\n{"step": 2}\n')
+    mend_jsonl(file, 2, {"step"}, said.append)
+    assert file.read_bytes() == b'{"step": 2}\n'
+    assert said == [f"{file}: 1 damaged lines are left out, metrics.jsonl.damaged has them"]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == line + b'\n{"step": 2}\n'
+
+
 def quarantine_many(folder: Path) -> None:
     quarantine = Register(folder / "quarantine.jsonl")
     for i in range(100):

@@ -19,11 +19,11 @@ from video_mae.config import PretrainConfig, load_config
 from video_mae.files import FolderError, StorageError
 from video_mae.model.objective import Losses, Objective
 from video_mae.processes import _status, identity
-from video_mae.training import loop, saving
+from video_mae.training import heartbeat, loop, saving
 from video_mae.training.checkpoint import MANIFEST, step_name
 from video_mae.training.journal import Journal
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
-from video_mae.training.pretrain import prepare, run
+from video_mae.training.pretrain import Pretraining, prepare, run
 
 pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
 
@@ -206,6 +206,27 @@ def test_a_run_folder_that_is_gone_ends_the_run_and_is_not_made_again(
     with pytest.raises(StorageError, match=r"run: cannot be written, it was removed"):
         run(prepare(make(folder, "optim.steps=1000", "journal.checkpoint_interval=0")))
     assert not (folder / "config.yaml").exists()
+
+
+def test_what_cannot_be_a_file_of_metrics_is_an_error_of_one_line(make, copy: Path) -> None:
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").mkdir()
+    with pytest.raises(StorageError, match=r"run: cannot be written .*directory: .*metrics.jsonl"):
+        run(prepare(make(copy)))
+
+
+def test_a_picture_takes_as_long_as_it_takes(
+    make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = list[str]()
+    monkeypatch.setattr(
+        Pretraining, "_draw", lambda self, picture: stages.append(heartbeat.progress.stage)
+    )
+    assert (
+        run(prepare(make(tmp_path / "run", "optim.steps=2", "journal.picture_interval=1"))) == DONE
+    )
+    assert stages == ["measuring"] * 2
+    assert "measuring" not in heartbeat.TIMED
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:

@@ -2,8 +2,10 @@
 goes on or stops as it was told.
 """
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from checkpoint_files import saved_state
 from safetensors.torch import load_file
 
 from video_mae.config import PretrainConfig
+from video_mae.files import StorageError
 from video_mae.training.engine import Engine
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY, TRY_AGAIN
 from video_mae.training.pretrain import prepare, run
@@ -163,6 +166,23 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_to_a_spike(
     )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_disk_that_is_full_when_a_run_goes_back_costs_one_line(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("journal.checkpoint_interval=2", "engine.on_spike=rollback")
+    leap(monkeypatch, {3})
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, refuse, False, False))
+    with pytest.raises(StorageError, match=r"step_0000000\d: cannot be written .*No space left"):
+        run(prepare(config))
+    checkpoints = Path(config.output) / "checkpoints"
+    assert sorted(one.name for one in checkpoints.iterdir()) == ["latest", "step_00000002"]
 
 
 @pytest.mark.faults

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from video_mae.config.world import World
-from video_mae.files import storing
+from video_mae.files import log, say, storing
 
 TIMED = ("reading", "forward", "all-reduce")
 """Stages that no rank stays in. The start, a save and a validation take as long as they take, if
@@ -52,7 +52,8 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(watch.interval):
-            with suppress(OSError):  # who is not heard hears nothing either
+            # who is not heard hears nothing either; a network disk may give half of a text
+            with suppress(OSError, ValueError):
                 watch.look()
                 watch.tell()
 
@@ -61,7 +62,7 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if re.search("gloo|NCCL|c10d", str(error)):
-            watch.details = traceback.format_exc()
+            watch.details = f"\n{traceback.format_exc()}"
             watch.stall_seconds = 7 * watch.interval  # who does not beat now has died
             time.sleep(14 * watch.interval)
             watch.leave(f"a connection between ranks has broken: {str(error).splitlines()[0]}")
@@ -115,9 +116,8 @@ class _Watch:
         try:
             if self.rank == teller:
                 line = f"stalled: {line}; see {self.log_file}, and start the same command again"
-                with suppress(OSError), self.log_file.open("a", encoding="utf-8") as stream:
-                    stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n{self.details}")
-                print(line, flush=True)
+                log(self.log_file, line + self.details)
+                say(line)
             time.sleep(2 * self.interval)  # until all know
         finally:
             os._exit(os.EX_TEMPFAIL)

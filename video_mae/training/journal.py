@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from video_mae.files import (
     StorageError,
     append,
     json_line,
+    log,
     mend_jsonl,
     one_line,
     read_jsonl,
@@ -150,7 +151,7 @@ class Journal:
             sys.stdout.flush()
         except OSError:  # a terminal that is closed, a pipe whose reader has gone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        self._log(message)
+        log(self.log_file, message)
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -246,7 +247,7 @@ class Journal:
             self.say(f"{text}  ETA {timedelta(seconds=round(seconds_left))}")
         else:
             self._bar.set_postfix(parts)
-            self._log(text)
+            log(self.log_file, text)
         if self._has_line:
             advice = self.advise(data_wait, milliseconds, clips_per_second)
             if advice is not None and advice[0] not in self._told:
@@ -322,14 +323,13 @@ class Journal:
         is_told = self._unwritten != b""
         self._unwritten += json_line(line)
         try:  # after those that the disk refused before
-            append(self.metrics_file, self._unwritten)
-            self._unwritten = b""
+            self.flush()
         except StorageError as error:
             if not is_told:
                 self.say(str(error))
-            if not self.metrics_file.parent.exists():
-                # nothing can be saved any more: all ranks are to end with this step
-                self.engine.statuses.remember(signal.SIGTERM)
+        if not self.metrics_file.parent.exists():
+            # nothing can be saved any more: all ranks are to end with this step
+            self.engine.statuses.remember(signal.SIGTERM)
         self.engine.write_events(
             [
                 (f"{kind}/{key}", float(value), step)
@@ -340,11 +340,6 @@ class Journal:
         words = [f"step {step}/{self.total_steps}"]
         words += [f"{name} {value}" for name, value in parts.items()]
         return "  ".join(words)
-
-    def _log(self, message: str) -> None:
-        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n"
-        with suppress(StorageError):  # the console has it
-            append(self.log_file, line.encode())
 
 
 def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:

@@ -185,24 +185,24 @@ class Training(ABC, Generic[Config]):
     def _open(self, first_step: int, macs_per_clip: float) -> None:
         """Writes what a run folder holds from the start. Raises: StorageError."""
         config, engine = self.config, self.engine
-        if engine.rank == 0:
-            with storing(self.folder):
+        with storing(self.folder):
+            if engine.rank == 0:
                 self.introduction[:0] = remove_unfinished(self.folder)
                 for checkpoint, fault in engine.faults.items():
                     checkpoint.rename(checkpoint.with_name(f".damaged_{checkpoint.name}"))
                     self.introduction.append(f"passed over: {checkpoint.name}: {fault}")
-            save_config(config, self.folder / "config.yaml")
-            write_json(self.folder / "deepspeed.json", engine.dictionary)
-            write_json(self.folder / LISTS_FILE, self.lists)
-        self.journal = Journal(
-            engine,
-            total_steps=self.schedule.total_steps,
-            clips_per_step=self.videos_per_step * config.data.clips_per_video,
-            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
-            resumed_step=first_step,
-            stages=Costs._fields,
-            sums=self.memory.get("sums", ()),
-        )
+                save_config(config, self.folder / "config.yaml")
+                write_json(self.folder / "deepspeed.json", engine.dictionary)
+                write_json(self.folder / LISTS_FILE, self.lists)
+            self.journal = Journal(
+                engine,
+                total_steps=self.schedule.total_steps,
+                clips_per_step=self.videos_per_step * config.data.clips_per_video,
+                flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
+                resumed_step=first_step,
+                stages=Costs._fields,
+                sums=self.memory.get("sums", ()),
+            )
 
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""

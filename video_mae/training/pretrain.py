@@ -160,7 +160,8 @@ class Pretraining(Training[PretrainConfig]):
             self.teacher.follow(self.engine, self.model.encoder, progress)
         is_drawn = is_due(done, self.config.journal.picture_interval)
         if self.teacher is None and (is_drawn or done == self.schedule.total_steps):
-            self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
+            with self.journal.aside():
+                self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
         # a run that is told to end has no time for it
         if self.probe and not self.signal and self.is_measured(done, self.config.probe.interval):
             inputs_of = partial(self._inputs, self.base, skipped=0.0)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from video_mae.convert.facts import Tensors
 from video_mae.convert.model_folder import save_model_folder
-from video_mae.files import StorageError, fsync, storing
+from video_mae.files import StorageError, fsync, storing, write_whole
 from video_mae.training import checkpoint
 from video_mae.training.heartbeat import progress
 
@@ -157,8 +157,8 @@ def roll_back(run: "Training[Any]", done: int) -> bool:
         if facts["rollbacks"] > config.engine.max_skipped_in_a_row:
             return False
         building = folder.with_name(f".{checkpoint.step_name(done)}")
+        write_whole(building, partial(shutil.copytree, folder))
         with storing(building):
-            shutil.copytree(folder, building)
             checkpoint.publish(building, facts, keep=done)  # the next save sees to what is kept
         run.journal.say(
             f"goes back to {folder.name} and leaves out the steps since then; start the same "
