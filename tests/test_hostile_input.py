@@ -248,6 +248,19 @@ def test_class_names_keys_and_words_reach_the_console_escaped(
         assert is_clean(said.out + said.err), words
 
 
+def test_a_report_of_a_list_is_printed_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "\x1b[31mred"
+    folder.mkdir()
+    for name in ("a\x1b[31m\u202e.mp4", "b.mp4"):
+        (folder / name).write_bytes(b"no video")
+    assert status("doctor", str(folder), f"output={tmp_path}/\x1b[0m") == 1
+    said = capsys.readouterr().out
+    assert "\\x1b[31mred" in said
+    assert is_clean(said)
+
+
 @pytest.mark.parametrize(
     "output", ["FILE/run", "FILE", "/proc/run", "/sys/kernel/x", "/dev/null/run"]
 )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 from video_mae.files import FolderError, StorageError, one_line
 from video_mae.processes import end_with_launchers
 
-USAGE_ERROR, CANNOT_WRITE = 2, 74
+USAGE_ERROR = 2
 PATIENCE_SECONDS = 30
 CONFIG = "CONFIG.yaml"
 
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE_SECONDS)
         print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr)
-        status = CANNOT_WRITE if isinstance(error, StorageError) else USAGE_ERROR
+        status = os.EX_IOERR if isinstance(error, StorageError) else USAGE_ERROR
     except KeyboardInterrupt:
         print(f"video-mae {options.stage}: interrupted", file=sys.stderr)
         status = 130

@@ -312,14 +312,15 @@ class Register:
         self._known, lines = self.paths, b""
         for path, failure in named.items():
             if path not in self._known:
-                entry = {
-                    "path": path,
-                    "decoder": failure.decoder,
-                    "reason": failure.reason,
-                    "step": step,
-                    "time": time.time(),
-                }
-                lines += json_line(entry)
+                lines += json_line(
+                    {
+                        "path": path,
+                        "decoder": failure.decoder,
+                        "reason": failure.reason,
+                        "step": step,
+                        "time": time.time(),
+                    }
+                )
         with suppress(StorageError):
             append(self.file, lines)
             self._known |= named.keys()

@@ -143,8 +143,8 @@ def require_free(folder: Path) -> list[str]:
 
 @contextmanager
 def hold_folder(folder: Path, rank: int = 0) -> Iterator[list[str]]:
-    """Inside, this process has a folder to itself; gives what `require_free` returns. Of several
-    ranks the first one has it for all. Raises: FolderError as that; StorageError.
+    """Inside, this process has a folder to itself; gives what is to be told of those before it. Of
+    several ranks the first one has it for all. Raises: FolderError as `require_free`; StorageError.
     """
     if rank != 0:
         yield []
@@ -156,7 +156,7 @@ def hold_folder(folder: Path, rank: int = 0) -> Iterator[list[str]]:
             # Of two starts in the same instant one waits; not on a file system without locks.
             with suppress(OSError):
                 fcntl.flock(stream, fcntl.LOCK_EX)
-            told = require_free(folder)
+            told = require_free(folder) + remove_unfinished(folder)
             file.write_bytes(json_line(identity()))
 
     def give_signs() -> None:

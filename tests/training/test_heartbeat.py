@@ -29,6 +29,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Watch:
         raise LeftError(f"{teller}: {line}")
 
     monkeypatch.setattr(watch, "leave", leave)
+    watch.doubts = 1  # what it sees it sees for the second time
     return watch
 
 
@@ -75,6 +76,21 @@ def test_a_rank_that_is_not_heard_is_named(watch: _Watch) -> None:
         watch.look()
 
 
+def test_a_clock_that_jumps_is_no_death_where_the_others_are_heard_soon(watch: _Watch) -> None:
+    """Or a machine that was suspended for an hour: this rank wakes up first."""
+    watch.doubts = 0
+    tell(watch.files[0], 5, 3, "forward", 3600)
+    tell(watch.files[1], 5, 3, "forward", 3600)
+    tell(watch.files[2], 4, 3, "forward", 8)
+    watch.look()
+    tell(watch.files[2], 4, 4, "forward", 3601)
+    watch.look()
+    tell(watch.files[0], 5, 5, "forward", 7200)
+    watch.look()
+    with pytest.raises(LeftError, match=r"^0: rank 2 .*; no sign of life"):
+        watch.look()
+
+
 def test_the_first_that_lives_tells_and_who_has_not_begun_is_told(watch: _Watch) -> None:
     tell(watch.files[0], 5, 0, "all-reduce", 40)
     tell(watch.files[2], 5, 0, "all-reduce", 40)
@@ -108,6 +124,7 @@ def test_a_rank_that_is_gone_is_named_once_no_other_is_behind_it(watch: _Watch) 
     tell(watch.files[2], 8, 3, "all-reduce", 40)
     watch.look()
     tell(watch.files[0], 8, 0, "all-reduce", 400)
+    watch.look()
     with pytest.raises(LeftError, match=r"^0: rank 2 .*: all-reduce since then; no sign of life"):
         watch.look()
 

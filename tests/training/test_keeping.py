@@ -18,7 +18,7 @@ from video_mae import files
 from video_mae.config import PretrainConfig, load_config
 from video_mae.files import FolderError, StorageError
 from video_mae.model.objective import Losses, Objective
-from video_mae.processes import _status, identity
+from video_mae.processes import _status, hold_folder, identity
 from video_mae.training import heartbeat, loop, saving
 from video_mae.training.checkpoint import MANIFEST, step_name
 from video_mae.training.journal import Journal
@@ -316,7 +316,10 @@ def test_what_a_killed_start_did_not_come_to_is_made_good(
     with (copy / "metrics.jsonl").open("ab") as stream:
         stream.write(b"garbage\n[]\n{}\n" + b'{"step": 99, "lo')
     (copy / "quarantine.jsonl").write_text('{"path": "x"}\n{"path": [], "decoder"\n')
-    assert run(prepare(make(copy))) == DONE
+    training = prepare(make(copy))
+    with hold_folder(copy) as told:
+        training.introduction += told
+        assert run(training) == DONE
     assert is_same(weights(copy), weights(undisturbed))
     assert timeless(copy) == timeless(undisturbed)
     text = log(copy)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Literal
 
-from video_mae.config.schema import MOST_SIDE, Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
 
 DecoderName = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
@@ -113,7 +113,7 @@ class ReadConfig(FileConfig):
         "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: "
         "as stored",
         low=0,
-        high=MOST_SIDE,
+        high=MOST_SIZE,
     )
     decode_seconds: float = knob(
         60.0,

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from video_mae.config.data import ReadConfig
-from video_mae.config.schema import MOST_BATCH, Knobs, knob, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
 from video_mae.config.training import Precision
 
 ProbeKind = Literal["linear", "attentive", "knn"]
@@ -82,7 +82,7 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
         "half of the videos that each worker keeps ready; each goes through the model by itself, "
         "so that no figure depends on it",
         low=1,
-        high=MOST_BATCH,
+        high=MOST_SIZE,
     )
 
     def __post_init__(self) -> None:
@@ -158,7 +158,7 @@ class ProbeConfig(EncodingConfig):
         (0.01, 0.1, 1.0), "weight decays of the grid (AdamW)", filled=True, low=0
     )
     epochs: float = knob(50.0, "passes over the training list", above=0)
-    batch_size: int = knob(64, "examples of an update", low=2, high=MOST_BATCH)
+    batch_size: int = knob(64, "examples of an update", low=2, high=MOST_SIZE)
     num_heads: int | None = knob(
         None, "attention heads of the attentive probe; null: as many as the encoder's"
     )
@@ -177,9 +177,7 @@ class ProbeConfig(EncodingConfig):
         "where the tokens for the attentive probe lie, 2 bytes a value; disk: in the output "
         "folder, until the end",
     )
-    encode_batch: int = knob(
-        8, "videos that go through the encoder at once", low=1, high=MOST_BATCH
-    )
+    encode_batch: int = knob(8, "videos that go through the encoder at once", low=1, high=MOST_SIZE)
 
     @property
     def kinds(self) -> tuple[ProbeKind, ...]:
@@ -223,7 +221,7 @@ class ExtractConfig(EncodingConfig):
     format: Literal["npz", "safetensors"] = knob("npz", "of the files, one a video")
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
     batch_size: int = knob(
-        8, "clips of a video that go through the encoder at once", low=1, high=MOST_BATCH
+        8, "clips of a video that go through the encoder at once", low=1, high=MOST_SIZE
     )
 
     def __post_init__(self) -> None:

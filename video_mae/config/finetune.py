@@ -6,7 +6,7 @@ from typing import Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
-from video_mae.config.schema import MOST_BATCH, Knobs, knob, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
 from video_mae.config.training import OptimConfig, RunConfig
 
 
@@ -28,7 +28,7 @@ class ValidationConfig(Knobs):
         "always validates",
         low=0,
     )
-    batch: int = knob(16, "clips that a rank takes at once", low=1, high=MOST_BATCH)
+    batch: int = knob(16, "clips that a rank takes at once", low=1, high=MOST_SIZE)
 
 
 class AugmentConfig(Knobs):

@@ -3,7 +3,7 @@
 import math
 from typing import Any, Literal
 
-from video_mae.config.schema import MOST_SIDE, Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
 from video_mae.config.yaml_text import MAX_VALUES
 
 Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
@@ -73,7 +73,7 @@ class ModelConfig(Knobs):
 
     preset_values = PRESETS
 
-    in_channels: int = knob(3, "channels of a pixel", low=1, high=MOST_SIDE)
+    in_channels: int = knob(3, "channels of a pixel", low=1, high=MOST_SIZE)
     num_frames: int = knob(16, "frames of a clip", low=1)
     height: int = knob(224, "pixels", low=1)
     width: int = knob(224, "pixels", low=1)
@@ -116,7 +116,7 @@ class ModelConfig(Knobs):
         "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once "
         "inflated",
         low=0,
-        high=MOST_SIDE,
+        high=MOST_SIZE,
     )
     decoder_class_token: Literal["encoded", "own"] = knob(
         "encoded",
@@ -151,7 +151,7 @@ class ModelConfig(Knobs):
         "features that the decoder predicts of a tubelet, set by objective.teacher; null: its "
         "pixels",
         low=1,
-        high=MOST_SIDE,
+        high=MOST_SIZE,
     )
     decoder_context: Literal["scored", "all"] = knob(
         "scored",

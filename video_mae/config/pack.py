@@ -3,7 +3,7 @@
 from typing import Literal
 
 from video_mae.config.data import LIST_FORMATS, ListFormat
-from video_mae.config.schema import MOST_SIDE, Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
 
 Form = Literal["video", "frames"]
 
@@ -21,7 +21,7 @@ class PackConfig(Knobs):
         "videos whose shorter side has more pixels are scaled down to it, none is scaled up; 0: "
         "as they are",
         low=0,
-        high=MOST_SIDE,
+        high=MOST_SIZE,
     )
     fps: float | None = knob(None, "frames a second that are kept at most; null: all", above=0)
     frame_step: int = knob(

@@ -44,8 +44,8 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 """How the range of a knob is written in Python, what it asks, and how it is told."""
 MOST = 10**9
 """What no number is above whose range does not say more: no count, interval or factor is."""
-MOST_BATCH, MOST_SIDE = 65_536, 65_536
-"""Of clips or videos at once; of a picture in pixels, of a video in frames."""
+MOST_SIZE = 65_536
+"""Of a batch in clips or videos, of a picture in pixels, of a video in frames."""
 
 
 def knob(default: Any, meaning: str, *, filled: bool = False, **bounds: float) -> Any:

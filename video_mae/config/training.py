@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
-from video_mae.config.schema import MOST_BATCH, Knobs, Schema, knob, parse, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -130,7 +130,7 @@ class OptimConfig(Knobs):
     """
 
     micro_batch: int = knob(
-        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_BATCH
+        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_SIZE
     )
     accumulation: int = knob(1, "micro-batches a step", low=1)
     base_lr: float = knob(
@@ -155,7 +155,7 @@ class OptimConfig(Knobs):
     cooldown_epochs: float = knob(
         0.0, "end of the run that cools down to min_lr, ignored where steps is given", low=0
     )
-    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**12)
+    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**8)
     warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
     cooldown_steps: int = knob(0, "cooldown where steps is given; 0: none yet", low=0)
     drop_last_batch: bool = knob(

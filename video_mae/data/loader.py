@@ -56,17 +56,18 @@ def worker_options(workers: int, prefetch_batches: int) -> dict[str, Any]:
     It has no timeout: what hangs is a decoder, whose process has a limit of its own, and twenty
     such limits in a row are no fault.
     """
-    # of its own: else a loader that is started anew would draw from the numbers of a training step
-    generator = torch.Generator()
-    if workers == 0:
-        return {"num_workers": 0, "generator": generator}
-    return {
+    options: dict[str, Any] = {
         "num_workers": workers,
-        "generator": generator,
-        "prefetch_factor": prefetch_batches,
-        "multiprocessing_context": "fork",
-        "worker_init_fn": partial(_start_worker, os.getpid()),
+        # its own: else a loader that is started anew would draw from the numbers of a training step
+        "generator": torch.Generator(),
     }
+    if workers:
+        options |= {
+            "prefetch_factor": prefetch_batches,
+            "multiprocessing_context": "fork",
+            "worker_init_fn": partial(_start_worker, os.getpid()),
+        }
+    return options
 
 
 class Loader(Generic[Item]):

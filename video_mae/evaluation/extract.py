@@ -37,7 +37,7 @@ from video_mae.files import (
     write_whole,
 )
 from video_mae.model.vit import VideoClassifier
-from video_mae.processes import hold_folder, remove_unfinished
+from video_mae.processes import hold_folder
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
@@ -124,7 +124,7 @@ class Extraction:
         """
         with Ranks() as ranks, hold_folder(self.folder, ranks.rank) as told:
             if ranks.is_main:
-                self.notes += told + remove_unfinished(self.folder)
+                self.notes += told
                 write_json(self.folder / SETTINGS_FILE, self.settings)
             ranks.gather([])  # the folder is there
             bad = dict(ranks.gather(list(self._extract(ranks).items())))

@@ -81,8 +81,8 @@ class DemoConfig(Knobs):
     train_clips: int = knob(960, "training videos, of all actions the same number", low=8)
     validation_clips: int = knob(240, "validation videos, of other photographs, likewise", low=8)
     num_frames: int = knob(32, "frames of a video", low=2)
-    height: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
-    width: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
+    height: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
+    width: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
     fps: int = knob(16, "frames a second", low=1)
     difficulty: Literal["easy", "medium", "hard"] = knob(
         "easy",

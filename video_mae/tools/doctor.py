@@ -34,7 +34,7 @@ from video_mae.decoding.inspection import count_frames, describe, sha256
 from video_mae.decoding.isolation import decoder_process, in_order
 from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
-from video_mae.files import unicode_text
+from video_mae.files import say, unicode_text
 from video_mae.tools.doctor_report import Examined, report, summarize, write
 
 GOOD, BAD = 0, 1
@@ -131,7 +131,8 @@ class Doctor:
         self._check_labels_and_names()
         summary = summarize(self.source, self.notes, config.check, self.decoder, lines)
         clean = write(self.folder, summary, lines, self.names)
-        print(report(summary, lines, clean, config.worst), flush=True)
+        for text in report(summary, lines, clean, config.worst).split("\n"):
+            say(text)
         return BAD if summary["bad"] else GOOD
 
     def _compare(self, again: str, *, by_path: bool) -> None:

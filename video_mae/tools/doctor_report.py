@@ -195,7 +195,7 @@ def report(
         return f"{place(source, line.number)} {base}".rstrip()
 
     told = [
-        f"{printable(source)}: {summary['files']} files, {summary['good']} good, {summary['bad']} "
+        f"{source}: {summary['files']} files, {summary['good']} good, {summary['bad']} "
         f"bad ({summary['check']} check, decoder {summary['decoder']})",
         *(f"  {note}" for note in summary["notes"]),
     ]

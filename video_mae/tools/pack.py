@@ -34,7 +34,7 @@ from video_mae.files import (
     write_json,
     write_text,
 )
-from video_mae.processes import hold_folder, on_signals, remove_unfinished
+from video_mae.processes import hold_folder, on_signals
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, NOTHING = 0, 3
@@ -78,7 +78,7 @@ def start(source: str, folder: str, config: PackConfig) -> int:
     if (target / MANIFEST).is_file():
         return _tell(target, json.loads((target / MANIFEST).read_bytes()), "is packed already: ")
     with hold_folder(target) as told, storing(target):
-        for line in told + remove_unfinished(target):
+        for line in told:
             say(line)
         check_made_with(target / SETTINGS, settings)  # by now it is ours
         if not (target / SETTINGS).is_file():

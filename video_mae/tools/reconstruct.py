@@ -25,7 +25,7 @@ class ReconstructConfig(Knobs):
     """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
 
     seed: int = knob(0, "of the clips, boxes and masks", low=0)
-    num_clips: int = knob(2, "clips drawn from the video", low=1)
+    num_clips: int = knob(2, "clips drawn from the video", low=1, high=1000)
     stride: int = knob(
         4, "video frames from one frame of the clip to the next; take that of the training", low=1
     )

@@ -23,9 +23,9 @@ def step_name(step: int) -> str:
 
 def facts(config: RunConfig) -> dict[str, Any]:
     """How the ranks of this start share the state of training, which a manifest tells."""
-    engine, world_size = config.engine, World.from_environment().size
+    engine = config.engine
     return {
-        "world_size": world_size,
+        "world_size": World.from_environment().size,
         "zero_stage": engine.zero_stage,
         "precision": engine.precision,
         "offload": engine.offload,
@@ -58,8 +58,7 @@ def publish(building: Path, manifest: dict[str, Any], keep: int, keep_every: int
     write_text(final.parent / "latest", final.name + "\n")
     complete = [folder for folder in folders(final.parent) if not fault(folder)]
     kept = {final, *complete[:keep]}
-    if keep_every:
-        kept.update(one for one in complete if int(one.name[5:]) % keep_every == 0)
+    kept |= {one for one in complete if keep_every and int(one.name[5:]) % keep_every == 0}
     for folder in folders(final.parent):
         if folder not in kept:
             shutil.rmtree(folder)

@@ -52,8 +52,7 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
 
     def beat() -> None:
         while not ended.wait(watch.interval):
-            # who is not heard hears nothing either; a network disk may give half of a text
-            with suppress(OSError, ValueError):
+            with suppress(OSError):  # who is not heard hears nothing either
                 watch.look()
                 watch.tell()
 
@@ -72,7 +71,7 @@ def heartbeat(run_folder: Path, stall_seconds: float) -> Iterator[None]:
 
 
 class _Watch:
-    details = ""
+    details, doubts = "", 0
 
     def __init__(self, run_folder: Path, stall_seconds: float) -> None:
         self.rank, size, _ = World.from_environment()
@@ -101,13 +100,16 @@ class _Watch:
             # what an earlier start has left tells nothing
             if file.exists() and file.stat().st_mtime > heard:
                 heard, text = file.stat().st_mtime, file.read_text() or text
-            moves, seconds, line = text.split(" ", 2)
-            rows.append((int(moves), heard, int(seconds), line))
+            with suppress(ValueError):  # a network disk may give half of a text
+                moves, seconds, line = text.split(" ", 2)
+                rows.append((int(moves), heard, int(seconds), line))
             if now - heard <= self.stall_seconds:  # the first one that lives
                 teller = min(teller, rank)
         # who is behind the others, of several who was heard of before them
         _, heard, seconds, line = min(rows)
-        if now - heard > self.stall_seconds:
+        # not at first sight: clocks jump, machines are suspended; others are soon heard then
+        self.doubts = (self.doubts + 1) * (now - heard > self.stall_seconds)
+        if self.doubts > 1:
             self.leave(f"{line}; no sign of life since {time.ctime(heard)}", teller)
         elif seconds > self.stall_seconds:
             self.leave(line, teller)

@@ -25,7 +25,7 @@ from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import storing, write_json
 from video_mae.kernels.dispatch import describe
-from video_mae.processes import hold_folder, remove_unfinished
+from video_mae.processes import hold_folder
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
@@ -187,7 +187,6 @@ class Training(ABC, Generic[Config]):
         config, engine = self.config, self.engine
         with storing(self.folder):
             if engine.rank == 0:
-                self.introduction[:0] = remove_unfinished(self.folder)
                 for checkpoint, fault in engine.faults.items():
                     checkpoint.rename(checkpoint.with_name(f".damaged_{checkpoint.name}"))
                     self.introduction.append(f"passed over: {checkpoint.name}: {fault}")
