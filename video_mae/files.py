@@ -259,8 +259,8 @@ def read_jsonl(path: Path) -> list[JsonObject]:
     """
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError, RecursionError):  # torn by a crash, or no JSON that we write
-            entries.append(as_read_back(json.loads(line)))
+        with suppress(ValueError):  # torn by a crash, or NaN, which is no JSON
+            entries.append(json.loads(line, parse_constant=int))
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
