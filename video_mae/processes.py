@@ -49,10 +49,12 @@ def identity() -> dict[str, Any]:
     """This process as `is_running` takes it, with its host for people, and its `machine`: one start
     of one kernel, and one container's view of its processes.
     """
-    boot, space = Path("/proc/sys/kernel/random/boot_id"), os.readlink("/proc/self/ns/pid")
+    machine = os.readlink("/proc/self/ns/pid")
+    with suppress(OSError):  # some sandboxes have none
+        machine += Path("/proc/sys/kernel/random/boot_id").read_text()
     return {
         "host": socket.gethostname(),
-        "machine": f"{boot.read_text().strip()} {space}",
+        "machine": machine,
         "pid": os.getpid(),
         "start": _status("self")[-1],
     }

@@ -249,8 +249,12 @@ class EngineConfig(Knobs):
         stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         remedy = f"needs engine.zero_stage {stage} or more"
         require(self.zero_stage >= stage, "offload", self.offload, remedy)
-        is_possible = self.on_spike in ("ignore", "skip") or self.precision != "fp16"
-        require(is_possible, "on_spike", self.on_spike, "does not fit fp16, which skips by itself")
+        require(
+            self.precision != "fp16" or self.on_spike in ("ignore", "skip"),
+            "on_spike",
+            self.on_spike,
+            "does not fit fp16, which skips by itself",
+        )
 
 
 class JournalConfig(Knobs):

@@ -279,8 +279,9 @@ class Training(ABC, Generic[Config]):
 
     def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
-        is_one_enough = config.engine.on_spike in ("stop", "rollback")
-        most = 1 if is_one_enough else config.engine.max_skipped_in_a_row
+        most = config.engine.max_skipped_in_a_row
+        if config.engine.on_spike in ("stop", "rollback"):
+            most = 1
         if self.skipped_in_a_row >= most:
             return (
                 f"{self.skipped_in_a_row} steps in a row were {self.engine.unusual}; the last "
