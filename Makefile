@@ -1,19 +1,23 @@
-# make demo | test | quick | bench | experiment | lint | install: each sets itself up on a machine with Python 3.11+, bash and make.
+# make demo | test | quick | faults | bench | experiment | lint | install: each sets itself up on a machine with Python 3.11+, bash and make.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test quick bench experiment lint install clean
+.PHONY: demo test quick faults bench experiment lint install clean
 
 demo: install
 	@bash scripts/demo.sh
 
 test: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
 
 quick: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not faults"
+
+# Real runs of two processes that are killed, starved and lied to: half an hour on two quiet cores.
+faults: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
 
 # Kernels, training step and loader on this machine; make bench OUTPUT=benchmarks/results adds to the committed results.
 OUTPUT ?= runs/bench

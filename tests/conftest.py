@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LONG = (
     "test_launcher",
+    "test_injected_faults",
     "test_attention",
     "test_contrastive",
     "test_joint",
@@ -275,16 +276,20 @@ def on_ranks() -> Callable[..., None]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Gives the handlers back that a stage has set which ran in this process."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def quiet_process() -> Iterator[None]:
-    """For tests that train in this process: gives signal handlers and threads back."""
-    handlers = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    }
+    """For tests that train in this process: gives threads back."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

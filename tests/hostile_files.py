@@ -189,14 +189,14 @@ def swap(content: dict[str, Any]) -> None:
 
 
 def own_folder(**changes: Any) -> Callable[[Path], Path]:
-    """A model folder of ours whose config.json is changed."""
+    """A model folder of ours whose config.json is changed, or, without changes, says nothing."""
 
     def make(folder: Path) -> Path:
         source = saved({"model": STATE})(folder)
         convert(source, folder / "own", ConvertConfig(**FACTS))
         source.unlink()
         config = json.loads((folder / "own" / "config.json").read_text())
-        config["model"].update(changes)
+        config["model"] = {**config["model"], **changes} if changes else {}
         (folder / "own" / "config.json").write_text(json.dumps(config))
         return folder / "own"
 
@@ -525,9 +525,22 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"config\.json",
     ),
     "config.json of our own that is deep": (
-        own_folder(depth=10**9),
-        r"config\.json: model\.depth: is 1000000000, but",
+        own_folder(depth=1000),
+        r"config\.json: model\.depth: is 1000, but",
     ),
+    "of our own that is deeper": (own_folder(depth=10**9), "model.depth: .* at most 1024"),
     "of our own that is wide": (own_folder(embed_dim=3 * 10**9), r"own/"),
-    "of our own with many frames": (own_folder(num_frames=2 * 10**9), "not believed"),
+    "of our own with many frames": (
+        own_folder(num_frames=2 * 10**9),
+        r"num_frames: .* at most 1e\+09",
+    ),
+    "of our own with many tokens": (own_folder(num_frames=2**16, height=2**14), "not believed"),
+    "of our own with positions of many": (
+        own_folder(position_grid=[4096, 4096, 4096]),
+        "position_grid: .* more tokens than are believed",
+    ),
+    "of our own that says nothing": (
+        own_folder(),
+        r"config\.json: not the configuration",
+    ),
 }

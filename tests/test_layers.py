@@ -28,6 +28,7 @@ LEVELS = (
     ("data", "model"),
     ("decoding", "kernels"),
     ("config",),
+    ("processes",),
     ("files", "extras"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -4,13 +4,15 @@ import argparse
 import io
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
-from video_mae.files import one_line
+from video_mae.files import FolderError, StorageError, one_line
+from video_mae.processes import end_with_launchers
 
 USAGE_ERROR = 2
 PATIENCE_SECONDS = 30
@@ -49,12 +51,14 @@ STAGES = {
         "training.pretrain",
         "PretrainConfig",
         (CONFIG,),
+        ("--from-scratch",),
     ),
     "finetune": Stage(
         "train a pretrained model to name actions; under the launcher as well",
         "training.finetune",
         "FinetuneConfig",
         (CONFIG,),
+        ("--from-scratch",),
     ),
     "reconstruct": Stage(
         "draw what a pretrained model makes of the hidden parts of a video",
@@ -142,29 +146,42 @@ STAGES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data (one line says where),
-    else as the stage says.
+    """Runs one stage and exits: 0 done, 2 a mistake in configuration or data, 74 where the disk
+    takes nothing more (one line says where), 130 for Ctrl-C, else as the stage says.
     """
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        end_with_launchers()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files and classes that it cannot say, as sys.stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
+    left = None
     try:
         left = _start(STAGES[options.stage], options)
+        status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
+        if left is not None and not isinstance(error, StorageError | FolderError):
+            raise
         if os.environ.get("RANK") and os.environ.get("LOCAL_RANK", "0") != "0":
-            # the launcher kills all ranks when one exits: the first one is to say why, once
+            # the launcher ends all ranks when one exits: the first one is to say why, once
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE_SECONDS)
-        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr, flush=True)
-        sys.exit(USAGE_ERROR)
-    sys.exit(left if isinstance(left, int) else left())
+        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr)
+        status = os.EX_IOERR if isinstance(error, StorageError) else USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"video-mae {options.stage}: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 class _StageParser(argparse.ArgumentParser):
     """The parser of a stage, whose help ends with every key."""
 
     stage: Stage | None = None
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
     def format_help(self) -> str:
         text = super().format_help()
@@ -176,7 +193,7 @@ class _StageParser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _StageParser(
         prog="video-mae",
         description="Masked autoencoder pretraining and action recognition on video.",
     )

@@ -3,24 +3,76 @@ lines that a crash may tear.
 """
 
 import codecs
-import fcntl
+import errno
 import json
 import os
 import re
+import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 JsonObject = dict[str, Any]
+UNFINISHED = ".unfinished-"
+"""How the folder begins in which something is made."""
+_FULL = errno.ENOSPC, os.strerror(errno.ENOSPC)
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Python reads a byte of a file's name that is not UTF-8 as one of these (PEP 383); no encoding of
 # Unicode takes them.
 _NO_UNICODE = re.compile("[\ud800-\udfff]")
-# What ends a line for some reader, or moves a terminal's cursor.
-_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")
+# What ends a line for some reader, or moves a terminal's cursor, or turns what follows around.
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+_KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os.path.isdir(folder))
+"""File systems whose files are regular by their type, and may wait for ever."""
+MOST_BYTES = 2**26
+"""Of a file that describes something: a list of a million names takes less."""
+
+
+def is_regular(path: str | Path) -> bool:
+    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the
+    kernel, and no broken link.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL byte in the path
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_dev not in _KERNEL
+
+
+def read_small(path: Path) -> bytes:
+    """A file that describes something, whole. Raises: OSError; ValueError naming one that is no
+    regular file, or too large to be what it should.
+    """
+    num_bytes = path.stat().st_size
+    if not is_regular(path) or num_bytes > MOST_BYTES:
+        raise ValueError(
+            f"{path}: is no regular file of at most {MOST_BYTES} bytes (it has {num_bytes})"
+        )
+    return path.read_bytes()
+
+
+def existing(path: Path) -> Path:
+    """A path, or the nearest folder above it that is there."""
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
+
+
+def check_folder(folder: Path) -> None:
+    """Raises: ValueError where there can be no folder of results, below a file say."""
+    there = existing(folder)
+    if not there.is_dir() or there.stat().st_dev in _KERNEL:
+        raise ValueError(f"{folder}: cannot be a folder of results: {there} is no folder of a disk")
+
+
+def say(line: str) -> None:
+    """Prints one line, whatever the names in it hold."""
+    print(one_line(line), flush=True)
 
 
 def is_utf16(path: Path) -> bool:
@@ -45,13 +97,14 @@ def read_text(path: Path) -> str:
     """The text of a file in the encodings of `open_text`. Raises: ValueError naming a file that is
     in neither.
     """
+    data = read_small(path)
     try:
-        text = path.read_text(encoding="utf-16" if is_utf16(path) else "utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(_UTF16) else "utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: is neither UTF-8 nor UTF-16, save it as UTF-8 text") from None
     if "\0" in text:
         raise ValueError(f"{path}: holds control characters (NUL), save it as UTF-8 text")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def unicode_text(text: str) -> str:
@@ -92,24 +145,71 @@ def _escape(letter: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` make a file or folder aside, then puts it in its place, instead of an earlier
-    one.
+class StorageError(OSError):
+    """What the disk refuses to take, in one line: the file, the bytes it needs and those that are
+    free, and the remedy.
+    """
+
+
+class FolderError(ValueError):
+    """A folder that a command cannot go on with, for what it holds or who holds it, in one line."""
+
+
+@contextmanager
+def storing(path: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Wraps the writing of a file or folder that takes num_bytes (0: unknown): it is not begun
+    where the disk has less. Raises: StorageError for what the disk refuses inside.
+    """
+    free = shutil.disk_usage(existing(path)).free
+    try:
+        if num_bytes > free > 0:  # some network disks do not know
+            raise OSError(*_FULL)
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        # Of safetensors, shutil.copytree and torch.save, two of which this module is to do without.
+        # Another OSError without a number is of our own.
+        is_refused = getattr(error, "errno", None) or re.match(
+            r"SafetensorError|Error\(|RuntimeError.*inline_container", repr(error)
+        )
+        source = getattr(error, "filename", None) or path  # what is read for it may be missing
+        if not is_refused or not str(source).startswith(str(path.parent)):
+            raise
+        raise StorageError(
+            f"{path}: cannot be written ({error}): needed are {num_bytes or 'some'} bytes, {free} "
+            "are free; make room, or let it be written to, and start the same command again"
+        ) from None
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
+    """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
+    place, instead of an earlier one.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
+    Raises: StorageError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # short: a name has 255 bytes
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=path.parent) as work:
-        building = Path(work) / "new"
-        write(building)
-        if building.is_file():
-            # a rename may outlive a power cut that the bytes of the file do not
-            with building.open("rb") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():  # a file is replaced by the rename itself
-            os.replace(path, Path(work) / "old")
-        os.replace(building, path)
+    with storing(path, num_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # short: a name has 255 bytes
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path.parent) as work:
+            building = Path(work) / "new"
+            write(building)
+            if building.is_file():
+                # a rename may outlive a power cut that the bytes of the file do not
+                fsync(building)
+            if path.is_dir():  # a file is replaced by the rename itself
+                os.replace(path, Path(work) / "old")
+            os.replace(building, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -120,11 +220,26 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all."""
     data = unicode_text(text).encode()
-    write_whole(path, lambda unfinished: unfinished.write_bytes(data))
+    write_whole(path, lambda unfinished: unfinished.write_bytes(data), len(data))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds whole lines to the end of a file, all of them or nothing. Raises: StorageError."""
+    with storing(path, len(data)), path.open("ab", buffering=0) as stream:
+        size = stream.tell()
+        if stream.write(data) < len(data):
+            stream.truncate(size)
+            raise OSError(*_FULL)
+
+
+def log(file: Path, text: str) -> None:
+    """Adds to a log, with the time; what the disk refuses has been said."""
+    with suppress(StorageError):
+        append(file, unicode_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n").encode())
 
 
 def draw_or_tell(
-    path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = print
+    path: Path, draw: Callable[[Path], None], say: Callable[[str], None] = say
 ) -> None:
     """Lets `draw` write a picture, whole or not at all; where it cannot, one line says so: no
     figure and no run depends on a picture.
@@ -144,52 +259,70 @@ def read_jsonl(path: Path) -> list[JsonObject]:
     """
     entries = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # torn by a crash
-            entries.append(json.loads(line))
+        with suppress(ValueError):  # torn by a crash, or NaN, which is no JSON
+            entries.append(json.loads(line, parse_constant=int))
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def cut_after(path: Path, last_step: int) -> None:
-    """Keeps the lines up to a step of metrics; the file is replaced in one move, so a crash here
-    loses nothing.
+def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], None]) -> None:
+    """Takes the lines after a step, which are lost work, out of a JSON-lines file, and those that
+    are no objects with these keys, which is told: FILE.damaged has all as it was.
+
+    What a crash tore is lost work. The file is replaced in one move, so a crash here loses nothing.
+    Raises: StorageError.
     """
-    kept = [json_line(entry) for entry in read_jsonl(path) if entry["step"] <= last_step]
-    if path.exists():
-        write_whole(path, lambda new: new.write_bytes(b"".join(kept)))
+    if not path.exists():
+        return
+    data, whole = (
+        path.read_bytes(),
+        [
+            entry
+            for entry in read_jsonl(path)
+            if keys <= entry.keys() and isinstance(entry.get("step", 0), int)
+        ],
+    )
+    num_damaged = data.count(b"\n") - len(whole)
+    if num_damaged > 0:
+        append(path.with_name(f"{path.name}.damaged"), data)
+        say(f"{path}: {num_damaged} damaged lines are left out, {path.name}.damaged has them")
+    kept = b"".join(json_line(entry) for entry in whole if entry.get("step", 0) <= last_step)
+    write_whole(path, lambda new: new.write_bytes(kept), len(kept))
 
 
 class Register:
     """A file of videos, each once, with the decoder and the reason: RUN/quarantine.jsonl,
     RUN/fallbacks.jsonl.
 
-    All ranks of a run may hold one: the file is the truth, read under a lock before each write.
+    All ranks of a run may hold one: the file is the truth, read before each write. Two that meet a
+    video in the same instant may both write it; it counts once. What the disk refuses is written
+    when it comes again; the journal tells of such a disk.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known = frozenset[str]()
 
-    def add(self, failures: Iterable[Any]) -> None:
-        """Writes {path, decoder, reason, time} for each path that no rank and no earlier start of
-        the run has written. A failure has the first three.
+    def add(self, failures: Iterable[Any], step: int) -> None:
+        """Writes {path, decoder, reason, step, time} for each path that no rank and no earlier
+        start of the run has written. A failure has the first three; step: whose batch it was in.
         """
         named = {unicode_text(failure.path): failure for failure in failures}
         if named.keys() <= self._known:
             return
-        with self.file.open("ab") as stream:
-            # a file system without locks: two ranks may then both write a path, which is no reason
-            # to stop
-            with suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            text = self.file.read_bytes()
-            if text and not text.endswith(b"\n"):
-                # a crash tore the last line: end it, so that it spoils no other
-                stream.write(b"\n")
-            self._known = self.paths
-            for path, failure in named.items():
-                if path not in self._known:
-                    entry = {"path": path, "decoder": failure.decoder, "reason": failure.reason}
-                    stream.write(json_line({**entry, "time": time.time()}))
+        self._known, lines = self.paths, b""
+        for path, failure in named.items():
+            if path not in self._known:
+                lines += json_line(
+                    {
+                        "path": path,
+                        "decoder": failure.decoder,
+                        "reason": failure.reason,
+                        "step": step,
+                        "time": time.time(),
+                    }
+                )
+        with suppress(StorageError):
+            append(self.file, lines)
             self._known |= named.keys()
 
     @property
@@ -234,18 +367,18 @@ def check_made_with(
     Raises: ValueError naming what is there, and the remedy.
     """
     folder = file.parent
+    check_folder(folder)
     if file.is_file():
         remedy = "choose another folder, or remove this one"
         _check_settings(file, settings, earlier or {}, section, remedy)
     # What a stopped writer leaves is hidden.
-    elif folder.exists() and (
-        not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())
-    ):
+    elif folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder}: is not empty and has no {file.name}; choose another folder")
 
 
 def check_results(folder: Path, settings: JsonObject) -> None:
     """Raises: ValueError where the folder has a metrics.json that was made with other settings."""
+    check_folder(folder)
     file = folder / METRICS_FILE
     if file.exists():
         # what earlier versions did, and had no setting for

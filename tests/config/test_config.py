@@ -706,11 +706,11 @@ class Ranged(Knobs):
     [
         ("ratio=0", "ratio: 0.0 must be above 0, at most 1"),
         ("ratio=1.5", "ratio: 1.5 must be above 0, at most 1"),
-        ("ratio=.inf", "ratio: inf must be finite"),
+        ("ratio=.inf", "ratio: inf must be above 0, at most 1"),
         ("sides=[4, 3]", "sides: (4, 3) must be at least 2, a multiple of 2"),
         ("sides=[]", "sides: (empty) must be given"),
         ("steps=0", "steps: 0 must be at least 1, or null"),
-        ("model.depth=0", "model.depth: 0 must be at least 1"),
+        ("model.depth=0", "model.depth: 0 must be at least 1, at most 1024"),
     ],
 )
 def test_a_range_stands_with_its_knob_and_is_told(override, said):

@@ -364,8 +364,8 @@ def test_a_converted_model_has_the_longest_name(models, tmp_path):
 def test_registers_and_journals_hold_any_name(tmp_path):
     names = [*FILES, BROKEN]
     failures = [Failure(name, "pyav", f"{name}: broken") for name in names]
-    Register(tmp_path / "quarantine.jsonl").add(failures)
-    Register(tmp_path / "quarantine.jsonl").add(failures)  # a later start knows them all
+    Register(tmp_path / "quarantine.jsonl").add(failures, 1)
+    Register(tmp_path / "quarantine.jsonl").add(failures, 1)  # a later start knows them all
     assert [row["path"] for row in strict(tmp_path / "quarantine.jsonl", lines=True)] == [
         unicode_text(name) for name in names
     ]

@@ -12,7 +12,7 @@ import torch
 from video_mae.cli import main
 from video_mae.config.world import NAMES, World, ranks_here
 from video_mae.data.workers import plan_workers
-from video_mae.training.engine import prepare_environment
+from video_mae.training.environment import prepare_environment
 
 WHOLE = {
     "RANK": "1",

@@ -383,50 +383,59 @@ def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(cha
     assert model.encoder.impl == "auto"
 
 
+# Stage, precision, and which checkpoints are of an earlier version.
+RUNS = ("0_fp32", "2_bf16", "3_fp32", "0_fp32_old", "0_bf16_old", "2_bf16_old", "3_fp32_old")
+
+
 @pytest.fixture(scope="module")
 def finished_runs(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Little runs whose model folders are put aside."""
+    from checkpoint_files import save_as_before
+
     from video_mae.config import load_config
+    from video_mae.training.engine import Engine
 
     folder = tmp_path_factory.mktemp("runs")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for stage, precision in ((0, "fp32"), (0, "bf16"), (2, "bf16"), (3, "fp32")):
-        output = folder / f"{stage}_{precision}"
-        run(
-            prepare(
-                load_config(
-                    tiny_file,
-                    [
-                        f"output={output}",
-                        "optim.steps=2",
-                        f"engine.zero_stage={stage}",
-                        f"engine.precision={precision}",
-                        f"optim.decay_tokens={stage == 0}",
-                        "objective.contrastive_weight=0.1",
-                        "objective.learn_temperature=true",
-                    ],
-                )
-            )
+    for name in RUNS:
+        output, (stage, precision, *old) = folder / name, name.split("_")
+        config = load_config(
+            tiny_file,
+            [
+                f"output={output}",
+                "optim.steps=2",
+                f"engine.zero_stage={stage}",
+                f"engine.precision={precision}",
+                f"optim.decay_tokens={stage == '0'}",
+                "objective.contrastive_weight=0.1",
+                "objective.learn_temperature=true",
+            ],
         )
+        with pytest.MonkeyPatch.context() as patch:
+            if old:
+                patch.setattr(Engine, "save", save_as_before)
+            run(prepare(config))
         (output / "model").rename(output / "put_aside")
     torch.set_num_threads(threads)
     return folder
 
 
 @pytest.mark.usefixtures("quiet_process")
-@pytest.mark.parametrize("name", ["0_fp32", "0_bf16", "2_bf16", "3_fp32"])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_without_a_model_folder_is_converted_from_its_checkpoint(
     finished_runs, name, tmp_path
 ):
     source = finished_runs / name
-    with pytest.raises(
-        ValueError, match=r"step_00000002: holds pickles of DeepSpeed, .*trust=true"
-    ):
-        convert(source, tmp_path / "model", ConvertConfig())
-    assert not (tmp_path / "model").exists()
+    is_old = name.endswith("old")
+    if is_old:
+        with pytest.raises(
+            ValueError, match=r"step_00000002: holds pickles of DeepSpeed, .*trust=true"
+        ):
+            convert(source, tmp_path / "model", ConvertConfig())
+        assert not (tmp_path / "model").exists()
     for path in (source, source / "checkpoints" / "step_00000002"):
-        convert(path, tmp_path / "model", ConvertConfig(trust=True, overwrite=True))
+        convert(path, tmp_path / "model", ConvertConfig(trust=is_old, overwrite=True))
         ours, theirs = (
             load_file(folder / "model.safetensors")
             for folder in (tmp_path / "model", source / "put_aside")
@@ -442,13 +451,16 @@ def test_a_run_without_a_model_folder_is_converted_from_its_checkpoint(
 def test_a_damaged_or_half_checkpoint_is_refused(finished_runs, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished_runs / "0_fp32", copy)
-    file = copy / "checkpoints" / "step_00000002" / "mp_rank_00_model_states.pt"
+    file = copy / "checkpoints" / "step_00000002" / "state_00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
-    with pytest.raises(ValueError, match=r"mp_rank_00_model_states\.pt: is not what was written"):
+    with pytest.raises(ValueError, match=r"state_00000\.safetensors is not what was written"):
         convert(copy, tmp_path / "model", ConvertConfig(trust=True))
     file.unlink()
-    with pytest.raises(ValueError, match="step_00000002: is no complete checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_00000002: is no whole checkpoint \(state_00000.safetensors is missing\)",
+    ):
         convert(file.parent, tmp_path / "model", ConvertConfig(trust=True))
     with pytest.raises(FileNotFoundError, match="run: neither a model folder"):
         convert(copy, tmp_path / "model", ConvertConfig(trust=True))

@@ -5,6 +5,7 @@ import pickle
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_links_lead_anywhere_and_a_video_may_be_named_twice(folder, tmp_path):
         write_list(
             root / "list",
             "linked.mp4 0",
-            "../the videos/clip of 1.mp4 1",
+            "folder/../the videos/clip of 1.mp4 1",
             "folder/clip of 2.mp4 2",
             "linked.mp4 1",
         )
@@ -171,6 +172,23 @@ def test_links_lead_anywhere_and_a_video_may_be_named_twice(folder, tmp_path):
         Path(videos[i][0]).samefile(folder / f"clip of {n}.mp4") for i, n in enumerate((1, 1, 2, 1))
     ] == [True] * 4
     assert len(read_annotations(DataConfig(source=str(root / "folder")))) == 3
+
+
+def test_a_relative_path_leads_out_of_the_folder_of_its_list_only_where_the_root_is_given(
+    folder, tmp_path
+):
+    root = tmp_path / "root"
+    root.mkdir()
+    climbing = ("../the videos/clip of 1.mp4", "x/../../the videos/clip of 1.mp4")
+    for line, written in enumerate((*climbing, f'"{climbing[0]}" 3'), 2):
+        path = write_list(root / "list", *[f"{folder / 'clip of 2.mp4'}"] * (line - 1), written)
+        with pytest.raises(ValueError, match=rf"list:{line}: .* leads out of the folder") as error:
+            read_annotations(path)
+        assert "data.root" in str(error.value)
+    (root / "..notes.mp4").symlink_to(folder / "clip of 1.mp4")
+    assert len(read_annotations(write_list(root / "list", "..notes.mp4", "./..notes.mp4"))) == 2
+    allowed = replace(write_list(root / "list", climbing[0]), root=str(root))
+    assert Path(read_annotations(allowed)[0][0]).samefile(folder / "clip of 1.mp4")
 
 
 def test_what_is_no_file_in_a_folder_is_refused_and_not_opened(tmp_path):

@@ -5,6 +5,7 @@ results of a test likewise.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,13 @@ from video_mae.config import DataConfig, FinetuneConfig, PretrainConfig
 from video_mae.config.data import SourceConfig, WeightedSourceConfig
 from video_mae.config.schema import to_dict
 from video_mae.data import read_annotations, read_sources
-from video_mae.files import check_results, write_metrics
+from video_mae.files import check_results, read_jsonl, write_metrics
 from video_mae.tools.pack import PackConfig
 from video_mae.tools.pack import start as pack
 from video_mae.training.finetune import prepare as prepare_finetuning
 from video_mae.training.finetune import run as finetune
 from video_mae.training.loop import DONE
-from video_mae.training.pretrain import prepare, run
+from video_mae.training.pretrain import Pretraining, prepare, run
 from video_mae.training.run_folder import LISTS_FILE
 
 pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
@@ -121,6 +122,69 @@ def test_another_list_of_the_same_name_is_refused_or_let_in_and_told(
     (folder / "kept").rename(folder / LISTS_FILE)
     shutil.rmtree(folder / "checkpoints")
     prepare(config)  # nothing was learned from the other
+
+
+def test_a_file_that_is_gone_when_a_run_goes_on_is_bad_as_in_the_run_itself(
+    listed: Path,
+    tiny: Callable[..., PretrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "videos").mkdir()
+    lines, victim = [], tmp_path / "videos" / "2.mp4"
+    for number, line in enumerate(listed.read_text().splitlines()):
+        path, label = line.rsplit(" ", 1)
+        shutil.copy(path, victim.with_name(f"{number}.mp4"))
+        lines.append(f"videos/{number}.mp4 {label}")
+    listed.write_text("\n".join(lines))
+    config = tiny(
+        f"data.source={listed}",
+        "data.max_bad_share=0.5",
+        "optim.steps=6",
+        "journal.checkpoint_interval=2",
+        "journal.keep_checkpoints=5",
+    )
+    folder, after = Path(config.output), Pretraining.after
+
+    def vanish(self: Pretraining, done: int) -> None:
+        after(self, done)
+        if done == 2:
+            victim.unlink()
+
+    monkeypatch.setattr(Pretraining, "after", vanish)
+    assert run(prepare(config)) == DONE
+    monkeypatch.undo()
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"list\.txt:3: no such file"):
+        prepare(replace(config, output=str(tmp_path / "new")))
+
+    for step in (4, 6):  # as if it had been killed after step 2
+        shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+    shutil.rmtree(folder / "model")
+    (folder / "quarantine.jsonl").unlink()
+    assert run(prepare(config)) == DONE
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+    said = (folder / "log.txt").read_text()
+    assert "resumed after step 2" in said
+    assert f"{listed}:3: no such file: {victim}" in said
+    assert "what is gone counts as bad" in said
+    bad = [Path(line["path"]).name for line in read_jsonl(folder / "quarantine.jsonl")]
+    assert bad == ["2.mp4"]
+
+
+def test_the_root_of_relative_paths_may_be_given_later_where_the_paths_stay(
+    listed: Path, tiny: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    path = listed.read_text().splitlines()[0].rsplit(" ", 1)[0]
+    shutil.copy(path, tmp_path / "a.mp4")
+    listed.write_text("a.mp4 1\n")
+    config = tiny(f"data.source={listed}", "optim.steps=1")
+    assert run(prepare(config)) == DONE
+    prepare(tiny(f"data.source={listed}", "optim.steps=1", f"data.root={tmp_path}"))
+    (tmp_path / "b").mkdir()
+    shutil.copy(path, tmp_path / "b" / "a.mp4")
+    with pytest.raises(ValueError, match=r"data\.source is another list"):
+        prepare(tiny(f"data.source={listed}", "optim.steps=1", f"data.root={tmp_path / 'b'}"))
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(

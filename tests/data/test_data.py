@@ -25,6 +25,7 @@ from video_mae.data import (
     make_loader,
     read_annotations,
 )
+from video_mae.data.dataset import UndecodableError
 from video_mae.data.sampling import sample_seed
 from video_mae.decoding.choices import uniform_indices
 
@@ -221,7 +222,7 @@ def test_a_broken_video_gives_way_to_the_same_other_video_each_time(data):
 
 def test_a_list_of_broken_videos_ends_the_run_with_a_reason(folder):
     with pytest.raises(
-        RuntimeError,
+        UndecodableError,
         match=r"data\.source: 20 videos in a row .*broken\.mp4: pyav: the file is cut off",
     ):
         dataset(write_list(folder / "broken.txt", "broken.mp4 0"))[0, 0]

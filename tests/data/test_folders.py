@@ -16,7 +16,6 @@ from video_mae.config.data import SourceConfig
 from video_mae.data import read_annotations, read_sources
 from video_mae.data.videos import read_labeled, read_training_videos
 from video_mae.decoding import READERS, VIDEO_EXTENSIONS, Reading, decode
-from video_mae.evaluation.extract import _paths
 from video_mae.tools.doctor import DoctorConfig
 from video_mae.tools.doctor import start as doctor
 from video_mae.tools.pack import PackConfig
@@ -155,8 +154,9 @@ def test_every_stage_takes_the_same_files_of_a_folder_and_tells_what_it_leaves_o
     left = "files that are left out by their endings: 1 .swf"
     empty = "1 of 2 classes have no videos, and keep their labels: run"
     assert list(read_labeled("LIST", source).paths) == [video]
-    assert _paths(source, "") == (video,)
-    assert [left in (told := capsys.readouterr().out), empty in told] == [True, True]
+    videos = read_annotations(SourceConfig(source=source))
+    assert tuple(videos.paths) == (video,)
+    assert [left in (told := "; ".join(videos.notes)), empty in told] == [True, True]
     assert doctor(source, DoctorConfig(output=str(tmp_path / "doctor")))() == 0
     assert capsys.readouterr().out.startswith(
         f"{source}: 1 files, 1 good, 0 bad (quick check, decoder pyav)\n  {source}: {left}\n"
@@ -188,7 +188,7 @@ def test_a_video_in_the_place_of_a_list_is_that_video(
         "a.gif": ("gif", "gif"),
     }[name]
     video = str(write(tmp_path / name, container, codec))
-    assert _paths(video, "") == (video,)
+    assert tuple(read_annotations(SourceConfig(source=video)).paths) == (video,)
     assert doctor(video, DoctorConfig(output=str(tmp_path / "doctor")))() == 0
     assert "1 files, 1 good" in capsys.readouterr().out
     assert pack(video, str(tmp_path / "packed"), PackConfig(num_workers=1)) == 0

@@ -14,7 +14,6 @@ from video_mae.config import DataConfig
 from video_mae.config.data import SourceConfig
 from video_mae.data import paths, read_annotations, read_sources
 from video_mae.data.videos import VideoList, read_labeled
-from video_mae.evaluation.extract import _paths
 from video_mae.tools.doctor import DoctorConfig
 from video_mae.tools.doctor import start as doctor
 from video_mae.tools.pack import read_items
@@ -202,13 +201,15 @@ def test_every_stage_reads_the_same_formats_and_tells_them(
     v2, frames, video = str(folder / "v2.txt"), str(folder / "frames.txt"), str(folder / "a.mp4")
     assert read_items(v2, "")[0][0][:3] == (video, "a.mp4", -1)
     assert V2 in capsys.readouterr().out
-    assert _paths(v2, "") == (video,)
-    assert V2 in capsys.readouterr().out
+    videos = read_annotations(SourceConfig(source=v2))
+    assert tuple(videos.paths) == (video,)
+    assert V2 in videos.notes[0]
     assert doctor(v2, DoctorConfig(output=str(folder / "doctor")))() == 1  # the file is empty
     assert f"v2.txt: lines are `PATH 0 -1`, {V2}" in capsys.readouterr().out
     assert V2 in read_sources(DataConfig(source=v2), 3).by_key["data.source"].notes[0]
     assert read_items(frames, "", "frames_label")[0][0][:3] == (video, "a.mp4", 4)
-    assert _paths(frames, "", "frames_label") == (video,)
+    data = SourceConfig(source=frames, list_format="frames_label")
+    assert tuple(read_annotations(data).paths) == (video,)
     assert read_labeled("LIST", frames, list_format="frames_label").label_M.tolist() == [4]
 
 

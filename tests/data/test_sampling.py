@@ -100,6 +100,25 @@ def test_two_ranks_share_the_micro_batches_of_one():
     assert [first + second for first, second in zip(*two, strict=True)] == one
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_a_step_has_the_same_videos_however_it_comes_apart(ranks, accumulation):
+    """And so an epoch has each once: 90 videos, of which a step takes 72."""
+    shares = []
+    for rank in range(ranks):
+        micro_batch = 72 // ranks // accumulation
+        taken = list(StepSampler(90, micro_batch, accumulation, rank, ranks, 5, 0, 5))
+        starts = range(0, len(taken), accumulation)
+        shares.append([taken[start : start + accumulation] for start in starts])
+    steps = [
+        sorted(itertools.chain(*itertools.chain(*parts))) for parts in zip(*shares, strict=True)
+    ]
+    whole = list(StepSampler(90, 72, 1, 0, 1, 5, 0, 5))
+    assert steps == [sorted(step) for step in whole]
+    everything = [(epoch, index) for epoch in range(4) for index in range(90)]
+    assert sorted(key for step in whole for key in step) == everything
+
+
 def test_fewer_videos_than_a_micro_batch_come_again_in_the_next_epoch():
     assert [epoch for epoch, _ in sampler(num_videos=2, last=1)[0]] == [0, 0, 1, 1]
 

@@ -29,7 +29,7 @@ from video_mae.data.videos import (
 )
 from video_mae.data.views import Views, Windows, load_views
 from video_mae.decoding import Member, Reading, VideoDecodeError, decode, read_clip
-from video_mae.evaluation.extract import _paths, file_name
+from video_mae.evaluation.extract import file_name
 from video_mae.tools import pack
 from video_mae.training import pretrain
 from video_mae.training.checkpoint import step_name
@@ -507,7 +507,7 @@ def test_views_windows_and_names_of_feature_files_know_members(
     times, clips = windows.read(member)
     assert len(list(clips)) == 2
     assert np.isfinite(times.end_seconds_C).all()
-    paths = _paths(str(folders["video"]), "")
+    paths = tuple(read_annotations(SourceConfig(source=str(folders["video"]))).paths)
     names = [file_name(path, "npz") for path in paths]
     assert len(set(names)) == 24
     assert names[0].startswith("000000000-")

@@ -245,7 +245,7 @@ def test_an_epoch_over_500_files_names_the_bad_ones_and_sees_the_good_ones(
     for batch in loader:
         seen.update(batch.index_B.tolist())
         tried.update(failure.path for failure in batch.failures)
-        quarantine.add(batch.failures)
+        quarantine.add(batch.failures, 1)
     assert seen.total() == GOOD + BAD
     assert collection.whole <= set(seen)
     assert not collection.bad & set(seen)

@@ -34,6 +34,7 @@ from video_mae.data import read_annotations
 from video_mae.decoding import Member, Reading, decode, decoders, read_clip, times_and_start
 from video_mae.decoding.media import local_file
 from video_mae.decoding.pyav_video import pixels, sequential
+from video_mae.processes import hold_folder
 from video_mae.tools import pack
 
 REAL = (
@@ -501,19 +502,21 @@ def test_a_full_disk_is_told_in_a_line_and_nothing_is_lost(
 ) -> None:
     folder = tmp_path / "out"
 
-    def limited() -> int:
+    def limited() -> None:
         # of a file: 1 MB is a shard's
         resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, resource.RLIM_INFINITY))
-        return pack.start(many, str(folder), PackConfig(**SMALL, num_workers=1))
+        keys = [f"{key}={value}" for key, value in SMALL.items()]
+        main(["pack", many, str(folder), *keys, "num_workers=1"])
 
     process = in_a_process(limited)
     process.join(60)
-    assert process.exitcode == 1
+    assert process.exitcode == 74
     told = capfd.readouterr().err
     assert (
-        f"video-mae pack: {folder}: File too large: free some space and start the same command again, what is packed is not lost"
+        f"video-mae pack: {folder}: cannot be written ([Errno 27] File too large): needed are some "
         in told
     )
+    assert "make room, or let it be written to, and start the same command again" in told
     assert "Traceback" not in told
     num_rows = len(rows_of(folder)[:-1])
     assert num_rows > 5
@@ -557,9 +560,8 @@ def test_a_folder_belongs_to_one_list_and_one_way_of_packing(many: str, tmp_path
     refuses("is not empty and has no pack.json", where=str(tmp_path / "full"))
     refuses("is a URL; pack into a local folder", where="s3://bucket/out")
     (folder / "manifest.json").unlink()
-    writer = pack.ShardWriter(folder, "frames", 10**6)
-    refuses("another `video-mae pack` is at work in it")
-    writer.close()
+    with hold_folder(folder):
+        refuses(f"process {os.getpid()} on .* is at work in it; wait for it, or choose another")
     packed(many, folder, **SMALL)
 
 
@@ -692,6 +694,8 @@ def test_the_command_line_packs(odd_videos: dict[str, Path], tmp_path: Path) -> 
                 "--frame-step",
                 "2",
                 "num_workers=1",
+                "--root",
+                str(tmp_path),
             ]
         )
     assert end.value.code == 0

@@ -235,9 +235,9 @@ def test_a_bad_gradient_changes_nothing_and_is_counted_through_a_checkpoint(
         (3, 2),
         (4, 2),
     ]
-    first.save(4, 1, {})
+    first.save(4, {}, {}, tuple)
     resumed = engine()
-    assert resumed.resume()[0] == 4
+    assert resumed.resume({})[0] == 4
     losses = [
         [step(one, number, factor) for number, factor in ((5, 1.0), (6, float("nan")), (7, 1.0))]
         for one in (first, resumed)
@@ -298,10 +298,10 @@ def test_a_checkpoint_that_deepspeed_clipped_is_resumed_and_clipped_once(
     backward(engine, 1)
     engine.step(1e-3)
     engine.deepspeed.optimizer.clip_grad = 1.0  # as earlier versions wrote it
-    engine.save(1, 1, {})
+    engine.save(1, {}, {}, tuple)
     engine.deepspeed.optimizer.clip_grad = 0.0
     resumed = start(tmp_path, zero_stage=stage, precision="bf16", clip_grad=1.0)
-    assert resumed.resume()[0] == 1
+    assert resumed.resume({})[0] == 1
     for one in (engine, resumed):
         backward(one, 2)
         one.step(1e-3)

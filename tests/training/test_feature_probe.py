@@ -99,9 +99,9 @@ def watch(training: Pretraining, states: list[Any]) -> None:
         )
         return [*drawn, training.model.training, torch.get_num_threads()]
 
-    def after(done: int, *, ending: bool) -> None:
+    def after(done: int) -> None:
         before = state()
-        follow(done, ending=ending)
+        follow(done)
         states.append((before, state()))
 
     training.after = after
@@ -110,7 +110,7 @@ def watch(training: Pretraining, states: list[Any]) -> None:
 def stop_after(training: Pretraining, step: int) -> None:
     """Ends a run as a signal does."""
 
-    def after(done: int, *, ending: bool) -> None:
+    def after(done: int) -> None:
         training.signal = 15 * (done == step)
 
     training.after = after

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from video_mae.config import EngineConfig, JournalConfig, RunConfig
-from video_mae.files import Register, read_jsonl
+from video_mae.files import Register, mend_jsonl, read_jsonl
 from video_mae.training.journal import Journal, peak_flops
 from video_mae.training.report import write_report
 
@@ -70,6 +70,7 @@ def make_journal(
     folder: Path, *, log_interval: int = 4, precision: Any = "fp32", **changes: Any
 ) -> Journal:
     """changes: of the engine (rank, world_size, device, mean, write_events), or of the journal."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = RunConfig(
         output=str(folder),
         engine=EngineConfig(precision=precision),
@@ -420,47 +421,63 @@ def test_on_a_gpu_mfu_is_the_share_of_the_peak_of_all_devices_and_steps_do_not_w
 def test_a_bad_video_is_quarantined_once_also_across_starts_and_ranks(tmp_path: Path):
     file = tmp_path / "quarantine.jsonl"
     quarantine, other_rank = Register(file), Register(file)
-    quarantine.add([])
+    quarantine.add([], 1)
     assert not quarantine.file.exists()
-    quarantine.add([Failure("a.mp4"), Failure("b \u00e9.mp4", "av", "torn\n"), Failure("a.mp4")])
-    other_rank.add([Failure("a.mp4"), Failure("c.mp4")])
+    quarantine.add([Failure("a.mp4"), Failure("b \u00e9.mp4", "av", "torn\n"), Failure("a.mp4")], 1)
+    other_rank.add([Failure("a.mp4"), Failure("c.mp4")], 1)
     assert quarantine.paths == {"a.mp4", "b \u00e9.mp4", "c.mp4"}
-    Register(file).add([Failure("c.mp4")])  # a later start
+    Register(file).add([Failure("c.mp4")], 1)  # a later start
     entries = read_jsonl(quarantine.file)
     assert [entry["path"] for entry in entries] == ["a.mp4", "b \u00e9.mp4", "c.mp4"]
-    assert [list(entry) for entry in entries] == [["path", "decoder", "reason", "time"]] * 3
+    assert [list(entry) for entry in entries] == [["path", "decoder", "reason", "step", "time"]] * 3
     assert len(quarantine) == len(other_rank) == 3
 
 
 def test_a_torn_quarantine_line_spoils_no_other(tmp_path: Path):
     file = tmp_path / "quarantine.jsonl"
-    Register(file).add([Failure("a.mp4")])
+    Register(file).add([Failure("a.mp4")], 1)
     with file.open("ab") as stream:
         stream.write(b'{"path": "b.mp4", "dec')
-    Register(file).add([Failure("b.mp4"), Failure("c.mp4")])
+    mend_jsonl(file, 1, {"path"}, print)
+    Register(file).add([Failure("b.mp4"), Failure("c.mp4")], 1)
     assert [entry["path"] for entry in read_jsonl(file)] == ["a.mp4", "b.mp4", "c.mp4"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"step": 1, "loss": NaN}', b'{"step": 1, "loss": -Infinity}', b'{"step": 1.5}', b"\0"],
+)
+def test_a_line_that_is_no_json_of_ours_is_set_aside(tmp_path: Path, line: bytes):
+    file, said = tmp_path / "metrics.jsonl", list[str]()
+    file.write_bytes(line + b'\n{"step": 2}\n')
+    mend_jsonl(file, 2, {"step"}, said.append)
+    assert file.read_bytes() == b'{"step": 2}\n'
+    assert said == [f"{file}: 1 damaged lines are left out, metrics.jsonl.damaged has them"]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == line + b'\n{"step": 2}\n'
 
 
 def quarantine_many(folder: Path) -> None:
     quarantine = Register(folder / "quarantine.jsonl")
     for i in range(100):
-        quarantine.add([Failure(f"{i}.mp4")])
+        quarantine.add([Failure(f"{i}.mp4")], 1)
 
 
-def test_processes_that_quarantine_at_once_write_each_path_once(tmp_path: Path):
+def test_processes_that_quarantine_at_once_spoil_no_line_and_count_each_path_once(tmp_path: Path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=quarantine_many, args=(tmp_path,)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    paths = [entry["path"] for entry in read_jsonl(tmp_path / "quarantine.jsonl")]
-    assert sorted(paths) == sorted(f"{i}.mp4" for i in range(100))
+    file = tmp_path / "quarantine.jsonl"
+    assert len(read_jsonl(file)) == file.read_bytes().count(b"\n")
+    assert Register(file).paths == {f"{i}.mp4" for i in range(100)}
+    assert len(Register(file)) == 100
 
 
 def test_bad_videos_are_counted_in_the_metrics(tmp_path: Path):
     journal = make_journal(tmp_path)
-    journal.quarantine.add([Failure("a.mp4")])
+    journal.quarantine.add([Failure("a.mp4")], 1)
     take_steps(journal, 1, 4)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["bad_videos"] == 1
 
@@ -469,7 +486,7 @@ def test_a_report_escapes_text_and_shows_the_newest_pictures(tmp_path: Path):
     folder = tmp_path / "a <b> & run"
     journal = make_journal(folder)
     take_steps(journal, 1, 10)
-    journal.quarantine.add([Failure("<script>alert(1)</script>.mp4")])
+    journal.quarantine.add([Failure("<script>alert(1)</script>.mp4")], 1)
     (folder / "config.yaml").write_text("output: '<img src=x>' # & more\n")
     (folder / "reconstructions").mkdir()
     for step in (500, 1000, 1500, 20000):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoint_files import saved_state
 from safetensors.torch import load_file
 
 from video_mae import VideoClassifier, VideoMAE, save_model_folder
@@ -446,11 +447,15 @@ def test_two_ranks_resume_one_teacher(finished: Path, stage: int) -> None:
         assert now == before
         assert len(now) == 5
     checkpoint = run / "checkpoints" / "step_00000005"
-    first, second = (load_file(checkpoint / f"tensors_{rank}.safetensors") for rank in (0, 1))
-    # the teacher is written once, of the averages each rank has its own
-    assert {name.split(".")[0] for name in first} == {"average", "teacher"}
-    assert {name.split(".")[0] for name in second} == {"average"}
-    assert not first.keys() & second.keys()
+    files = [load_file(checkpoint / f"state_0000{rank}.safetensors") for rank in (0, 1)]
+    # each number is written once, by either rank its share
+    assert not files[0].keys() & files[1].keys()
+    kinds = [{name.split("/")[0] for name in file} for file in files]
+    assert kinds[0] == kinds[1] == {"weight", "exp_avg", "exp_avg_sq", "average", "tensor"}
+    first, second = (sum(tensor.numel() for tensor in file.values()) for file in files)
+    largest = max(tensor.numel() for file in files for tensor in file.values())
+    assert abs(first - second) <= largest
+    assert sum(name.startswith("tensor/teacher.") for name in saved_state(checkpoint)) > 20
     # stages differ in where weights are, not in what they are
     other = load_file(finished / "teacher3" / "model_ema" / "model.safetensors")
     for name, value in load_file(run / "model_ema" / "model.safetensors").items():

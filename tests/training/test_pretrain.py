@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import saved_state
 
 from video_mae import load_pretrained
 from video_mae.config import PretrainConfig, load_config
@@ -19,7 +20,8 @@ from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
 from video_mae.training.checkpoint import step_name
 from video_mae.training.deepspeed_config import deepspeed_config
-from video_mae.training.engine import Engine, prepare_environment
+from video_mae.training.engine import Engine
+from video_mae.training.environment import prepare_environment
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 
@@ -106,13 +108,12 @@ def test_there_is_room_for_the_gradients_of_the_model_and_no_more(tiny: Tiny) ->
 def test_the_model_folder_holds_what_was_trained(tiny: Tiny) -> None:
     config = tiny("optim.steps=2")
     run(prepare(config))
-    state = torch.load(
-        Path(config.output) / "checkpoints" / step_name(2) / "mp_rank_00_model_states.pt",
-        weights_only=False,
-    )["module"]
+    state = saved_state(Path(config.output) / "checkpoints" / step_name(2))
     loaded = load_pretrained(Path(config.output) / "model").state_dict()
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    kept = {f"{kind}/{name}" for name in loaded for kind in kinds}
+    assert kept | {"tensor/usual_loss"} == state.keys()
+    assert all(torch.equal(loaded[name].flatten(), state[f"weight/{name}"]) for name in loaded)
 
 
 def test_the_decoder_of_a_run_can_see_all_that_the_cell_chooses_and_its_model_keeps_that(
@@ -427,17 +428,23 @@ def test_a_finished_run_stays_as_it_is(tiny: Tiny) -> None:
     assert [file.read_bytes() for file in files] == before
 
 
-def test_another_number_of_ranks_cannot_resume_and_says_so(
+def test_another_number_of_ranks_keeps_the_global_batch_or_is_refused(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(prepare(tiny("engine.zero_stage=1", "optim.steps=2")))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         ValueError,
-        match=r"step_00000002: was written with world_size = 1, this start has 2; start it "
-        r"with as many ranks",
+        match=r"run: this run was started with ranks x optim.micro_batch x optim.accumulation = 4, "
+        r"now it is 8; set it back",
     ):
         prepare(tiny("engine.zero_stage=1", "optim.steps=2"))
+    training = prepare(tiny("engine.zero_stage=2", "optim.steps=2", "optim.micro_batch=2"))
+    told = [line for line in training.introduction if "step_00000002" in line]
+    assert [line.split("was written with ")[1] for line in told] == [
+        "world_size = 1, this start has 2",
+        "zero_stage = 1, this start has 2",
+    ]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> None:
@@ -445,7 +452,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> N
     run(prepare(config))
     before = losses(config)
     newest = Path(config.output) / "checkpoints" / step_name(4)
-    file = next(newest.glob("*model_states.pt"))
+    file = newest / "state_00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -512,14 +519,33 @@ def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on
             "engine.extra={zero_optimization: {stage: 3}}",
             "engine.extra.zero_optimization.stage: is set by this program",
         ),
+        (
+            "engine.extra={zero_optimization: {reduce_bucket_size: many}}",
+            r"engine.extra.zero_optimization: DeepSpeed: 1 .* reduce_bucket_size Input should be a v",
+        ),
+        (
+            "engine.extra={zero_optimization: {reduce_bucket_siz: 7}}",
+            r"engine.extra.zero_optimization: DeepSpeed: 1 .* reduce_bucket_siz Extra inputs are no",
+        ),
+        (
+            "engine.extra={flops_profiler: {enabld: true}}",
+            r"engine.extra.flops_profiler.enabld: DeepSpeed has no such key \(did you mean enabled",
+        ),
+        ("engine.extra={checkpoint: {tag_validation: x}}", "engine.extra.checkpoint: DeepSpeed: "),
+        ("engine.extra={prescale_gradients: 7}", "engine.extra.prescale_gradients: 7 is not what"),
+        ("engine.extra={communication_data_type: fp31}", "communication_data_type: DeepSpeed: Inv"),
+        ("engine.extra={bf16: {no: 1}}", "engine.extra.bf16: DeepSpeed: 1 .* no Extra inp"),
+        ("engine.extra={timers: 7}", "engine.extra.timers: 7 is not what DeepSpeed takes"),
+        ("engine.extra={sparse_gradients: true}", "sparse_gradients: DeepSpeed has no such key"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_starts(
     tiny: Tiny, override: str, message: str
 ) -> None:
     config = tiny(override)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         prepare(config)
+    assert len(str(error.value).splitlines()) == 1
     assert not Path(config.output).exists()
 
 

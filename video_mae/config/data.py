@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Literal
 
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
 
 DecoderName = Literal["auto", "pyav", "decord", "torchcodec"]
 """A library that reads videos; auto: the first of them that works here."""
@@ -48,6 +48,7 @@ class FileConfig(Knobs):
         None,
         "stored values that become black and white, others are clipped, NaN is black; "
         "clips then have 16 bits. null: files hold 8 bits",
+        high=1e30,
     )
 
     def __post_init__(self) -> None:
@@ -112,11 +113,13 @@ class ReadConfig(FileConfig):
         "videos whose shorter side has more pixels are scaled down to it as they are decoded; 0: "
         "as stored",
         low=0,
+        high=MOST_SIZE,
     )
     decode_seconds: float = knob(
         60.0,
         "a video whose clip takes longer is given up, and the process that hangs in it ended",
         above=0,
+        high=86400,
     )
     decode_memory_gb: float = knob(4.0, "memory that decoding a clip may take, likewise", above=0)
 
@@ -145,7 +148,10 @@ class DataConfig(ReadConfig, SourceConfig):
         "where a short video, and at stride 1 any, repeats a frame instead",
     )
     clips_per_video: int = knob(
-        1, "crops and masks made from one decoded clip (num_sample of VideoMAE V2)", low=1
+        1,
+        "crops and masks made from one decoded clip (num_sample of VideoMAE V2)",
+        low=1,
+        high=1000,
     )
     crop: Literal["multiscale", "random_resized", "center"] = knob(
         "multiscale",
@@ -173,7 +179,7 @@ class DataConfig(ReadConfig, SourceConfig):
         "process beside the training. More than there are cores are not started",
         low=0,
     )
-    prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready", low=1)
+    prefetch_batches: int = knob(2, "micro-batches that each worker keeps ready", low=1, high=1000)
     allow_changed_list: bool = knob(
         False,
         "let a run go on whose list is another than before, under the same name; it is logged",

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from video_mae.config.data import ReadConfig
-from video_mae.config.schema import Knobs, knob, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
 from video_mae.config.training import Precision
 
 ProbeKind = Literal["linear", "attentive", "knn"]
@@ -57,8 +57,11 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
         "clips of a video; null: 5 where the model takes dense clips, 2 where it takes uniform "
         "ones",
         low=1,
+        high=1000,
     )
-    num_crops: int = knob(3, "crops of a clip along the longer side; 1 is the middle", low=1)
+    num_crops: int = knob(
+        3, "crops of a clip along the longer side; 1 is the middle", low=1, high=1000
+    )
     antialias: bool | None = knob(
         None,
         "average what resizing leaves out, or not (OpenCV); null: as the model's "
@@ -79,6 +82,7 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
         "half of the videos that each worker keeps ready; each goes through the model by itself, "
         "so that no figure depends on it",
         low=1,
+        high=MOST_SIZE,
     )
 
     def __post_init__(self) -> None:
@@ -94,8 +98,10 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
 class PredictConfig(TestedConfig):
     """`video-mae predict MODEL_OR_RUN_FOLDER VIDEO key=value ...`."""
 
-    num_clips: int = knob(5, "clips, spread over the video", low=1)
-    num_crops: int = knob(1, "crops of a clip along the longer side; 1 is the middle", low=1)
+    num_clips: int = knob(5, "clips, spread over the video", low=1, high=1000)
+    num_crops: int = knob(
+        1, "crops of a clip along the longer side; 1 is the middle", low=1, high=1000
+    )
     top: int = knob(5, "how many classes are told, the most probable first", low=1)
 
 
@@ -137,9 +143,10 @@ class ProbeConfig(EncodingConfig):
         1,
         "clips of a video; in training each is an example, else their softmaxes are averaged",
         low=1,
+        high=1000,
     )
     num_crops: int = knob(
-        1, "crops of a clip along the longer side, likewise; 1 is the middle", low=1
+        1, "crops of a clip along the longer side, likewise; 1 is the middle", low=1, high=1000
     )
     lrs: tuple[float, ...] = knob(
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -151,7 +158,7 @@ class ProbeConfig(EncodingConfig):
         (0.01, 0.1, 1.0), "weight decays of the grid (AdamW)", filled=True, low=0
     )
     epochs: float = knob(50.0, "passes over the training list", above=0)
-    batch_size: int = knob(64, "examples of an update", low=2)
+    batch_size: int = knob(64, "examples of an update", low=2, high=MOST_SIZE)
     num_heads: int | None = knob(
         None, "attention heads of the attentive probe; null: as many as the encoder's"
     )
@@ -170,7 +177,7 @@ class ProbeConfig(EncodingConfig):
         "where the tokens for the attentive probe lie, 2 bytes a value; disk: in the output "
         "folder, until the end",
     )
-    encode_batch: int = knob(8, "videos that go through the encoder at once", low=1)
+    encode_batch: int = knob(8, "videos that go through the encoder at once", low=1, high=MOST_SIZE)
 
     @property
     def kinds(self) -> tuple[ProbeKind, ...]:
@@ -213,7 +220,9 @@ class ExtractConfig(EncodingConfig):
     )
     format: Literal["npz", "safetensors"] = knob("npz", "of the files, one a video")
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
-    batch_size: int = knob(8, "clips of a video that go through the encoder at once", low=1)
+    batch_size: int = knob(
+        8, "clips of a video that go through the encoder at once", low=1, high=MOST_SIZE
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,7 @@ from typing import Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
-from video_mae.config.schema import Knobs, knob, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
 from video_mae.config.training import OptimConfig, RunConfig
 
 
@@ -28,7 +28,7 @@ class ValidationConfig(Knobs):
         "always validates",
         low=0,
     )
-    batch: int = knob(16, "clips that a rank takes at once", low=1)
+    batch: int = knob(16, "clips that a rank takes at once", low=1, high=MOST_SIZE)
 
 
 class AugmentConfig(Knobs):
@@ -41,6 +41,7 @@ class AugmentConfig(Knobs):
         "operations of RandAugment (rand-m7-n4-mstd0.5-inc1), each done with probability 0.5; 0 "
         "does none",
         low=0,
+        high=100,
     )
     randaugment_magnitude: float = knob(7.0, "mean strength of an operation, of 10", low=0, high=10)
     randaugment_std: float = knob(0.5, "standard deviation of the strength", low=0)

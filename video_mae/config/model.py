@@ -3,13 +3,20 @@
 import math
 from typing import Any, Literal
 
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
+from video_mae.config.yaml_text import MAX_VALUES
 
 Sampling = Literal["dense", "uniform", "parts", "parts_v2"]
 """How the frames of a clip that is to be named are chosen."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_DEPTH = 1024
+"""The largest published ViT has 48 blocks, of a width of 6,144 (ViT-22B)."""
+MOST_TOKENS, MOST_VALUES, MOST_WEIGHTS = 2**20, 2**31, 2**38
+"""Of a clip: its positions are computed, whatever their number, and its values are what a decoder
+hands over at most. Of the matrices of all blocks of the encoder, or the decoder: a terabyte.
+"""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,18 +73,18 @@ class ModelConfig(Knobs):
 
     preset_values = PRESETS
 
-    in_channels: int = knob(3, "channels of a pixel", low=1)
+    in_channels: int = knob(3, "channels of a pixel", low=1, high=MOST_SIZE)
     num_frames: int = knob(16, "frames of a clip", low=1)
     height: int = knob(224, "pixels", low=1)
     width: int = knob(224, "pixels", low=1)
     tubelet_size: int = knob(2, "frames of a tubelet", low=1)
     patch_size: int = knob(16, "pixels, height and width of a tubelet", low=1)
     embed_dim: int = knob(768, "encoder width", low=1)
-    depth: int = knob(12, "encoder blocks", low=1)
+    depth: int = knob(12, "encoder blocks", low=1, high=MOST_DEPTH)
     num_heads: int = knob(12, "encoder attention heads", low=1)
     mlp_ratio: float = knob(4.0, "encoder MLP width over embed_dim")
     decoder_embed_dim: int = knob(384, "decoder width", low=1)
-    decoder_depth: int = knob(4, "decoder blocks", low=1)
+    decoder_depth: int = knob(4, "decoder blocks", low=1, high=MOST_DEPTH)
     decoder_num_heads: int = knob(6, "decoder attention heads", low=1)
     decoder_mlp_ratio: float = knob(4.0, "decoder MLP width over decoder_embed_dim")
     drop_path: float = knob(
@@ -109,6 +116,7 @@ class ModelConfig(Knobs):
         "copies of a learned token before the others: 1 in image MAE, one a frame of tokens once "
         "inflated",
         low=0,
+        high=MOST_SIZE,
     )
     decoder_class_token: Literal["encoded", "own"] = knob(
         "encoded",
@@ -143,6 +151,7 @@ class ModelConfig(Knobs):
         "features that the decoder predicts of a tubelet, set by objective.teacher; null: its "
         "pixels",
         low=1,
+        high=MOST_SIZE,
     )
     decoder_context: Literal["scored", "all"] = knob(
         "scored",
@@ -162,13 +171,25 @@ class ModelConfig(Knobs):
             value, divisor = getattr(self, name), getattr(self, unit)
             remedy = f"is not a multiple of model.{unit} = {divisor}"
             require(value % divisor == 0, name, value, remedy)
+        values = self.num_tokens * self.tubelet_values
+        remedy = f"x model.height x model.width are {self.num_tokens} tokens of {values} values"
+        is_believed = self.num_tokens <= MOST_TOKENS and values <= MOST_VALUES
+        require(is_believed, "num_frames", self.num_frames, f"{remedy}, which are not believed")
+        made_for = self.position_grid or self.grid
+        is_believed = math.prod(made_for) <= MOST_TOKENS
+        require(is_believed, "position_grid", made_for, "has more tokens than are believed")
         # pairs of sine and cosine: of the flattened index, or of row and column
         pair = 4 if self.positions == "sincos" else 2
-        for name, of in (("mlp_ratio", "embed_dim"), ("decoder_mlp_ratio", "decoder_embed_dim")):
-            ratio, width = getattr(self, name), getattr(self, of)
-            require(round(ratio * width) >= 1, name, ratio, f"of {width} is no width of an MLP")
+        for part in ("", "decoder_"):
+            width, ratio = getattr(self, f"{part}embed_dim"), getattr(self, f"{part}mlp_ratio")
+            remedy = f"of {width} is no width of an MLP"
+            require(round(ratio * width) >= 1, f"{part}mlp_ratio", ratio, remedy)
             remedy = f"must be a multiple of {pair} for model.positions = {self.positions}"
-            require(width % pair == 0, of, width, remedy)
+            require(width % pair == 0, f"{part}embed_dim", width, remedy)
+            depth = getattr(self, f"{part}depth")
+            remedy = f"blocks of width {width} have more than {MOST_WEIGHTS} weights"
+            weights = depth * width**2 * (4 + 2 * ratio)
+            require(weights <= MOST_WEIGHTS, f"{part}depth", depth, remedy)
         for name in ("mean", "std"):
             values = getattr(self, name)
             remedy = f"must have 1 value or one for each of model.in_channels = {self.in_channels}"
@@ -236,7 +257,7 @@ class ClassifierConfig(Knobs):
     the action in a video.
     """
 
-    num_classes: int = knob(400, "outputs of the head", low=1)
+    num_classes: int = knob(400, "outputs of the head", low=1, high=MAX_VALUES)
     class_names: tuple[str, ...] = knob(
         (), "names of the labels 0, 1, ...; empty where they are not known"
     )

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from video_mae.config.data import LIST_FORMATS, ListFormat
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import MOST_SIZE, Knobs, knob, require
 
 Form = Literal["video", "frames"]
 
@@ -21,6 +21,7 @@ class PackConfig(Knobs):
         "videos whose shorter side has more pixels are scaled down to it, none is scaled up; 0: "
         "as they are",
         low=0,
+        high=MOST_SIZE,
     )
     fps: float | None = knob(None, "frames a second that are kept at most; null: all", above=0)
     frame_step: int = knob(
@@ -34,6 +35,7 @@ class PackConfig(Knobs):
         "form=video: frames from a key frame to the next; a clip is decoded from the key frame "
         "before it",
         low=1,
+        high=10**6,
     )
     crf: int = knob(
         22, "form=video: constant quality of x264, 0 is lossless, 51 the worst", low=0, high=51
@@ -41,7 +43,9 @@ class PackConfig(Knobs):
     preset: Literal["veryfast", "faster", "fast", "medium", "slow"] = knob(
         "medium", "form=video: of x264; slower packs into fewer bytes"
     )
-    shard_mb: int = knob(256, "megabytes of a shard, after which the next one is begun", low=1)
+    shard_mb: int = knob(
+        256, "megabytes of a shard, after which the next one is begun", low=1, high=10**6
+    )
     root: str = knob("", "where relative paths of LIST start; empty: the folder of the list file")
     list_format: ListFormat = knob("auto", LIST_FORMATS)
     num_workers: int | None = knob(
@@ -54,6 +58,7 @@ class PackConfig(Knobs):
         "a video that makes no progress for so long is refused, and the process that hangs in it "
         "ended",
         above=0,
+        high=86400,
     )
     decode_memory_gb: float = knob(4.0, "memory that packing a video may take, likewise", above=0)
 

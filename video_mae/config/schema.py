@@ -3,7 +3,6 @@ explained. config/ has the keys.
 """
 
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,15 @@ from typing import (
     get_type_hints,
 )
 
-from video_mae.config.yaml_text import ScalarNode, load, read_word, refuse_interpolation, to_yaml
-from video_mae.files import JsonObject, as_read_back, one_line, read_text
+from video_mae.config.yaml_text import (
+    MAX_VALUES,
+    ScalarNode,
+    load,
+    read_word,
+    refuse_interpolation,
+    to_yaml,
+)
+from video_mae.files import JsonObject, as_read_back, one_line, read_text, write_text
 
 Schema = TypeVar("Schema")
 BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
@@ -36,6 +42,10 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of"),
 }
 """How the range of a knob is written in Python, what it asks, and how it is told."""
+MOST = 10**9
+"""What no number is above whose range does not say more: no count, interval or factor is."""
+MOST_SIZE = 65_536
+"""Of a batch in clips or videos, of a picture in pixels, of a video in frames."""
 
 
 def knob(default: Any, meaning: str, *, filled: bool = False, **bounds: float) -> Any:
@@ -58,7 +68,7 @@ def section(kind: type, meaning: str, **defaults: Any) -> Any:
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raises: ValueError `key: value remedy` unless the condition holds."""
     if not condition:
-        raise ValueError(f"{key}: {value} {remedy}")
+        raise ValueError(f"{key}: {value!s:.300} {remedy}")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -85,10 +95,13 @@ class Knobs:
                 require(value not in ("", ()), f.name, "(empty)", "must be given")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float):
-                    require(abs(number) < math.inf, f.name, value, "must be finite")
-                    for name, bound in f.metadata["bounds"].items():
+                    bounds = f.metadata["bounds"]
+                    for name, bound in bounds.items():
                         is_met, _ = BOUNDS[name]
                         require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
+                    most = max([MOST, *bounds.values()])
+                    remedy = f"must be finite, and at most {most:.0e} in size"
+                    require(abs(number) <= most, f.name, value, remedy)
 
 
 def _range(f: Field[Any]) -> str:
@@ -130,8 +143,10 @@ def read_keys(path: Path) -> JsonObject:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Writes a dataclass of knobs as YAML that `load_config` reads back to an equal object."""
-    Path(path).write_text(to_yaml(asdict(config)), encoding="utf-8")
+    """Writes a dataclass of knobs, whole or not at all, as YAML that `load_config` reads back to an
+    equal object.
+    """
+    write_text(Path(path), to_yaml(asdict(config)))
 
 
 def to_dict(config: Any) -> JsonObject:
@@ -216,6 +231,8 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
         is_text = kind is str or (origin is Literal and isinstance(parts[0], str))
         with _naming(f"{where}: "):
             value = read_word(value, is_text=is_text)
+    if isinstance(value, list) and len(value) > MAX_VALUES:
+        raise ValueError(f"{where}: holds more than {MAX_VALUES} values")
     if value is None and kind is not hint:
         return None
     if is_dataclass(kind):
@@ -259,8 +276,13 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     by_name = {f.name: f for f in fields(schema)}
     for key in values:
         if key not in by_name:
-            near = _near(key, f"{prefix}{key}", by_name, root)
-            raise ValueError(f"unknown key {prefix}{key}{near}")
+            # the same name in another section, else a similar one
+            everywhere = [known for known, *_ in _walk(root)]
+            near = [known for known in everywhere if known.split(".")[-1] == key]
+            near += get_close_matches(key, by_name, 1)
+            near += get_close_matches(f"{prefix}{key}", everywhere, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
     for key, value in values.items():
         factory = by_name[key].default_factory
@@ -268,14 +290,6 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
         made[key] = _typed(value, hints[key], f"{prefix}{key}", root, make_part)
     with _naming(prefix):
         return make(**made)
-
-
-def _near(name: str, key: str, names: Mapping[str, Any], root: Any) -> str:
-    """What may be meant by an unknown key: the same name in another section, else a similar one."""
-    everywhere = [known for known, *_ in _walk(root)]
-    near = [known for known in everywhere if known.split(".")[-1] == name]
-    near += get_close_matches(name, names, 1) or get_close_matches(key, everywhere, 1)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _without_none(hint: Any) -> Any:

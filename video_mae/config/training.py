@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
-from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
+from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -130,13 +130,16 @@ class OptimConfig(Knobs):
     """
 
     micro_batch: int = knob(
-        32, "videos that a rank takes through forward and backward at once", low=1
+        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_SIZE
     )
     accumulation: int = knob(1, "micro-batches a step", low=1)
     base_lr: float = knob(
-        1.5e-4, "learning rate for a global batch of 256: lr = base_lr * global batch / 256", low=0
+        1.5e-4,
+        "learning rate for a global batch of 256: lr = base_lr * global batch / 256",
+        low=0,
+        high=1e30,
     )
-    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0)
+    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0, high=1e30)
     schedule: Literal["cosine", "constant_cooldown"] = knob(
         "cosine",
         "after the warm-up: half a cosine down to min_lr; or base_lr until a cooldown of the shape "
@@ -152,7 +155,7 @@ class OptimConfig(Knobs):
     cooldown_epochs: float = knob(
         0.0, "end of the run that cools down to min_lr, ignored where steps is given", low=0
     )
-    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**12)
+    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**8)
     warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
     cooldown_steps: int = knob(0, "cooldown where steps is given; 0: none yet", low=0)
     drop_last_batch: bool = knob(
@@ -224,6 +227,19 @@ class EngineConfig(Knobs):
         "that is not finite",
         low=1,
     )
+    on_spike: Literal["ignore", "skip", "stop", "rollback"] = knob(
+        "ignore",
+        "what a loss does that is 10 times the running mean of those before: nothing; skip its "
+        "step, as one that is not finite; stop the run with status 3, as one that is not finite; "
+        "or likewise with status 75, to go back to its last checkpoint without the steps since",
+    )
+    stall_seconds: float = knob(
+        300.0,
+        "all ranks leave with status 75 when one of them has given no sign of life for so long, or "
+        "has been reading, computing or waiting for others in one and the same micro-batch",
+        low=10,
+        high=86400,
+    )
     extra: dict[str, Any] = knob(
         {}, "merged into DeepSpeed's dictionary as it is; a key that this program sets is an error"
     )
@@ -233,6 +249,12 @@ class EngineConfig(Knobs):
         stage = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         remedy = f"needs engine.zero_stage {stage} or more"
         require(self.zero_stage >= stage, "offload", self.offload, remedy)
+        require(
+            self.precision != "fp16" or self.on_spike in ("ignore", "skip"),
+            "on_spike",
+            self.on_spike,
+            "does not fit fp16, which skips by itself",
+        )
 
 
 class JournalConfig(Knobs):
@@ -243,6 +265,10 @@ class JournalConfig(Knobs):
         500, "resumable checkpoints; the last step always writes one", low=0
     )
     keep_checkpoints: int = knob(2, "newest checkpoints that are kept", low=1)
+    keep_every: int = knob(0, "those of multiples of so many steps are kept too; 0: none", low=0)
+    checkpoint_async: bool = knob(
+        False, "a thread writes checkpoints from a copy in host memory, and training does not wait"
+    )
     tensorboard: bool = knob(False, "write RUN/tensorboard")
     wandb_project: str = knob("", "send metrics to this Weights & Biases project")
 
@@ -264,6 +290,11 @@ class RunConfig(Knobs):
         "the model to start from: a model folder, a run folder, or what another project wrote; "
         "empty: random weights; a run that goes on does not read it again",
     )
+    from_scratch: bool = knob(
+        False,
+        "begin with the first step, where output holds a run as well: its folder is renamed to "
+        "OUTPUT.earlier_TIME",
+    )
     model: ModelConfig = section(
         ModelConfig,
         "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
@@ -273,6 +304,11 @@ class RunConfig(Knobs):
     engine: EngineConfig = section(EngineConfig, "DeepSpeed, precision and memory")
     journal: JournalConfig = section(JournalConfig, "logs and checkpoints")
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run goes on from a checkpoint: its lists were read before."""
+        return not self.from_scratch and any(Path(self.output, "checkpoints").glob("step_*"))
+
 
 class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
@@ -280,7 +316,9 @@ class PretrainJournalConfig(JournalConfig):
     picture_interval: int = knob(
         500, "reconstruction pictures; the last step always draws one", low=0
     )
-    picture_clips: int = knob(4, "clips on a picture, of videos spread evenly over the list", low=1)
+    picture_clips: int = knob(
+        4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
+    )
 
 
 class ClipStageConfig(Knobs):

@@ -18,8 +18,8 @@ from video_mae.config import (
     ModelConfig,
     ObjectiveConfig,
 )
+from video_mae.config.model import MOST_TOKENS
 from video_mae.convert.facts import (
-    MAX_TOKENS,
     SOMETHING_CLASSES,
     USUAL_FRAMES,
     USUAL_SIDE,
@@ -147,9 +147,9 @@ class Draft(NamedTensors):
                 raise self.wrong(
                     f"{key} = {f[key]} is no multiple of a tubelet's {f[unit]}; give {key}=..."
                 )
-        if math.prod(self.grid) > MAX_TOKENS:
+        if math.prod(self.grid) > MOST_TOKENS:
             raise self.wrong(
-                f"{self._clip} has {math.prod(self.grid)} tokens; more than {MAX_TOKENS} are not "
+                f"{self._clip} has {math.prod(self.grid)} tokens; more than {MOST_TOKENS} are not "
                 "believed"
             )
         ours = self.grid[0], self.grid[1] * self.grid[2]

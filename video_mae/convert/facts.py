@@ -12,8 +12,6 @@ Options = dict[str, Any]
 USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
 # of Something-Something, V1 and V2, whose models take one frame of each part of a video
 SOMETHING_CLASSES = 174
-# of a clip that a file may name: its positions are computed, whatever their number
-MAX_TOKENS = 1 << 20
 
 
 class Facts(Knobs):

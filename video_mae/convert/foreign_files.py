@@ -13,6 +13,7 @@ from pathlib import Path
 from video_mae.convert.facts import Options, Tensors
 from video_mae.convert.model_folder import DEEPSPEED_FILE, is_deepspeed_folder, read_safetensors
 from video_mae.convert.torch_file import CodeError, Thing, TorchFile, shown, things_in
+from video_mae.files import read_text
 
 # under which the projects keep the weights, in order of preference
 WRAPPERS = ("model", "module", "state_dict", "model_state")
@@ -61,7 +62,7 @@ def read_source(path: str | Path) -> ForeignModel:
 def read_json(path: Path) -> Options:
     """A JSON object. Raises: ValueError naming the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({_one_line(error)})") from None
     if not isinstance(value, dict):

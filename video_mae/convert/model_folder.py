@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
-from video_mae.convert.facts import MAX_TOKENS, Facts, Options, Tensors
-from video_mae.files import json_text, one_line, write_whole
+from video_mae.convert.facts import Facts, Options, Tensors
+from video_mae.files import json_text, one_line, read_small, write_whole
 from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
@@ -27,6 +27,7 @@ HEADS = {
     "VideoMAE": ("objective", ObjectiveConfig),
     "VideoClassifier": ("classifier", ClassifierConfig),
 }
+SIZES = {"embed_dim", "depth", "num_heads"}
 # in which a training under DeepSpeed leaves its weights, where it does not partition them
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 RUN_MANIFEST = "MANIFEST.json"  # of a checkpoint of ours, which lies in a run folder
@@ -63,7 +64,7 @@ def write_weights(folder: str | Path, state: Tensors, files: Options) -> None:
             text = json_text(content, indent=2) + "\n"
             (building / name).write_text(text, encoding="utf-8")
 
-    write_whole(Path(folder), write)
+    write_whole(Path(folder), write, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def read_safetensors(file: Path) -> Tensors:
@@ -114,7 +115,7 @@ def load_pretrained(
         model, report = import_model(path, facts, impl=impl)
         remarks = report.remarks()
     for remark in remarks:
-        logging.getLogger(__name__).warning("%s: %s", path, remark)
+        logging.getLogger(__name__).warning(one_line(f"{path}: {remark}"))
     if kind is not None and not isinstance(model, kind):
         raise ValueError(f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted")
     return model
@@ -154,7 +155,7 @@ def is_model_folder(path: Path) -> bool:
     if path.is_file() or is_deepspeed_folder(path):
         return False
     try:
-        description = json.loads((path / "config.json").read_bytes())
+        description = json.loads(read_small(path / "config.json"))
     except (OSError, ValueError, RecursionError):
         return True
     if not isinstance(description, dict) or "kind" in description:
@@ -189,10 +190,6 @@ def _load_folder(folder: Path, impl: str) -> Model:
     file = folder / "model.safetensors"
     state = read_safetensors(file)
     where = f"{folder / 'config.json'}: model"
-    if config.num_tokens > MAX_TOKENS:
-        raise ValueError(
-            f"{where}: has {config.num_tokens} tokens; more than {MAX_TOKENS} are not believed"
-        )
     # before any block is made
     depths = {"encoder": ("depth", config.depth)}
     if isinstance(head, ObjectiveConfig):
@@ -259,9 +256,12 @@ def fitted(
 
 def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig]:
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(read_small(file))
         section, schema = HEADS[description["kind"]]
         model_config, head_config = description["model"], description[section]
+        # the defaults are those of a run: a model folder has always said all of it
+        if SIZES - set(model_config):
+            raise KeyError(*SIZES)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the configuration of a model folder ({error!r})") from None
     config = from_dict(ModelConfig, model_config, str(file), "model")

@@ -37,6 +37,15 @@ MAX_ATTEMPTS = 20
 FIRST_ATTEMPT = 2**31
 
 
+class UndecodableError(Exception):
+    """A video and all its substitutes cannot be decoded: one line, also where a DataLoader has put
+    a traceback before it.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].rstrip()
+
+
 class Failure(NamedTuple):
     """A video that could not be decoded, or that another decoder had to read, as the journal
     records it: the words of a VideoDecodeError.
@@ -159,7 +168,7 @@ class ClipDataset(Dataset[Sample]):
         return len(self.paths)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Raises: RuntimeError when the video and its 19 substitutes cannot be decoded."""
+        """Raises: UndecodableError for the video and its 19 substitutes."""
         epoch, index = key
         begin, failures = time.perf_counter(), list[Failure]()
         for attempt in range(MAX_ATTEMPTS):
@@ -178,7 +187,7 @@ class ClipDataset(Dataset[Sample]):
             sample.failures = tuple(failures)
             sample.costs = Costs(reading, done - begin - reading, augmenting)
             return sample
-        raise RuntimeError(
+        raise UndecodableError(
             f"data.source: {MAX_ATTEMPTS} videos in a row cannot be decoded, check the disk and "
             f"the files; the last was {': '.join(failures[-1])}"
         )

@@ -6,6 +6,7 @@ of the frames, C channels, B clips.
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from torch.utils.data import get_worker_info
 
 from video_mae.data.augment import Box, crop_clip
 
+SHARED, NO_ROOM = "/dev/shm", "has no room for a batch of"
+"""Where processes share memory, and what is said where it is too small."""
 CHUNK_BYTES = 2**28
 """What the steps of cutting a clip may take at once on the device, beside the frames and the clips
 themselves.
@@ -46,11 +49,16 @@ class CropSize(NamedTuple):
 
 def for_trainer(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for what a worker hands over, which the trainer sees too: anything else would be
-    copied once more on its way.
+    copied once more on its way. Raises: RuntimeError that says NO_ROOM.
     """
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    # PyTorch shares small tensors besides in a thread, whose error nobody would hear of
+    free = shutil.disk_usage(SHARED).free
+    if free < num_bytes + 2**20:
+        raise RuntimeError(f"{SHARED}: {NO_ROOM} {num_bytes} bytes more, {free} are free")
+    storage = torch.UntypedStorage._new_shared(num_bytes)
     return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))  # pyright: ignore[reportCallIssue]  (its stub wants strides)
 
 

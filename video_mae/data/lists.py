@@ -3,20 +3,23 @@
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_mae.config.data import ListFormat
-from video_mae.decoding.containers import is_regular
-from video_mae.files import is_utf16, one_line, open_text, unicode_text
+from video_mae.files import is_regular, is_utf16, one_line, open_text, unicode_text
 
 MAX_LINE = 2**16
 """Characters; the longest path that Linux takes has 4,096 bytes."""
 NO_INTEGER = "the label `{}` is not an integer, number the classes from 0"
 NO_FRAMES = "folders of frames are not read, make a video of each"
+CLIMBS = (
+    "leads out of the folder of the list; write the whole path, or set the folder where relative "
+    "paths start (data.root)"
+)
 WRITTEN = {"start_frames": "PATH 0 -1", "frames_label": "PATH FRAMES LABEL"}
 """Lines with two numbers behind the path: VideoMAE V2's for pretraining, and mmaction2's."""
 PATH_COLUMNS = (
@@ -67,10 +70,11 @@ class Line(NamedTuple):
 
 
 def read_list(
-    source: Path, list_format: ListFormat = "label", folder: str = ""
+    source: Path, list_format: ListFormat = "label", folder: str = "", *, may_climb: bool = False
 ) -> tuple[Iterator[Line], tuple[str, ...]]:
-    """The lines of a list file that are not blank, their paths joined to `folder`; and what is to
-    be told about its format. A line that cannot be read is a mistake, not an error.
+    """The lines of a list file that are not blank, their paths joined to `folder`, out of which
+    they lead where they `may_climb`; and what is to be told about its format. A line that cannot be
+    read is a mistake, not an error.
 
     By default a line is `PATH LABEL`, `PATH,LABEL` or `PATH`: the last word is the label where it
     is an integer; blanks, tabs and a comma separate it. A path may contain all of them; one that
@@ -95,22 +99,24 @@ def read_list(
             )
     if list_format == "header":
         split, note = _header(source, number, text)
-        return _read(texts, split, folder), (note,)
-    split = partial(split_line, list_format=list_format)
-    return _read(chain([first], texts), split, folder), notes
+        notes = (note,)
+    else:
+        split = partial(split_line, list_format=list_format)
+        texts = chain([first], texts)
 
+    def lines() -> Iterator[Line]:
+        for number, text, mistake in texts:
+            path, label = "", -1
+            if not mistake:
+                try:
+                    path, label = split(text)
+                except ValueError as error:
+                    mistake = str(error)
+            if not may_climb and ".." in path and os.path.normpath(path).startswith("../"):
+                mistake = mistake or f"{one_line(path[:100])} {CLIMBS}"
+            yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
 
-def _read(
-    texts: Iterable[tuple[int, str, str]], split: Callable[[str], tuple[str, int]], folder: str
-) -> Iterator[Line]:
-    for number, text, mistake in texts:
-        path, label = "", -1
-        if not mistake:
-            try:
-                path, label = split(text)
-            except ValueError as error:
-                mistake = str(error)
-        yield Line(number, path if path.startswith(os.sep) else folder + path, label, mistake)
+    return lines(), notes
 
 
 def _texts(source: Path) -> Iterator[tuple[int, str, str]]:

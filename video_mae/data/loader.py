@@ -5,7 +5,6 @@ wanted.
 
 import os
 import queue
-import re
 import signal
 import threading
 import time
@@ -19,22 +18,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from video_mae.config import DataConfig
 from video_mae.data.dataset import Batch, Sample, collate
+from video_mae.data.device_crop import NO_ROOM
 from video_mae.data.workers import keep_memory, plan_workers
 from video_mae.decoding.isolation import end_with
+from video_mae.files import say
 
-DYING_SECONDS = 0.5  # from the end of a process's connections to its own
-MAX_RESTARTS = 10
+MAX_RESTARTS = 10  # without a batch between them
 AHEAD = 1  # batches on the device beside the one in use: a copy takes less time than a step
-_DEATH = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed)")
+_OF_DATA = "in DataLoader worker process"  # says DataLoader of what the data set has raised
 
 Item = TypeVar("Item")
 
 
 def make_loader(
-    dataset: Dataset[Sample],
-    batches: Iterable[Any],
-    data: DataConfig,
-    say: Callable[[str], None] = print,
+    dataset: Dataset[Sample], batches: Iterable[Any], data: DataConfig
 ) -> "Loader[Batch]":
     """The micro-batches whose keys `batches` gives, in their order, the same for any number of
     workers and threads.
@@ -46,40 +43,45 @@ def make_loader(
             dataset,
             batch_sampler=islice(batches, delivered, None),
             collate_fn=collate,
-            **worker_options(workers, data.prefetch_batches),
+            **worker_options(workers >> loader.halvings, data.prefetch_batches),
         )
 
-    return Loader(make, say)
+    loader: Loader[Batch] = Loader(make)
+    return loader
 
 
-def worker_options(workers: int, prefetch_batches: int = 2) -> dict[str, Any]:
+def worker_options(workers: int, prefetch_batches: int) -> dict[str, Any]:
     """What every DataLoader here is told about its workers.
 
     It has no timeout: what hangs is a decoder, whose process has a limit of its own, and twenty
     such limits in a row are no fault.
     """
-    if workers == 0:
-        return {"num_workers": 0}
-    return {
+    options: dict[str, Any] = {
         "num_workers": workers,
-        "prefetch_factor": prefetch_batches,
-        "multiprocessing_context": "fork",
-        "worker_init_fn": partial(_start_worker, os.getpid()),
+        # its own: else a loader that is started anew would draw from the numbers of a training step
+        "generator": torch.Generator(),
     }
+    if workers:
+        options |= {
+            "prefetch_factor": prefetch_batches,
+            "multiprocessing_context": "fork",
+            "worker_init_fn": partial(_start_worker, os.getpid()),
+        }
+    return options
 
 
 class Loader(Generic[Item]):
     """What `make(0)` gives, item after item; when a worker dies, `make(number delivered)` goes on
     with the item after them.
 
-    The samples are functions of their keys, so the items are the same. Raises: RuntimeError when
-    workers die again and again.
+    The samples are functions of their keys, so the items are the same. halvings: of the number of
+    workers, each time the memory that they share with the trainer had no room for their batches.
+    say: who is told. Raises: what the data set does; RuntimeError when workers die again and again.
     """
 
-    def __init__(
-        self, make: "Callable[[int], DataLoader[Any]]", say: Callable[[str], None] = print
-    ) -> None:
-        self.make, self.say = make, say
+    def __init__(self, make: "Callable[[int], DataLoader[Any]]") -> None:
+        self.make, self.halvings = make, 0
+        self.say: Callable[[str], None] = say
 
     def __iter__(self) -> Iterator[Item]:
         # the workers are started here, by this thread, not when the first item is asked for
@@ -93,11 +95,16 @@ class Loader(Generic[Item]):
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                death = _death(error, items)
-                if not death:
+                # The memory of a batch is handed over by the worker that made it: one that dies
+                # meanwhile is a broken connection, in many words.
+                death = f"a decoding worker is gone ({error!r})"
+                if NO_ROOM in str(error):
+                    self.halvings += 1
+                    death = f"{str(error).splitlines()[-1]}, half of the workers go on"
+                elif not hasattr(items, "_workers") or _OF_DATA in str(error):
                     raise
             else:
-                delivered += 1
+                delivered, restarts = delivered + 1, 0
                 yield item
                 continue
             restarts += 1
@@ -108,7 +115,7 @@ class Loader(Generic[Item]):
                 )
             self.say(
                 f"{death}: all are started anew, no batch is lost ({restarts} of at most "
-                f"{MAX_RESTARTS} times)"
+                f"{MAX_RESTARTS} times in a row)"
             )
             items = iter(())  # ends what is left of them first
             items = self._start(delivered)
@@ -123,21 +130,6 @@ class Loader(Generic[Item]):
         return items
 
 
-def _death(error: Exception, items: Any) -> str:
-    """What is told where an error means that a worker died; nothing where it is another error."""
-    if isinstance(error, RuntimeError):
-        if not _DEATH.match(str(error)):
-            return ""
-        return str(error).replace("DataLoader worker", "a decoding worker").splitlines()[0]
-    # The memory of a batch is handed over by the worker that made it: one that dies meanwhile is
-    # seen as a broken connection.
-    for worker in getattr(items, "_workers", ()):
-        worker.join(timeout=DYING_SECONDS)
-        if not worker.is_alive():
-            return f"a decoding worker (pid {worker.pid}) ended while it handed over a batch"
-    return ""
-
-
 def _start_worker(trainer: int, _: int) -> None:
     """What a decoding process does first: one thread, an end with the trainer's, and signals that
     are meant for it are left to it.
@@ -145,10 +137,11 @@ def _start_worker(trainer: int, _: int) -> None:
     torch.set_num_threads(1)
     keep_memory()
     end_with(trainer)
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer finishes its step
-    # and saves, and needs batches for it. Only the trainer's own SIGTERM counts. A thread waits for
-    # it because a handler would not run while a decoder hangs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, a closed terminal's SIGHUP and a scheduler's SIGTERM reach the whole process group:
+    # the trainer finishes its step and saves, and needs batches for it. Only the trainer's own
+    # SIGTERM counts. A thread waits for it because a handler would not run while a decoder hangs.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_with_trainer, daemon=True).start()
 

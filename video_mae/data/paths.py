@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.data.lists import NO_FRAMES, NO_INTEGER
-from video_mae.decoding.containers import is_regular
+from video_mae.files import is_regular
 
 STAT_THREADS, STAT_CHUNK = 16, 100
 LISTED = 16

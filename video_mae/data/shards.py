@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from video_mae.decoding import Member
 from video_mae.extras import require_package
+from video_mae.files import is_regular
 
 FORMAT = "video-mae pack 1"
 SETTINGS, ROWS, SHARDS, MANIFEST, REFUSED = (
@@ -80,9 +81,7 @@ def is_packed(source: str) -> bool:
     return "://" in source or (source != "" and os.path.isfile(os.path.join(source, SETTINGS)))
 
 
-def read_packed(
-    source: str, what: str = "data.source"
-) -> tuple[Members, NDArray[np.int64], tuple[str, ...]]:
+def read_packed(source: str, what: str) -> tuple[Members, NDArray[np.int64], tuple[str, ...]]:
     """The videos of a packed folder, or of one behind an fsspec URL, their labels [M], and the
     names of the classes. Nothing but its shards is ever opened, whatever its rows say.
 
@@ -185,6 +184,8 @@ def _lines(source: str, name: str, what: str) -> Iterator[bytes]:
     """
     path = _inside(source, name)
     if "://" not in source:
+        if not is_regular(path):
+            raise FileNotFoundError(f"{what}: no such file: {path}, copy the folder again")
         with open(path, "rb") as file:
             yield from file
         return

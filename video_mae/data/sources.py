@@ -123,8 +123,9 @@ class Sources:
         )
 
 
-def read_sources(data: DataConfig, in_channels: int) -> Sources:
-    """Reads the lists and folders of data.source or of data.sources, and tries the first files.
+def read_sources(data: DataConfig, in_channels: int, *, resumed: bool = False) -> Sources:
+    """Reads the lists and folders of data.source or of data.sources, and tries the first files,
+    unless they were `resumed`.
 
     Raises: FileNotFoundError or ValueError with one line that names the key, the file and the
     remedy: for a list as `read_annotations` does, for files that do not fit the model, for a weight
@@ -132,11 +133,11 @@ def read_sources(data: DataConfig, in_channels: int) -> Sources:
     """
     sources = Sources(
         [
-            (key, config, read_annotations(config, f"{key}.source"))
+            (key, config, read_annotations(config, f"{key}.source", resumed=resumed))
             for key, config in data.by_name.items()
         ]
     )
-    for source in sources.parts:
+    for source in () if resumed else sources.parts:
         _check_first(source, data, in_channels)
     sources.quotas()
     return sources

@@ -63,7 +63,9 @@ class VideoList(Sequence[tuple[Any, dict[str, int]]]):
         return hashlib.sha256(self.paths.digest + self.label_M.tobytes()).hexdigest()
 
 
-def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList:
+def read_annotations(
+    data: SourceConfig, what: str = "data.source", *, resumed: bool = False
+) -> VideoList:
     """The videos of data.source; one without a label has -1.
 
     A list file has lines as `read_list` reads them, or as data.list_format says; relative paths
@@ -71,10 +73,12 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
     name, searched to any depth, or files without labels; all are videos, or none is.
     A file that a folder would give is itself the only one. The notes of the result tell what a
     folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
-    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links and
-    `..` as well, wherever that is: data sets are made of links. Devices, pipes, sockets, files of
+    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links as
+    well, wherever that is: data sets are made of links; through `..` out of the folder of the list
+    only where data.root is given. Devices, pipes, sockets, files of
     the kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may
-    be named twice.
+    be named twice. resumed: for a run that has read it before, to which a file that is gone since
+    is a bad one, as if it had gone while it ran.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     if is_packed(data.source):
@@ -93,7 +97,10 @@ def read_annotations(data: SourceConfig, what: str = "data.source") -> VideoList
     bad = first_bad(paths)
     if bad is not None:
         error, mistake = file_mistake(paths[bad], labels[bad])
-        raise error(f"{place(data.source, numbers[bad])}: {mistake}")
+        mistake = f"{place(data.source, numbers[bad])}: {mistake}"
+        if not (resumed and error is FileNotFoundError):
+            raise error(mistake)
+        notes = (*notes, f"{mistake}; this run has read it before: what is gone counts as bad")
     return VideoList(paths, np.array(labels), notes, names)
 
 
@@ -103,7 +110,7 @@ def place(source: str, number: int) -> str:
 
 
 def read_entries(
-    data: SourceConfig, what: str = "data.source"
+    data: SourceConfig, what: str
 ) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
     """What a list or folder names, in its order; what is to be told about it; and the names of the
     labels 0, 1, ... where it is a folder with a folder per class. No file is touched but the first
@@ -133,12 +140,11 @@ def read_entries(
             f"{source} start there"
         )
     folder = os.path.join(data.root or source.parent, "")
-    return *read_list(source, data.list_format, folder), ()
+    # a list by itself names what lies beside it: who makes a list need not be who reads it
+    return *read_list(source, data.list_format, folder, may_climb=data.root != ""), ()
 
 
-def read_lines(
-    data: SourceConfig, what: str = "data.source"
-) -> tuple[list[Line], tuple[str, ...], tuple[str, ...]]:
+def read_lines(data: SourceConfig) -> tuple[list[Line], tuple[str, ...], tuple[str, ...]]:
     """All that a list, a folder or a packed folder names, as `read_entries` reads it, good or bad;
     what is to be told about it; and the names of the classes, those of a classes.txt beside a list
     as well.
@@ -146,10 +152,10 @@ def read_lines(
     Raises: as `read_entries`, and ValueError where nothing is named.
     """
     if is_packed(data.source):
-        members, label_M, names = read_packed(data.source, what)
+        members, label_M, names = read_packed(data.source, "data.source")
         pairs = zip(members, label_M.tolist(), strict=True)
         return [Line(number, *pair) for number, pair in enumerate(pairs, start=1)], (), names
-    entries, notes, names = read_entries(data, what)
+    entries, notes, names = read_entries(data, "data.source")
     lines = list(entries)
     if not lines:
         raise ValueError(f"{data.source}: {NO_LINES}")
@@ -256,6 +262,8 @@ def read_labeled(
     num_classes: int | None = None,
     names: Sequence[str] = (),
     list_format: ListFormat = "auto",
+    *,
+    resumed: bool = False,
 ) -> VideoList:
     """Reads a list or a folder of classes (as `read_annotations`) whose every video has a label
     below num_classes.
@@ -267,7 +275,7 @@ def read_labeled(
     label, a label out of range, classes that do not match.
     """
     data = SourceConfig(source=source, root=root, list_format=list_format)
-    videos = read_annotations(data, what)
+    videos = read_annotations(data, what, resumed=resumed)
     found, where = videos.class_names, source
     if found and names:
         there, place_M = np.unique(videos.label_M, return_inverse=True)
@@ -330,6 +338,7 @@ def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierC
         data.root,
         names=classifier.class_names,
         list_format=data.list_format,
+        resumed=config.has_begun,
     )
     known, num = len(videos.class_names), classifier.num_classes
     if known and known != num:
@@ -359,4 +368,5 @@ def read_validation_videos(config: FinetuneConfig) -> VideoList:
         classifier.num_classes,
         classifier.class_names,
         validation.list_format,
+        resumed=config.has_begun,
     )

@@ -17,22 +17,3 @@ from video_mae.decoding.frames import (
     times_and_start,
 )
 from video_mae.decoding.media import Member, Place, Reading, VideoDecodeError
-
-__all__ = [
-    "ANIMATION",
-    "READERS",
-    "VIDEO_EXTENSIONS",
-    "Choose",
-    "Decoded",
-    "Member",
-    "Place",
-    "Reading",
-    "VideoDecodeError",
-    "decode",
-    "decoder_version",
-    "is_video",
-    "read_clip",
-    "resolve_decoder",
-    "stream",
-    "times_and_start",
-]

@@ -4,11 +4,11 @@ of a kind that decoders read wrongly.
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from video_mae.decoding.media import Member, Place
+from video_mae.files import is_regular
 
 # Containers that decoders are allowed to see. FFmpeg would also follow playlists and scripts, which
 # name other files.
@@ -46,21 +46,6 @@ _PACKED_WITHIN = 2**18
 
 EDIT_LIST, PACKED_B_FRAMES = "an edit list hides frames", "packed B-frames (DivX)"
 NO_INDEX, ASF = "no index of its frames", "ASF (WMV)"
-
-
-_KERNEL = frozenset(os.stat(folder).st_dev for folder in ("/proc", "/sys") if os.path.isdir(folder))
-"""File systems whose files are regular by their type, and may wait for ever."""
-
-
-def is_regular(path: str) -> bool:
-    """Whether a path leads to a file of a disk: no device, pipe, socket, folder or file of the
-    kernel, and no broken link.
-    """
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL byte in the path
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_dev not in _KERNEL
 
 
 def check_regular(place: Place) -> None:

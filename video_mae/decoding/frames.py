@@ -22,7 +22,7 @@ from video_mae.decoding import decoders, pictures
 from video_mae.decoding.arrays import open_npy, open_npz, open_packed
 from video_mae.decoding.choices import Wanted, chosen, is_sent
 from video_mae.decoding.containers import check_regular
-from video_mae.decoding.isolation import START_SECONDS, KilledError, decoder_process
+from video_mae.decoding.isolation import KilledError, decoder_process
 from video_mae.decoding.media import (
     MAX_CLIP_BYTES,
     Array,
@@ -150,9 +150,7 @@ def read_clip(place: Place, wanted: Wanted, reading: Reading) -> Decoded:
     other values or not `in_channels` channels, when a frame cannot be decoded, or when the process
     had to be ended.
     """
-    wanted = _sendable(wanted, place, reading)
-    with _caller(place, reading) as (call, _, reading):
-        return call(_read, place, reading, wanted)
+    return _call(_read, place, reading, _sendable(wanted, place, reading))
 
 
 def stream(
@@ -165,11 +163,17 @@ def stream(
     Yields: (frames of the video, index, frame_HWC as in the clips of `decode`). Raises: as
     `decode`, when it comes to a frame that cannot be decoded.
     """
-    wanted = _sendable(wanted, place, reading)
-    with _caller(place, reading) as (_, iterate, reading):
-        for num_frames, indices, clip_FHWC in iterate(_read_on, place, reading, wanted):
-            for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
-                yield num_frames, index, frame_HWC
+    wanted, done = _sendable(wanted, place, reading), 0
+    for is_last in (False, True):
+        with _attempt(place, reading, is_last):
+            _, iterate, reading = _caller(place, reading)
+            # what the process before has handed over is passed over
+            left = islice(iterate(_read_on, place, reading, wanted), done, None)
+            for num_frames, indices, clip_FHWC in left:
+                done += 1
+                for index, frame_HWC in zip(indices, clip_FHWC, strict=True):
+                    yield num_frames, index, frame_HWC
+            return
 
 
 def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64], float]:
@@ -179,8 +183,7 @@ def times_and_start(place: Place, reading: Reading) -> tuple[NDArray[np.float64]
 
     The same for every decoder. Raises: as `decode`.
     """
-    with _caller(place, reading) as (call, _, reading):
-        return call(_times, place, reading)
+    return _call(_times, place, reading)
 
 
 @cache
@@ -188,13 +191,13 @@ def resolve_decoder(decoder: str) -> str:
     """The decoder of a run on this machine, tried in a process of its own. Raises: ValueError
     naming data.decoder and the remedy.
     """
-    return decoder_process().call(decoders.resolve, decoder, seconds=START_SECONDS)
+    return decoder_process().ask(decoders.resolve, decoder)
 
 
 @cache
 def decoder_version(decoder: str) -> str:
     """The version of a decoder that works here, asked in a process of its own."""
-    return decoder_process().call(decoders.version, decoder, seconds=START_SECONDS)
+    return decoder_process().ask(decoders.version, decoder)
 
 
 def is_video(place: Place) -> bool:
@@ -202,27 +205,43 @@ def is_video(place: Place) -> bool:
     return suffix(place) not in READERS
 
 
+def _call(function: Callable[..., Any], place: Place, reading: Reading, *arguments: Any) -> Any:
+    """function(place, reading, ...) where the file is read."""
+    for is_last in (False, True):
+        with _attempt(place, reading, is_last):
+            call, _, reading = _caller(place, reading)
+            return call(function, place, reading, *arguments)
+
+
 @contextmanager
+def _attempt(place: Place, reading: Reading, is_last: bool) -> Iterator[None]:
+    """To read a file. Where the process has ended, or had to be, and this is not the last attempt,
+    it ends in silence: who is out of memory, or cleans up, kills or stops whatever decodes just
+    then. Twice in a row is no chance, but the file.
+    """
+    try:
+        yield
+    except KilledError as killed:
+        if is_last:
+            raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
+
+
 def _caller(
     place: Place, reading: Reading
-) -> Iterator[tuple[Callable[..., Any], Callable[..., Any], Reading]]:
+) -> tuple[Callable[..., Any], Callable[..., Any], Reading]:
     """What calls a function where a file is read, what runs a generator there, and how it is read:
     with a decoder that works.
     """
     if is_video(place):
         reading = replace(reading, decoder=resolve_decoder(reading.decoder))
     if _is_for_this_process(place):
-        yield operator.call, operator.call, reading
-        return
+        return operator.call, operator.call, reading
     process = decoder_process()
     process.load(decoders.resolve, reading.decoder)
     # CUDA reserves addresses without end
     memory_gb = reading.memory_gb if reading.device == "cpu" else 0.0
     limits = {"seconds": reading.seconds, "memory_gb": memory_gb}
-    try:
-        yield partial(process.call, **limits), partial(process.iterate, **limits), reading
-    except KilledError as killed:
-        raise VideoDecodeError(str(place), reading.decoder, str(killed)) from None
+    return partial(process.call, **limits), partial(process.iterate, **limits), reading
 
 
 def _is_for_this_process(place: Place) -> bool:

@@ -31,6 +31,8 @@ import numpy as np
 
 START_SECONDS = 120.0
 """Within them a process is there, its libraries loaded, also on a busy machine."""
+MOST_STARTS = 5
+"""Until one is there that nobody kills meanwhile."""
 MOST_FILES = 5000
 """That a process opens before another takes its place: decoders leave some KB behind with each."""
 AHEAD = 4
@@ -54,7 +56,9 @@ Result = TypeVar("Result")
 
 
 class KilledError(Exception):
-    """The process ended in a call, or was ended because it took too long: one line of reason."""
+    """The process ended in a call, or was ended because it took too long: one line of reason. That
+    may be no fault of what was asked: another process is to be asked once more.
+    """
 
 
 class Isolated:
@@ -74,8 +78,15 @@ class Isolated:
         if self._num_files >= MOST_FILES and not self._num_running:
             self.close()
         if not self.is_alive:
-            self.call(function, *arguments, seconds=START_SECONDS)
+            self.ask(function, *arguments)
         self._num_files += 1
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """A `call` that is about no file: where the process ends, another is asked."""
+        for _ in range(MOST_STARTS - 1):
+            with suppress(KilledError):
+                return self.call(function, *arguments, seconds=START_SECONDS)
+        return self.call(function, *arguments, seconds=START_SECONDS)
 
     def call(
         self,

@@ -29,6 +29,7 @@ from video_mae.files import (
     choose_folder,
     draw_or_tell,
     json_text,
+    say,
     write_metrics,
     write_text,
 )
@@ -150,7 +151,7 @@ class Evaluation:
         elif len(bad) == len(outcomes):
             why = f"none of the {len(bad)} videos could be decoded; {paths[0]}: {bad[0].bad}"
         if why:
-            print(f"no figures: {why}", flush=True)
+            say(f"no figures: {why}")
             return NO_FIGURES
         figures = scores
         if self.config.skip_bad:
@@ -207,4 +208,4 @@ class Evaluation:
                 f"{metrics['bad_videos']} videos could not be decoded and are "
                 f"{self.settings['bad_videos_are']}; metrics.json names them"
             )
-        print(f"results {self.folder}", flush=True)
+        say(f"results {self.folder}")

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from video_mae.config.data import ListFormat, SourceConfig
+from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
@@ -28,8 +28,16 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.files import check_made_with, json_text, write_json, write_text
+from video_mae.files import (
+    check_made_with,
+    json_text,
+    say,
+    write_json,
+    write_text,
+    write_whole,
+)
 from video_mae.model.vit import VideoClassifier
+from video_mae.processes import hold_folder
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
@@ -41,7 +49,7 @@ FREE_KEYS = (
     "data.list_format",
     "data.decoder_threads",
 )
-# of a video's name that its file keeps; with hash, ending and .part a name has at most 255 bytes
+# of a video's name that its file keeps; with hash and ending a name has at most 255 bytes
 MAX_STEM, MAX_BYTES = 100, 224
 
 
@@ -86,8 +94,11 @@ class Extraction:
             sampling=config.sampling,
             reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
-        self.notes: list[str] = []
-        self.paths = _paths(source, data.root, data.list_format, self.notes.append)
+        found = SourceConfig(source=source, root=data.root, list_format=data.list_format)
+        videos = read_annotations(found, "LIST_OR_VIDEO")
+        # one video, or all of a list or folder, each once; labels do not matter
+        self.paths = tuple({_full(path): path for path in videos.paths}.values())
+        self.notes = list(videos.notes)
         self.files = [folder / file_name(path, config.format) for path in self.paths]
         self.settings = {
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
@@ -111,8 +122,9 @@ class Extraction:
         """Extracts what is not there yet; the videos are shared over the ranks. Returns 0; 3 where
         no video could be decoded.
         """
-        with Ranks() as ranks:
+        with Ranks() as ranks, hold_folder(self.folder, ranks.rank) as told:
             if ranks.is_main:
+                self.notes += told
                 write_json(self.folder / SETTINGS_FILE, self.settings)
             ranks.gather([])  # the folder is there
             bad = dict(ranks.gather(list(self._extract(ranks).items())))
@@ -184,7 +196,7 @@ class Extraction:
                 f"{len(bad)} of {len(self.paths)} videos could not be decoded; {INDEX_FILE} names "
                 "them"
             )
-        print(f"features {self.folder}", flush=True)
+        say(f"features {self.folder}")
         return NOTHING if len(bad) == len(self.paths) else DONE
 
 
@@ -193,8 +205,7 @@ class FeatureFile:
     """One file with the array `features` [C, ...] and small arrays beside it. `append` clips, then
     `close`; or `discard` it.
 
-    Until then the features lie in a file without a name, which ends with the process. What `close`
-    leaves unfinished is .NAME.part, the same in the next attempt, which overwrites it. Equal
+    Until then the features lie in a file without a name, which ends with the process. Equal
     features are equal bytes.
     """
 
@@ -221,16 +232,16 @@ class FeatureFile:
         # copies: safetensors takes memory as it lies, whatever the strides of an array
         arrays = {name: array.copy() for name, array in self.beside.items()}
         arrays["features"] = features
-        unfinished = self.path.with_name(f".{self.path.name}.part")
-        if self.kind == "npz":
-            with unfinished.open("wb") as file:
-                # its members are of 1980: the bytes tell no time
-                np.savez(file, allow_pickle=False, **arrays)
-        else:
-            save_file(arrays, unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
+
+        def write(unfinished: Path) -> None:
+            if self.kind == "npz":
+                with unfinished.open("wb") as file:
+                    # its members are of 1980: the bytes tell no time
+                    np.savez(file, allow_pickle=False, **arrays)
+            else:
+                save_file(arrays, unfinished)
+
+        write_whole(self.path, write, features.nbytes)
         self.discard()
 
     def discard(self) -> None:
@@ -251,19 +262,6 @@ def file_name(path: Place, kind: str) -> str:
 def _full(path: Place) -> str:
     """The same for a video wherever the program runs."""
     return str(path) if "://" in str(path) else os.path.abspath(str(path))
-
-
-def _paths(
-    source: str, root: str, list_format: ListFormat = "auto", tell: Callable[[str], object] = print
-) -> tuple[Place, ...]:
-    """One video, or all of a list or folder, each once; labels do not matter. What is to be said
-    about the source is told.
-    """
-    data = SourceConfig(source=source, root=root, list_format=list_format)
-    videos = read_annotations(data, "LIST_OR_VIDEO")
-    for note in videos.notes:
-        tell(note)
-    return tuple({_full(path): path for path in videos.paths}.values())
 
 
 def _fingerprint(model: Model) -> str:

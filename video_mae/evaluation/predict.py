@@ -15,6 +15,7 @@ from video_mae.convert.model_folder import Model, choose_frames, find_model_fold
 from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError
 from video_mae.evaluation.features import autocast
+from video_mae.files import say
 from video_mae.model.vit import VideoClassifier
 
 
@@ -22,11 +23,11 @@ def start(model_folder: str, video: str, config: PredictConfig) -> int:
     """The stage as the command line starts it."""
     model = load_pretrained(find_model_folder(model_folder), VideoClassifier)
     for line in choose_frames(model, config.sampling, config.stride):
-        print(line)
+        say(line)
     for name, probability in classify_video(
         model, video, num_clips=config.num_clips, num_crops=config.num_crops, top=config.top
     ):
-        print(f"{probability:7.2%}  {name}")
+        say(f"{probability:7.2%}  {name}")
     return 0
 
 

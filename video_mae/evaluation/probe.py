@@ -161,7 +161,7 @@ class Probing:
             },
         }
         write_metrics(folder, self.settings, metrics)
-        ranks.say(f"{table}results {folder}")
+        ranks.say(*table.splitlines(), f"results {folder}")
         return DONE
 
     def encode(self, name: str, encoder: FrozenEncoder, scratch: Path) -> FeatureSet:

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from video_mae.config.training import Precision
 from video_mae.config.world import World
-from video_mae.training.engine import leave, prepare_environment
+from video_mae.files import say
+from video_mae.training.engine import leave
+from video_mae.training.environment import prepare_environment
 
 TIMEOUT = timedelta(days=1)
 """How long a rank that is done waits for the others: theirs may be the long videos."""
@@ -34,13 +36,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        prepare_environment()
-        self.rank, self.size, local_rank = World.from_environment()
+        self.device = prepare_environment()
+        self.rank, self.size, _ = World.from_environment()
         self.is_main = self.rank == 0
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
         if self.size > 1:
             dist.init_process_group("gloo", timeout=TIMEOUT)
 
@@ -59,7 +57,7 @@ class Ranks:
         """Prints lines, once for all ranks, without the empty ones."""
         for line in filter(None, lines):
             if self.is_main:
-                print(line, flush=True)
+                say(line)
 
     def progress(self, total: int) -> "tqdm[Any]":
         """A bar for the videos of the main rank."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from video_mae.extras import require_package
-from video_mae.files import one_line, unicode_text
+from video_mae.files import one_line
 
 CONFIDENCE = 0.95
 # classes whose names fit beside a picture, whose percentages fit into it
@@ -129,10 +129,15 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             worst = int(confusion[label].argmax())
             times = confusion[label, worst]
             if times:
-                taken = unicode_text(names[worst])
+                taken = _cell(names[worst])
             missing = (mine & ~seen).sum()
-            row = (label, unicode_text(name), mine.sum(), missing, top1, top5, taken, times)
+            row = (label, _cell(name), mine.sum(), missing, top1, top5, taken, times)
             table.writerow(row)
+
+
+def _cell(name: str) -> str:
+    """A name as a cell of a table that no spreadsheet takes for a formula."""
+    return one_line(f"'{name}" if name.startswith(tuple("=+-@")) else name)
 
 
 def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str]) -> None:

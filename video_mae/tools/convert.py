@@ -2,13 +2,11 @@
 another's.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.config import FinetuneConfig, JournalConfig, load_config
 from video_mae.config.schema import knob, read_keys
 from video_mae.convert.export import export_hugging_face, export_official, export_program
 from video_mae.convert.facts import Facts
@@ -22,11 +20,12 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.files import say
 from video_mae.model.lora import choose_trained, merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.checkpoint import MANIFEST, damaged_files, newest, read_manifest
-from video_mae.training.engine import FROZEN, partitioned_weights
-from video_mae.training.optim import parameter_groups
+from video_mae.training.checkpoint import MANIFEST, fault, newest, read_manifest
+from video_mae.training.engine import Engine
+from video_mae.training.fragments import read, whole
 
 REPORT = "import.json"
 EXPORTS = {
@@ -47,23 +46,23 @@ class ConvertConfig(Facts):
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
         False,
-        "read the pickles of a checkpoint folder of DeepSpeed, which can execute code: only for "
-        "runs of your own",
+        "read the pickles of a checkpoint that DeepSpeed wrote (earlier versions), which can "
+        "execute code: only for runs of your own",
     )
 
 
 def start(source: str, destination: str, config: ConvertConfig) -> int:
     """The stage as the command line starts it."""
     for line in convert(source, destination, config):
-        print(line)
-    print(f"{config.format:9}{destination}")
+        say(line)
+    say(f"{config.format:9}{destination}")
     return 0
 
 
 def convert(source: str | Path, destination: str | Path, config: ConvertConfig) -> list[str]:
     """Reads a model and writes it in another format; returns lines on what became of it.
 
-    source: what load_pretrained takes, a run folder, or with `trust` a checkpoint folder of a run.
+    source: what load_pretrained takes, a run folder, or a checkpoint folder of a run.
     Raises: FileNotFoundError; ValueError with one line. Then nothing is written.
     """
     source, destination = Path(source), Path(destination)
@@ -119,22 +118,26 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     """The model that a checkpoint RUN/checkpoints/step_N holds, in float32: any ZeRO stage, any
     number of ranks. Older ones than the newest have no model folder.
 
-    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or `trust` is not
-    given: DeepSpeed keeps its state in pickles, and reading one executes whatever it holds.
+    Raises: FileNotFoundError; ValueError where the checkpoint is not whole, or is one of DeepSpeed,
+    by an earlier version, and partitioned over ranks, or `trust` is not given: its state is in
+    pickles, and reading one executes whatever it holds.
     """
+    reason = fault(folder, slice(None))
+    if reason:
+        raise ValueError(
+            f"{folder}: is no whole checkpoint ({reason}); take another, or the run's model"
+        )
     manifest = read_manifest(folder)
-    if manifest is None:
-        raise ValueError(f"{folder}: is no complete checkpoint; take another, or the run's model")
-    if not trust:
+    is_of_deepspeed = "memory" not in manifest  # of an earlier version
+    if is_of_deepspeed and not trust:
         raise ValueError(
             f"{folder}: holds pickles of DeepSpeed, which can execute code when they are read; "
             "take the run's model folder, or say trust=true if the run is your own"
         )
-    damaged = damaged_files(folder, manifest, manifest["files"])
-    if damaged:
+    if is_of_deepspeed and manifest["world_size"] > 1 and manifest["zero_stage"] > 0:
         raise ValueError(
-            f"{folder / damaged[0]}: is not what was written (its checksum is another); take "
-            "another checkpoint"
+            f"{folder}: an earlier version wrote it in {manifest['world_size']} ranks; take the "
+            "run's model folder, or go on with the run, whose next checkpoint can be read"
         )
     file = folder.resolve().parents[1] / "config.yaml"
     if not file.is_file():
@@ -148,34 +151,18 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
     else:
         config = load_config(file)
         model = VideoMAE(config.model, config.objective)
-    file = min(folder.glob("*_model_states.pt"))  # of rank 0: in ZeRO 3 every rank has one
-    content = torch.load(file, map_location="cpu", weights_only=False)
-    if manifest["zero_stage"] > 0:
-        state = partitioned_weights(folder)
+    if is_of_deepspeed:
+        # it is read as a run that goes on does, which changes the model
+        engine = Engine(model, replace(config, journal=JournalConfig()))
+        engine.load_deepspeed_checkpoint(folder, {})
+        state = engine.full_state()
     else:
-        state = _whole_weights(content, model, config)
-    state |= content.get(FROZEN, {})
+        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        read(folder, whole("weight", state))
     if isinstance(config, FinetuneConfig):
         state = merged(model, state)
         model = VideoClassifier(config.model, config.classifier)
+    else:
+        model = VideoMAE(config.model, config.objective)
     model.load_state_dict(state)
     return model.eval()
-
-
-def _whole_weights(
-    content: dict[str, Any], model: Model, config: PretrainConfig | FinetuneConfig
-) -> dict[str, torch.Tensor]:
-    """Without ZeRO: the module's weights, or the float32 master copies that the optimizer keeps in
-    its order.
-    """
-    state, masters = dict(content["module"]), content["optimizer"].get("fp32_groups")
-    if masters is not None:
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        optim = config.optim
-        groups = parameter_groups(
-            model, optim.weight_decay, optim.layer_decay, decay_tokens=optim.decay_tokens
-        )
-        for group, values in zip(groups, masters, strict=True):
-            for parameter, value in zip(group["params"], values, strict=True):
-                state[names[parameter]] = value
-    return {name: tensor.detach().float() for name, tensor in state.items()}

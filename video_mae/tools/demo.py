@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.extras import require_package
-from video_mae.files import check_made_with, write_json, write_whole
+from video_mae.files import check_made_with, say, write_json, write_whole
 from video_mae.tools import people
 
 ACTIONS = (
@@ -81,8 +81,8 @@ class DemoConfig(Knobs):
     train_clips: int = knob(960, "training videos, of all actions the same number", low=8)
     validation_clips: int = knob(240, "validation videos, of other photographs, likewise", low=8)
     num_frames: int = knob(32, "frames of a video", low=2)
-    height: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
-    width: int = knob(64, "pixels (4:2:0 video)", low=32, multiple_of=2)
+    height: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
+    width: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
     fps: int = knob(16, "frames a second", low=1)
     difficulty: Literal["easy", "medium", "hard"] = knob(
         "easy",
@@ -107,7 +107,7 @@ class DemoConfig(Knobs):
 def start(folder: str, config: DemoConfig) -> int:
     """The stage as the command line starts it."""
     make_demo_data(folder, config)
-    print(f"demo data {folder}")
+    say(f"demo data {folder}")
     return 0
 
 

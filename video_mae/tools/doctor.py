@@ -4,7 +4,6 @@ which, and writes down the good ones.
 
 import os
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -35,10 +34,10 @@ from video_mae.decoding.inspection import count_frames, describe, sha256
 from video_mae.decoding.isolation import decoder_process, in_order
 from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
-from video_mae.files import unicode_text
+from video_mae.files import say, unicode_text
 from video_mae.tools.doctor_report import Examined, report, summarize, write
 
-GOOD, BAD, INTERRUPTED = 0, 1, 130
+GOOD, BAD = 0, 1
 SLOW_SEEK = 64
 """Frames from one key frame to the next above which packing pays: half of them are decoded in vain
 for a clip; packed ones have 16.
@@ -120,24 +119,20 @@ class Doctor:
         self._compare("again", by_path=True)
         num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(lines))
         bad = 0
-        try:
-            with (
-                tqdm(total=len(lines), unit="video", disable=None) as progress,
-                closing(in_order(self._examine, lines, num_workers)) as examined,
-            ):
-                for line in examined:
-                    bad += line.is_bad
-                    progress.set_postfix(bad=bad, refresh=False)
-                    progress.update()
-        except KeyboardInterrupt:
-            print("video-mae doctor: interrupted, nothing is written", file=sys.stderr, flush=True)
-            return INTERRUPTED
+        with (
+            tqdm(total=len(lines), unit="video", disable=None) as progress,
+            closing(in_order(self._examine, lines, num_workers)) as examined,
+        ):
+            for line in examined:
+                bad += line.is_bad
+                progress.set_postfix(bad=bad, refresh=False)
+                progress.update()
         self._compare("same_content", by_path=False)
         self._check_labels_and_names()
         summary = summarize(self.source, self.notes, config.check, self.decoder, lines)
-        is_relative = Path(self.source).is_file() and not config.data.root
-        clean = write(self.folder, summary, lines, self.names, is_relative)
-        print(report(summary, lines, clean, config.worst), flush=True)
+        clean = write(self.folder, summary, lines, self.names)
+        for text in report(summary, lines, clean, config.worst).split("\n"):
+            say(text)
         return BAD if summary["bad"] else GOOD
 
     def _compare(self, again: str, *, by_path: bool) -> None:

@@ -5,7 +5,6 @@ import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -166,18 +165,16 @@ def write(
     summary: dict[str, Any],
     lines: Sequence[Examined],
     names: Sequence[str],
-    is_relative: bool,
 ) -> Path | None:
-    """Writes videos.jsonl, summary.json and, of what is no packed folder, clean.txt; returns the
-    latter's path. is_relative: the paths of the list do not start at data.root.
+    """Writes videos.jsonl, summary.json and, of what is no packed folder, clean.txt, with whole
+    paths; returns the latter's path.
     """
     write_text(folder / VIDEOS_FILE, "".join(json_text(line.as_row()) + "\n" for line in lines))
     write_json(folder / SUMMARY_FILE, summary)
     if isinstance(lines[0].path, Member):
         return None
-    beside = Path(summary["source"]).parent if is_relative else None
     clean = [
-        format_line(_path_from(folder, str(line.path), beside), line.label) + "\n"
+        format_line(os.path.join(os.getcwd(), str(line.path)), line.label) + "\n"
         for line in lines
         if not line.is_bad
     ]
@@ -185,19 +182,6 @@ def write(
     if names:
         write_text(folder / CLASS_FILE, "".join(f"{name}\n" for name in names))
     return folder / CLEAN_FILE
-
-
-def _path_from(folder: Path, path: str, beside: Path | None) -> str:
-    """Of a file below the list's folder `beside` relative to where the clean list lies; else whole,
-    so that data.root does not matter.
-    """
-    if beside and not os.path.relpath(path, beside).startswith(os.pardir):
-        relative = os.path.relpath(path, folder)
-        with suppress(OSError):
-            # `..` after a link leads elsewhere than its name says
-            if os.path.samefile(folder / relative, path):
-                return relative
-    return os.path.join(os.getcwd(), path)
 
 
 def report(
@@ -211,7 +195,7 @@ def report(
         return f"{place(source, line.number)} {base}".rstrip()
 
     told = [
-        f"{printable(source)}: {summary['files']} files, {summary['good']} good, {summary['bad']} "
+        f"{source}: {summary['files']} files, {summary['good']} good, {summary['bad']} "
         f"bad ({summary['check']} check, decoder {summary['decoder']})",
         *(f"  {note}" for note in summary["notes"]),
     ]

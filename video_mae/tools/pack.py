@@ -5,14 +5,11 @@ Processes pack videos ahead, one writes them in the order of the list: what come
 list and the settings alone.
 """
 
-import errno
 import hashlib
 import json
 import os
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,12 +24,20 @@ from video_mae.data.paths import file_mistake
 from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
 from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
-from video_mae.decoding.containers import is_regular
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
-from video_mae.files import LIST_DIGEST, check_made_with, write_json, write_text
+from video_mae.files import (
+    LIST_DIGEST,
+    check_made_with,
+    is_regular,
+    say,
+    storing,
+    write_json,
+    write_text,
+)
+from video_mae.processes import hold_folder, on_signals
 from video_mae.tools.shard_writer import ShardWriter
 
-DONE, FAILED, NOTHING = 0, 1, 3
+DONE, NOTHING = 0, 3
 FREE_KEYS = ("root", "list_format", "num_workers", "decode_seconds", "decode_memory_gb")
 
 
@@ -52,12 +57,12 @@ PackedRow = tuple[dict[str, Any], NDArray[Any] | None]
 
 
 def start(source: str, folder: str, config: PackConfig) -> int:
-    """Packs what is not packed yet. Returns 0; 3 where no video could be packed; 1 where the disk
-    is full; 128 + the signal that ended it.
+    """Packs what is not packed yet. Returns 0; 3 where no video could be packed; 128 + the signal
+    that ended it.
 
     Raises: ValueError or FileNotFoundError with one line, before anything is packed: for the list,
     for a folder that holds something else, was packed from another list or with other settings, or
-    is being packed.
+    is being packed. StorageError where the disk takes nothing more; what is packed is not lost.
     """
     if "://" in folder:
         raise ValueError(f"{folder}: is a URL; pack into a local folder, then copy it there")
@@ -72,23 +77,23 @@ def start(source: str, folder: str, config: PackConfig) -> int:
     check_made_with(target / SETTINGS, settings)
     if (target / MANIFEST).is_file():
         return _tell(target, json.loads((target / MANIFEST).read_bytes()), "is packed already: ")
-    try:
+    with hold_folder(target) as told, storing(target):
+        for line in told:
+            say(line)
+        check_made_with(target / SETTINGS, settings)  # by now it is ours
         if not (target / SETTINGS).is_file():
             write_json(target / SETTINGS, settings)
         with closing(ShardWriter(target, config.form, config.shard_mb * 10**6)) as writer:
-            check_made_with(target / SETTINGS, settings)  # by now it is ours
-            with _stopping() as stop:
-                _pack_all(items, writer, config, stop)
+            stop = _Stop()
+            on_signals(stop.note)
+            _pack_all(items, writer, config, stop)
             if stop.number:
-                print(
+                say(
                     f"{folder}: stopped at {writer.num_rows} of {len(items)} videos; the same "
-                    "command goes on from there",
-                    flush=True,
+                    "command goes on from there"
                 )
                 return 128 + stop.number
             return _conclude(target, writer, settings, names)
-    except OSError as error:
-        return _failed(error, target)
 
 
 def read_items(
@@ -114,7 +119,7 @@ def read_items(
             str(error).replace("data.source", "LIST").replace("data.root", "root")
         ) from None
     for note in notes:
-        print(note, flush=True)
+        say(note)
     items = []
     for _, place, label, mistake in lines:
         name = place.name if isinstance(place, Member) else place.removeprefix(base)
@@ -127,22 +132,8 @@ class _Stop:
 
     asked, number = False, 0
 
-
-@contextmanager
-def _stopping() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def note(number: int, _: Any) -> None:
-        stop.asked, stop.number = True, number
-        # a second one ends it at once; it goes on all the same
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def note(self, number: int, frame: object) -> None:
+        self.asked, self.number = True, number
 
 
 def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, stop: _Stop) -> None:
@@ -172,7 +163,9 @@ def _num_bytes(outcome: PackedRow | None) -> int:
     return 0 if media is None else media.nbytes
 
 
-def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> PackedRow | None:
+def _pack_one(
+    item: Item, config: PackConfig, stop: _Stop, *, again: bool = True
+) -> PackedRow | None:
     """What becomes of an item; None where the packing ends before."""
     row: dict[str, Any] = {"path": item.name, "label": item.label}
     reason = item.mistake
@@ -194,6 +187,8 @@ def _pack_one(item: Item, config: PackConfig, stop: _Stop) -> PackedRow | None:
         except VideoDecodeError as error:
             reason = error.reason
         except KilledError as killed:
+            if again:
+                return _pack_one(item, config, stop, again=False)
             reason = str(killed)
             if "no answer" in reason:  # without figures: they are no fact of the video
                 reason = "it makes no progress (decode_seconds)"
@@ -225,28 +220,12 @@ def _conclude(
 
 def _tell(folder: Path, manifest: dict[str, Any], before: str) -> int:
     refused = f", {manifest['refused']} refused ({REFUSED} says why)" if manifest["refused"] else ""
-    print(
+    say(
         f"{folder}: {before}{manifest['videos']} videos{refused}, "
         f"{manifest['bytes'] / 1e6:.1f} MB in {len(manifest['shards'])} shards; "
-        f"data.source={folder}",
-        flush=True,
+        f"data.source={folder}"
     )
     return DONE if manifest["videos"] else NOTHING
-
-
-def _failed(error: OSError, folder: Path) -> int:
-    remedy = (
-        "free some space"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        else "see to the disk"
-    )
-    print(
-        f"video-mae pack: {folder}: {error.strerror or error}: {remedy} and start the same "
-        "command again, what is packed is not lost",
-        file=sys.stderr,
-        flush=True,
-    )
-    return FAILED
 
 
 def _digest(items: Sequence[Item], names: Sequence[str]) -> str:

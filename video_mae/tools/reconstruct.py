@@ -14,6 +14,7 @@ from video_mae.data.augment import central_box, crop_clip
 from video_mae.data.sampling import sample_rng, sample_seed
 from video_mae.decoding import VideoDecodeError, decode
 from video_mae.decoding.choices import clip_indices, joined
+from video_mae.files import say
 from video_mae.model.masking import mask_counts, token_mask
 from video_mae.model.objective import pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
@@ -24,7 +25,7 @@ class ReconstructConfig(Knobs):
     """`video-mae reconstruct MODEL VIDEO PICTURE.png key=value ...`."""
 
     seed: int = knob(0, "of the clips, boxes and masks", low=0)
-    num_clips: int = knob(2, "clips drawn from the video", low=1)
+    num_clips: int = knob(2, "clips drawn from the video", low=1, high=1000)
     stride: int = knob(
         4, "video frames from one frame of the clip to the next; take that of the training", low=1
     )
@@ -84,5 +85,5 @@ def start(model_folder: str, video: str, picture: str, config: ReconstructConfig
         pixel_scale(model.config, model.objective_config),
     )
     draw_reconstruction(Path(picture), frames, titles)
-    print(f"picture {picture}")
+    say(f"picture {picture}")
     return 0

@@ -6,12 +6,10 @@ next one is begun: what is there after a kill is told by the rows, and what goes
 off. Formats: `data/shards.py`.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,21 +38,12 @@ class _Row(NamedTuple):
 
 class ShardWriter:
     """Rows and their videos, from the one on where the writing stopped before; `num_rows` and
-    `num_refused` count those that are there.
+    `num_refused` count those that are there. Its process holds the folder.
     """
 
     def __init__(self, folder: Path, form: str, shard_bytes: int) -> None:
-        """Raises: ValueError while another writer works in the folder."""
         self.folder, self.ending, self.shard_bytes = folder, ENDINGS[form], shard_bytes
         self._rows = open(folder / ROWS, "ab+")  # noqa: SIM115
-        try:
-            fcntl.flock(self._rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._rows.close()
-            raise ValueError(
-                f"{folder}: another `video-mae pack` is at work in it; wait for it, or choose "
-                "another folder"
-            ) from None
         self._shards = open(folder / SHARDS, "ab+")  # noqa: SIM115
         self._number = 0
         self._file: BinaryIO | None = None  # a shard has none before it has a video
@@ -82,7 +71,7 @@ class ShardWriter:
         return [json.loads(line) for line in self._shards]
 
     def close(self) -> None:
-        """Leaves the folder to others. Raises: OSError where what is left cannot be written."""
+        """Raises: OSError where what is left cannot be written."""
         for file in (self._rows, self._shards, self._file):
             if file is not None:
                 file.close()
@@ -147,8 +136,6 @@ class ShardWriter:
         kept = {self._path(number) for number in range(self._number + bool(written))}
         for file in set(self.folder.glob("shard-*.tar")) - kept:
             file.unlink()
-        for left_over in self.folder.glob(".unfinished-*"):
-            shutil.rmtree(left_over)
         # rows of the shards before the open one: those that a power cut took away are made anew
         self._shards.seek(0)
         whole = [line for line in self._shards if line.endswith(b"\n")][: self._number]

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from video_mae.files import write_json, write_text
+from video_mae.config import RunConfig
+from video_mae.config.world import World
+from video_mae.files import fsync, write_json, write_text
 
 MANIFEST = "MANIFEST.json"
 
@@ -20,13 +21,15 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def fsync(path: Path) -> None:
-    """Waits until a file's, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def facts(config: RunConfig) -> dict[str, Any]:
+    """How the ranks of this start share the state of training, which a manifest tells."""
+    engine = config.engine
+    return {
+        "world_size": World.from_environment().size,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+        "offload": engine.offload,
+    }
 
 
 def digest(path: Path) -> dict[str, int]:
@@ -38,58 +41,71 @@ def digest(path: Path) -> dict[str, int]:
     return {"size": path.stat().st_size, "crc32": crc}
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Every file of a checkpoint but its manifest, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-
-
-def publish(
-    building: Path, final: Path, files: dict[str, dict[str, int]], facts: dict[str, Any], keep: int
-) -> None:
-    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all but the
-    `keep` newest go.
+def publish(building: Path, manifest: dict[str, Any], keep: int, keep_every: int = 0) -> None:
+    """Makes a finished folder the newest checkpoint: manifest, rename, `latest`, then all go but
+    the `keep` newest and those whose step is a multiple of keep_every (0: none).
 
     An incomplete checkpoint counts for nothing: resuming passed it over, so it may even carry a
     later step.
     """
-    write_json(building / MANIFEST, {**facts, "files": files})
+    final = building.with_name(step_name(manifest["step"]))
+    write_json(building / MANIFEST, manifest)
     fsync(building)
     if final.exists():  # an incomplete one that resuming passed over
         shutil.rmtree(final)
     os.replace(building, final)
     fsync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
-    folders = sorted(final.parent.glob("step_*"), reverse=True)
-    kept = [folder for folder in folders if read_manifest(folder) is not None][:keep]
-    for folder in folders:
-        if folder not in (*kept, final):
+    complete = [folder for folder in folders(final.parent) if not fault(folder)]
+    kept = {final, *complete[:keep]}
+    kept |= {one for one in complete if keep_every and int(one.name[5:]) % keep_every == 0}
+    for folder in folders(final.parent):
+        if folder not in kept:
             shutil.rmtree(folder)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint whose files are all there in full length, or None."""
+def folders(checkpoints: Path) -> list[Path]:
+    """Of all checkpoints, complete or not, newest first; what a person has copied is none."""
+    return sorted(checkpoints.glob("step_" + "[0-9]" * 8), reverse=True)
+
+
+def fault(folder: Path, part: slice = slice(0)) -> str:
+    """What keeps a checkpoint from being what was written, "" for nothing: as far as the lengths of
+    its files tell, and the content of a part of them, in the order of their names.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        complete = all(
-            (folder / name).stat().st_size == facts["size"]
-            for name, facts in manifest["files"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if complete else None
+        manifest = read_manifest(folder)
+        files = manifest["files"]
+        facts = manifest["world_size"], manifest["zero_stage"]
+        is_half = len({"memory", "updates", "counters"} & manifest.keys()) % 3  # DeepSpeed's: none
+        if step_name(manifest["step"]) != folder.name or not files or None in facts or is_half:
+            return f"its {MANIFEST} is not of it"
+        for name, written in files.items():
+            size = (folder / name).stat().st_size
+            if size != written["size"]:
+                return f"{name} has {size} bytes, {written['size']} were written"
+        for name in sorted(files)[part]:
+            if digest(folder / name) != files[name]:
+                return f"{name} is not what was written (its checksum is another)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except Exception as error:  # whatever a manifest may hold
+        return f"it cannot be read ({error!r:.100})"
+    return ""
 
 
-def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of `names` whose content is not what was written."""
-    return [name for name in names if digest(folder / name) != manifest["files"][name]]
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint without a fault. It has `memory` unless an earlier version had
+    DeepSpeed write the state.
+    """
+    return json.loads((folder / MANIFEST).read_bytes())
 
 
 def newest(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest complete checkpoint and its manifest; incomplete ones are passed over."""
-    for folder in sorted(checkpoints.glob("step_*"), reverse=True):
-        manifest = read_manifest(folder)
-        if manifest is not None:
-            return folder, manifest
+    for folder in folders(checkpoints):
+        if not fault(folder):
+            return folder, read_manifest(folder)
     return None
 
 

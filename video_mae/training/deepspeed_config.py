@@ -1,6 +1,7 @@
 """The dictionary that DeepSpeed is configured by, made of a run's configuration."""
 
 import difflib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,32 @@ from video_mae.config import RunConfig
 from video_mae.extras import require_package
 from video_mae.training import device_step
 
-# DeepSpeed takes a misspelt top-level key without a word, so `extra` is held against those it
-# documents.
-EXTRA_KEYS = frozenset(
-    {
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comet",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "csv_monitor",
-        "data_types",
-        "dump_state",
-        "flops_profiler",
-        "fp16",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "prescale_gradients",
-        "sparse_gradients",
-        "tensorboard",
-        "timers",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_optimization",
-    }
-)
+# DeepSpeed takes a misspelt top-level key without a word, and any value of some, so `extra` is held
+# against what it documents. Of the sections whose keys it does not check itself they are named.
+EXTRA_KEYS: dict[str, Any] = {
+    "aio": "block_size intra_op_parallelism overlap_events queue_depth single_submit use_gds",
+    "bf16": dict,
+    "checkpoint": "checkpoint_serialization load_universal parallel_write tag_validation "
+    "use_node_local_storage writer",
+    "comet": dict,
+    "comms_logger": dict,
+    "communication_data_type": str,
+    "compile": dict,
+    "csv_monitor": dict,
+    "data_types": "buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype",
+    "dump_state": bool,
+    "flops_profiler": "detailed enabled module_depth output_file profile_step "
+    "recompute_fwd_factor top_modules",
+    "fp16": dict,
+    "gradient_predivide_factor": (int, float),
+    "memory_breakdown": bool,
+    "prescale_gradients": bool,
+    "tensorboard": dict,
+    "timers": "throughput",
+    "wall_clock_breakdown": bool,
+    "wandb": dict,
+    "zero_optimization": dict,
+}
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -75,11 +75,18 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         require_package("wandb", "journal.wandb_project")
         group = Path(config.output).name
         made["wandb"] = {"enabled": True, "project": project, "group": group}
-    for key in engine.extra:
-        if key not in EXTRA_KEYS and key not in made:
-            near = difflib.get_close_matches(key, EXTRA_KEYS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"engine.extra.{key}: DeepSpeed has no such key{hint}")
+    for key, value in engine.extra.items():
+        if key not in made:
+            _check_name(key, EXTRA_KEYS, "engine.extra")
+        known = EXTRA_KEYS.get(key, object)
+        kind = dict if isinstance(known, str) else known
+        if not isinstance(value, kind):
+            raise ValueError(
+                f"engine.extra.{key}: {value!r:.100} is not what DeepSpeed takes there"
+            )
+        if isinstance(known, str):
+            for name in value:
+                _check_name(name, known.split(), f"engine.extra.{key}")
     _merge(made, engine.extra, "engine.extra")
     if zero.get("round_robin_gradients"):
         raise ValueError(
@@ -92,6 +99,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         made["gradient_clipping"] = 0.0
         made["bf16"]["check_grad_overflow"] = False
     return made
+
+
+def _check_name(name: str, known: Iterable[str], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{where}.{name}: DeepSpeed has no such key{hint}")
 
 
 def _merge(ours: dict[str, Any], extra: dict[str, Any], where: str) -> None:

@@ -7,8 +7,10 @@ is finite, then a norm each, and waits for the answers: 3,333 operations and 4 w
 """
 
 import re
+from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,16 +55,47 @@ def master_weights(deepspeed: Any) -> list[torch.Tensor]:
     """The float32 weights that this rank updates: all of them, in ZeRO 1 to 3 its share in a few
     flat tensors.
     """
-    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
-    if stage == 3:
+    wrapper = deepspeed.optimizer
+    if deepspeed.zero_optimization_stage() == 3:
         return list(wrapper.fp32_partitioned_groups_flat)
-    if stage > 0:
-        return list(wrapper.single_partition_of_fp32_groups)
-    if hasattr(wrapper, "fp32_groups"):
-        return [master for group in wrapper.fp32_groups for master in group]
-    return list(deepspeed.module.parameters())
+    return [master for group in wrapper.param_groups for master in group["params"]]
 
 
+def layout(deepspeed: Any) -> Iterator[tuple[str, int, int, slice]]:
+    """Where the parameters that are trained are in `master_weights` of this rank: (name, the first
+    of its numbers that is there, index of the master, place in it).
+    """
+    wrapper, stage = deepspeed.optimizer, deepspeed.zero_optimization_stage()
+    own = [group["params"] for group in wrapper.param_groups]  # in float32 their own masters
+    order = {p: i for i, p in enumerate(chain(*getattr(wrapper, "fp16_groups", own)))}
+    for name, parameter in deepspeed.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 3:
+            index, offset, size = wrapper.grad_position[wrapper.get_param_id(parameter)]
+            start = size * deepspeed.global_rank
+            size = max(0, min(size, parameter.ds_numel - start))  # without what fills it up
+        elif stage > 0:
+            mapping = parameter._hp_mapping
+            if mapping is None:  # it is with other ranks
+                continue
+            index, start = mapping.param_group_index, mapping.lp_fragment_address.start
+            offset, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        else:
+            index, start, offset, size = order[parameter], 0, 0, parameter.numel()
+        yield name, start, index, slice(offset, offset + size)
+
+
+def counters(deepspeed: Any) -> list[dict[str, Any]]:
+    """The attributes themselves of what counts: the engine, and in fp16 its loss scale."""
+    if not deepspeed.fp16_enabled():
+        return [vars(deepspeed)]
+    wrapper = deepspeed.optimizer
+    scale = getattr(wrapper, "loss_scaler", None) or wrapper.loss_scale_config
+    return [vars(deepspeed), vars(scale)]
+
+
+@torch.no_grad()
 def spread_masters(deepspeed: Any) -> None:
     """Has the model compute with what the masters are now, as the end of a step does; every rank
     must call it.

@@ -1,29 +1,40 @@
 """DeepSpeed in one place: its start, step, checkpoints. The only file that imports it."""
 
 import contextlib
-import io
+import copy
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from video_mae.config import RunConfig
-from video_mae.config.world import World, ranks_here
-from video_mae.training import checkpoint, device_step
+from video_mae.config.world import World
+from video_mae.files import FolderError, StorageError, one_line
+from video_mae.training import checkpoint, device_step, fragments
 from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.environment import prepare_environment
+from video_mae.training.fragments import Fragments
+from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
+from video_mae.training.saving import CheckpointWriter
+from video_mae.training.spikes import SpikeWatch
 from video_mae.training.step_status import StatusQueue, filled
 
-FROZEN = "frozen_weights"
-"""Of a checkpoint of rank 0: the float32 values of what is not trained, by name."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+COUNTERS = (
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)
 
 
 class Engine:
@@ -31,11 +42,12 @@ class Engine:
 
     Usage: for each micro-batch `output = engine(...)`, `engine.backward(output.loss)`; then
     `engine.step(lr)` once a step, and `engine.statuses.take()` for what the host is to know of it.
-    skipped_steps: how many since the start, on the device.
+    skipped_steps: how many since the start, on the device. beside_masters: what else is laid out as
+    `masters`, by its name in checkpoints.
     """
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
-        prepare_environment()
+        self.device = prepare_environment()
         import deepspeed
 
         world = World.from_environment()
@@ -45,10 +57,6 @@ class Engine:
         num_gradients = sum(parameter.numel() for parameter in model.parameters())
         zero = self.dictionary["zero_optimization"]
         zero.setdefault("reduce_bucket_size", min(num_gradients, 500_000_000))
-        self.device, backend = torch.device("cpu"), "gloo"
-        if torch.cuda.is_available():
-            self.device, backend = torch.device("cuda", world.local_rank), "nccl"
-            torch.cuda.set_device(self.device)
         fused = config.engine.offload == "none"
         self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
         # DeepSpeed rounds them to the precision of the run, and no optimizer has a master of them.
@@ -60,6 +68,7 @@ class Engine:
         # Its collectives for CPUs wait in a loop that keeps the cores from the other ranks and the
         # decoders, and are compiled on first use.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.deepspeed: Any = deepspeed.initialize(
@@ -69,7 +78,13 @@ class Engine:
             self.deepspeed.compile()
         self.is_guarded = device_step.is_possible(self.dictionary)
         self.statuses = StatusQueue(self.device)
+        is_watched = config.engine.on_spike != "ignore"
+        self.unusual = "not finite or a spike" if is_watched else "not finite"
+        self.spikes = SpikeWatch(self.mean, self.device, is_on=is_watched)
         self.skipped_steps = filled(0, self.device)
+        self.beside_masters: dict[str, list[torch.Tensor]] = {}
+        self.faults: dict[Path, str] = {}
+        self.writer = CheckpointWriter(self)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.deepspeed(*inputs)
@@ -78,7 +93,8 @@ class Engine:
         """Accumulates gradients; `last` marks the last micro-batch of a step, whose update waits
         for `step`.
         """
-        self.deepspeed.backward(loss)
+        progress.begin("all-reduce")
+        self.deepspeed.backward(self.spikes.judged(loss))
         if not last:
             self.deepspeed.step()  # counts the micro-batch
 
@@ -104,7 +120,8 @@ class Engine:
             self.deepspeed.step()
             norm = self.deepspeed.get_global_grad_norm()
             self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
-        self.statuses.send(self.deepspeed.global_steps, self.skipped_steps)
+        progress.step = self.deepspeed.global_steps
+        self.statuses.send(progress.step, self.skipped_steps)
         return math.nan if norm is None else norm
 
     def set_micro_batch(self, num_clips: int) -> None:
@@ -133,11 +150,25 @@ class Engine:
         """The mean over ranks."""
         return self.sum(value) / self.world_size
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Every rank's picklable object, in order of rank."""
         gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group)
         return gathered
+
+    def together(self, work: Callable[[], Any], group: Any = None) -> list[Any]:
+        """What work() returns on every rank. Raises: on all of them the first StorageError that one
+        of them raises, so that all go on or all leave.
+        """
+        try:
+            own = work()
+        except StorageError as error:
+            own = error
+        results = self.gather(own, group)
+        for result in results:
+            if isinstance(result, StorageError):
+                raise result
+        return results
 
     def write_events(self, events: list[tuple[str, float, int]]) -> None:
         """To TensorBoard and Weights & Biases, where the configuration asks for them."""
@@ -150,32 +181,30 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters: dict[int, torch.Tensor] = {}
-        # the one wrapper that DeepSpeed's function overlooks
-        if self.config.engine.zero_stage == 0 and self.config.engine.precision != "fp32":
-            wrapper = self.deepspeed.optimizer
-            for lows, highs in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
-                masters.update((id(low), high) for low, high in zip(lows, highs, strict=True))
-        state = dict(self.frozen)
+        state, whole = dict(self.frozen), {}
+        # the one stage that DeepSpeed's function overlooks
+        if self.config.engine.zero_stage == 0:
+            masters = self.masters()
+            whole = {name: masters[i] for name, _, i, _ in device_step.layout(self.deepspeed)}
         for name, parameter in self.deepspeed.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            value = masters.get(id(parameter), parameter)
-            if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # partitioned
-                value = safe_get_full_fp32_param(parameter)
+            value = whole[name] if whole else safe_get_full_fp32_param(parameter)
             assert value is not None
             if self.rank == 0:
                 state[name] = value.detach().float().cpu().clone()
         return state
 
     @contextlib.contextmanager
-    def whole(self, module: nn.Module) -> Iterator[None]:
-        """Inside, every rank has the parameters of a part of the model in full, to be read: ZeRO 3
-        gathers them. Every rank must enter.
+    def whole(
+        self, parameters: Iterable[nn.Parameter], writer: int | None = None
+    ) -> Iterator[None]:
+        """Inside, every rank has parameters of the model in full, to be read: ZeRO 3 gathers them.
+        Every rank must enter. writer: a rank whose changes ZeRO 3 takes apart again.
         """
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(module.parameters()):
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
             yield
 
     def masters(self) -> list[torch.Tensor]:
@@ -194,86 +223,115 @@ class Engine:
     def save(
         self,
         step: int,
-        keep: int,
         memory: dict[str, Any],
-        tensors: Mapping[str, torch.Tensor] | None = None,
+        tensors: Mapping[str, torch.Tensor],
+        finish: Callable[[], object],
     ) -> None:
         """Writes checkpoints/step_N: never half of one, `latest` never before all ranks are done.
-        `resume` gives `memory` back, and tensors by name: those that several ranks have are
-        written once.
+        `resume` gives `memory` back, of what JSON has, and tensors by name, the same on all ranks.
+        What the disk refuses, `writer` tells.
+
+        finish: what the main rank does as soon as the checkpoint is there.
         """
-        final = self.checkpoints / checkpoint.step_name(step)
-        building = self.checkpoints / f".{final.name}"
-        if self.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
         self.deepspeed.skipped_steps = int(self.skipped_steps)
-        self.deepspeed.save_checkpoint(
-            str(self.checkpoints),
-            tag=building.name,
-            client_state={"step": step, "memory": memory, FROZEN: self.frozen},
-            save_latest=False,
-            exclude_frozen_parameters=False,
-        )
-        tensors = tensors or {}
-        written: set[str] = set()
-        for names in self.gather(list(tensors))[: self.rank]:
-            written.update(names)
-        own = {name: tensors[name] for name in tensors if name not in written}
-        if own:
-            save_file(own, building / f"tensors_{self.rank}.safetensors")
-        dist.barrier()
-        mine: dict[str, Any] = {}
-        for path in checkpoint.files_of(building)[self.rank :: self.world_size]:
-            checkpoint.fsync(path)
-            mine[str(path.relative_to(building))] = checkpoint.digest(path)
-        files = {name: facts for part in self.gather(mine) for name, facts in part.items()}
-        if self.rank == 0:
-            facts = {"step": step, **_facts(self.config, self.world_size)}
-            checkpoint.publish(building, final, files, facts, keep)
-        dist.barrier()
+        own, common = self._fragments(tensors)
+        by_size = sorted(common, key=lambda key: len(common[key][1]))
+        own |= {key: common[key] for key in by_size[self.rank :: self.world_size]}
+        optim, counters = self.config.optim, {}
+        for of in device_step.counters(self.deepspeed):
+            counters |= {name: of[name] for name in COUNTERS if name in of}
+        facts = {
+            "step": step,
+            **checkpoint.facts(self.config),
+            "videos_per_step": optim.micro_batch * optim.accumulation * self.world_size,
+            "memory": copy.deepcopy(memory),
+            "updates": max(int(one["step"]) for one in self.optimizer.state.values()),
+            "counters": counters,
+        }
+        state = {f"{key}/{start}": view.detach() for key, (start, view) in own.items()}
+        self.writer.write(facts, state, finish)
 
-    def resume(
-        self, tensors: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        """Loads the newest complete checkpoint, `tensors` in place; returns the number of steps it
-        has done and its memory, (0, {}) where there is none.
+    def resume(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, dict[str, Any]]:
+        """Loads the newest checkpoint that is whole, `tensors` in place; returns the number of
+        steps it has done and its memory, (0, {}) for a run that never had one. `faults` says what
+        is wrong with those that were passed over.
+
+        Raises: FolderError.
         """
-        while True:
-            found = self.gather(checkpoint.newest(self.checkpoints))[0]  # all ranks follow rank 0
-            if found is None:
-                return 0, {}
-            folder, manifest = found
-            mine = sorted(manifest["files"])[self.rank :: self.world_size]
-            if not any(self.gather(checkpoint.damaged_files(folder, manifest, mine))):
+        part = slice(self.rank, None, self.world_size)
+        for folder in self.gather(checkpoint.folders(self.checkpoints))[0]:
+            found = [one for one in self.gather(checkpoint.fault(folder, part)) if one]
+            if not found:
                 break
-            if self.rank == 0:
-                folder.rename(folder.with_name(f".damaged_{folder.name}"))
-        _, state = self.deepspeed.load_checkpoint(str(self.checkpoints), tag=folder.name)
+            self.faults[folder] = found[0]
+        else:
+            run_folder = self.checkpoints.parent
+            has_saved = (self.checkpoints / "latest").exists() or (run_folder / "model").exists()
+            if self.faults or has_saved:
+                wrong = "; ".join(f"{one.name}: {fault}" for one, fault in self.faults.items())
+                raise FolderError(
+                    f"{run_folder}: no checkpoint can be used: {wrong or 'there was one'}; put one "
+                    "back, or begin anew with --from-scratch, which renames the folder"
+                )
+            return 0, {}
+        manifest = checkpoint.read_manifest(folder)
+        if "memory" not in manifest:
+            memory = self.load_deepspeed_checkpoint(folder, tensors)
+        else:
+            memory, (own, common) = manifest["memory"], self._fragments(tensors)
+            fragments.read(folder, own | common)
+            for state in self.optimizer.state.values():
+                state["step"].fill_(manifest["updates"])
+            named = self.deepspeed.module.named_parameters()
+            frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
+            with self.whole(frozen.values(), writer=0):
+                fragments.read(folder, fragments.whole("weight", frozen))
+            device_step.spread_masters(self.deepspeed)
+            for of in device_step.counters(self.deepspeed):
+                of.update({name: n for name, n in manifest["counters"].items() if name in of})
         self.skipped_steps = filled(self.deepspeed.skipped_steps, self.device)
+        return manifest["step"], memory
+
+    def load_deepspeed_checkpoint(
+        self, folder: Path, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Any]:
+        """What `resume` does of one that an earlier version had DeepSpeed write, for the same ranks
+        in the same mode; returns the memory of the run. Executes pickles.
+        """
+        _, state = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if self.rank == 0:
-            self.frozen = state.get(FROZEN, self.frozen)
-        tensors = tensors or {}
+            # the float32 values of what is not trained, by name
+            self.frozen = state.get("frozen_weights", self.frozen)
+        masters = order = self.masters()
+        if self.deepspeed.optimizer is self.optimizer:  # ZeRO 0 in float32: all, frozen ones too
+            order = list(self.deepspeed.module.parameters())
+        numbers = {master: number for number, master in enumerate(order)}
+        wanted = dict(tensors)
+        for master, average in zip(masters, self.beside_masters.get("average", ()), strict=False):
+            wanted[f"average.{self.rank}.{numbers[master]}"] = average
         for file in folder.glob("tensors_*.safetensors"):
-            with safe_open(file, framework="pt") as saved:
-                for name in tensors.keys() & saved.keys():
-                    tensors[name].copy_(saved.get_tensor(name))
-        return manifest["step"], state.get("memory", {})  # earlier versions wrote none
+            saved = load_file(file)
+            for name in wanted.keys() & saved.keys():
+                wanted[name].copy_(saved[name])
+        return state.get("memory", {})  # still earlier ones wrote none
 
-
-def partitioned_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint of ZeRO 1 to 3, of any number of ranks; its pickles are
-    executed.
-    """
-    prepare_environment()
-    # it talks
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        return dict(
-            get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {}
-        )
+    def _fragments(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Fragments, Fragments]:
+        """The state of training on this rank: (what it alone has, what every rank has whole)."""
+        masters, state = self.masters(), self.optimizer.state
+        for master in masters:
+            if not state[master]:  # before the first step
+                state[master]["step"] = filled(0, master.device)
+                state[master].update({kind: torch.zeros_like(master) for kind in MOMENTS})
+        kinds = {"weight": masters, **self.beside_masters}
+        for kind in MOMENTS:
+            kinds[kind] = [state[master][kind] for master in masters]
+        own = fragments.whole("weight", self.frozen)
+        common = fragments.whole("tensor", {**self.spikes.tensors, **tensors})
+        trained = common if self.config.engine.zero_stage == 0 else own
+        for name, start, index, place in device_step.layout(self.deepspeed):
+            for kind, of in kinds.items():
+                trained[f"{kind}/{name}"] = start, of[index].view(-1)[place]
+        return own, common
 
 
 def leave() -> None:
@@ -282,57 +340,22 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _facts(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """What a checkpoint and the start that reads it have to agree about."""
-    keys = ("zero_stage", "precision", "offload")
-    return {"world_size": world_size, **{key: getattr(config.engine, key) for key in keys}}
-
-
-def check_start(config: RunConfig) -> int:
-    """Checks what the engine of a run will need; returns the number of ranks.
-
-    Raises: ValueError for what this machine or DeepSpeed cannot do, and where the newest checkpoint
-    was written by another number of ranks, stage or precision.
+def check_start(config: RunConfig) -> None:
+    """Checks what the engine of a run will need. Raises: ValueError for what this machine or
+    DeepSpeed cannot do.
     """
-    world_size = World.from_environment().size
     if config.engine.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
-    deepspeed_config(config, world_size)
-    found = checkpoint.newest(Path(config.output) / "checkpoints")
-    if found is None:
-        return world_size
-    folder, manifest = found
-    for key, value in _facts(config, world_size).items():
-        if manifest[key] != value:
-            remedy = f"set engine.{key} back"
-            if key == "world_size":
-                remedy = "start it with as many ranks as before"
-            raise ValueError(
-                f"{folder}: was written with {key} = {manifest[key]}, this start has {value}; "
-                f"{remedy}, or choose another output folder"
-            )
-    return world_size
+    dictionary = deepspeed_config(config, World.from_environment().size)
+    if not config.engine.extra:
+        return
+    prepare_environment()
+    from deepspeed.runtime.config import DeepSpeedConfig
 
-
-def prepare_environment() -> None:
-    """Without a launcher DeepSpeed would look for MPI; on a CPU each rank takes its share of the
-    cores. Raises: ValueError.
-    """
-    world = World.from_environment()
-    given = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    if "RANK" not in given:
-        os.environ["LOCAL_WORLD_SIZE"] = "1"
-    if len(given) < 3:  # one process, then: on any port that is free
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(
-        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank)
-    )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would look for others, and warn
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here()))
-    elif world.local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"LOCAL_RANK: {world.local_rank} has no GPU, there are {torch.cuda.device_count()} "
-            "here; start as many processes"
-        )
+    # one at a time, so that what is wrong is told by its key
+    for key in config.engine.extra:
+        try:
+            DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, key: dictionary[key]})
+        except Exception as error:  # pydantic's, and types of its own
+            said = " ".join(str(error).split())
+            raise ValueError(one_line(f"engine.extra.{key}: DeepSpeed: {said}")) from None

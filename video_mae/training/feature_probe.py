@@ -47,8 +47,11 @@ class FeatureProbe:
         probe = config.probe
         self.config, self._not_before, self._is_told = config, 0.0, False
         self.lists = dict[str, VideoList]()
+        resumed = config.has_begun
         if probe.train:
-            read = partial(read_labeled, root=probe.root, list_format=probe.list_format)
+            read = partial(
+                read_labeled, root=probe.root, list_format=probe.list_format, resumed=resumed
+            )
             train = self.lists["train"] = read("probe.train", probe.train)
             read = partial(read, num_classes=train.num_classes, names=train.class_names)
             videos = read("probe.validation", probe.validation)
@@ -56,7 +59,7 @@ class FeatureProbe:
             source = SourceConfig(
                 source=probe.validation, root=probe.root, list_format=probe.list_format
             )
-            videos = read_annotations(source, "probe.validation")
+            videos = read_annotations(source, "probe.validation", resumed=resumed)
         self.lists["validation"] = videos
 
     def follow(self, done: int, epoch: float, journal: Journal, inputs_of: InputsOf) -> None:
@@ -73,8 +76,7 @@ class FeatureProbe:
                     f"probe.max_share = {max_share} of the time"
                 )
             return
-        # what loads clips draws a number for its workers
-        with journal.aside(), torch.random.fork_rng(devices=[]):
+        with journal.aside():
             found = {name: self._encode(name, journal, inputs_of) for name in self.lists}
             if journal.engine.rank == 0 and all(found.values()):
                 journal.record(done, epoch, self.scores(**found))

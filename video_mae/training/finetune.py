@@ -25,6 +25,7 @@ from video_mae.data.videos import VideoList, read_training_videos, read_validati
 from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Training
+from video_mae.training.saving import publish
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
 
@@ -32,7 +33,7 @@ def start(config: FinetuneConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).run_and_leave
+    return prepare(config).command
 
 
 def prepare(config: FinetuneConfig) -> "Finetuning":
@@ -123,7 +124,7 @@ class Finetuning(Training[FinetuneConfig]):
             values["accuracy"] = (logits_BK.argmax(dim=1) == label_B).float().mean()
         return values
 
-    def after(self, done: int, *, ending: bool) -> None:
+    def after(self, done: int) -> None:
         if self.validation is None:
             return
         if self.is_measured(done, self.config.validation.interval):
@@ -167,6 +168,11 @@ class Finetuning(Training[FinetuneConfig]):
     def _keep_best(self, done: int, scores: dict[str, float]) -> None:
         self.journal.record(done, self.epoch(done), scores)
         best = self.memory.get("best", {"val_top1": -1.0, "val_loss": 0.0})
-        if (scores["val_top1"], -scores["val_loss"]) > (best["val_top1"], -best["val_loss"]):
+        is_best = (scores["val_top1"], -scores["val_loss"]) > (best["val_top1"], -best["val_loss"])
+        self._learn_of_steps(of_all=True)  # weights that only lead to skipped steps are no best
+        if (
+            is_best
+            and not self.skipped_in_a_row
+            and publish(self, {"best": self.engine.full_state()})
+        ):
             self.memory["best"] = {"step": done, **scores}
-            self.save_model("best")

@@ -3,8 +3,10 @@ it, MFU; and of which videos.
 """
 
 import math
+import os
 import re
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +19,18 @@ import torch
 from tqdm import tqdm
 
 from video_mae.config.training import Precision
-from video_mae.files import Register, cut_after, json_line, one_line
+from video_mae.files import (
+    Register,
+    StorageError,
+    append,
+    json_line,
+    log,
+    mend_jsonl,
+    one_line,
+    read_jsonl,
+)
 from video_mae.training.engine import Engine
+from video_mae.training.heartbeat import progress
 
 Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
 """From the data wait, the milliseconds of a clip in each stage of loading and clips/s to the stage
@@ -74,9 +86,10 @@ class Journal:
     Every rank makes one and calls `step`; the main rank alone writes. clips_per_step counts all
     ranks, flops_per_clip is a forward and backward pass; both may be changed between steps. With
     resumed_step = k, lines of later steps are cut off metrics.jsonl: that work was lost. stages: of
-    loading, whose costs are measured. `quarantine` names the videos that could not be decoded,
-    `fallbacks` those that another decoder had to read. `advise` is asked after each line but the
-    first, in which workers start; what it says of a stage is told once.
+    loading, whose costs are measured. sums: what `sums` returned for the checkpoint that a run goes
+    on from. Lines of metrics that the disk refuses are written later. `quarantine` names the videos
+    that could not be decoded, `fallbacks` those that another decoder had to read. `advise` is asked
+    after each line but the first, in which workers start; what it says of a stage is told once.
     """
 
     def __init__(
@@ -88,6 +101,7 @@ class Journal:
         flops_per_clip: float,
         resumed_step: int = 0,
         stages: Sequence[str] = (),
+        sums: Sequence[Sequence[str]] = (),
     ) -> None:
         self.engine, self.total_steps = engine, total_steps
         self.clips_per_step, self.stages = clips_per_step, stages
@@ -98,6 +112,7 @@ class Journal:
         self.advise: Advise = lambda data_wait, milliseconds, clips_per_second: None
         # the stages that were told, and whether workers are past their start
         self._told, self._has_line = set[str](), False
+        self._unwritten, self._has_told_fallbacks = b"", False
         self.flops_per_clip = flops_per_clip
         self._peak_flops: float | None = None  # of all ranks
         if engine.device.type == "cuda":
@@ -107,9 +122,13 @@ class Journal:
                 self._peak_flops = peak * engine.world_size
         self._has_begun = False
         self._clear(time.perf_counter())
-        run_folder.mkdir(parents=True, exist_ok=True)
+        if sums:  # of another number of ranks it is about what they had
+            self._num_steps, *means = map(float, sums[engine.rank % len(sums)])
+            self._sums = self._stack(*means)
         if engine.rank == 0:
-            cut_after(self.metrics_file, resumed_step)
+            mend_jsonl(self.metrics_file, resumed_step, {"step"}, self.say)
+            for register in (self.quarantine, self.fallbacks):
+                mend_jsonl(register.file, resumed_step, {"path", "decoder", "reason"}, self.say)
         tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked from here
         self._bar: Any = tqdm(
             total=total_steps,
@@ -120,14 +139,19 @@ class Journal:
             disable=None if engine.rank == 0 else True,  # None: where nobody watches
         )
 
-    def say(self, message: str) -> None:
-        """Prints a message once, on the main rank, and keeps it in log.txt."""
-        if self.engine.rank != 0:
+    def say(self, message: str, *, anywhere: bool = False) -> None:
+        """Prints a message once, on the main rank, or on any, and keeps it in log.txt; nothing for
+        "".
+        """
+        if not message or (self.engine.rank != 0 and not anywhere):
             return
         message = one_line(message)  # it may name files
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-        self._log(message)
+        try:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # a terminal that is closed, a pipe whose reader has gone
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        log(self.log_file, message)
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -140,7 +164,9 @@ class Journal:
         if not self._has_begun:
             # what came before the first batch (building the model) is no part of a step
             self._begin, self._has_begun = begin, True
+        progress.begin("reading")
         yield
+        progress.begin("forward")
         self._wait_seconds += time.perf_counter() - begin
 
     def spent(self, seconds: Iterable[float]) -> None:
@@ -155,6 +181,7 @@ class Journal:
         down.
         """
         begin = time.perf_counter()
+        progress.begin("measuring")
         yield
         self._begin += time.perf_counter() - begin
 
@@ -220,7 +247,7 @@ class Journal:
             self.say(f"{text}  ETA {timedelta(seconds=round(seconds_left))}")
         else:
             self._bar.set_postfix(parts)
-            self._log(text)
+            log(self.log_file, text)
         if self._has_line:
             advice = self.advise(data_wait, milliseconds, clips_per_second)
             if advice is not None and advice[0] not in self._told:
@@ -237,9 +264,35 @@ class Journal:
             parts = {name.replace("_", " "): number(value, ".6g") for name, value in values.items()}
             self.say(self._write(line, parts, "validation"))
 
+    def sums(self) -> list[list[str]]:
+        """What the next line averages so far, of each rank, as JSON has it: for a checkpoint."""
+        return self.engine.gather(list(map(str, [self._num_steps, *self._sums.view(-1).tolist()])))
+
+    def tell_fallbacks(self, ending: bool) -> None:
+        """Once as soon as there are some, and at the end."""
+        if self.engine.rank != 0 or (self._has_told_fallbacks and not ending):
+            return
+        found = read_jsonl(self.fallbacks.file)
+        if not found:
+            return
+        self._has_told_fallbacks = True
+        first, reason = found[0], found[0]["reason"].split(";")[0]
+        self.say(
+            f"{len(found)} of the videos so far were read by another decoder, the first "
+            f"{first['path']} by {first['decoder']}, as {reason}; {self.fallbacks.file} names "
+            "them, `video-mae pack` cures them"
+        )
+
     def close(self) -> None:
-        """Ends the progress bar; the files are complete after every line."""
+        """Ends the progress bar. Raises: as `flush`."""
         self._bar.close()
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the lines that the disk has refused. Raises: StorageError where it still does."""
+        if self._unwritten and self.metrics_file.parent.exists():  # else what ends the run says so
+            append(self.metrics_file, self._unwritten)
+            self._unwritten = b""
 
     def _clear(self, now: float) -> None:
         self._begin, self._wait_seconds, self._num_steps = now, 0.0, 0
@@ -267,8 +320,16 @@ class Journal:
         """Writes a line of metrics and gives it to the monitors; returns it as a text."""
         line = {key: value if _is_finite(value) else None for key, value in line.items()}
         step = line["step"]
-        with self.metrics_file.open("ab") as stream:
-            stream.write(json_line(line))
+        is_told = self._unwritten != b""
+        self._unwritten += json_line(line)
+        try:  # after those that the disk refused before
+            self.flush()
+        except StorageError as error:
+            if not is_told:
+                self.say(str(error))
+        if not self.metrics_file.parent.exists():
+            # nothing can be saved any more: all ranks are to end with this step
+            self.engine.statuses.remember(signal.SIGTERM)
         self.engine.write_events(
             [
                 (f"{kind}/{key}", float(value), step)
@@ -279,10 +340,6 @@ class Journal:
         words = [f"step {step}/{self.total_steps}"]
         words += [f"{name} {value}" for name, value in parts.items()]
         return "  ".join(words)
-
-    def _log(self, message: str) -> None:
-        with self.log_file.open("a", encoding="utf-8") as stream:
-            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}\n")
 
 
 def _describe(line: dict[str, Any], measures: Iterable[str]) -> dict[str, str]:

@@ -14,25 +14,35 @@ import torch
 from torch.utils.data import Dataset
 
 from video_mae.config.schema import save_config
-from video_mae.convert.model_folder import Model, save_model_folder
-from video_mae.data.dataset import Batch, Sample
+from video_mae.config.world import World
+from video_mae.convert.model_folder import Model
+from video_mae.data.dataset import Batch, Sample, UndecodableError
 from video_mae.data.loader import DevicePrefetcher, make_loader
 from video_mae.data.sampling import StepSampler, sample_seed
 from video_mae.data.sources import Sources
 from video_mae.data.videos import VideoList
 from video_mae.data.workers import Costs, advise, plan_workers
 from video_mae.decoding import Member, decoder_version, is_video
-from video_mae.files import read_jsonl, write_json
+from video_mae.files import storing, write_json
 from video_mae.kernels.dispatch import describe
+from video_mae.processes import hold_folder
 from video_mae.training.engine import Engine, check_start, leave
+from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_folder import (
+    LISTS_FILE,
+    Config,
+    check_lists,
+    check_rates,
+    settled,
+)
+from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
-DONE, STOPPED_BY_POLICY = 0, 3
+DONE, STOPPED_BY_POLICY, TRY_AGAIN = 0, 3, 75
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
 
@@ -68,24 +78,25 @@ class Training(ABC, Generic[Config]):
             describe(config.engine.kernels, torch.device(device))
         except ValueError as error:
             raise ValueError(f"engine.kernels: {error}") from None
-        self.config, before = settled(config)
+        self.config, before, turns = settled(config)
         config = self.config
         self.folder, self.videos, self.validation = Path(config.output), videos, validation
         self.weights = weights
-        world_size = check_start(config)
+        check_start(config)
         lists = dict(videos.by_key)
         if validation is not None:
             lists["validation.source"] = validation
         self.lists = {
             key: {"digest": one.digest(), "videos": len(one)} for key, one in lists.items()
         }
-        changed = check_lists(self.folder, self.lists, allow=config.data.allow_changed_list)
+        changed = check_lists(config, self.lists)
         notes = [note for one in lists.values() for note in one.notes]
         optim = config.optim
+        world_size = World.from_environment().size
         counts = len(videos), world_size, config.data.clips_per_video
         self.schedule, line = make_schedule(optim, *counts)
-        check_rates(self.folder, make_schedule(before.optim, *counts)[0], self.schedule)
-        self.introduction = [*notes, *changed, *weights.lines, line]
+        check_rates(self.folder, make_schedule(before, *counts)[0], self.schedule)
+        self.introduction = [*notes, *changed, *weights.lines, *turns, line]
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
@@ -123,17 +134,30 @@ class Training(ABC, Generic[Config]):
         return {}
 
     @abstractmethod
-    def after(self, done: int, *, ending: bool) -> None:
-        """What follows the step that makes `done`; `ending` where none comes after it for now.
-        Every rank calls it.
+    def after(self, done: int) -> None:
+        """What follows the step that makes `done`. Every rank calls it."""
+
+    def command(self) -> int:
+        """`run` alone in its folder, by ranks that watch one another and leave together. Raises:
+        FolderError, StorageError.
         """
+        rank, stall_seconds = World.from_environment().rank, self.config.engine.stall_seconds
+        with hold_folder(self.folder, rank) as told, heartbeat(self.folder, stall_seconds):
+            self.introduction += told
+            try:
+                exit_status = self.run()
+                # a launcher ends the rest as soon as one is gone
+                self.engine.gather(exit_status)
+            except UndecodableError as error:
+                exit_status = STOPPED_BY_POLICY
+                self.journal.say(f"stopped: {error}", anywhere=True)
+        leave()
+        return exit_status
 
     def run(self) -> int:
-        """Trains from the newest checkpoint of the run folder to the last step; returns the exit
-        status.
-
-        0 done; 3 stopped because too many videos or steps were bad; 128 + number stopped by a
-        signal, with a checkpoint.
+        """Trains from the newest checkpoint of the run folder to the last step. Returns the exit
+        status: 0 done; 3 stopped because too many videos or steps were bad; 75 gone back to the
+        last checkpoint for such a step; 128 + number stopped by a signal, with a checkpoint.
         """
         config, total_steps = self.config, self.schedule.total_steps
         torch.manual_seed(config.seed)
@@ -141,42 +165,43 @@ class Training(ABC, Generic[Config]):
         self.model.load_state_dict(self.weights.tensors, strict=False)
         self.engine = engine = Engine(self.model, config)
         engine.statuses.listen()
-        if engine.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
-            write_json(self.folder / "deepspeed.json", engine.dictionary)
-            write_json(self.folder / LISTS_FILE, self.lists)
         self.begin()
         first_step, self.memory = engine.resume(self.tensors())
-        if first_step == 0 and self.weights.is_resumed:
-            raise ValueError(
-                f"{self.folder}: all its checkpoints are damaged; start it again, and it begins "
-                "anew"
-            )
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
-        self.signal, self.has_told_fallbacks = 0, False
-        self.journal = Journal(
-            engine,
-            total_steps=total_steps,
-            clips_per_step=self.videos_per_step * config.data.clips_per_video,
-            flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
-            resumed_step=first_step,
-            stages=Costs._fields,
-        )
-        with closing(self.journal), closing(self._batches(first_step)) as batches:
-            for step in range(first_step, total_steps):
-                exit_status = self._step(batches, step)
-                if exit_status is not None:
-                    return exit_status
+        self.signal, self.is_save_due = 0, False
+        engine.together(partial(self._open, first_step, macs_per_clip))
+        if first_step:  # the start that wrote the checkpoint may have been killed before its model
+            publish(self, weights(self))
+        with closing(self.journal):
+            with closing(engine.writer), closing(self._batches(first_step)) as batches:
+                for step in range(first_step, total_steps):
+                    exit_status = self._step(batches, step)
+                    if exit_status is not None:
+                        return exit_status
             if engine.rank == 0:
                 self._conclude()
         return DONE
 
-    def run_and_leave(self) -> int:
-        """Trains as the command line does: at its end the process leaves its group."""
-        exit_status = self.run()
-        leave()
-        return exit_status
+    def _open(self, first_step: int, macs_per_clip: float) -> None:
+        """Writes what a run folder holds from the start. Raises: StorageError."""
+        config, engine = self.config, self.engine
+        with storing(self.folder):
+            if engine.rank == 0:
+                for checkpoint, fault in engine.faults.items():
+                    checkpoint.rename(checkpoint.with_name(f".damaged_{checkpoint.name}"))
+                    self.introduction.append(f"passed over: {checkpoint.name}: {fault}")
+                save_config(config, self.folder / "config.yaml")
+                write_json(self.folder / "deepspeed.json", engine.dictionary)
+                write_json(self.folder / LISTS_FILE, self.lists)
+            self.journal = Journal(
+                engine,
+                total_steps=self.schedule.total_steps,
+                clips_per_step=self.videos_per_step * config.data.clips_per_video,
+                flops_per_clip=6 * macs_per_clip,  # a training step costs three forward passes
+                resumed_step=first_step,
+                stages=Costs._fields,
+                sums=self.memory.get("sums", ()),
+            )
 
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
@@ -194,7 +219,7 @@ class Training(ABC, Generic[Config]):
         more = self.measure(done) if is_logged else {}
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
 
-        is_saved = is_last or is_due(done, config.journal.checkpoint_interval)
+        is_saved = is_last or is_due(done, config.journal.checkpoint_interval) or self.is_save_due
         # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
         # the host is a step behind.
         self._learn_of_steps(of_all=is_logged or is_saved)
@@ -203,25 +228,23 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
-            return STOPPED_BY_POLICY
+            return TRY_AGAIN if roll_back(self, done) else STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
-            self._tell_fallbacks(ending)
-        self.after(done, ending=ending)
-        if ending or is_saved:
-            engine.save(done, config.journal.keep_checkpoints, self.memory, self.tensors())
-            self.save_model("model")
-            if self.average:
-                with self.average.in_place():
-                    self.save_model("model_ema")
+            journal.tell_fallbacks(ending)
+        self.after(done)
+        is_saved = is_saved or ending
+        journal.say(engine.writer.settle(wait=is_saved))
+        if is_saved:
+            self.is_save_due = not save_run(self, done)
         if self.signal and not is_last:
             journal.say(
                 f"stopped by signal {self.signal} after step {done}; start the same command again "
                 "to go on"
             )
             return 128 + self.signal
-        return None
+        return STOPPED_BY_POLICY if is_last and self.is_save_due else None
 
     def _accumulate(self, batches: Iterator[Batch], step: int) -> dict[str, torch.Tensor]:
         """Forward and backward of one step's micro-batches; returns the means of what the stage
@@ -233,8 +256,8 @@ class Training(ABC, Generic[Config]):
             with self.journal.data_wait():
                 batch = next(batches)
             self.journal.spent(batch.costs)
-            self.journal.quarantine.add(batch.failures)
-            self.journal.fallbacks.add(batch.fallbacks)
+            self.journal.quarantine.add(batch.failures, step + 1)
+            self.journal.fallbacks.add(batch.fallbacks, step + 1)
             values = self.losses(batch, step, micro)
             self.engine.backward(values["loss"], last=micro == num - 1)
             for name, value in values.items():
@@ -250,17 +273,20 @@ class Training(ABC, Generic[Config]):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
             if is_skipped:
                 self.journal.say(
-                    f"step {status.step}: skipped, a loss or gradient was not finite "
+                    f"step {status.step}: skipped, a loss or gradient was {self.engine.unusual} "
                     f"({self.skipped_in_a_row} in a row)"
                 )
 
     def reason_to_stop(self, done: int, is_logged: bool) -> str:
         config = self.config
-        if self.skipped_in_a_row >= config.engine.max_skipped_in_a_row:
+        most = config.engine.max_skipped_in_a_row
+        if config.engine.on_spike in ("stop", "rollback"):
+            most = 1
+        if self.skipped_in_a_row >= most:
             return (
-                f"{self.skipped_in_a_row} steps in a row were not finite; the last checkpoint is "
-                "from before them: lower optim.base_lr, set optim.clip_grad or use another "
-                "engine.precision"
+                f"{self.skipped_in_a_row} steps in a row were {self.engine.unusual}; the last "
+                "checkpoint is from before them: lower optim.base_lr, set optim.clip_grad or use "
+                "another engine.precision"
             )
         if not is_logged:
             return ""
@@ -273,21 +299,6 @@ class Training(ABC, Generic[Config]):
         return (
             f"{bad} of about {tried} videos tried could not be decoded, more than "
             f"data.max_bad_share = {most}; they are named in {self.journal.quarantine.file}"
-        )
-
-    def _tell_fallbacks(self, ending: bool) -> None:
-        """Once as soon as there are some, and at the end."""
-        if self.engine.rank != 0 or (self.has_told_fallbacks and not ending):
-            return
-        found = read_jsonl(self.journal.fallbacks.file)
-        if not found:
-            return
-        self.has_told_fallbacks = True
-        first, reason = found[0], found[0]["reason"].split(";")[0]
-        self.journal.say(
-            f"{len(found)} of the videos so far were read by another decoder, the first "
-            f"{first['path']} by {first['decoder']}, as {reason}; {self.journal.fallbacks.file} "
-            "names them, `video-mae pack` cures them"
         )
 
     def _batches(self, first_step: int) -> DevicePrefetcher:
@@ -320,8 +331,9 @@ class Training(ABC, Generic[Config]):
             self.videos.stream(config.seed),
             self.videos_per_epoch,
         )
-        say = journal.say if engine.rank == 0 else print
-        loader = make_loader(self.make_dataset(), self.arranged(sampler), config.data, say)
+        loader = make_loader(self.make_dataset(), self.arranged(sampler), config.data)
+        if engine.rank == 0:
+            loader.say = journal.say
         return DevicePrefetcher(loader, engine.device)
 
     def _introduce(self, first_step: int, loading: str) -> None:
@@ -336,7 +348,7 @@ class Training(ABC, Generic[Config]):
             )
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
         millions = sum(math.prod(shape) for shape in shapes) / 1e6
-        state = f"resumed after step {first_step}" if first_step else "new"
+        state = f"resumed after step {first_step}" if first_step else "begins with the first step"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:
@@ -380,14 +392,8 @@ class Training(ABC, Generic[Config]):
         return self.videos_before(done) / self.videos_per_epoch
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a run remembers beside the weights and the optimizer's state, on this rank."""
-        return self.average.tensors if self.average else {}
-
-    def save_model(self, name: str) -> None:
-        """Writes the model folder RUN/name; every rank must call it."""
-        state = self.engine.full_state()
-        if self.engine.rank == 0:
-            save_model_folder(self.folder / name, self.model, state)
+        """What a run remembers beside what the engine does, the same on every rank."""
+        return {}
 
 
 def is_due(done: int, interval: int) -> bool:

@@ -37,7 +37,7 @@ def start(config: PretrainConfig) -> Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).run_and_leave
+    return prepare(config).command
 
 
 def prepare(config: PretrainConfig) -> "Pretraining":
@@ -76,7 +76,8 @@ class Pretraining(Training[PretrainConfig]):
         config, weights = starting_weights(config)
         if objective.teacher == "ema":
             self.teacher = load_teacher(config)  # has positions as the student, of a checkpoint too
-        super().__init__(config, read_sources(config.data, model.in_channels), weights)
+        videos = read_sources(config.data, model.in_channels, resumed=config.has_begun)
+        super().__init__(config, videos, weights)
         self.stages = clip_stages(self.config, self.schedule.total_steps)
         self.base, *others = self.stages
         self.introduction += [
@@ -136,10 +137,7 @@ class Pretraining(Training[PretrainConfig]):
             self.watch = RankWatch(self.engine, min_rank) if min_rank > 0 else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tensors = super().tensors()
-        if isinstance(self.teacher, MovingTeacher):
-            tensors = {**tensors, **self.teacher.averages}
-        return tensors
+        return self.teacher.averages if isinstance(self.teacher, MovingTeacher) else {}
 
     def measure(self, done: int) -> dict[str, float]:
         if self.watch is None:
@@ -156,13 +154,14 @@ class Pretraining(Training[PretrainConfig]):
         number = bisect(self.stages, step, key=lambda stage: stage.first_step)
         return self.stages[number - 1]
 
-    def after(self, done: int, *, ending: bool) -> None:
+    def after(self, done: int) -> None:
         if isinstance(self.teacher, MovingTeacher):
             progress = (done - 1) / self.schedule.total_steps
             self.teacher.follow(self.engine, self.model.encoder, progress)
-        has_pictures = self.teacher is None
-        if has_pictures and (ending or is_due(done, self.config.journal.picture_interval)):
-            self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
+        is_drawn = is_due(done, self.config.journal.picture_interval)
+        if self.teacher is None and (is_drawn or done == self.schedule.total_steps):
+            with self.journal.aside():
+                self._draw(self.folder / "reconstructions" / f"step_{done:08d}.png")
         # a run that is told to end has no time for it
         if self.probe and not self.signal and self.is_measured(done, self.config.probe.interval):
             inputs_of = partial(self._inputs, self.base, skipped=0.0)

@@ -3,15 +3,20 @@ they share, and which lists.
 """
 
 import json
+import math
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from video_mae.config import RunConfig, load_config
+from video_mae.config import OptimConfig, RunConfig, load_config
 from video_mae.config.schema import flatten
 from video_mae.decoding import resolve_decoder
-from video_mae.training.checkpoint import steps_done
+from video_mae.files import check_folder, read_text
+from video_mae.processes import require_free
+from video_mae.training.checkpoint import facts, newest, steps_done
 from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -20,6 +25,8 @@ Config = TypeVar("Config", bound=RunConfig)
 # run.
 FREE_KEYS = (
     "output",
+    "data.root",  # the digest of the list tells whether its paths are others
+    "validation.root",
     "journal.",
     "data.num_workers",
     "data.decoder_threads",
@@ -28,10 +35,8 @@ FREE_KEYS = (
     "data.decode_memory_gb",
     "data.max_bad_share",
     "data.allow_changed_list",
-    "engine.compile",
-    "engine.kernels",
-    "engine.activation_checkpointing",
-    "engine.max_skipped_in_a_row",
+    "engine.",
+    "optim.accumulation",
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )
@@ -40,20 +45,23 @@ FREE_KEYS = (
 # steps that are done keep their rates. Stages that have not begun are as free.
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 
+# May come apart in another way, but stays.
+GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"
+
 LISTS_FILE = "lists.json"
 
 
-def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: bool) -> list[str]:
+def check_lists(config: RunConfig, lists: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Compares lists, {"digest", "videos"} by their keys, with those of the run in the folder;
-    returns a line about each that is another, where `allow` lets it in.
+    returns a line about each that is another, where data.allow_changed_list lets it in.
 
     What is not recorded (earlier versions did not), and the lists of a run without a checkpoint, is
     not compared.
     Raises: ValueError naming the key and the remedy where a list is another than before, under the
     same name.
     """
-    file = folder / LISTS_FILE
-    if not file.is_file() or not any((folder / "checkpoints").glob("step_*")):
+    file = Path(config.output) / LISTS_FILE
+    if not file.is_file() or not config.has_begun:
         return []
     try:
         before = json.loads(file.read_bytes())
@@ -67,24 +75,26 @@ def check_lists(folder: Path, lists: Mapping[str, Mapping[str, Any]], *, allow: 
         raise ValueError(
             f"{file}: is not readable; remove it, and see that the lists are those of the run"
         ) from None
-    if changed and not allow:
+    if changed and not config.data.allow_changed_list:
         raise ValueError(
-            f"{folder}: {changed[0]}; put the list back, set data.allow_changed_list=true to go on "
-            "with this one, or choose another output"
+            f"{config.output}: {changed[0]}; put the list back, set data.allow_changed_list=true "
+            "to go on with this one, or choose another output"
         )
     return changed
 
 
-def settled(config: Config) -> tuple[Config, Config]:
+def settled(config: Config) -> tuple[Config, OptimConfig, list[str]]:
     """The configuration with the decoder that auto means, that of the run in the folder or the
-    first that works here; and the one that the run had before (for a new one the same).
+    first that works here; the optimization that the run had before (for a new one the same), with
+    the micro-batch and accumulation of now; and a line about each of its facts that was another
+    when the newest checkpoint was written.
 
-    Raises: ValueError where the folder holds anything but this very run, or its decoder is not
-    there any more.
+    Raises: ValueError where the folder holds anything but this very run, its decoder is not there
+    any more, or an earlier version wrote the checkpoint in another mode.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
-    before = run_in(folder, type(config))
-    free = FREE_KEYS
+    before = run_in(config)
+    free, turns = FREE_KEYS, list[str]()
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
         if wanted == "auto":
@@ -93,11 +103,37 @@ def settled(config: Config) -> tuple[Config, Config]:
         now["data.decoder"] = wanted
         if recorded == "auto":
             was["data.decoder"] = wanted
+        if now.get("objective.negatives") != "batch":  # which come from a micro-batch
+            free += ("optim.micro_batch",)
+        done = math.inf
         if before.optim.schedule == "constant_cooldown":
-            free, done = FREE_KEYS + LENGTHS, steps_done(folder)
-            for flat in (was, now):
-                stages = flat.get("stages", {}).values()  # fine-tuning has none
-                flat["stages"] = {stage for stage in stages if stage.from_step < done}
+            free, done = free + LENGTHS, steps_done(folder)
+        for flat in (was, now):
+            stages = flat.get("stages", {}).values()  # fine-tuning has none
+            own = flat["optim.micro_batch"]
+            flat["stages"] = {
+                (replace(stage, micro_batch=None), (stage.micro_batch or own) / own)
+                for stage in stages
+                if stage.from_step < done
+            }
+        found = newest(folder / "checkpoints")
+        if found is not None:
+            place, manifest = found
+            here = facts(config)
+            turns = [
+                f"{place}: was written with {key} = {manifest[key]}, this start has {value}"
+                for key, value in here.items()
+                if manifest.get(key, value) != value
+            ]
+            if turns and "memory" not in manifest:
+                raise ValueError(
+                    f"{turns[0]}; an earlier version wrote it: start as before until there is a "
+                    "newer one, or choose another output folder"
+                )
+            then, optim = before.optim, config.optim
+            earlier = then.micro_batch * then.accumulation * manifest["world_size"]
+            was[GLOBAL_BATCH] = manifest.get("videos_per_step", earlier)
+            now[GLOBAL_BATCH] = here["world_size"] * optim.micro_batch * optim.accumulation
         for key, value in now.items():
             if value != was[key] and not key.startswith(free):
                 raise ValueError(
@@ -115,7 +151,9 @@ def settled(config: Config) -> tuple[Config, Config]:
             "another output"
         ) from None
     config = replace(config, data=replace(config.data, decoder=decoder))
-    return config, before or config
+    then, optim = (before or config).optim, config.optim
+    then = replace(then, micro_batch=optim.micro_batch, accumulation=optim.accumulation)
+    return config, then, turns
 
 
 def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
@@ -135,11 +173,14 @@ def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
         )
 
 
-def run_in(folder: Path, schema: type[Config]) -> Config | None:
-    """The configuration of the run that a folder holds; None for a new folder. Raises: ValueError
-    for any other folder.
+def run_in(config: Config) -> Config | None:
+    """The configuration of the run that the folder of one holds; None for a new folder. Raises:
+    ValueError for any other folder.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    folder = Path(config.output)
+    check_folder(folder)
+    # what is hidden is only left from a start that came to nothing
+    if not folder.exists() or all(path.name[0] == "." for path in folder.iterdir()):
         return None
     file = folder / "config.yaml"
     if not file.is_file():
@@ -147,8 +188,25 @@ def run_in(folder: Path, schema: type[Config]) -> Config | None:
             f"{folder}: is not empty and not a run folder (no config.yaml); choose another output"
         )
     try:
-        return load_config(file, schema=schema)
+        # Earlier versions left a part of it where a disk was full. The last section that all of
+        # them wrote is `journal`.
+        if "\njournal:\n" not in read_text(file):
+            raise ValueError(f"{file}: is not whole")
+        return load_config(file, schema=type(config))
     except ValueError as error:
         raise ValueError(
-            f"{error}: the folder holds a run of another kind; choose another output"
+            f"{error}: damaged, or of a run of another kind; put it back, choose another output, "
+            "or begin anew with --from-scratch, which renames the folder"
         ) from None
+
+
+def set_aside(config: Config) -> Config:
+    """With from_scratch renames the folder of an earlier run; returns the configuration without it.
+    Each rank may call it, before any makes a new folder. Raises: ValueError where it is at work.
+    """
+    folder = Path(config.output)
+    if config.from_scratch and (folder / "config.yaml").exists():
+        with suppress(FileNotFoundError):  # another rank was first
+            require_free(folder)
+            folder.rename(f"{folder}.earlier_{int(time.time())}")
+    return replace(config, from_scratch=False)

@@ -13,8 +13,7 @@ from video_mae.config import FinetuneConfig, ModelConfig, PretrainConfig, RunCon
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, VideoMAE
-from video_mae.training.checkpoint import newest
-from video_mae.training.run_folder import Config, run_in
+from video_mae.training.run_folder import Config, run_in, set_aside
 
 # Fields in which the encoder of a run may differ from the one that it starts from.
 FREE_FIELDS = (
@@ -34,12 +33,11 @@ LAST_FIELDS = ("encoder_norm", "head_norm_eps")
 class StartingWeights(NamedTuple):
     """Tensors by their names in the model of a run, and the lines that account for them.
 
-    is_resumed: the run goes on from a checkpoint of its own, which holds all; tensors are empty.
+    Where the run goes on from a checkpoint of its own, which holds all, they are none.
     """
 
     tensors: dict[str, torch.Tensor]
     lines: list[str]
-    is_resumed: bool = False
 
 
 def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
@@ -52,14 +50,14 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
     Raises: FileNotFoundError; ValueError where the encoders differ, with the overrides that would
     make them agree.
     """
+    config = set_aside(config)
     if not config.checkpoint:
         return config, StartingWeights({}, ["starts from random weights"])
-    output = Path(config.output)
-    before = run_in(output, type(config))
-    if before is not None and newest(output / "checkpoints") is not None:
+    before = run_in(config)
+    if before is not None and config.has_begun:
         model = replace(config.model, position_grid=before.model.position_grid)
         line = f"started from {config.checkpoint}, which is not read again"
-        return replace(config, model=model), StartingWeights({}, [line], is_resumed=True)
+        return replace(config, model=model), StartingWeights({}, [line])
     place, source = load_source("checkpoint", config.checkpoint)
     _require_same_encoder(place, source, config)
     model = config.model

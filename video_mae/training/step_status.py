@@ -4,11 +4,12 @@ a signal asks the run to stop.
 
 import signal
 from collections import deque
-from types import FrameType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from video_mae.processes import on_signals
 
 
 class StepStatus(NamedTuple):
@@ -36,15 +37,14 @@ class StatusQueue:
         self._under_way = deque[tuple[int, torch.Tensor, torch.Event | None]]()
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR1 are told, so that all ranks can stop together at
-        the end of a step.
+        """From now on SIGTERM, SIGINT, SIGHUP and SIGUSR1 are told, so that all ranks can stop
+        together at the end of a step.
         """
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+        on_signals(self.remember)
+        signal.signal(signal.SIGUSR1, self.remember)
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._received == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait
+    def remember(self, number: int, frame: object = None) -> None:
+        """A signal, or what counts as one."""
         self._received = number
 
     def send(self, step: int, skipped_steps: torch.Tensor) -> None:

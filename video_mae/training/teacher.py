@@ -141,7 +141,7 @@ class MovingTeacher(EncoderTeacher):
 
     def start(self, engine: Engine, student: Encoder) -> None:
         """Becomes what the student is; every rank must call it."""
-        with engine.whole(student):
+        with engine.whole(student.parameters()):
             for name, weight in student.named_parameters():
                 self.averages[f"teacher.{name}"] = weight.detach().float().clone()
 
@@ -151,7 +151,7 @@ class MovingTeacher(EncoderTeacher):
         rank must call it.
         """
         weight = (1 - self.momentum) * (1 - progress)
-        with engine.whole(student):
+        with engine.whole(student.parameters()):
             weights = [parameter.float() for parameter in student.parameters()]
             torch._foreach_lerp_(list(self.averages.values()), weights, weight)
 
