@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,16 @@ def on_signals(handle: Callable[[int, Any], object]) -> None:
     SIGHUP where it was ignored from the start, as by `nohup`. A second signal ends the process at
     once, also where no handler comes to its turn, as in a collective: a thread hears of it.
     """
+    _first.clear()
+    signal.set_wakeup_fd(_told())
+    for number in ENDING:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+@cache
+def _told() -> int:
+    """Where each signal is to be written, for a thread that ends the process with the second."""
     heard, told = os.pipe()
     os.set_blocking(told, False)
 
@@ -81,12 +92,8 @@ def on_signals(handle: Callable[[int, Any], object]) -> None:
                 if now > _first[0] + SAME_SECONDS:
                     os._exit(128 + number)
 
-    _first.clear()
-    signal.set_wakeup_fd(told)
-    for number in ENDING:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handle)
     threading.Thread(target=hear, daemon=True).start()
+    return told
 
 
 def end_with_launchers() -> None:
@@ -128,11 +135,11 @@ def require_free(folder: Path) -> list[str]:
     """Returns a line where another process held a folder and ended without giving it back. Raises:
     FolderError naming the process that holds it.
     """
-    file, own, told = folder / ".lock", identity(), list[str]()
+    file, told = folder / ".lock", list[str]()
     for holder in read_jsonl(file):
         who = f"{folder}: process {holder['pid']} on {holder['host']}"
         is_alive = is_running(holder)
-        if holder["machine"] != own["machine"]:
+        if holder["machine"] != identity()["machine"]:
             before = file.stat()
             time.sleep(SILENT_SECONDS)
             file.read_bytes()  # a network file system looks anew when a file is opened

@@ -51,8 +51,7 @@ def publish(building: Path, manifest: dict[str, Any], keep: int, keep_every: int
     final = building.with_name(step_name(manifest["step"]))
     write_json(building / MANIFEST, manifest)
     fsync(building)
-    if final.exists():  # an incomplete one that resuming passed over
-        shutil.rmtree(final)
+    shutil.rmtree(final, ignore_errors=True)  # an incomplete one that resuming passed over
     os.replace(building, final)
     fsync(final.parent)
     write_text(final.parent / "latest", final.name + "\n")
