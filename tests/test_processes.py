@@ -101,10 +101,13 @@ def test_a_command_ends_with_who_started_it_but_not_where_it_was_to_go_on(
     (tmp_path / "command.py").write_text(COMMAND)
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     shells, commands = dict[str, subprocess.Popen[bytes]](), dict[str, psutil.Process]()
+    # a training in this process has left its rank
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     for name, (line, _, _) in STARTS.items():
         shells[name] = subprocess.Popen(
             ["bash", "-c", line],
             cwd=tmp_path,
+            env=environment,
             start_new_session=True,
             preexec_fn=signals_of_a_terminal,
         )
