@@ -16,7 +16,8 @@ from PIL import Image
 
 from video_mae.config import DataConfig, PretrainConfig, load_config
 from video_mae.config.data import SourceConfig, WeightedSourceConfig
-from video_mae.config.schema import describe, save_config
+from video_mae.config.explain import describe
+from video_mae.config.schema import save_config
 from video_mae.data import (
     ClipDataset,
     Failure,

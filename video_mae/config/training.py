@@ -291,6 +291,9 @@ class RunConfig(Knobs):
         "begin with the first step, where output holds a run as well: its folder is renamed to "
         "OUTPUT.earlier_TIME",
     )
+    dry_run: bool = knob(
+        False, "check all that a start checks, tell what would run, and begin nothing"
+    )
     model: ModelConfig = section(
         ModelConfig,
         "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
@@ -369,6 +372,10 @@ class FeatureProbeConfig(Knobs):
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
+    first_keys = (
+        "output checkpoint data.num_workers data.source mask.ratio optim.micro_batch "
+        "optim.accumulation optim.base_lr optim.epochs engine.precision"
+    )
     output: str = knob(
         "runs/pretrain", "the run folder; starting the same one again resumes it", filled=True
     )

@@ -4,7 +4,7 @@ lines, the checkpoints and the reasons to stop that all stages share.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import storing, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.processes import hold_folder, remove_unfinished
+from video_mae.training.dry_run import dry_run
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
@@ -136,6 +137,10 @@ class Training(ABC, Generic[Config]):
     @abstractmethod
     def after(self, done: int) -> None:
         """What follows the step that makes `done`. Every rank calls it."""
+
+    def start(self) -> int | Callable[[], int]:
+        """What the command line runs: `command`, unless this is a dry run."""
+        return dry_run(self) if self.config.dry_run else self.command
 
     def command(self) -> int:
         """`run` alone in its folder, by ranks that watch one another and leave together. Raises:
@@ -349,6 +354,8 @@ class Training(ABC, Generic[Config]):
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
         millions = sum(math.prod(shape) for shape in shapes) / 1e6
         state = f"resumed after step {first_step}" if first_step else "begins with the first step"
+        if first_step == self.schedule.total_steps:
+            state = f"already finished, all of its {first_step} steps are done"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:
