@@ -29,7 +29,9 @@ def test_the_cuda_of_the_image_is_that_of_the_tested_set():
 
 
 def test_what_is_copied_and_installed_is_there():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     for name, words in STEPS:
         if name == "COPY":
             *sources, _ = words.split()

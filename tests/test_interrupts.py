@@ -31,7 +31,13 @@ def words(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     model = str(folder / "model")
     return {
         "evaluate": ["evaluate", model, str(long), f"output={folder / 'evaluated'}"],
-        "extract": ["extract", model, str(demo_folder / "train"), str(folder / "features"), "hop=1"],
+        "extract": [
+            "extract",
+            model,
+            str(demo_folder / "train"),
+            str(folder / "features"),
+            "hop=1",
+        ],
         "probe": [
             "probe",
             model,

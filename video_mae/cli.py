@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from video_mae.files import FolderError, StorageError, one_line
 from video_mae.processes import end_with_launchers
 
-USAGE_ERROR, CANNOT_WRITE, INTERRUPTED = 2, 74, 130
+USAGE_ERROR, CANNOT_WRITE = 2, 74
 PATIENCE_SECONDS = 30
 CONFIG = "CONFIG.yaml"
 
@@ -203,8 +203,7 @@ def _prepare_process() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    if not sys.warnoptions:
-        warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", FutureWarning, append=True)  # -W comes first
     end_with_launchers()
 
 
@@ -214,7 +213,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"video-mae: interrupted, what is done is kept\n")
-    os._exit(INTERRUPTED)
+    os._exit(128 + number)
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
@@ -242,8 +241,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
             value = value or (next(left, "") if flags[flag] else "true")
             flagged.append(f"{flag[2:].replace('-', '_')}={value}")
         elif argument.startswith("-"):
-            key = argument.lstrip("-")
-            raise ValueError(f"{flag}: no such flag; a key has no dashes before it: {key}")
+            raise ValueError(f"{flag}: no such flag; a key has no dashes: {argument.lstrip('-')}")
         else:
             plain.append(argument)
     num = len(wanted)
@@ -258,8 +256,8 @@ def _help(name: str, part: str) -> str:
 
     stage = STAGES[name]
     usage = " ".join(stage.words + stage.flags)
-    keys = describe(schema_of(stage), part)
-    return f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}\n\n{keys}"
+    head = f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}"
+    return f"{head}\n\n{describe(schema_of(stage), part)}"
 
 
 def _completion() -> str:

@@ -3,7 +3,6 @@ schemas, so that a new key is tried too.
 """
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 import pytest

@@ -12,7 +12,7 @@ def describe(schema: type[Knobs], part: str = "all") -> str:
     of a section, or, where `part` is empty, of the ten that matter first.
     """
     keys = [key for key, hint, *_ in walk_keys(schema) if not is_dataclass(hint)]
-    told = keys if part == "all" else [key for key in keys if key.startswith(f"{part}.")]
+    told = [key for key in keys if part == "all" or key.startswith(f"{part}.")]
     if not part:
         told = schema.first_keys.split() or keys[:10]
     lines = list[str]()

@@ -270,9 +270,7 @@ class JournalConfig(Knobs):
 
 
 class RunConfig(Knobs):
-    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value
-    ...`.
-    """
+    """What every training stage has."""
 
     output: str
     seed: int = knob(
@@ -291,9 +289,7 @@ class RunConfig(Knobs):
         "begin with the first step, where output holds a run as well: its folder is renamed to "
         "OUTPUT.earlier_TIME",
     )
-    dry_run: bool = knob(
-        False, "check all that a start checks, tell what would run, and begin nothing"
-    )
+    dry_run: bool = knob(False, "check all that a start checks, tell of it, and begin nothing")
     model: ModelConfig = section(
         ModelConfig,
         "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
@@ -312,9 +308,7 @@ class RunConfig(Knobs):
 class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
 
-    picture_interval: int = knob(
-        500, "reconstruction pictures; the last step always draws one", low=0
-    )
+    picture_interval: int = knob(500, "reconstruction pictures; the last step draws one", low=0)
     picture_clips: int = knob(
         4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
     )
@@ -381,9 +375,7 @@ class PretrainConfig(RunConfig):
     )
     objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
     mask: MaskConfig = section(MaskConfig, "masking")
-    journal: PretrainJournalConfig = section(
-        PretrainJournalConfig, "logs, pictures and checkpoints"
-    )
+    journal: PretrainJournalConfig = section(PretrainJournalConfig, "logs, pictures, checkpoints")
     stages: dict[str, ClipStageConfig] = knob(
         {},
         "clips of another size, mask or number from a step on, `NAME: {from_step: ..., height: "

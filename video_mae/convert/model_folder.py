@@ -117,11 +117,9 @@ def load_pretrained(
     for remark in remarks:
         logging.getLogger(__name__).warning(one_line(f"{path}: {remark}"))
     if kind is not None and not isinstance(model, kind):
-        remedy = "video-mae finetune makes one of it"
-        if kind is VideoMAE:
-            remedy = "name the run or model that was pretrained"
         raise ValueError(
-            f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted: {remedy}"
+            f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted; `video-mae "
+            "finetune` makes a VideoClassifier, `video-mae pretrain` a VideoMAE"
         )
     return model
 

@@ -30,12 +30,7 @@ from video_mae.data.videos import VideoList, read_labeled
 from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.features import FrozenEncoder
-from video_mae.evaluation.heads import (
-    AttentiveHead,
-    HeadGrid,
-    LinearHead,
-    Setting,
-)
+from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting
 from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import Scores

@@ -8,7 +8,7 @@ from textwrap import fill
 from video_mae.config.schema import Knobs
 
 FOLDER = Path(__file__).parents[1].joinpath("configs").resolve()
-TOLD = re.compile(r"\A# .*|^# (?:Source|Data|Expected|Hardware): .*", re.MULTILINE)
+TOLD = r"(?m)\A# .*|^# (?:Source|Data|Expected|Hardware): .*"
 
 
 class RecipesConfig(Knobs):
@@ -21,6 +21,6 @@ def start(config: RecipesConfig) -> int:
         print(os.path.relpath(file))
         # what a line of a header continues is indented
         header = re.sub(r"\n# {2,}", " ", file.read_text())
-        for line in TOLD.findall(header):
+        for line in re.findall(TOLD, header):
             print(fill(line[2:], 95, initial_indent="  ", subsequent_indent="      "))
     return 0

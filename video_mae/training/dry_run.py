@@ -26,14 +26,14 @@ def dry_run(training: "Training[Any]") -> int:
     sampler = StepSampler(len(training.videos), 1, 1, 0, 1, config.seed, 0, 1, stream)
     key, *_ = next(iter(training.arranged(sampler)))
     sample = training.make_dataset()[key]
-    videos = training.videos_before(steps) - training.videos_before(done)
     lines = [
         *training.introduction,
         *map(": ".join, sample.failures),
         f"decoded: {training.videos[sample.index][0]}, clips of {list(sample.clips[0].shape)}",
         f"{training.introduce()}, {parameters / 1e6:.1f} million parameters",
         f"run folder {training.folder}: {done} of {steps} steps are done, the others would take "
-        f"{videos} videos, {videos * config.data.clips_per_video} clips; a checkpoint has about "
+        f"{training.videos_before(steps) - training.videos_before(done)} videos, "
+        f"{config.data.clips_per_video} clips of each; a checkpoint has about "
         f"{parameters * 12 / 1e9:.2g} GB",  # float32, and with it the moments of AdamW
         "dry run: nothing was written or begun",
     ]

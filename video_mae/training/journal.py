@@ -129,8 +129,12 @@ class Journal:
             mend_jsonl(self.metrics_file, resumed_step, {"step"}, self.say)
             for register in (self.quarantine, self.fallbacks):
                 mend_jsonl(register.file, resumed_step, {"path", "decoder", "reason"}, self.say)
-        is_hidden = engine.rank != 0 or not sys.stdout.isatty()
-        self._bar: Any = Progress(total_steps, "step", initial=resumed_step, disable=is_hidden)
+        self._bar: Any = Progress(
+            total_steps,
+            "step",
+            initial=resumed_step,
+            disable=engine.rank != 0 or not sys.stdout.isatty(),
+        )
 
     def say(self, message: str, *, anywhere: bool = False) -> None:
         """Prints a message once, on the main rank, or on any, and keeps it in log.txt; nothing for

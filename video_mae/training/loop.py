@@ -33,13 +33,7 @@ from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import (
-    LISTS_FILE,
-    Config,
-    check_lists,
-    check_rates,
-    settled,
-)
+from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
@@ -226,8 +220,7 @@ class Training(ABC, Generic[Config]):
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
 
         is_saved = is_last or is_due(done, config.journal.checkpoint_interval) or self.is_save_due
-        # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
-        # the host is a step behind.
+        # a line and a checkpoint wait for the device anyhow; else the host is a step behind
         self._learn_of_steps(of_all=is_logged or is_saved)
         if self.signal:
             self._learn_of_steps(of_all=True)
@@ -311,8 +304,7 @@ class Training(ABC, Generic[Config]):
         config, engine, journal = self.config, self.engine, self.journal
         workers = plan_workers(config.data.num_workers, config.data.decoder_threads)
         self._introduce(first_step, workers.describe())
-        if workers.told:
-            journal.say(workers.told)
+        journal.say(workers.told)
         packed, place = "", self.videos[0][0]
         if isinstance(place, Member):
             packed = "video" if is_video(place) else "frames"
