@@ -32,11 +32,19 @@ for words in {commands!r}:
         pass
 print("loaded:", sorted({{"torch", "deepspeed", "triton"}} & sys.modules.keys()))
 """
+CHECK = """
+from video_mae.config.data import ReadConfig
+from video_mae.training.environment import check_devices
+try:
+    check_devices("precision", "bf16", ReadConfig())
+except ValueError as error:
+    print(error)
+"""
 FOUR_OF_TEN = """
 import sys
-from video_mae import progress
-progress.LINE_SECONDS = {seconds}
-with progress.Progress(10) as bar:
+from video_mae import progress_bar
+progress_bar.LINE_SECONDS = {seconds}
+with progress_bar.ProgressBar(10) as bar:
     for _ in range(4):
         bar.update()
 """
@@ -253,6 +261,20 @@ def test_a_decoder_on_a_gpu_that_is_not_there_is_refused(
         ["extract", "model", "list", "out"],
     ):
         assert "data.decoder_device: cuda needs a GPU" in said(*words, *keys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launcher_that_is_asked_for_gpus_that_are_not_there_is_refused() -> None:
+    """The launcher here starts a process that starts a rank, as that of DeepSpeed does."""
+
+    def rank(*option: str) -> str:
+        start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+        inner = f"{start.replace('sys.argv[1]', repr(CHECK))}"
+        command = [sys.executable, "-c", start, inner, *option]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert rank("--num_gpus", "8").startswith("--num_gpus: there is no GPU here")
+    assert rank("--num_accelerators", "8") == ""
 
 
 def test_lines_that_name_a_file_again_are_told_once(

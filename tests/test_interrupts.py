@@ -70,7 +70,8 @@ def interrupted(command: list[str], is_time: Callable[[int, Path], bool], folder
             os.killpg(process.pid, signal.SIGINT)
             assert process.wait(SECONDS) == 130, err.read_text()
         finally:
-            process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return err.read_text()
 
 

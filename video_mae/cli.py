@@ -230,15 +230,15 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
     wanted, plain, flagged = STAGES[name].words, list[str](), list[str]()
-    flags = dict(flag.partition(" ")[::2] for flag in STAGES[name].flags)
+    takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:
         flag, _, value = argument.partition("=")
         if flag in ("-h", "--help"):
             print(_help(name, next(left, "")))
             sys.exit()
-        elif flag in flags:
-            value = value or (next(left, "") if flags[flag] else "true")
+        elif flag in takes_value:
+            value = value or (next(left, "") if takes_value[flag] else "true")
             flagged.append(f"{flag[2:].replace('-', '_')}={value}")
         elif argument.startswith("-"):
             raise ValueError(f"{flag}: no such flag; a key has no dashes: {argument.lstrip('-')}")
@@ -292,7 +292,7 @@ def _start(name: str, words: list[str], overrides: list[str]) -> int | Callable[
     stage = STAGES[name]
     path = words.pop(0) if CONFIG in stage.words else None
     config = parse(path, overrides, schema_of(stage))
-    if path is not None:
+    if path:
         # before PyTorch is loaded, which takes seconds
         from video_mae.training.run_folder import check_same_run
 

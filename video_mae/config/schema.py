@@ -291,7 +291,9 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
             near += get_close_matches(f"{prefix}{key}", everywhere, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             # of another stage: pretrain and finetune share a base
-            for stage in () if schema.__base__ is Knobs else schema.__base__.__subclasses__():
+            for stage in (
+                () if prefix or schema.__base__ is Knobs else schema.__base__.__subclasses__()
+            ):
                 if key in stage.__dataclass_fields__:
                     hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
             raise ValueError(f"unknown key {prefix}{key}{hint}")

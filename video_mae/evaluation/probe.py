@@ -44,7 +44,7 @@ from video_mae.files import (
 )
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.processes import remove_unfinished
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.feature_quality import neighbour_scores
 
 DONE, NO_FIGURES = 0, 3
@@ -188,7 +188,7 @@ class Probing:
             videos.paths, everything, self.views, self.workers.num, ahead=2 * together
         )
         found = iter(loader)
-        with Progress(len(videos), desc=name) as progress:
+        with ProgressBar(len(videos), desc=name) as progress:
             while batch := list(islice(found, together)):
                 progress.update(len(batch))
                 failures += [failure for _, _, failure in batch if failure]
@@ -228,7 +228,7 @@ class Probing:
         steps = math.ceil(config.epochs * num / batch)
         sampler = StepSampler(num, batch, 1, 0, 1, config.seed, 0, steps)
         examples = self._drawn(encoder, sampler) if config.augment else _cached(train, sampler)
-        with Progress(steps, "step", desc="heads") as progress:
+        with ProgressBar(steps, "step", desc="heads") as progress:
             for step, (features, label_B) in enumerate(examples):
                 for kind, grid in grids.items():
                     x, label_B = features[kind].to(encoder.device), label_B.to(encoder.device)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from video_mae.config.evaluation import EncodingConfig
 from video_mae.config.world import World
 from video_mae.files import say
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.engine import leave
 from video_mae.training.environment import check_devices, prepare_environment
 
@@ -57,9 +57,9 @@ class Ranks:
             if self.is_main:
                 say(line)
 
-    def progress(self, total: int) -> Progress:
+    def progress(self, total: int) -> ProgressBar:
         """How far the main rank is with its videos."""
-        return Progress(total, disable=not self.is_main)
+        return ProgressBar(total, disable=not self.is_main)
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all ranks on rank 0, nothing on the others; every rank must call it."""

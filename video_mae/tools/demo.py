@@ -34,7 +34,7 @@ from torch.nn.functional import grid_sample, interpolate
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.extras import require_package
 from video_mae.files import check_made_with, say, write_json, write_whole
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools import people
 
 ACTIONS = (
@@ -174,7 +174,7 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         lines = threads.map(render, turns)
         text = ""
-        with Progress(num_clips, desc=split) as progress:
+        with ProgressBar(num_clips, desc=split) as progress:
             for of_turn in lines:
                 text += of_turn
                 progress.update(len(actions))

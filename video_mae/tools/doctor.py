@@ -34,7 +34,7 @@ from video_mae.decoding.isolation import decoder_process, in_order
 from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.files import unicode_text
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools.doctor_report import Examined, report, summarize, write
 
 GOOD, BAD = 0, 1
@@ -120,7 +120,7 @@ class Doctor:
         num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(lines))
         bad = 0
         with (
-            Progress(len(lines)) as progress,
+            ProgressBar(len(lines)) as progress,
             closing(in_order(self._examine, lines, num_workers)) as examined,
         ):
             for line in examined:

@@ -35,7 +35,7 @@ from video_mae.files import (
     write_text,
 )
 from video_mae.processes import ENDING, hold_folder, on_signals, remove_unfinished
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, NOTHING = 0, 3
@@ -157,7 +157,7 @@ def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, st
     num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), max(len(left), 1))
     work = partial(_pack_one, config=config, stop=stop)
     with (
-        Progress(len(items), initial=writer.num_rows) as progress,
+        ProgressBar(len(items), initial=writer.num_rows) as progress,
         closing(in_order(work, left, num_workers, _num_bytes)) as outcomes,
     ):
         try:

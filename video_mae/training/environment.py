@@ -23,7 +23,7 @@ def check_devices(key: str, precision: Precision, data: ReadConfig) -> None:
     import psutil  # which DeepSpeed brings
 
     for process in psutil.Process().parents():
-        if "--num_gpus" in process.cmdline():
+        if "\0--num_gpus" in "\0".join(process.cmdline()):
             raise ValueError(
                 "--num_gpus: there is no GPU here; on CPUs: deepspeed --num_accelerators 2 ..."
             )

@@ -28,7 +28,7 @@ from video_mae.files import (
     one_line,
     read_jsonl,
 )
-from video_mae.progress import Progress
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.engine import Engine
 from video_mae.training.heartbeat import progress
 
@@ -129,11 +129,11 @@ class Journal:
             mend_jsonl(self.metrics_file, resumed_step, {"step"}, self.say)
             for register in (self.quarantine, self.fallbacks):
                 mend_jsonl(register.file, resumed_step, {"path", "decoder", "reason"}, self.say)
-        self._bar: Any = Progress(
+        self._bar: Any = ProgressBar(
             total_steps,
             "step",
             initial=resumed_step,
-            disable=engine.rank != 0 or not sys.stdout.isatty(),
+            disable=engine.rank != 0 or not (sys.stdout.isatty() and sys.stderr.isatty()),
         )
 
     def say(self, message: str, *, anywhere: bool = False) -> None:

@@ -1,6 +1,6 @@
 """How far a command is, and how long it will take still: a bar on a terminal, lines elsewhere."""
 
-import os
+import shutil
 import sys
 from typing import Any
 
@@ -10,7 +10,7 @@ LINE_SECONDS = 15.0
 """From one line to the next; what takes less time has none."""
 
 
-class Progress(tqdm):
+class ProgressBar(tqdm):
     """A tqdm bar of `total` units on sys.stderr, the first `initial` of which are done; `update`
     counts. desc: what stands before it. disable: nothing is shown.
     """
@@ -27,20 +27,25 @@ class Progress(tqdm):
         initial: int = 0,
         disable: bool = False,
     ) -> None:
-        how: dict[str, Any] = {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "leave": False}
         self.is_watched = sys.stderr.isatty()
-        if self.is_watched:
-            # in a terminal that does not know its size tqdm would think that nothing fits
-            is_sized = os.get_terminal_size(2).columns > 0
-            how = {"dynamic_ncols": is_sized, "ncols": 79, "nrows": 24}
-        # else it would count so many updates before it looks at the clock again
-        how["miniters"] = 1
-        super().__init__(None, desc, total, unit=unit, initial=initial, disable=disable, **how)
+        seconds = 0.0 if self.is_watched else LINE_SECONDS
+        super().__init__(
+            total=total,
+            unit=unit,
+            desc=desc,
+            initial=initial,
+            disable=disable,
+            leave=self.is_watched,
+            mininterval=max(seconds, 0.1),
+            delay=seconds,
+            miniters=1,  # else it would count so many updates before it looks at the clock again
+        )
+        # of a terminal that does not know its size tqdm would think that nothing fits
+        self.dynamic_ncols = lambda _: shutil.get_terminal_size()
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Draws the bar, or writes a line; tqdm calls it when it is time to."""
         if self.is_watched:
-            return bool(super().display(msg, pos))
+            return super().display(msg, pos)
         if msg is None:
             print(self, file=self.fp, flush=True)
-        return False
