@@ -41,11 +41,12 @@ except ValueError as error:
     print(error)
 """
 FOUR_OF_TEN = """
-import sys
+import time
 from video_mae import progress_bar
 progress_bar.LINE_SECONDS = {seconds}
 with progress_bar.ProgressBar(10) as bar:
     for _ in range(4):
+        time.sleep(0.12)
         bar.update()
 """
 

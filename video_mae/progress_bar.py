@@ -40,12 +40,12 @@ class ProgressBar(tqdm):
             delay=seconds,
             miniters=1,  # else it would count so many updates before it looks at the clock again
         )
-        # of a terminal that does not know its size tqdm would think that nothing fits
-        self.dynamic_ncols = lambda _: shutil.get_terminal_size()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Draws the bar, or writes a line; tqdm calls it when it is time to."""
         if self.is_watched:
+            # 80 x 24 of one that does not know its size, in which tqdm would draw nothing
+            self.ncols, self.nrows = shutil.get_terminal_size()
             return super().display(msg, pos)
         if msg is None:
             print(self, file=self.fp, flush=True)
