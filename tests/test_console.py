@@ -295,6 +295,15 @@ def test_lines_that_name_a_file_again_are_told_once(
     assert read_annotations(SourceConfig(source=str(source))).notes == ()
 
 
+def test_a_first_line_that_names_columns_is_told_as_such(tmp_path: Path) -> None:
+    source = tmp_path / "list.csv"
+    source.write_text("path,label\na.mp4,0\n")
+    (tmp_path / "a.mp4").touch()
+    assert len(read_annotations(SourceConfig(source=str(source)))) == 1
+    with pytest.raises(FileNotFoundError, match=r"names columns, data\.list_format=header"):
+        read_annotations(SourceConfig(source=str(source), list_format="label"))
+
+
 def test_a_step_of_more_videos_than_there_are_is_told() -> None:
     told = "a step takes 64 videos, and there are 21"
     assert told in make_schedule(OptimConfig(micro_batch=64, steps=5), 21, 1, 1)[1]

@@ -277,8 +277,10 @@ def _page() -> str:
 
 def _versions() -> str:
     """What is installed, and the GPUs that the driver knows."""
-    packages = ("video-mae", "torch", "deepspeed", "triton")
-    lines = [f"{package} {metadata.version(package)}" for package in packages]
+    lines = [
+        f"{package} {metadata.version(package)}"
+        for package in ("video-mae", "torch", "deepspeed", "triton")
+    ]
     gpus = os.popen("nvidia-smi -L 2>/dev/null").read()
     return "\n".join([*lines, gpus.strip() or f"no GPU, {os.cpu_count()} cores"])
 

@@ -22,7 +22,6 @@ class ProgressBar(tqdm):
         self,
         total: int,
         unit: str = "video",
-        *,
         desc: str = "",
         initial: int = 0,
         disable: bool = False,
@@ -30,9 +29,10 @@ class ProgressBar(tqdm):
         self.is_watched = sys.stderr.isatty()
         seconds = 0.0 if self.is_watched else LINE_SECONDS
         super().__init__(
-            total=total,
+            None,
+            desc,
+            total,
             unit=unit,
-            desc=desc,
             initial=initial,
             disable=disable,
             leave=self.is_watched,

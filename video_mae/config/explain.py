@@ -29,5 +29,5 @@ def describe(schema: type[Knobs], part: str = "all") -> str:
         if limits := told_range(f):
             line += f" ({limits})"
         lines += [line, f"      {f.metadata['meaning']}"]
-    more = f"\n{len(told)} of {len(keys)} keys; --help all, or a section: --help data"
-    return "\n".join([*lines, more])
+    lines.append(f"\n{len(told)} of {len(keys)} keys; --help all, or a section: --help data")
+    return "\n".join(lines)

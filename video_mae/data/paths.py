@@ -89,7 +89,8 @@ def file_mistake(path: str, label: int = -1) -> tuple[type[ValueError | FileNotF
         return ValueError, mistake
     if os.path.islink(path):
         return FileNotFoundError, f"{shown} is a link that leads to no file, correct it"
-    return FileNotFoundError, f"no such file: {shown}, correct the path or root"
+    names = "; where the line names columns, data.list_format=header" if "," in shown else ""
+    return FileNotFoundError, f"no such file: {shown}, correct the path or root{names}"
 
 
 def _columns_mistake(path: str, label: int) -> str:
