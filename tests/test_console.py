@@ -15,9 +15,10 @@ import yaml
 from video_mae import PretrainConfig
 from video_mae.cli import PURPOSES, STAGES, main, schema_of
 from video_mae.config import OptimConfig
-from video_mae.config.data import SourceConfig
+from video_mae.config.data import ReadConfig, SourceConfig
 from video_mae.data.videos import read_annotations
 from video_mae.tools.pack import read_items
+from video_mae.training.environment import check_devices
 from video_mae.training.optim import make_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -267,15 +268,12 @@ def test_a_decoder_on_a_gpu_that_is_not_there_is_refused(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launcher_that_is_asked_for_gpus_that_are_not_there_is_refused() -> None:
     """The launcher here starts a process that starts a rank, as that of DeepSpeed does."""
-
-    def rank(*option: str) -> str:
-        start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-        inner = f"{start.replace('sys.argv[1]', repr(CHECK))}"
-        command = [sys.executable, "-c", start, inner, *option]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    assert rank("--num_gpus", "8").startswith("--num_gpus: there is no GPU here")
-    assert rank("--num_accelerators", "8") == ""
+    start = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    inner = start.replace("sys.argv[1]", repr(CHECK))
+    command = [sys.executable, "-c", start, inner, "--num_gpus", "8"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("--num_gpus: there is no GPU here")
+    check_devices("precision", "bf16", ReadConfig())  # nobody asked for one
 
 
 def test_lines_that_name_a_file_again_are_told_once(

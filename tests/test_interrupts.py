@@ -17,8 +17,8 @@ SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def words(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Commands that take longer than anybody waits."""
+def words(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that takes longer than anybody waits."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("interrupted")
     config = ModelConfig(
@@ -28,25 +28,14 @@ def words(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     lines = (demo_folder / "train.txt").read_text().splitlines()
     long = folder / "list.txt"
     long.write_text("".join(f"{demo_folder / line}\n" for line in lines * 1000))
-    model = str(folder / "model")
-    return {
-        "evaluate": ["evaluate", model, str(long), f"output={folder / 'evaluated'}"],
-        "extract": [
-            "extract",
-            model,
-            str(demo_folder / "train"),
-            str(folder / "features"),
-            "hop=1",
-        ],
-        "probe": [
-            "probe",
-            model,
-            f"train={long}",
-            f"validation={long}",
-            f"output={folder / 'probed'}",
-            "num_workers=1",
-        ],
-    }
+    return [
+        "probe",
+        str(folder / "model"),
+        f"train={long}",
+        f"validation={long}",
+        f"output={folder / 'probed'}",
+        "num_workers=1",
+    ]
 
 
 def interrupted(command: list[str], is_time: Callable[[int, Path], bool], folder: Path) -> str:
@@ -83,14 +72,9 @@ def is_at_work(pid: int, out: Path) -> bool:
     return "processes a rank" in out.read_text()
 
 
-@pytest.mark.parametrize("stage", ["evaluate", "extract", "probe"])
+@pytest.mark.parametrize("is_time", [imports_torch, is_at_work])
 def test_an_interrupted_stage_says_one_line(
-    stage: str, words: dict[str, list[str]], tmp_path: Path
+    is_time: Callable[[int, Path], bool], words: list[str], tmp_path: Path
 ) -> None:
-    said = interrupted(words[stage], is_at_work, tmp_path)
-    assert said == "video-mae: interrupted, what is done is kept\n"
-
-
-def test_so_does_one_that_is_importing(words: dict[str, list[str]], tmp_path: Path) -> None:
-    said = interrupted(words["evaluate"], imports_torch, tmp_path)
+    said = interrupted(words, is_time, tmp_path)
     assert said == "video-mae: interrupted, what is done is kept\n"
