@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module, metadata
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -211,7 +212,8 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     """Ends as a kill does, which every stage that writes is made for: an exception would be lost in
     a library that takes it for one of its own, or come out of it as a page of others.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    # one says it: not what it has forked, which is about to leave signals to it
+    if not parent_process() and os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, b"video-mae: interrupted, what is done is kept\n")
     os._exit(128 + number)
 
@@ -229,7 +231,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
     if name not in STAGES:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
-    wanted, plain, flagged = STAGES[name].words, list[str](), list[str]()
+    wanted, plain, flagged = STAGES[name].words, [], []
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:
@@ -304,7 +306,7 @@ def _start(name: str, words: list[str], overrides: list[str]) -> int | Callable[
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
-def schema_of(stage: Stage) -> type[Any]:
+def schema_of(stage: Stage) -> Any:
     """The keys of a stage: those of config/ are there without the libraries that it needs."""
     module, _, name = stage.schema.rpartition(".")
     return getattr(import_module(f"video_mae.{module or stage.module}"), name)
