@@ -23,7 +23,8 @@ from accuracy_report import write_report
 from clips import photographs
 from trials import ARMS, ArmName, ExperimentConfig, Job, choose_device, job_of, work
 
-from video_mae.config.schema import describe, parse, to_dict
+from video_mae.config.explain import describe
+from video_mae.config.schema import parse, to_dict
 from video_mae.files import read_jsonl, write_whole
 
 FREE_KEYS = ("output", "workers")  # other values of these give the same results

@@ -61,7 +61,9 @@ SLOW = (
     "test_names",
     "test_pack",
     "test_probe",
+    "test_interrupts",
     "test_shards",
+    "test_wheel",
 )
 # Of these each test function can run in another process: they share no fixture.
 KERNELS = Path(__file__).resolve().parent / "kernels"

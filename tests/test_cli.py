@@ -101,7 +101,7 @@ def test_a_mistake_is_one_line_and_status_2(
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "reconstruct", "demo"])
 def test_help_explains_every_key(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status(stage, "--help") == 0
+    assert status(stage, "--help", "all") == 0
     text = capsys.readouterr().out
     expected = {
         "pretrain": [

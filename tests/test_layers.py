@@ -29,7 +29,7 @@ LEVELS = (
     ("decoding", "kernels"),
     ("config",),
     ("processes",),
-    ("files", "extras"),
+    ("files", "extras", "progress_bar"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 COMPETITORS = ("video_mae.benchmark.pipelines",)  # runs them beside ours

@@ -1,14 +1,16 @@
 """The command line: STAGE WORD ... key=value ... ; the only argument parser."""
 
-import argparse
 import io
-import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from importlib import import_module
+from difflib import get_close_matches
+from importlib import import_module, metadata
+from multiprocessing import parent_process
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from video_mae.files import FolderError, StorageError, one_line
@@ -22,7 +24,8 @@ CONFIG = "CONFIG.yaml"
 class Stage(NamedTuple):
     """A row of the command line.
 
-    `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a
+    `module`, imported only when it is asked for, has the dataclass `schema` of all keys (or the
+    module that is named before it, which needs no library that takes seconds), and a
     function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
@@ -49,16 +52,16 @@ STAGES = {
     "pretrain": Stage(
         "pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices",
         "training.pretrain",
-        "PretrainConfig",
+        "config.PretrainConfig",
         (CONFIG,),
-        ("--from-scratch",),
+        ("--from-scratch", "--dry-run"),
     ),
     "finetune": Stage(
         "train a pretrained model to name actions; under the launcher as well",
         "training.finetune",
-        "FinetuneConfig",
+        "config.FinetuneConfig",
         (CONFIG,),
-        ("--from-scratch",),
+        ("--from-scratch", "--dry-run"),
     ),
     "reconstruct": Stage(
         "draw what a pretrained model makes of the hidden parts of a video",
@@ -70,26 +73,26 @@ STAGES = {
         "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
         "the launcher",
         "evaluation.evaluate",
-        "EvaluateConfig",
+        "config.evaluation.EvaluateConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST"),
     ),
     "predict": Stage(
         "name the action in a video",
         "evaluation.predict",
-        "PredictConfig",
+        "config.evaluation.PredictConfig",
         ("MODEL_OR_RUN_FOLDER", "VIDEO"),
     ),
     "probe": Stage(
         "measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes",
         "evaluation.probe",
-        "ProbeConfig",
+        "config.evaluation.ProbeConfig",
         ("MODEL_OR_RUN_FOLDER",),
     ),
     "extract": Stage(
         "write the features of clips along videos of any length, with their times; also under the "
         "launcher",
         "evaluation.extract",
-        "ExtractConfig",
+        "config.evaluation.ExtractConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
     ),
     "doctor": Stage(
@@ -108,7 +111,7 @@ STAGES = {
     "bench": BENCH_KERNELS,
     "bench kernels": BENCH_KERNELS,
     "bench step": Stage(
-        "measure whole training steps, where their time goes, and Hugging Face's step beside ours",
+        "measure whole training steps, and where their time goes; Hugging Face's step beside ours",
         "benchmark.step",
         "StepBenchConfig",
         (),
@@ -125,7 +128,7 @@ STAGES = {
         "turn the videos of a list into shards that training reads several times faster; goes on "
         "where it was stopped",
         "tools.pack",
-        "PackConfig",
+        "config.pack.PackConfig",
         ("LIST", "FOLDER"),
         (
             "--form FORM",
@@ -142,23 +145,46 @@ STAGES = {
     "demo": Stage(
         "render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)
     ),
+    "recipes": Stage(
+        "list the recipes that came along: their source, data, published figure and hardware",
+        "tools.recipes",
+        "RecipesConfig",
+        (),
+    ),
 }
+PURPOSES = {
+    "learn from videos": "pretrain, finetune, recipes",
+    "use a model": "predict, extract, reconstruct",
+    "measure": "evaluate, probe, bench kernels, bench step, bench data",
+    "prepare videos": "doctor, pack, demo",
+    "exchange models": "convert",
+}
+"""How the page of `video-mae` alone groups the stages."""
+HEAD = """\
+video-mae: masked autoencoder pretraining and action recognition on video
+
+  video-mae finetune CONFIG.yaml checkpoint=MODEL data.source=FOLDER   learn to name actions
+  video-mae predict runs/finetune VIDEO                                name the one in a video
+  video-mae pretrain CONFIG.yaml data.source=FOLDER                    learn without labels"""
+FOOT = """
+video-mae STAGE --help explains a stage and the keys that matter first, --help all every one of
+them; video-mae --version says what is installed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one stage and exits: 0 done, 2 a mistake in configuration or data, 74 where the disk
     takes nothing more (one line says where), 130 for Ctrl-C, else as the stage says.
     """
-    options = _parse(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
-        end_with_launchers()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        _prepare_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files and classes that it cannot say, as sys.stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
-    left = None
+    who, left = "video-mae", None
     try:
-        left = _start(STAGES[options.stage], options)
+        name, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        who += f" {name}"
+        left = _start(name, words, overrides)
         status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
         if left is not None and not isinstance(error, StorageError | FolderError):
@@ -167,82 +193,120 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             # the launcher ends all ranks when one exits: the first one is to say why, once
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE_SECONDS)
-        print(one_line(f"video-mae {options.stage}: {error}"), file=sys.stderr)
+        print(one_line(f"{who}: {error}"), file=sys.stderr)
         status = os.EX_IOERR if isinstance(error, StorageError) else USAGE_ERROR
-    except KeyboardInterrupt:
-        print(f"video-mae {options.stage}: interrupted", file=sys.stderr)
-        status = 130
     sys.exit(status)
 
 
-class _StageParser(argparse.ArgumentParser):
-    """The parser of a stage, whose help ends with every key."""
-
-    stage: Stage | None = None
-
-    def error(self, message: str) -> NoReturn:
-        super().error(one_line(message))
-
-    def format_help(self) -> str:
-        text = super().format_help()
-        if self.stage is None:
-            return text
-        from video_mae.config.schema import describe
-
-        return f"{text}\nkeys:\n{describe(_schema(self.stage))}\n"
+def _prepare_process() -> None:
+    """Ends with who started it, and tells of Ctrl-C in one line, and not what libraries say to
+    those who write programs.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    warnings.simplefilter("ignore", FutureWarning, append=True)  # -W comes first
+    end_with_launchers()
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _StageParser(
-        prog="video-mae",
-        description="Masked autoencoder pretraining and action recognition on video.",
-    )
+def _interrupt(number: int, frame: object) -> NoReturn:
+    """Ends as a kill does, which every stage that writes is made for: an exception would be lost in
+    a library that takes it for one of its own, or come out of it as a page of others.
+    """
+    # one says it: not what it has forked, which is about to leave signals to it
+    if not parent_process() and os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"video-mae: interrupted, what is done is kept\n")
+    os._exit(128 + number)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(stage, its words, overrides), or prints what is asked for and exits. Raises: ValueError."""
     # the deepspeed launcher puts it first
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    stages = parser.add_subparsers(
-        dest="stage", required=True, metavar="STAGE", parser_class=_StageParser
-    )
-    for name, stage in STAGES.items():
-        command = stages.add_parser(name, help=stage.meaning, description=stage.meaning)
-        command.stage = stage
-        for word in stage.words:
-            command.add_argument(word)
-        for flag in stage.flags:
-            _add_flag(command, *flag.split(" "))
-        command.set_defaults(flags=[])
-        command.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="any key below, dotted: optim.micro_batch=8",
-        )
-    name = " ".join(arguments[:2])
-    options, more = parser.parse_known_args([name, *arguments[2:]] if name in STAGES else arguments)
-    for argument in more:
-        if argument.startswith("-") or "=" not in argument:
-            parser.error(f"unrecognized arguments: {argument}")
-    # argparse leaves over a key=value that follows a flag
-    options.overrides += [*options.flags, *more]
-    return options
+    given = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    if " ".join(given[:2]) in STAGES:
+        given[:2] = [" ".join(given[:2])]
+    name = given.pop(0) if given else "--help"
+    if name in ANSWERS:
+        print(ANSWERS[name]())
+        sys.exit()
+    if name not in STAGES:
+        near = " or ".join(get_close_matches(name, STAGES)) or "another"
+        raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
+    wanted, plain, flagged = STAGES[name].words, [], []
+    takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
+    left = iter(given)
+    for argument in left:
+        flag, _, value = argument.partition("=")
+        if flag in ("-h", "--help"):
+            print(_help(name, next(left, "")))
+            sys.exit()
+        elif flag in takes_value:
+            value = value or (next(left, "") if takes_value[flag] else "true")
+            flagged.append(f"{flag[2:].replace('-', '_')}={value}")
+        elif argument.startswith("-"):
+            raise ValueError(f"{flag}: no such flag; a key has no dashes: {argument.lstrip('-')}")
+        else:
+            plain.append(argument)
+    num = len(wanted)
+    if len(plain) < num:
+        raise ValueError(f"{wanted[len(plain)]} is missing; `video-mae {name} --help` explains")
+    return name, plain[:num], plain[num:] + flagged
 
 
-def _add_flag(command: argparse.ArgumentParser, flag: str, value: str = "") -> None:
-    key = flag.removeprefix("--").replace("-", "_")
-    shown = f"{key}={value or 'true'}"
-    how: dict[str, Any] = {"action": "append_const", "const": shown}
-    if value:
-        how = {"action": "append", "type": f"{key}={{}}".format, "metavar": value}
-    command.add_argument(flag, dest="flags", help=shown, **how)
+def _help(name: str, part: str) -> str:
+    """Of a stage, with the keys that are asked for."""
+    from video_mae.config.explain import describe
+
+    stage = STAGES[name]
+    usage = " ".join(stage.words + stage.flags)
+    head = f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}"
+    return f"{head}\n\n{describe(schema_of(stage), part)}"
 
 
-def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]:
+def _completion() -> str:
+    """What a shell is to evaluate."""
+    return Path(__file__).with_name("completion.bash").read_text()
+
+
+def _page() -> str:
+    """All stages by their purposes, and what most people want."""
+    lines = [HEAD]
+    for purpose, names in PURPOSES.items():
+        lines.append(f"\n{purpose}:")
+        for name in names.split(", "):
+            lines.append(f"  {name:15}{STAGES[name].meaning.split(';')[0]}")
+    return "\n".join([*lines, FOOT])
+
+
+def _versions() -> str:
+    """What is installed, and the GPUs that the driver knows."""
+    lines = [
+        f"{package} {metadata.version(package)}"
+        for package in ("video-mae", "torch", "deepspeed", "triton")
+    ]
+    gpus = os.popen("nvidia-smi -L 2>/dev/null").read()
+    return "\n".join([*lines, gpus.strip() or f"no GPU, {os.cpu_count()} cores"])
+
+
+ANSWERS = {"-h": _page, "--help": _page, "--version": _versions, "--completion": _completion}
+
+
+def _start(name: str, words: list[str], overrides: list[str]) -> int | Callable[[], int]:
     from video_mae.config.schema import parse
 
-    path = getattr(options, CONFIG, None)
-    config = parse(path, options.overrides, _schema(stage))
-    words = [getattr(options, word) for word in stage.words if word != CONFIG]
+    stage = STAGES[name]
+    path = words.pop(0) if CONFIG in stage.words else None
+    config = parse(path, overrides, schema_of(stage))
+    if path:
+        # before PyTorch is loaded, which takes seconds
+        from video_mae.training.run_folder import check_same_run
+
+        check_same_run(config)
+    if sys.stderr.isatty() and "RANK" not in os.environ:
+        print(f"video-mae {name}: starts", file=sys.stderr)
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
-def _schema(stage: Stage) -> type:
-    return getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
+def schema_of(stage: Stage) -> Any:
+    """The keys of a stage: those of config/ are there without the libraries that it needs."""
+    module, _, name = stage.schema.rpartition(".")
+    return getattr(import_module(f"video_mae.{module or stage.module}"), name)

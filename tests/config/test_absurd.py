@@ -3,13 +3,12 @@ schemas, so that a new key is tried too.
 """
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 import pytest
 
-from video_mae.cli import STAGES
-from video_mae.config.schema import MOST, Knobs, _walk, _without_none, parse
+from video_mae.cli import STAGES, schema_of
+from video_mae.config.schema import MOST, Knobs, _without_none, parse, walk_keys
 
 HUGE = str(10**30)
 ABSURD = {
@@ -24,13 +23,13 @@ ABSURD = {
 
 
 def schemas() -> dict[str, type[Knobs]]:
-    rows = {(stage.module, stage.schema) for stage in STAGES.values()}
-    return {name: getattr(import_module(f"video_mae.{module}"), name) for module, name in rows}
+    found = map(schema_of, STAGES.values())
+    return {schema.__name__: schema for schema in found}
 
 
 def absurd(schema: type[Knobs]) -> Iterator[tuple[str, str]]:
     """(key, text) of all that must be refused."""
-    for key, hint, _, _ in _walk(schema):
+    for key, hint, _, _ in walk_keys(schema):
         kind = _without_none(hint)
         origin = get_origin(kind) or kind
         if isinstance(origin, type) and issubclass(origin, Knobs):
@@ -47,7 +46,7 @@ def test_absurd_values_of_every_key_are_refused_in_one_line(name: str) -> None:
     schema, accepted = schemas()[name], list[str]()
     needed = [
         f"{key}=x"
-        for key, _, f, default in _walk(schema)
+        for key, _, f, default in walk_keys(schema)
         if f.metadata.get("filled") and default == ""
     ]
     for key, text in absurd(schema):
@@ -64,7 +63,7 @@ def test_absurd_values_of_every_key_are_refused_in_one_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(schemas()))
 def test_no_number_has_room_without_end(name: str) -> None:
-    for key, hint, field, _ in _walk(schemas()[name]):
+    for key, hint, field, _ in walk_keys(schemas()[name]):
         bounds = field.metadata.get("bounds", {})
         if bounds.get("high", bounds.get("below", MOST)) > 2**63:
             assert hint in (float, tuple[float, float] | None), key

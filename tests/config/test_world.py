@@ -25,7 +25,7 @@ WHOLE = {
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*NAMES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in (*NAMES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS"):
         monkeypatch.setenv(name, "")  # so that what the code sets is taken back
         monkeypatch.delenv(name)
 
@@ -65,6 +65,16 @@ def test_one_process_is_one_whatever_a_job_script_has_left(monkeypatch, left):
 
 def test_a_launcher_is_believed(monkeypatch):
     set_all(monkeypatch, WHOLE)
+    assert World.from_environment() == World(1, 4, 1)
+
+
+def test_tasks_of_slurm_that_know_nothing_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert World.from_environment() == World(0, 1, 0)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match=r"SLURM_NTASKS: .* unset SLURM_NTASKS for one process"):
+        World.from_environment()
+    set_all(monkeypatch, WHOLE)  # by a launcher that srun has started
     assert World.from_environment() == World(1, 4, 1)
 
 

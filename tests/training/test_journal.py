@@ -345,14 +345,15 @@ def test_the_console_line_and_messages_are_kept_in_the_log(
 def test_on_a_terminal_a_bar_shows_the_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "300")
     journal = make_journal(tmp_path)
     journal.say("hello")
     take_steps(journal, 1, 8)
     journal.close()
-    shown = capsys.readouterr().out
-    assert "hello\n" in shown
+    said, shown = capsys.readouterr()
+    assert said == "hello\n"
     assert "loss=6.5000" in shown
     assert "8/10" in shown
     assert "loss 6.5000" in (tmp_path / "log.txt").read_text()

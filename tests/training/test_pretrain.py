@@ -458,7 +458,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tiny: Tiny) -> N
     file.write_bytes(content)
     assert run(prepare(config)) == DONE
     assert losses(config) == before  # steps 3 and 4 were done again from step 2
-    assert "resumed after step 2" in (Path(config.output) / "log.txt").read_text()
+    log = Path(config.output) / "log.txt"
+    assert "resumed after step 2" in log.read_text()
+    assert run(prepare(config)) == DONE
+    assert losses(config) == before
+    assert "already finished, all of its 4 steps are done" in log.read_text()
+    assert "resumed after step 4" not in log.read_text()
 
 
 def test_a_run_that_drops_last_batches_sees_each_video_once_an_epoch_and_goes_on_exactly(

@@ -47,6 +47,10 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
     launcher.
     """
 
+    first_keys = (
+        "output num_clips num_crops sampling stride precision num_workers skip_bad all_scores "
+        "data.root"
+    )
     output: str = knob(
         "",
         "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the "
@@ -108,6 +112,7 @@ class PredictConfig(TestedConfig):
 class ProbeConfig(EncodingConfig):
     """`video-mae probe MODEL_OR_RUN_FOLDER train=LIST validation=LIST key=value ...`."""
 
+    first_keys = "train validation test output kind weights num_clips epochs precision num_workers"
     train: str = knob(
         "",
         "list file or folder of classes whose videos train the heads, and are the neighbours",
@@ -190,6 +195,7 @@ class ExtractConfig(EncodingConfig):
     deepspeed launcher.
     """
 
+    first_keys = "level layers hop sampling stride format dtype batch_size precision num_workers"
     level: Literal["pooled", "tokens", "pyramid"] = knob(
         "pooled",
         "a vector a clip; its tokens [time, row, column]; or those that leave "

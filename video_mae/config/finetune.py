@@ -105,6 +105,10 @@ class LoraConfig(Knobs):
 class FinetuneConfig(RunConfig):
     """The fine-tuning stage: `deepspeed --module video_mae finetune CONFIG.yaml key=value ...`."""
 
+    first_keys = (
+        "output checkpoint lora.rank classifier.num_classes data.source validation.source "
+        "optim.micro_batch optim.accumulation optim.base_lr optim.epochs"
+    )
     output: str = knob(
         "runs/finetune", "the run folder; starting the same one again resumes it", filled=True
     )

@@ -2,7 +2,6 @@
 explained. config/ has the keys.
 """
 
-import json
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +41,8 @@ BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "multiple_of": (lambda value, unit: value % unit == 0, "a multiple of"),
 }
 """How the range of a knob is written in Python, what it asks, and how it is told."""
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+"""How the types of values are told to people."""
 MOST = 10**9
 """What no number is above whose range does not say more: no count, interval or factor is."""
 MOST_SIZE = 65_536
@@ -81,6 +82,8 @@ class Knobs:
     them.
     """
 
+    first_keys: ClassVar[str] = ""
+    """Those that `--help` explains; empty: the first ten."""
     preset_values: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """{name: {knob: value}}: what the key `preset` of a section sets that the file does not."""
 
@@ -98,13 +101,14 @@ class Knobs:
                     bounds = f.metadata["bounds"]
                     for name, bound in bounds.items():
                         is_met, _ = BOUNDS[name]
-                        require(is_met(number, bound), f.name, value, f"must be {_range(f)}")
+                        require(is_met(number, bound), f.name, value, f"must be {told_range(f)}")
                     most = max([MOST, *bounds.values()])
                     remedy = f"must be finite, and at most {most:.0e} in size"
                     require(abs(number) <= most, f.name, value, remedy)
 
 
-def _range(f: Field[Any]) -> str:
+def told_range(f: Field[Any]) -> str:
+    """The range of a knob as people are told it, "" where there is none."""
     parts = [f"{BOUNDS[name][1]} {bound}" for name, bound in f.metadata["bounds"].items()]
     if parts and f.default is None:
         parts.append("or null")
@@ -123,16 +127,30 @@ def parse(
     Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
     nearest valid key, the type or the range.
     """
-    text = ""
+    text, of_file, of_command = "", "", ""
     if path is not None:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such configuration file")
-        text = read_text(Path(path))
-    with _naming(f"{path}: " if path else ""):
-        values = _read_file(text)
+        text, of_file, of_command = read_text(Path(path)), f"{path}: ", "command line: "
+    with _naming(of_file):
+        values = written = _read_file(text)
+    with _naming(of_command):
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
+    try:
         return _typed(values, schema, "")
+    except ValueError as error:
+        # the file is to blame for what is wrong without the overrides as well
+        is_of_file = not overrides or _complaint(written, schema) == str(error)
+        raise ValueError(one_line(f"{of_file if is_of_file else of_command}{error}")) from None
+
+
+def _complaint(values: JsonObject, schema: Any) -> str:
+    try:
+        _typed(values, schema, "")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def read_keys(path: Path) -> JsonObject:
@@ -174,24 +192,6 @@ def flatten(config: Any, prefix: str = "") -> JsonObject:
     return flat
 
 
-def describe(schema: type) -> str:
-    """Every key with its default, choices or range, and meaning, as `--help` prints it."""
-    lines: list[str] = []
-    for key, hint, f, default in _walk(schema):
-        if is_dataclass(hint):
-            lines.append(f"\n{key}: {f.metadata['meaning']}")
-            continue
-        line = f"  {key} = {default if isinstance(default, str) else json.dumps(default)}"
-        if default == "":
-            line += '""'
-        if get_origin(hint) is Literal:
-            line += f" {{{' | '.join(str(choice) for choice in get_args(hint))}}}"
-        if limits := _range(f):
-            line += f" ({limits})"
-        lines += [line, f"      {f.metadata['meaning']}"]
-    return "\n".join(lines)
-
-
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
     """Puts `where` before what is wrong inside, which is one line then."""
@@ -201,7 +201,7 @@ def _naming(where: str) -> Iterator[None]:
         raise ValueError(one_line(f"{where}{error}")) from None
 
 
-def _walk(
+def walk_keys(
     schema: Any, prefix: str = "", made: Any = None
 ) -> Iterator[tuple[str, Any, Field[Any], Any]]:
     """Every key, its type, field and default, which a section that is `made` may have changed; NAME
@@ -213,9 +213,9 @@ def _walk(
         default = f.default if f.default_factory is MISSING else f.default_factory()
         yield key, hint, f, getattr(made, f.name, default)
         if is_dataclass(hint):
-            yield from _walk(hint, f"{key}.", default)
+            yield from walk_keys(hint, f"{key}.", default)
         elif get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
-            yield from _walk(get_args(hint)[1], f"{key}.NAME.")
+            yield from walk_keys(get_args(hint)[1], f"{key}.NAME.")
 
 
 def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None) -> Any:
@@ -258,9 +258,17 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
     if kind in (int, float) and isinstance(value, int | str | kind) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             return kind(value)
-    name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
     said = _typed(value, Any, where)
-    raise ValueError(f"{where}: {said!r:.100} is not of type {name}")
+    raise ValueError(f"{where}: {said!r:.100} is not {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    """A type as people call it."""
+    kind = _without_none(hint)
+    said = KINDS.get(kind, "a list like [1, 2]")
+    if get_origin(kind) is Literal:
+        said = f"one of {', '.join(map(str, get_args(kind)))}"
+    return said if kind is hint else f"{said}, or null"
 
 
 def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
@@ -277,11 +285,17 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
     for key in values:
         if key not in by_name:
             # the same name in another section, else a similar one
-            everywhere = [known for known, *_ in _walk(root)]
+            everywhere = [known for known, *_ in walk_keys(root)]
             near = [known for known in everywhere if known.split(".")[-1] == key]
             near += get_close_matches(key, by_name, 1)
             near += get_close_matches(f"{prefix}{key}", everywhere, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
+            # of another stage: pretrain and finetune share a base
+            for stage in (
+                () if prefix or schema.__base__ is Knobs else schema.__base__.__subclasses__()
+            ):
+                if key in stage.__dataclass_fields__:
+                    hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
             raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
     for key, value in values.items():

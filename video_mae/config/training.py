@@ -274,9 +274,7 @@ class JournalConfig(Knobs):
 
 
 class RunConfig(Knobs):
-    """What every training stage has: `deepspeed --module video_mae STAGE CONFIG.yaml key=value
-    ...`.
-    """
+    """What every training stage has."""
 
     output: str
     seed: int = knob(
@@ -295,6 +293,7 @@ class RunConfig(Knobs):
         "begin with the first step, where output holds a run as well: its folder is renamed to "
         "OUTPUT.earlier_TIME",
     )
+    dry_run: bool = knob(False, "check all that a start checks, tell of it, and begin nothing")
     model: ModelConfig = section(
         ModelConfig,
         "architecture; model.preset = small | base | large | huge | giant sets the published sizes",
@@ -313,9 +312,7 @@ class RunConfig(Knobs):
 class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
 
-    picture_interval: int = knob(
-        500, "reconstruction pictures; the last step always draws one", low=0
-    )
+    picture_interval: int = knob(500, "reconstruction pictures; the last step draws one", low=0)
     picture_clips: int = knob(
         4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
     )
@@ -373,14 +370,16 @@ class FeatureProbeConfig(Knobs):
 class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
+    first_keys = (
+        "output checkpoint data.num_workers data.source mask.ratio optim.micro_batch "
+        "optim.accumulation optim.base_lr optim.epochs engine.precision"
+    )
     output: str = knob(
         "runs/pretrain", "the run folder; starting the same one again resumes it", filled=True
     )
     objective: ObjectiveConfig = section(ObjectiveConfig, "losses")
     mask: MaskConfig = section(MaskConfig, "masking")
-    journal: PretrainJournalConfig = section(
-        PretrainJournalConfig, "logs, pictures and checkpoints"
-    )
+    journal: PretrainJournalConfig = section(PretrainJournalConfig, "logs, pictures, checkpoints")
     stages: dict[str, ClipStageConfig] = knob(
         {},
         "clips of another size, mask or number from a step on, `NAME: {from_step: ..., height: "

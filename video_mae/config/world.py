@@ -27,6 +27,11 @@ class World(NamedTuple):
         found = [name for name in NAMES if os.environ.get(name)]
         world = cls(_number("RANK"), _number("WORLD_SIZE", 1), _number("LOCAL_RANK"))
         if "RANK" not in found and world.size == 1:
+            if _number("SLURM_NTASKS", 1) > 1:
+                raise ValueError(
+                    "SLURM_NTASKS: is above 1, and each task would work as if it were alone; have "
+                    "srun start torchrun, one task a node, or unset SLURM_NTASKS for one process"
+                )
             return cls()
         needed = NAMES if world.size > 1 else NAMES[:2]
         missing = [name for name in needed if name not in found]

@@ -117,7 +117,10 @@ def load_pretrained(
     for remark in remarks:
         logging.getLogger(__name__).warning(one_line(f"{path}: {remark}"))
     if kind is not None and not isinstance(model, kind):
-        raise ValueError(f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted")
+        raise ValueError(
+            f"{path}: holds a {type(model).__name__}, a {kind.__name__} is wanted; `video-mae "
+            "finetune` makes a VideoClassifier, `video-mae pretrain` a VideoMAE"
+        )
     return model
 
 

@@ -37,7 +37,7 @@ MAX_ATTEMPTS = 20
 FIRST_ATTEMPT = 2**31
 
 
-class UndecodableError(Exception):
+class UndecodableError(ValueError):
     """A video and all its substitutes cannot be decoded: one line, also where a DataLoader has put
     a traceback before it.
     """

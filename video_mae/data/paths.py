@@ -7,7 +7,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -89,7 +89,8 @@ def file_mistake(path: str, label: int = -1) -> tuple[type[ValueError | FileNotF
         return ValueError, mistake
     if os.path.islink(path):
         return FileNotFoundError, f"{shown} is a link that leads to no file, correct it"
-    return FileNotFoundError, f"no such file: {shown}, correct the path or root"
+    names = "; where the line names columns, data.list_format=header" if "," in shown else ""
+    return FileNotFoundError, f"no such file: {shown}, correct the path or root{names}"
 
 
 def _columns_mistake(path: str, label: int) -> str:
@@ -119,6 +120,17 @@ def _columns_mistake(path: str, label: int) -> str:
         f"`{columns}` stands behind {shown}, where one label is expected; set data.list_format to "
         "what the columns are (frames_label, start_frames, header), or write lines `PATH LABEL`"
     )
+
+
+def repetitions(source: str, paths: Iterable[object]) -> tuple[str, ...]:
+    """A line where files are named more than once; hashes of 64 bits are compared."""
+    hashes = array("q", map(hash, paths))
+    num = len(hashes) - len(np.unique(hashes))
+    line = (
+        f"{source}: {num} of its {len(hashes)} lines name files of earlier ones, and count as "
+        "well; `video-mae doctor` writes a list without them"
+    )
+    return (line,) if num else ()
 
 
 def first_bad(paths: Paths) -> int | None:

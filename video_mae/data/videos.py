@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from video_mae.config import ClassifierConfig, FinetuneConfig
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.data.lists import Line, read_list
-from video_mae.data.paths import Paths, file_mistake, first_bad, printable
+from video_mae.data.paths import Paths, file_mistake, first_bad, printable, repetitions
 from video_mae.data.shards import Members, is_packed, read_packed
 from video_mae.decoding import ANIMATION, READERS, VIDEO_EXTENSIONS
 from video_mae.decoding.pictures import STILLS
@@ -94,6 +94,7 @@ def read_annotations(
         numbers.append(number)
     if not len(paths):
         raise ValueError(f"{data.source}: {NO_LINES}")
+    notes = (*notes, *repetitions(data.source, paths))
     bad = first_bad(paths)
     if bad is not None:
         error, mistake = file_mistake(paths[bad], labels[bad])

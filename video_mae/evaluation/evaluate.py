@@ -66,7 +66,7 @@ class Evaluation:
         Raises: ValueError or FileNotFoundError with one line that names the file or key and the
         remedy.
         """
-        check_start(config.precision)
+        check_start(config)
         self.config, data = config, config.data
         model_folder = find_model_folder(model)
         self.model = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)

@@ -67,7 +67,7 @@ class Extraction:
         """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or
         FileNotFoundError with one line.
         """
-        check_start(config.precision)
+        check_start(config)
         self.config, self.folder = config, folder
         self.model = load_pretrained(find_model_folder(model))
         c, data = self.model.config, config.data

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from video_mae.config import ClassifierConfig, DataConfig
 from video_mae.config.evaluation import ProbeConfig, ProbeKind
@@ -31,17 +30,21 @@ from video_mae.data.videos import VideoList, read_labeled
 from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
 from video_mae.evaluation.features import FrozenEncoder
-from video_mae.evaluation.heads import (
-    AttentiveHead,
-    HeadGrid,
-    LinearHead,
-    Setting,
-)
+from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting
 from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import Scores
-from video_mae.files import LIST_DIGEST, check_results, choose_folder, write_metrics, write_text
+from video_mae.files import (
+    LIST_DIGEST,
+    UNFINISHED,
+    check_results,
+    choose_folder,
+    write_metrics,
+    write_text,
+)
 from video_mae.model.vit import VideoClassifier, VideoMAE
+from video_mae.processes import remove_unfinished
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.feature_quality import neighbour_scores
 
 DONE, NO_FIGURES = 0, 3
@@ -83,7 +86,7 @@ class Probing:
         """Checks model, lists, classes and output before anything is decoded. Raises: ValueError
         or FileNotFoundError with one line.
         """
-        if check_start(config.precision).size > 1:
+        if check_start(config).size > 1:
             raise ValueError("probe: runs in one process; start it without the launcher")
         self.config, data = config, config.data
         model_folder = find_model_folder(model)
@@ -136,7 +139,8 @@ class Probing:
         ranks.say("; ".join(filter(None, (self.workers.describe(), self.workers.told))))
         encoder = FrozenEncoder(self.model, ranks.device, config.precision)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".features-", dir=folder) as scratch:
+        ranks.say(*remove_unfinished(folder))
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as scratch:
             features = {}
             for name, videos in self.lists.items():
                 features[name] = self.encode(name, encoder, Path(scratch))
@@ -184,7 +188,7 @@ class Probing:
             videos.paths, everything, self.views, self.workers.num, ahead=2 * together
         )
         found = iter(loader)
-        with tqdm(total=len(videos), unit="video", desc=name, disable=None) as progress:
+        with ProgressBar(len(videos), desc=name) as progress:
             while batch := list(islice(found, together)):
                 progress.update(len(batch))
                 failures += [failure for _, _, failure in batch if failure]
@@ -224,10 +228,12 @@ class Probing:
         steps = math.ceil(config.epochs * num / batch)
         sampler = StepSampler(num, batch, 1, 0, 1, config.seed, 0, steps)
         examples = self._drawn(encoder, sampler) if config.augment else _cached(train, sampler)
-        for step, (features, label_B) in enumerate(examples):
-            for kind, grid in grids.items():
-                x, label_B = features[kind].to(encoder.device), label_B.to(encoder.device)
-                grid.step(x, label_B, step / steps)
+        with ProgressBar(steps, "step", desc="heads") as progress:
+            for step, (features, label_B) in enumerate(examples):
+                for kind, grid in grids.items():
+                    x, label_B = features[kind].to(encoder.device), label_B.to(encoder.device)
+                    grid.step(x, label_B, step / steps)
+                progress.update()
         return grids
 
     def _drawn(self, encoder: FrozenEncoder, sampler: StepSampler) -> Examples:

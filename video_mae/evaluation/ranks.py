@@ -5,26 +5,24 @@ together. No DeepSpeed needed.
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from video_mae.config.training import Precision
+from video_mae.config.evaluation import EncodingConfig
 from video_mae.config.world import World
 from video_mae.files import say
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.engine import leave
-from video_mae.training.environment import prepare_environment
+from video_mae.training.environment import check_devices, prepare_environment
 
 TIMEOUT = timedelta(days=1)
 """How long a rank that is done waits for the others: theirs may be the long videos."""
 
 
-def check_start(precision: Precision) -> World:
+def check_start(config: EncodingConfig) -> World:
     """The processes, before any of them does a thing. Raises: ValueError for a launcher's
-    environment that lacks a part, and for fp16 without a GPU.
+    environment that lacks a part, and for what needs a GPU where there is none.
     """
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision: fp16 needs a GPU; use bf16 or fp32")
+    check_devices("precision", config.precision, config.data)
     return World.from_environment()
 
 
@@ -59,9 +57,9 @@ class Ranks:
             if self.is_main:
                 say(line)
 
-    def progress(self, total: int) -> "tqdm[Any]":
-        """A bar for the videos of the main rank."""
-        return tqdm(total=total, unit="video", disable=None if self.is_main else True)
+    def progress(self, total: int) -> ProgressBar:
+        """How far the main rank is with its videos."""
+        return ProgressBar(total, disable=not self.is_main)
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all ranks on rank 0, nothing on the others; every rank must call it."""

@@ -30,11 +30,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
-from tqdm import tqdm
 
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.extras import require_package
 from video_mae.files import check_made_with, say, write_json, write_whole
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools import people
 
 ACTIONS = (
@@ -173,8 +173,11 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
     # the encoder and torch release the interpreter lock
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         lines = threads.map(render, turns)
-        what = f"{split} videos, {len(actions)} a step"
-        text = "".join(tqdm(lines, what, len(turns), disable=None))
+        text = ""
+        with ProgressBar(num_clips, desc=split) as progress:
+            for of_turn in lines:
+                text += of_turn
+                progress.update(len(actions))
     (folder / f"{split}.txt").write_text(text)
 
 

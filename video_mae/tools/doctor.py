@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from video_mae.config.data import ReadConfig, SourceConfig
 from video_mae.config.schema import Knobs, knob, section
@@ -35,6 +34,7 @@ from video_mae.decoding.isolation import decoder_process, in_order
 from video_mae.decoding.media import MAX_CLIP_BYTES, Member
 from video_mae.decoding.packets import ALL_KEYS, DECODING_ORDER, LATE_START, MIRRORED, NO_STAMPS
 from video_mae.files import say, unicode_text
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools.doctor_report import Examined, report, summarize, write
 
 GOOD, BAD = 0, 1
@@ -120,7 +120,7 @@ class Doctor:
         num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), len(lines))
         bad = 0
         with (
-            tqdm(total=len(lines), unit="video", disable=None) as progress,
+            ProgressBar(len(lines)) as progress,
             closing(in_order(self._examine, lines, num_workers)) as examined,
         ):
             for line in examined:

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from video_mae.config.data import ListFormat, SourceConfig
 from video_mae.config.pack import PackConfig
 from video_mae.config.schema import to_dict
-from video_mae.data.paths import file_mistake
+from video_mae.data.paths import file_mistake, repetitions
 from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
 from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
@@ -35,6 +34,7 @@ from video_mae.files import (
     write_text,
 )
 from video_mae.processes import hold_folder, on_signals
+from video_mae.progress_bar import ProgressBar
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, NOTHING = 0, 3
@@ -118,7 +118,7 @@ def read_items(
         raise type(error)(
             str(error).replace("data.source", "LIST").replace("data.root", "root")
         ) from None
-    for note in notes:
+    for note in (*notes, *repetitions(source, [line.path for line in lines])):
         say(note)
     items = []
     for _, place, label, mistake in lines:
@@ -144,7 +144,7 @@ def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, st
     num_workers = min(config.num_workers or len(os.sched_getaffinity(0)), max(len(left), 1))
     work = partial(_pack_one, config=config, stop=stop)
     with (
-        tqdm(total=len(items), initial=writer.num_rows, unit="video", disable=None) as progress,
+        ProgressBar(len(items), initial=writer.num_rows) as progress,
         closing(in_order(work, left, num_workers, _num_bytes)) as outcomes,
     ):
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from video_mae.config.world import World
 from video_mae.files import FolderError, StorageError, one_line
 from video_mae.training import checkpoint, device_step, fragments
 from video_mae.training.deepspeed_config import deepspeed_config
-from video_mae.training.environment import prepare_environment
+from video_mae.training.environment import check_devices, prepare_environment
 from video_mae.training.fragments import Fragments
 from video_mae.training.heartbeat import progress
 from video_mae.training.optim import guard, make_optimizer
@@ -50,6 +51,7 @@ class Engine:
         self.device = prepare_environment()
         import deepspeed
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         world = World.from_environment()
         self.config, self.checkpoints = config, Path(config.output) / "checkpoints"
         self.dictionary = deepspeed_config(config, world.size)
@@ -344,8 +346,7 @@ def check_start(config: RunConfig) -> None:
     """Checks what the engine of a run will need. Raises: ValueError for what this machine or
     DeepSpeed cannot do.
     """
-    if config.engine.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("engine.precision: fp16 needs a GPU; use bf16 or fp32")
+    check_devices("engine.precision", config.engine.precision, config.data)
     dictionary = deepspeed_config(config, World.from_environment().size)
     if not config.engine.extra:
         return

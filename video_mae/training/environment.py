@@ -4,7 +4,29 @@ import os
 
 import torch
 
+from video_mae.config.data import ReadConfig
+from video_mae.config.training import Precision
 from video_mae.config.world import World, ranks_here
+
+
+def check_devices(key: str, precision: Precision, data: ReadConfig) -> None:
+    """Raises: ValueError where a GPU is asked for, and there is none. key: of the precision."""
+    if torch.cuda.is_available():
+        return
+    if precision == "fp16":
+        raise ValueError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
+    if data.decoder_device == "cuda":
+        raise ValueError(
+            "data.decoder_device: cuda needs a GPU, and there is none here; set "
+            "data.decoder_device=cpu"
+        )
+    import psutil  # which DeepSpeed brings
+
+    for process in psutil.Process().parents():
+        if "\0--num_gpus" in "\0".join(process.cmdline()):
+            raise ValueError(
+                "--num_gpus: there is no GPU here; on CPUs: deepspeed --num_accelerators 2 ..."
+            )
 
 
 def prepare_environment() -> torch.device:

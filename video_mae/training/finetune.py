@@ -29,11 +29,11 @@ from video_mae.training.saving import publish
 from video_mae.training.starting_weights import StartingWeights, starting_weights
 
 
-def start(config: FinetuneConfig) -> Callable[[], int]:
+def start(config: FinetuneConfig) -> int | Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).command
+    return prepare(config).start()
 
 
 def prepare(config: FinetuneConfig) -> "Finetuning":

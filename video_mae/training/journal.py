@@ -29,6 +29,7 @@ from video_mae.files import (
     one_line,
     read_jsonl,
 )
+from video_mae.progress_bar import ProgressBar
 from video_mae.training.engine import Engine
 from video_mae.training.heartbeat import progress
 
@@ -129,14 +130,11 @@ class Journal:
             mend_jsonl(self.metrics_file, resumed_step, {"step"}, self.say)
             for register in (self.quarantine, self.fallbacks):
                 mend_jsonl(register.file, resumed_step, {"path", "decoder", "reason"}, self.say)
-        tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked from here
-        self._bar: Any = tqdm(
-            total=total_steps,
+        self._bar: Any = ProgressBar(
+            total_steps,
+            "step",
             initial=resumed_step,
-            file=sys.stdout,
-            dynamic_ncols=True,
-            unit="step",
-            disable=None if engine.rank == 0 else True,  # None: where nobody watches
+            disable=engine.rank != 0 or not (sys.stdout.isatty() and sys.stderr.isatty()),
         )
 
     def say(self, message: str, *, anywhere: bool = False) -> None:

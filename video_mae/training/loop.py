@@ -4,7 +4,7 @@ lines, the checkpoints and the reasons to stop that all stages share.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -26,19 +26,14 @@ from video_mae.decoding import Member, decoder_version, is_video
 from video_mae.files import storing, write_json
 from video_mae.kernels.dispatch import describe
 from video_mae.processes import hold_folder
+from video_mae.training.dry_run import dry_run
 from video_mae.training.engine import Engine, check_start, leave
 from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
 from video_mae.training.report import write_report
-from video_mae.training.run_folder import (
-    LISTS_FILE,
-    Config,
-    check_lists,
-    check_rates,
-    settled,
-)
+from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
@@ -137,6 +132,10 @@ class Training(ABC, Generic[Config]):
     def after(self, done: int) -> None:
         """What follows the step that makes `done`. Every rank calls it."""
 
+    def start(self) -> int | Callable[[], int]:
+        """What the command line runs: `command`, unless this is a dry run."""
+        return dry_run(self) if self.config.dry_run else self.command
+
     def command(self) -> int:
         """`run` alone in its folder, by ranks that watch one another and leave together. Raises:
         FolderError, StorageError.
@@ -220,8 +219,7 @@ class Training(ABC, Generic[Config]):
         journal.step(done, self.epoch(done), values, lr, grad_norm, engine.skipped_steps, more)
 
         is_saved = is_last or is_due(done, config.journal.checkpoint_interval) or self.is_save_due
-        # A line has waited for the device, a checkpoint will: to know all costs nothing then. Else
-        # the host is a step behind.
+        # a line and a checkpoint wait for the device anyhow; else the host is a step behind
         self._learn_of_steps(of_all=is_logged or is_saved)
         if self.signal:
             self._learn_of_steps(of_all=True)
@@ -306,8 +304,7 @@ class Training(ABC, Generic[Config]):
         config, engine, journal = self.config, self.engine, self.journal
         workers = plan_workers(config.data.num_workers, config.data.decoder_threads)
         self._introduce(first_step, workers.describe())
-        if workers.told:
-            journal.say(workers.told)
+        journal.say(workers.told)
         packed, place = "", self.videos[0][0]
         if isinstance(place, Member):
             packed = "video" if is_video(place) else "frames"
@@ -349,6 +346,8 @@ class Training(ABC, Generic[Config]):
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
         millions = sum(math.prod(shape) for shape in shapes) / 1e6
         state = f"resumed after step {first_step}" if first_step else "begins with the first step"
+        if first_step == self.schedule.total_steps:
+            state = f"already finished, all of its {first_step} steps are done"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:

@@ -133,6 +133,11 @@ def make_schedule(
         f"{config.accumulation} accumulated{clips}; {warmup} warm-up steps of {total}, then "
         f"{rest}"
     )
+    if videos > num_videos:
+        line += (
+            f"; a step takes {videos} videos, and there are {num_videos}, so that some come more "
+            "than once in it: lower optim.micro_batch"
+        )
     if config.drop_last_batch:
         line += (
             f"; an epoch is {epoch_videos // videos} steps, {num_videos - epoch_videos} of its "

@@ -33,11 +33,11 @@ from video_mae.training.starting_weights import starting_weights
 from video_mae.training.teacher import MovingTeacher, Teacher, load_teacher
 
 
-def start(config: PretrainConfig) -> Callable[[], int]:
+def start(config: PretrainConfig) -> int | Callable[[], int]:
     """The stage as the command line starts it: a mistake is raised here, the training is what is
     returned.
     """
-    return prepare(config).command
+    return prepare(config).start()
 
 
 def prepare(config: PretrainConfig) -> "Pretraining":

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from video_mae.config import OptimConfig, RunConfig, load_config
 from video_mae.config.schema import flatten
@@ -17,7 +17,9 @@ from video_mae.decoding import resolve_decoder
 from video_mae.files import check_folder, read_text
 from video_mae.processes import require_free
 from video_mae.training.checkpoint import facts, newest, steps_done
-from video_mae.training.optim import Schedule
+
+if TYPE_CHECKING:
+    from video_mae.training.optim import Schedule
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -25,6 +27,7 @@ Config = TypeVar("Config", bound=RunConfig)
 # run.
 FREE_KEYS = (
     "output",
+    "dry_run",
     "data.root",  # the digest of the list tells whether its paths are others
     "validation.root",
     "journal.",
@@ -44,6 +47,9 @@ FREE_KEYS = (
 # With optim.schedule = constant_cooldown these may change too: `check_rates` sees to it that the
 # steps that are done keep their rates. Stages that have not begun are as free.
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
+
+# What a stage finds out for itself, from the model that it starts from and from its lists.
+FOUND_KEYS = ("model.target_width", "model.position_grid", "classifier.class_names")
 
 # May come apart in another way, but stays.
 GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"
@@ -86,60 +92,16 @@ def check_lists(config: RunConfig, lists: Mapping[str, Mapping[str, Any]]) -> li
 def settled(config: Config) -> tuple[Config, OptimConfig, list[str]]:
     """The configuration with the decoder that auto means, that of the run in the folder or the
     first that works here; the optimization that the run had before (for a new one the same), with
-    the micro-batch and accumulation of now; and a line about each of its facts that was another
-    when the newest checkpoint was written.
+    the micro-batch and accumulation of now; and what `check_same_run` tells.
 
-    Raises: ValueError where the folder holds anything but this very run, its decoder is not there
-    any more, or an earlier version wrote the checkpoint in another mode.
+    Raises: as it does, and ValueError where the decoder of the run is not there any more.
     """
     folder, recorded, wanted = Path(config.output), "auto", config.data.decoder
-    before = run_in(config)
-    free, turns = FREE_KEYS, list[str]()
+    before, turns = run_in(config), check_same_run(config, FREE_KEYS)
     if before is not None:
         recorded = before.data.decoder  # earlier versions wrote auto
         if wanted == "auto":
             wanted = recorded
-        was, now = flatten(before), flatten(config)
-        now["data.decoder"] = wanted
-        if recorded == "auto":
-            was["data.decoder"] = wanted
-        if now.get("objective.negatives") != "batch":  # which come from a micro-batch
-            free += ("optim.micro_batch",)
-        done = math.inf
-        if before.optim.schedule == "constant_cooldown":
-            free, done = free + LENGTHS, steps_done(folder)
-        for flat in (was, now):
-            stages = flat.get("stages", {}).values()  # fine-tuning has none
-            own = flat["optim.micro_batch"]
-            flat["stages"] = {
-                (replace(stage, micro_batch=None), (stage.micro_batch or own) / own)
-                for stage in stages
-                if stage.from_step < done
-            }
-        found = newest(folder / "checkpoints")
-        if found is not None:
-            place, manifest = found
-            here = facts(config)
-            turns = [
-                f"{place}: was written with {key} = {manifest[key]}, this start has {value}"
-                for key, value in here.items()
-                if manifest.get(key, value) != value
-            ]
-            if turns and "memory" not in manifest:
-                raise ValueError(
-                    f"{turns[0]}; an earlier version wrote it: start as before until there is a "
-                    "newer one, or choose another output folder"
-                )
-            then, optim = before.optim, config.optim
-            earlier = then.micro_batch * then.accumulation * manifest["world_size"]
-            was[GLOBAL_BATCH] = manifest.get("videos_per_step", earlier)
-            now[GLOBAL_BATCH] = here["world_size"] * optim.micro_batch * optim.accumulation
-        for key, value in now.items():
-            if value != was[key] and not key.startswith(free):
-                raise ValueError(
-                    f"{folder}: this run was started with {key} = {was[key]}, now it is {value}; "
-                    "set it back, or choose another output"
-                )
     try:
         decoder = resolve_decoder(wanted)
     except ValueError as error:
@@ -156,7 +118,65 @@ def settled(config: Config) -> tuple[Config, OptimConfig, list[str]]:
     return config, then, turns
 
 
-def check_rates(folder: Path, before: Schedule, now: Schedule) -> None:
+def check_same_run(config: RunConfig, free: tuple[str, ...] = FREE_KEYS + FOUND_KEYS) -> list[str]:
+    """Compares a configuration with that of the run in its folder, but for keys that are free;
+    returns a line about each fact that was another when the newest checkpoint was written. By
+    default that is as much as is known before lists and models are read.
+
+    Raises: ValueError where the folder holds anything but this very run, naming all keys that were
+    others, or an earlier version wrote the checkpoint in another mode.
+    """
+    before, folder = run_in(config), Path(config.output)
+    if before is None:
+        return []
+    turns, done = list[str](), math.inf
+    was, now = flatten(before), flatten(config)
+    if "auto" in (was["data.decoder"], now["data.decoder"]):
+        was["data.decoder"] = now["data.decoder"]
+    if now.get("objective.negatives") != "batch":  # which come from a micro-batch
+        free += ("optim.micro_batch",)
+    if before.optim.schedule == "constant_cooldown":
+        free, done = free + LENGTHS, steps_done(folder)
+    for flat in (was, now):
+        stages = flat.get("stages", {}).values()  # fine-tuning has none
+        own = flat["optim.micro_batch"]
+        flat["stages"] = {
+            (replace(stage, micro_batch=None), (stage.micro_batch or own) / own)
+            for stage in stages
+            if stage.from_step < done
+        }
+    found = newest(folder / "checkpoints")
+    if found is not None:
+        place, manifest = found
+        here = facts(config)
+        turns = [
+            f"{place}: was written with {key} = {manifest[key]}, this start has {value}"
+            for key, value in here.items()
+            if manifest.get(key, value) != value
+        ]
+        if turns and "memory" not in manifest:
+            raise ValueError(
+                f"{turns[0]}; an earlier version wrote it: start as before until there is a "
+                "newer one, or choose another output folder"
+            )
+        then, optim = before.optim, config.optim
+        earlier = then.micro_batch * then.accumulation * manifest["world_size"]
+        was[GLOBAL_BATCH] = manifest.get("videos_per_step", earlier)
+        now[GLOBAL_BATCH] = here["world_size"] * optim.micro_batch * optim.accumulation
+    changed = [
+        f"with {key} = {was[key]}, now it is {value}"
+        for key, value in now.items()
+        if value != was[key] and not key.startswith(free)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder}: this run was started {'; '.join(changed)}; set it back, or choose another "
+            "output"
+        )
+    return turns
+
+
+def check_rates(folder: Path, before: "Schedule", now: "Schedule") -> None:
     """Raises: ValueError where another schedule changes the learning rates of the steps that are
     done, or ends before them.
     """
@@ -179,8 +199,13 @@ def run_in(config: Config) -> Config | None:
     """
     folder = Path(config.output)
     check_folder(folder)
-    # what is hidden is only left from a start that came to nothing
-    if not folder.exists() or all(path.name[0] == "." for path in folder.iterdir()):
+    # a dry run leaves one that is to be begun anew where it is; what is hidden is only left from
+    # a start that came to nothing
+    if (
+        config.from_scratch
+        or not folder.exists()
+        or all(path.name[0] == "." for path in folder.iterdir())
+    ):
         return None
     file = folder / "config.yaml"
     if not file.is_file():
@@ -205,6 +230,8 @@ def set_aside(config: Config) -> Config:
     Each rank may call it, before any makes a new folder. Raises: ValueError where it is at work.
     """
     folder = Path(config.output)
+    if config.dry_run:
+        return config
     if config.from_scratch and (folder / "config.yaml").exists():
         with suppress(FileNotFoundError):  # another rank was first
             require_free(folder)

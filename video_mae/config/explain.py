@@ -1,0 +1,33 @@
+"""The keys of a stage, explained: what `video-mae STAGE --help` prints."""
+
+import json
+from dataclasses import is_dataclass
+from typing import Literal, get_args, get_origin
+
+from video_mae.config.schema import Knobs, told_range, walk_keys
+
+
+def describe(schema: type[Knobs], part: str = "all") -> str:
+    """Keys with their defaults, choices or ranges, and meanings, as `--help` prints them: of all,
+    of a section, or, where `part` is empty, of the ten that matter first.
+    """
+    keys = [key for key, hint, *_ in walk_keys(schema) if not is_dataclass(hint)]
+    told = [key for key in keys if part == "all" or key.startswith(f"{part}.")]
+    if not part:
+        told = schema.first_keys.split() or keys[:10]
+    lines = list[str]()
+    for key, hint, f, default in walk_keys(schema):
+        if is_dataclass(hint) and part == "all":
+            lines.append(f"\n{key}: {f.metadata['meaning']}")
+        if key not in told:
+            continue
+        line = f"  {key} = {default if isinstance(default, str) else json.dumps(default)}"
+        if default == "":
+            line += '""'
+        if get_origin(hint) is Literal:
+            line += f" {{{' | '.join(str(choice) for choice in get_args(hint))}}}"
+        if limits := told_range(f):
+            line += f" ({limits})"
+        lines += [line, f"      {f.metadata['meaning']}"]
+    lines.append(f"\n{len(told)} of {len(keys)} keys; --help all, or a section: --help data")
+    return "\n".join(lines)

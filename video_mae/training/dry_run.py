@@ -1,0 +1,42 @@
+"""A run that is checked and told, and not begun."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from video_mae.config.world import World
+from video_mae.data.sampling import StepSampler
+from video_mae.files import say
+from video_mae.training.checkpoint import steps_done
+
+if TYPE_CHECKING:
+    from video_mae.training.loop import Training
+
+
+def dry_run(training: "Training[Any]") -> int:
+    """Makes the model without its memory, and the clips of the first video, and tells what a start
+    would do. Raises: ValueError where no clip can be made.
+    """
+    config, steps = training.config, training.schedule.total_steps
+    done = steps_done(training.folder) if config.has_begun else 0
+    with torch.device("meta"):
+        model, _ = training.make_model()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stream = training.videos.stream(config.seed)
+    sampler = StepSampler(len(training.videos), 1, 1, 0, 1, config.seed, 0, 1, stream)
+    key, *_ = next(iter(training.arranged(sampler)))
+    sample = training.make_dataset()[key]
+    lines = [
+        *training.introduction,
+        *map(": ".join, sample.failures),
+        f"decoded: {training.videos[sample.index][0]}, clips of {list(sample.clips[0].shape)}",
+        f"{training.introduce()}, {parameters / 1e6:.1f} million parameters",
+        f"run folder {training.folder}: {done} of {steps} steps are done, the others would take "
+        f"{training.videos_before(steps) - training.videos_before(done)} videos, "
+        f"{config.data.clips_per_video} clips of each; a checkpoint has about "
+        f"{parameters * 12 / 1e9:.2g} GB",  # float32, and with it the moments of AdamW
+        "dry run: nothing was written or begun",
+    ]
+    for line in lines if World.from_environment().rank == 0 else ():
+        say(line)
+    return 0
