@@ -27,7 +27,7 @@ class Stage(NamedTuple):
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
-    some_key=VALUE. A name may be two words.
+    some_key=VALUE. A name may be two words. A word that ends with ... is a list of at least one.
     """
 
     meaning: str
@@ -91,6 +91,12 @@ STAGES = {
         "evaluation.extract",
         "ExtractConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
+    ),
+    "compare": Stage(
+        "lay runs side by side on one page: figures, curves, the settings that differ",
+        "report.compare",
+        "CompareConfig",
+        ("RUN...",),
     ),
     "doctor": Stage(
         "check every line and every video of a list, and write a clean one; exit status 0: all is "
@@ -206,7 +212,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         command = stages.add_parser(name, help=stage.meaning, description=stage.meaning)
         command.stage = stage
         for word in stage.words:
-            command.add_argument(word)
+            command.add_argument(word, nargs="+" if word.endswith("...") else None)
         for flag in stage.flags:
             _add_flag(command, *flag.split(" "))
         command.set_defaults(flags=[])
@@ -223,6 +229,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"unrecognized arguments: {argument}")
     # argparse leaves over a key=value that follows a flag
     options.overrides += [*options.flags, *more]
+    for word in STAGES[options.stage].words:
+        if word.endswith("..."):  # a list takes all that follows, keys too
+            given = getattr(options, word)
+            keys = [one for one in given if "=" in one]
+            options.overrides += keys
+            setattr(options, word, [one for one in given if one not in keys])
     return options
 
 

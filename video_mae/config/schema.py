@@ -174,6 +174,15 @@ def flatten(config: Any, prefix: str = "") -> JsonObject:
     return flat
 
 
+def knobs_of(schema: type) -> dict[str, tuple[Any, str]]:
+    """{"optim.micro_batch": (32, "videos that ..."), ...}: every knob's default and meaning."""
+    return {
+        key: (default, f.metadata["meaning"])
+        for key, hint, f, default in _walk(schema)
+        if not is_dataclass(hint)
+    }
+
+
 def describe(schema: type) -> str:
     """Every key with its default, choices or range, and meaning, as `--help` prints it."""
     lines: list[str] = []
