@@ -29,7 +29,6 @@ from video_mae.report.curves import draw_curves
 from video_mae.report.page import write_report
 from video_mae.report.record import list_settings, read_run, summarize
 
-
 PLOTLY = "/* what draws */"
 
 

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -2,7 +2,6 @@
 lines, the checkpoints and the reasons to stop that all stages share.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
