@@ -19,6 +19,7 @@ FAULTS = """
 (async () => {
   const faults = [];
   const page = document.documentElement;
+  for (const details of document.querySelectorAll("details")) details.open = true;
   if (page.scrollWidth > innerWidth + 1) faults.push(`page: ${page.scrollWidth} wide`);
   const scrolls = (one) => one.closest(".scroll") !== null;
   for (const one of document.querySelectorAll("main *:not(svg *)")) {
@@ -43,7 +44,6 @@ FAULTS = """
         faults.push(`clipped: ${text.textContent}`);
     }
   }
-  for (const details of document.querySelectorAll("details")) details.open = true;
   const images = [...document.images];
   await Promise.all(images.map((one) => one.decode().catch(() => faults.push(`picture: ${one.alt}`))));
   for (const one of images) if (one.naturalWidth < 2) faults.push(`picture: ${one.alt}`);

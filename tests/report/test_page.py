@@ -217,13 +217,13 @@ def test_the_run_that_was_in_the_folder_before_is_drawn_beside(tmp_path: Path):
     shutil.copytree(folder, tmp_path / "tuned.earlier_1796000000")
     page = write_report(folder).read_text()
     assert "tuned.earlier_1796000000" in words(page)
-    names = {curve["name"] for curve in figures(page)[0]["data"]}
-    assert names == {
-        "tuned: loss",
-        "tuned: validation loss",
-        "tuned.earlier_1796000000: loss",
-        "tuned.earlier_1796000000: validation loss",
-    }
+    curves = figures(page)[0]["data"]
+    assert [curve["hovertemplate"] for curve in curves] == [
+        f"%{{y}}<extra>{run}: {name}</extra>"
+        for run in ("tuned", "tuned.earlier_1796000000")
+        for name in ("loss", "validation loss")
+    ]
+    assert [curve["showlegend"] for curve in curves] == [True, True, False, False]
 
 
 def pictures(page: str) -> list[Image.Image]:
@@ -251,7 +251,7 @@ def test_reconstructions_move_and_are_laid_out_over_the_training(pretrained: Pat
 def test_pictures_of_an_earlier_version_are_shown(tmp_path: Path):
     folder = tmp_path / "reconstructions"
     folder.mkdir()
-    for step, grey in (("step_900", 10), ("step_1000", 200)):
+    for step, grey in (("step_00000900", 10), ("step_00001000", 200)):
         Image.new("L", (8, 8), grey).save(folder / f"{step}.png")
     [shown] = pictures(write_report(tmp_path).read_text())
     assert shown.getpixel((0, 0)) == 200
@@ -354,7 +354,7 @@ def test_runs_are_laid_side_by_side(pretrained: Path, tested: Path, tmp_path: Pa
     ("arguments", "told"),
     [
         (["{run}"], "RUN: {run} is one run: name two or more"),
-        (["{run}", "nowhere"], "nowhere: no such run folder"),
+        (["{run}", "nowhere"], "RUN: nowhere holds neither metrics.jsonl nor metrics.json"),
         (["{run}", "{empty}"], "RUN: {empty} holds neither metrics.jsonl nor metrics.json"),
         (["{run}", "{run}", "output=list.txt"], "output: list.txt must end with .html"),
         (["{run}", "{run}", "outputs=a.html"], "unknown key outputs (did you mean output?)"),

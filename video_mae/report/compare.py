@@ -5,9 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from video_mae.config.schema import Knobs, knob, require
-from video_mae.files import say, write_whole
+from video_mae.files import METRICS_FILE, say, write_whole
 from video_mae.report.page import write_page
-from video_mae.report.record import read_run
 
 
 class CompareConfig(Knobs):
@@ -21,21 +20,13 @@ class CompareConfig(Knobs):
 
 
 def start(folders: Sequence[str], config: CompareConfig) -> int:
-    """Writes the page of run folders, as the command line starts it. Raises: ValueError;
-    FileNotFoundError naming a folder that is missing.
-    """
+    """Writes the page of run folders, as the command line starts it. Raises: ValueError."""
     require(len(folders) > 1, "RUN", ", ".join(folders), "is one run: name two or more")
-    runs = [read_run(Path(folder)) for folder in folders]
-    for run in runs:
-        require(
-            bool(run.lines or run.metrics),
-            "RUN",
-            run.folder,
-            "holds neither metrics.jsonl nor metrics.json: name run folders",
-        )
-    if len({run.name for run in runs}) < len(runs):
-        runs = [run._replace(name=str(run.folder)) for run in runs]
-    write = partial(write_page, template="compare.html", runs=runs)
+    for folder in folders:
+        files = [Path(folder, name).is_file() for name in ("metrics.jsonl", METRICS_FILE)]
+        remedy = "holds neither metrics.jsonl nor metrics.json: name run folders"
+        require(any(files), "RUN", folder, remedy)
+    write = partial(write_page, template="compare.html", folders=list(map(Path, folders)))
     write_whole(Path(config.output), write)
     say(f"page {config.output}")
     return 0

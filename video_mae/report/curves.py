@@ -17,17 +17,21 @@ DASHES = ("solid", "dot", "dash", "dashdot", "longdash")
 
 def draw_curves(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[JsonObject]:
     """The curves of those keys of metrics.jsonl that there are values of: a colour a key, or, of
-    several runs, a colour a run.
+    several runs, a colour a run and a dash a key.
     """
     curves: list[JsonObject] = []
+    named = set[str]()
     for place, run in enumerate(runs):
         known = [key for key in keys if _is_told(run.lines, key)]
         for number, key in enumerate(known):
-            curve = {**_curve(run.lines, key), "name": _name(key)}
+            name = _name(key)
+            curve = {**_curve(run.lines, key), "name": name, "legendgroup": key}
             if len(runs) > 1:
-                curve["name"] = escape(f"{run.name}: {_name(key)}")
+                curve["hovertemplate"] = f"%{{y}}<extra>{escape(run.name)}: {name}</extra>"
+                curve["showlegend"] = key not in named
                 dash = DASHES[number % len(DASHES)]
                 curve["line"] = {"color": COLORS[place % len(COLORS)], "dash": dash}
+            named.add(key)
             curves.append(curve)
     return curves
 

@@ -7,7 +7,7 @@ import glob
 import io
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,20 +31,25 @@ def write_report(folder: Path, say: Callable[[str], None] = print) -> Path:
     An earlier start of the run (--from-scratch renamed its folder) is drawn beside it.
     Raises: FileNotFoundError where the folder itself is missing.
     """
-    page, runs = folder / "report.html", [read_run(folder)]
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such run folder")
     before = Path(f"{folder.resolve()}.earlier_")
     earlier = sorted(before.parent.glob(f"{glob.escape(before.name)}*"))
-    if earlier:
-        runs.append(read_run(earlier[-1]))
-    draw_or_tell(page, partial(write_page, template="run.html", runs=runs), say)
-    return page
+    draw = partial(write_page, template="run.html", folders=[folder, *earlier[-1:]])
+    draw_or_tell(folder / "report.html", draw, say)
+    return folder / "report.html"
 
 
-def write_page(page: Path, template: str, runs: Sequence[RunRecord]) -> None:
-    """Writes the page of the first of these runs (run.html), or of them all (compare.html)."""
+def write_page(page: Path, template: str, folders: Sequence[Path]) -> None:
+    """Writes the page of the first of these run folders (run.html), or of them all (compare.html).
+    Where two have the same name, they are called by their paths.
+    """
     from jinja2 import Environment, FileSystemLoader
     from plotly.offline import get_plotlyjs
 
+    runs = [read_run(folder) for folder in folders]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [run._replace(name=str(run.folder)) for run in runs]
     # autoescape: names of files and classes are nobody's HTML
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
@@ -91,9 +96,9 @@ def _pictures(folder: Path) -> JsonObject:
     """The newest animation of a run, and stills of the middle of each clip: what it was, what was
     visible, and predictions after some steps. Of an earlier version its newest picture.
     """
-    animations = _by_step(folder.glob("step_*.webp"))
+    animations = sorted(folder.glob("step_*.webp"))
     if not animations:
-        return {"whole": [_link(picture) for picture in _by_step(folder.glob("*.png"))[-1:]]}
+        return {"whole": [_link(picture) for picture in sorted(folder.glob("*.png"))[-1:]]}
     last = len(animations) - 1
     num = min(NUM_STILLS, len(animations))
     chosen = [animations[i * last // max(num - 1, 1)] for i in range(num)]
@@ -116,11 +121,6 @@ def _still(animation: Path, column: int) -> str:
     file = io.BytesIO()
     still.save(file, format="WEBP", quality=85)
     return _data("webp", file.getvalue())
-
-
-def _by_step(files: Iterable[Path]) -> list[Path]:
-    """A longer number is a larger one."""
-    return sorted(files, key=lambda file: (len(file.name), file.name))
 
 
 def _link(picture: Path) -> str:

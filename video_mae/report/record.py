@@ -79,9 +79,7 @@ class RunSetting(NamedTuple):
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Reads a run folder, or one of an evaluation. Raises: FileNotFoundError for a missing one."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such run folder")
+    """Reads a run folder, or one of an evaluation."""
     lines = read_jsonl(folder / "metrics.jsonl")
     settings: JsonObject = {}
     with suppress(OSError, ValueError):

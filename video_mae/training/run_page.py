@@ -42,7 +42,7 @@ class RunPage:
     def update(self) -> None:
         """Writes the page anew where that is due."""
         begin = time.monotonic()
-        if begin < self._due:
+        if begin < self._due or not self.folder.is_dir():  # the next save ends a run without one
             return
         with self.journal.aside():
             write_report(self.folder, self.journal.say)
