@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from video_mae.config import FinetuneConfig, PretrainConfig, load_config
-from video_mae.config.schema import save_config
+from video_mae.config import FinetuneConfig, PretrainConfig
+from video_mae.config.schema import parse, save_config
 from video_mae.evaluation.scores import Scores, write_class_table
 from video_mae.files import json_line, write_metrics
 from video_mae.training.picture import PictureFrames, animate_reconstruction
@@ -96,7 +96,7 @@ def moving_frames(step: int, clips: int = 2, side: int = 48) -> PictureFrames:
 def pretraining(folder: Path, finished: bool = True, steps: int = 1400) -> Path:
     """A run that was probed, pictured, and met a bad video."""
     folder.mkdir(parents=True)
-    config = load_config(
+    config = parse(
         None,
         [
             f"output={folder}",
@@ -133,7 +133,7 @@ def pretraining(folder: Path, finished: bool = True, steps: int = 1400) -> Path:
 
 def fine_tuning(folder: Path, num_classes: int = 8) -> Path:
     folder.mkdir(parents=True)
-    config = load_config(
+    config = parse(
         None,
         [
             f"output={folder}",
