@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image
+from torch.nn.functional import pad
 
 from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
@@ -40,7 +41,7 @@ from video_mae.model.vit import VideoClassifier
 from video_mae.report.answers import worst_mistakes
 from video_mae.report.page import write_report
 from video_mae.report.record import versions
-from video_mae.training.picture import displayed
+from video_mae.training.picture import GAP, displayed
 from video_mae.training.run_page import device_name
 
 DONE, NO_FIGURES = 0, 3
@@ -193,7 +194,8 @@ class Evaluation:
             clip_THWC = displayed(clip_VTHWC[len(clip_VTHWC) // 2])
             num = min(NUM_FRAMES, len(clip_THWC))
             shown = clip_THWC[[(2 * i + 1) * len(clip_THWC) // (2 * num) for i in range(num)]]
-            picture = Image.fromarray(rearrange(shown, "t h w c -> h (t w) c").numpy())
+            strip = rearrange(pad(shown, (0, 0, 0, GAP), value=255), "t h w c -> h (t w) c")
+            picture = Image.fromarray(strip.numpy())
             picture.save(folder / f"{video:08d}.jpg", quality=85)
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from video_mae.report.answers import calibration, confusions, views, worst_mista
 from video_mae.report.curves import COLORS, draw_curves
 from video_mae.report.record import RunRecord, list_settings, read_run, summarize
 
-NUM_STILLS = 6  # predictions of a strip over training
 COLUMNS = 4  # of an animation: original, visible, predicted, difference
 
 
@@ -100,7 +99,7 @@ def _pictures(folder: Path) -> JsonObject:
     if not animations:
         return {"whole": [_link(picture) for picture in sorted(folder.glob("*.png"))[-1:]]}
     last = len(animations) - 1
-    num = min(NUM_STILLS, len(animations))
+    num = min(6, len(animations))  # as many as fit beside one another
     chosen = [animations[i * last // max(num - 1, 1)] for i in range(num)]
     stills = [("original", animations[last], 0), ("visible", animations[last], 1)]
     stills += [(f"step {int(one.stem.split('_')[1]):,}", one, 2) for one in chosen]

@@ -189,9 +189,8 @@ def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
     tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=GREY)
     pictures = rearrange(tiles, "k b t h w c -> t (b h) (k w) c").numpy()
     first, *others = [Image.fromarray(picture) for picture in pictures]
-    options = {"duration": FRAME_MILLISECONDS, "loop": 0, "quality": 85}
-    save = partial(first.save, format="WEBP", save_all=True, append_images=others, **options)
-    write_whole(path, save)
+    save = partial(first.save, format="WEBP", save_all=True, append_images=others)
+    write_whole(path, partial(save, duration=FRAME_MILLISECONDS, loop=0, quality=85))
 
 
 def displayed(pixels: torch.Tensor) -> torch.Tensor:
