@@ -161,4 +161,4 @@ def browser(profile: Path) -> Iterator[Tab]:
         os.close(from_read)
         process.terminate()
         process.wait(SECONDS)
-        time.sleep(0.2)  # its helpers leave the profile
+        time.sleep(0.2)  # its processes leave the profile
