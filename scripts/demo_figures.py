@@ -39,7 +39,6 @@ def main() -> None:
         "demo/reconstructions",
         "demo_finetuned/best",
         "demo_finetuned/report.html",
-        "demo_finetuned/confusion.png",
         "demo_finetuned/predictions.jsonl",
     ):
         print(f"  {RUNS / what}")

@@ -6,7 +6,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from video_mae import extras
@@ -14,8 +13,6 @@ from video_mae.cli import main
 from video_mae.config.data import FileConfig
 from video_mae.decoding import decoders
 from video_mae.decoding.pictures import open_tiff
-from video_mae.evaluation.scores import draw_confusion
-from video_mae.files import draw_or_tell
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -81,13 +78,3 @@ def test_a_decoder_that_is_not_there_names_the_pip_command(missing):
 def test_a_file_that_needs_a_package_names_the_pip_command(missing, tmp_path):
     with pytest.raises(ImportError, match=r"tifffile is not installed; pip install 'video-mae\["):
         open_tiff(str(tmp_path / "a.tif"), FileConfig(), 1)
-
-
-def test_figures_are_there_without_the_package_that_draws(missing, tmp_path):
-    told: list[str] = []
-    confusion = np.eye(2, dtype=np.int64)
-    draw_or_tell(
-        tmp_path / "a.png", lambda path: draw_confusion(path, confusion, "ab"), told.append
-    )
-    assert len(told) == 1
-    assert "pip install 'video-mae[plots]'" in told[0]

@@ -27,6 +27,7 @@ LEVELS = (
     ("convert",),
     ("data", "model"),
     ("decoding", "kernels"),
+    ("report",),
     ("config",),
     ("processes",),
     ("files", "extras", "progress_bar"),

@@ -30,7 +30,7 @@ class Stage(NamedTuple):
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
-    some_key=VALUE. A name may be two words.
+    some_key=VALUE. A name may be two words. A word that ends with ... is a list of at least one.
     """
 
     meaning: str
@@ -95,6 +95,12 @@ STAGES = {
         "config.evaluation.ExtractConfig",
         ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
     ),
+    "compare": Stage(
+        "lay runs side by side on one page: figures, curves, the settings that differ",
+        "report.compare",
+        "CompareConfig",
+        ("RUN...",),
+    ),
     "doctor": Stage(
         "check every line and every video of a list, and write a clean one; exit status 0: all is "
         "good, 1: something is bad, 2: a mistake in the command",
@@ -155,7 +161,7 @@ STAGES = {
 PURPOSES = {
     "learn from videos": "pretrain, finetune, recipes",
     "use a model": "predict, extract, reconstruct",
-    "measure": "evaluate, probe, bench kernels, bench step, bench data",
+    "measure": "evaluate, probe, compare, bench kernels, bench step, bench data",
     "prepare videos": "doctor, pack, demo",
     "exchange models": "convert",
 }
@@ -218,7 +224,7 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     os._exit(128 + number)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
+def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
     """(stage, its words, overrides), or prints what is asked for and exits. Raises: ValueError."""
     # the deepspeed launcher puts it first
     given = [argument for argument in arguments if not argument.startswith("--local_rank")]
@@ -231,7 +237,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
     if name not in STAGES:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
-    wanted, plain, flagged = STAGES[name].words, [], []
+    wanted, plain, flagged = STAGES[name].words, list[str](), list[str]()
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:
@@ -247,9 +253,16 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[str], list[str]]:
         else:
             plain.append(argument)
     num = len(wanted)
-    if len(plain) < num:
-        raise ValueError(f"{wanted[len(plain)]} is missing; `video-mae {name} --help` explains")
-    return name, plain[:num], plain[num:] + flagged
+    words, keys = plain[:num], plain[num:]
+    if wanted and wanted[-1].endswith("..."):
+        last = plain[num - 1 :]
+        # a file that is there is no key
+        listed = [text for text in last if "=" not in text or os.path.lexists(text)]
+        keys = [text for text in last if text not in listed]
+        words[num - 1 :] = [listed] if listed else []
+    if len(words) < num:
+        raise ValueError(f"{wanted[len(words)]} is missing; `video-mae {name} --help` explains")
+    return name, words, keys + flagged
 
 
 def _help(name: str, part: str) -> str:
@@ -290,7 +303,7 @@ def _versions() -> str:
 ANSWERS = {"-h": _page, "--help": _page, "--version": _versions, "--completion": _completion}
 
 
-def _start(name: str, words: list[str], overrides: list[str]) -> int | Callable[[], int]:
+def _start(name: str, words: list[Any], overrides: list[str]) -> int | Callable[[], int]:
     from video_mae.config.schema import parse
 
     stage = STAGES[name]

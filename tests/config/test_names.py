@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,8 +155,9 @@ def test_evaluate_and_what_it_writes(data, models, tmp_path, capsys):
     assert [Path(bad["path"]).name for bad in metrics["bad"]] == [unicode_text(BROKEN)]
     with (out / "classes.csv").open(encoding="utf-8", newline="") as file:
         assert [row["class"] for row in csv.DictReader(file)] == SHOWN
-    assert (out / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert "could not be drawn" not in capsys.readouterr().out
+    page = (out / "report.html").read_bytes().decode("utf-8")
+    assert all(escape(name) in page for name in SHOWN)
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_figure(
@@ -163,9 +165,9 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(
 ):
     def fail(*_: Any, **__: Any) -> None:
         assert (tmp_path / "out" / "metrics.json").is_file()  # figures come first
-        raise RuntimeError("no fonts\nanywhere")
+        raise RuntimeError("no plots\nanywhere")
 
-    monkeypatch.setattr("matplotlib.figure.Figure", fail)
+    monkeypatch.setattr("plotly.offline.get_plotlyjs", fail)
     assert (
         status(
             "evaluate", str(models / "classifier"), str(data), f"output={tmp_path / 'out'}", *QUICK
@@ -174,13 +176,14 @@ def test_a_picture_that_cannot_be_drawn_costs_no_figure(
     )
     out = capsys.readouterr().out
     assert (
-        "confusion.png: could not be drawn, all else is there (RuntimeError: no fonts anywhere)\n"
+        "report.html: could not be drawn, all else is there (RuntimeError: no plots anywhere)\n"
         in out
     )
     assert "top-1" in out
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "classes.csv",
         "metrics.json",
+        "mistakes",
         "predictions.jsonl",
     ]
 
@@ -447,8 +450,7 @@ def test_a_file_in_another_encoding_is_named(tmp_path):
 def test_training_ends_well_and_writes_json(
     tiny, tiny_finetune, data, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("matplotlib.figure.Figure", None)  # and without pictures
-    monkeypatch.setattr("video_mae.training.picture.Image.fromarray", None)
+    monkeypatch.setattr("video_mae.training.picture.Image.fromarray", None)  # and without pictures
     output = tmp_path / "$r\udce4n_"
     config = tiny(
         f"output={output}", f"data.source={data}", "optim.steps=7", "data.max_bad_share=1"

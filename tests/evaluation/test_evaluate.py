@@ -227,7 +227,8 @@ def test_a_run_folder_is_read_best_first_and_gets_the_results(
     assert {path.name for path in run.iterdir()} == {
         "model",
         "config.yaml",
-        "confusion.png",
+        "mistakes",
+        "report.html",
         *RESULTS,
     }
     assert json.loads((run / "metrics.json").read_text())["settings"]["model"] == str(run / "model")

@@ -1,19 +1,15 @@
-"""Accuracies against torchmetrics and the definitions, ties, videos without scores, the table and
-the picture.
-"""
+"""Accuracies against torchmetrics and the definitions, ties, videos without scores, and the table."""
 
 import csv
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import binomtest
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
-from video_mae.evaluation.scores import Scores, draw_confusion, wilson_interval, write_class_table
+from video_mae.evaluation.scores import Scores, wilson_interval, write_class_table
 
 NAMES = [f"class {label}" for label in range(7)]
 
@@ -95,21 +91,3 @@ def test_the_class_table_has_a_line_a_class(tmp_path):
         rows[1]["most_taken_for"],
     ) == ("2", "1", "0.5000", "")
     assert (rows[3]["videos"], rows[3]["top1"]) == ("0", "")
-
-
-@pytest.mark.parametrize("num_classes", [2, 61])
-def test_the_confusion_picture_is_darkest_where_the_videos_are(
-    tmp_path: Path, num_classes: int
-) -> None:
-    confusion = np.eye(num_classes, dtype=np.int64) * 3
-    confusion[1] = 0  # no videos
-    draw_confusion(
-        tmp_path / "confusion.png", confusion, [f"class {label}" for label in range(num_classes)]
-    )
-    picture = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB")).astype(int)
-    assert min(picture.shape[:2]) > 300
-    dark = (picture == (8, 48, 107)).all(axis=2)  # the end of the colour map
-    assert dark.any()
-    draw_confusion(tmp_path / "none.png", np.zeros_like(confusion), [""] * num_classes)
-    empty = np.asarray(Image.open(tmp_path / "none.png").convert("RGB")).astype(int)
-    assert (empty == (8, 48, 107)).all(axis=2).sum() < dark.sum() / 2  # only the colour bar

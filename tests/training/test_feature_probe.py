@@ -85,7 +85,7 @@ def test_a_line_is_what_the_saved_model_gives(tiny: Tiny, demo_folder: Path) -> 
     log = (Path(config.output) / "log.txt").read_text()
     assert "step 4/4  probe loss " in log
     page = (Path(config.output) / "report.html").read_text()
-    assert f"{last['probe_rank']:.4g} after step 4" in page
+    assert f"effective rank {last['probe_rank']:.4g}; " in page
 
 
 def watch(training: Pretraining, states: list[Any]) -> None:

@@ -81,7 +81,7 @@ def test_a_run_leaves_the_promised_folder_and_goes_on_as_if_it_had_not_stopped(
         "deepspeed.json",
         "log.txt",
         "report.html",
-        "curves.png",
+        "run.json",
         "model/model.safetensors",
         "best/model.safetensors",
         "checkpoints/step_00000004/MANIFEST.json",
@@ -120,7 +120,7 @@ def test_a_run_leaves_the_promised_folder_and_goes_on_as_if_it_had_not_stopped(
     assert "8 classes, dense clips of stride 2, 8 validation videos" in log(config)
     assert "starts from random weights" in log(config)
     page = (folder / "report.html").read_text()
-    assert "best validation, top-1 / top-5" in page
+    assert "<h3>Validation top-1</h3>" in page
     before = [
         (folder / name).read_bytes()
         for name in ("metrics.jsonl", "model/model.safetensors", "best/model.safetensors")

@@ -43,10 +43,10 @@ WORLDS = [(2, 1), (1, 2)]
 
 STAGES = [0, 1, 2]
 
-# The command returns 0 where its launcher is killed by a signal: the report is what a run that is
+# The command returns 0 where its launcher is killed by a signal: `finished` is what a run that is
 # done writes last.
 LOOP = """
-until ./start && [ -e $RUN/report.html ]; do
+until ./start && grep -qs finished $RUN/run.json; do
     echo $? >> ended
     sleep 1
 done

@@ -1,8 +1,7 @@
-"""The files a run leaves: metrics, log, quarantine and report."""
+"""The files a run leaves: metrics, log and quarantine."""
 
 import json
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 from video_mae.config import EngineConfig, JournalConfig, RunConfig
 from video_mae.files import Register, mend_jsonl, read_jsonl
 from video_mae.training.journal import Journal, peak_flops
-from video_mae.training.report import write_report
 
 STAGES = ("decoding", "copying")
 KEYS = [
@@ -281,25 +279,6 @@ def test_what_is_done_aside_slows_no_figure_down(tmp_path: Path):
     )
 
 
-def test_a_report_of_a_fine_tuning_run_shows_its_accuracies(tmp_path: Path):
-    journal = make_journal(tmp_path, log_interval=1, total_steps=3)
-    for step, top1 in ((1, 0.25), (2, 0.75), (3, 0.5)):
-        journal.step(step, float(step), {"loss": 1.0, "accuracy": 0.125 * step}, 1e-3, 0.5, 0)
-        journal.record(
-            step, float(step), {"val_loss": 1.0, "val_top1": top1, "val_top5": 0.9, "val_videos": 8}
-        )
-    text = write_report(tmp_path).read_text()
-    for row in (
-        "<th>steps</th><td>3</td>",
-        "<th>final training accuracy</th><td>37.5%</td>",
-        "<th>best validation, top-1 / top-5</th><td>75.0% / 90.0% after step 2, 8 "
-        "videos, one view</td>",
-        "<th>last validation, top-1 / top-5</th><td>50.0% / 90.0% after step 3, 8 "
-        "videos, one view</td>",
-    ):
-        assert row in text
-
-
 def test_resuming_cuts_the_lines_of_lost_work_and_a_torn_line(tmp_path: Path):
     take_steps(make_journal(tmp_path), 1, 10)
     metrics = tmp_path / "metrics.jsonl"
@@ -481,46 +460,3 @@ def test_bad_videos_are_counted_in_the_metrics(tmp_path: Path):
     journal.quarantine.add([Failure("a.mp4")], 1)
     take_steps(journal, 1, 4)
     assert read_jsonl(tmp_path / "metrics.jsonl")[0]["bad_videos"] == 1
-
-
-def test_a_report_escapes_text_and_shows_the_newest_pictures(tmp_path: Path):
-    folder = tmp_path / "a <b> & run"
-    journal = make_journal(folder)
-    take_steps(journal, 1, 10)
-    journal.quarantine.add([Failure("<script>alert(1)</script>.mp4")], 1)
-    (folder / "config.yaml").write_text("output: '<img src=x>' # & more\n")
-    (folder / "reconstructions").mkdir()
-    for step in (500, 1000, 1500, 20000):
-        (folder / "reconstructions" / f"step_{step}.png").touch()
-    page = write_report(folder)
-    text = page.read_text()
-    assert page == folder / "report.html"
-    assert "<script" not in text
-    assert "http" not in text
-    assert "&lt;script&gt;" in text
-    assert "&lt;img src=x&gt;" in text
-    assert "a &lt;b&gt; &amp; run" in text
-    assert re.findall(r'src="([^"]*)"', text) == [
-        "curves.png",
-        *(f"reconstructions/step_{step}.png" for step in (20000, 1500, 1000)),
-    ]
-    assert "<td>9.5000</td>" in text
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("metrics", [None, "", '{"step": 4, "lo'])
-def test_a_report_of_a_run_that_has_logged_nothing_says_so(tmp_path: Path, metrics: str | None):
-    if metrics is not None:
-        (tmp_path / "metrics.jsonl").write_text(metrics)
-    assert "none logged yet" in write_report(tmp_path).read_text()
-    assert (tmp_path / "curves.png").exists()
-
-
-def test_a_report_survives_one_line_and_null_values(tmp_path: Path):
-    take_steps(make_journal(tmp_path), 1, 4, loss=lambda step: float("nan"))
-    assert "not finite" in write_report(tmp_path).read_text()
-
-
-def test_a_report_of_a_missing_folder_names_it(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such run folder"):
-        write_report(tmp_path / "nowhere")

@@ -18,6 +18,8 @@ from video_mae.config import PretrainConfig, load_config
 from video_mae.data import ClipDataset
 from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
+from video_mae.report.page import write_report
+from video_mae.training import run_page
 from video_mae.training.checkpoint import step_name
 from video_mae.training.deepspeed_config import deepspeed_config
 from video_mae.training.engine import Engine
@@ -52,7 +54,17 @@ def losses(config: PretrainConfig) -> list[float]:
     return [line["loss"] for line in lines(config)]
 
 
-def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
+def test_a_run_leaves_the_promised_folder(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_page, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(run_page, "INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(run_page, "MOST_SHARE", 1000.0)
+    states: list[bool] = []
+
+    def write(folder: Path, say: Callable[[str], None]) -> None:
+        states.append("finished" in json.loads((folder / "run.json").read_text()))
+        write_report(folder, say)
+
+    monkeypatch.setattr(run_page, "write_report", write)
     config = tiny(
         "journal.checkpoint_interval=2",
         "journal.picture_interval=3",
@@ -67,11 +79,12 @@ def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
         "deepspeed.json",
         "log.txt",
         "report.html",
-        "curves.png",
+        "run.json",
         "model/config.json",
         "model/model.safetensors",
         "reconstructions/step_00000003.png",
         "reconstructions/step_00000004.png",
+        "reconstructions/step_00000004.webp",
         "checkpoints/step_00000004/MANIFEST.json",
     ):
         assert (folder / name).stat().st_size > 0, name
@@ -81,6 +94,7 @@ def test_a_run_leaves_the_promised_folder(tiny: Tiny) -> None:
     )
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000004\n"
     assert any("tfevents" in file.name for file in (folder / "tensorboard").rglob("*"))
+    assert states == [False, False, False, True]  # after each line, and at the end
     written = lines(config)
     assert [line["step"] for line in written] == [1, 2, 3, 4]
     assert all(line.keys() >= METRICS for line in written)

@@ -53,7 +53,7 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
     )
     output: str = knob(
         "",
-        "folder for metrics.json, predictions.jsonl, classes.csv and confusion.png; empty: the "
+        "folder for metrics.json, predictions.jsonl, classes.csv and report.html; empty: the "
         "run folder",
     )
     num_clips: int | None = knob(

@@ -192,6 +192,15 @@ def flatten(config: Any, prefix: str = "") -> JsonObject:
     return flat
 
 
+def knobs_of(schema: type) -> dict[str, tuple[Any, str]]:
+    """{"optim.micro_batch": (32, "videos that ..."), ...}: every knob's default and meaning."""
+    return {
+        key: (default, f.metadata["meaning"])
+        for key, hint, f, default in walk_keys(schema)
+        if not is_dataclass(hint)
+    }
+
+
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
     """Puts `where` before what is wrong inside, which is one line then."""

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from einops import rearrange
 from numpy.typing import NDArray
+from PIL import Image
+from torch.nn.functional import pad
 
 from video_mae.config.evaluation import EvaluateConfig
 from video_mae.convert.model_folder import choose_frames, find_model_folder, load_pretrained
 from video_mae.data.videos import read_labeled
 from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
-from video_mae.evaluation.predict import classify_views, names_of, views_of
+from video_mae.evaluation.predict import merge_views, names_of, view_logits, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.evaluation.scores import CONFIDENCE, Scores, draw_confusion, write_class_table
+from video_mae.evaluation.scores import CONFIDENCE, Scores, write_class_table
 from video_mae.files import (
     LIST_DIGEST,
     check_results,
@@ -35,19 +38,26 @@ from video_mae.files import (
 )
 from video_mae.kernels.dispatch import describe
 from video_mae.model.vit import VideoClassifier
+from video_mae.report.answers import worst_mistakes
+from video_mae.report.page import write_report
+from video_mae.report.record import versions
+from video_mae.training.picture import GAP, displayed
+from video_mae.training.run_page import device_name
 
 DONE, NO_FIGURES = 0, 3
 TOLD_CLASSES = 5
+NUM_FRAMES = 4  # of a video that was mistaken
 
 
 class Outcome(NamedTuple):
     """What a rank found for a video, by its place in the list: its scores [K]; NaN where it could
-    not be decoded, and the reason.
+    not be decoded, and the reason. view_predictions: the first class of each view by itself.
     """
 
     video: int
     scores_K: NDArray[np.float64]
     bad: str
+    view_predictions: list[int]
 
 
 def start(model: str, source: str, config: EvaluateConfig) -> Callable[[], int]:
@@ -111,7 +121,7 @@ class Evaluation:
             return self._conclude(outcomes) if ranks.is_main else DONE
 
     def _outcomes(self, ranks: Ranks) -> list[Outcome]:
-        config, views = self.config, self.views
+        config, views, self.device = self.config, self.views, ranks.device
         model, mine = self.model.to(ranks.device), ranks.share(len(self.videos))
         ranks.say(
             *self.videos.notes,
@@ -127,12 +137,12 @@ class Evaluation:
         loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)
         with ranks.progress(len(mine)) as progress:
             for video, viewed, failure in loader:
-                scores_K, bad = nothing_K, ""
-                if failure:
-                    bad = failure.reason
-                else:
-                    scores_K = classify_views(model, viewed, config.precision).numpy()
-                outcomes.append(Outcome(video, scores_K, bad))
+                outcome = Outcome(video, nothing_K, failure.reason if failure else "", [])
+                if not failure:
+                    logits_VK = view_logits(model, viewed, config.precision)
+                    own = logits_VK.argmax(dim=1).tolist()
+                    outcome = Outcome(video, merge_views(logits_VK).numpy(), "", own)
+                outcomes.append(outcome)
                 progress.update()
         return outcomes
 
@@ -142,7 +152,7 @@ class Evaluation:
         has_scores_M, paths = scores.has_scores(), self.videos.paths
         bad = [outcome for outcome in outcomes if outcome.bad]
         why = ""
-        odd = [video for video, _, reason in outcomes if not reason and not has_scores_M[video]]
+        odd = [one.video for one in outcomes if not one.bad and not has_scores_M[one.video]]
         if odd:
             why = (
                 f"the scores of {paths[odd[0]]} are not finite; try precision=fp32, or another "
@@ -161,18 +171,32 @@ class Evaluation:
             "interval": f"Wilson, {CONFIDENCE:.0%}",
             "views": self.num_views,
             "bad_videos": len(bad),
-            "bad": [{"path": str(paths[video]), "reason": reason} for video, _, reason in bad],
+            "bad": [{"path": str(paths[one.video]), "reason": one.bad} for one in bad],
+            "device": device_name(self.device),
+            "versions": versions(),
         }
-        rows = [json_text(self._row(outcome)) + "\n" for outcome in outcomes]
-        write_text(self.folder / "predictions.jsonl", "".join(rows))
+        rows = [self._row(outcome) for outcome in outcomes]
+        text = "".join(json_text(row) + "\n" for row in rows)
+        write_text(self.folder / "predictions.jsonl", text)
         write_class_table(self.folder / "classes.csv", figures, self.names)
         write_metrics(self.folder, self.settings, metrics)
         self._tell(metrics)
-        draw_or_tell(
-            self.folder / "confusion.png",
-            partial(draw_confusion, confusion=figures.confusion(), names=self.names),
-        )
+        draw = partial(self._draw_mistakes, videos=worst_mistakes(rows))
+        draw_or_tell(self.folder / "mistakes", draw)
+        write_report(self.folder, say)
         return DONE
+
+    def _draw_mistakes(self, folder: Path, videos: list[int]) -> None:
+        """Writes some frames of each of these videos, as the middle view has them, side by side."""
+        folder.mkdir()
+        for video in videos:
+            clip_VTHWC = self.views.read(self.videos.paths[video]).clips()
+            clip_THWC = displayed(clip_VTHWC[len(clip_VTHWC) // 2])
+            num = min(NUM_FRAMES, len(clip_THWC))
+            shown = clip_THWC[[(2 * i + 1) * len(clip_THWC) // (2 * num) for i in range(num)]]
+            strip = rearrange(pad(shown, (0, 0, 0, GAP), value=255), "t h w c -> h (t w) c")
+            picture = Image.fromarray(strip.numpy())
+            picture.save(folder / f"{video:08d}.jpg", quality=85)
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         """A line of predictions.jsonl."""
@@ -187,6 +211,7 @@ class Evaluation:
         first = np.argsort(-score_K, kind="stable")[:TOLD_CLASSES].tolist()
         row |= {
             "views": self.num_views,
+            "view_predictions": outcome.view_predictions,
             "predicted": first[0],
             "right": first[0] == label,
             "top": [{"class": self.names[k], "probability": float(score_K[k])} for k in first],

@@ -49,7 +49,7 @@ def classify_video(
         viewed = views.read(str(video))
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
-    scores_K, names = classify_views(model, viewed), names_of(model.classifier_config)
+    scores_K, names = merge_views(view_logits(model, viewed)), names_of(model.classifier_config)
     first = scores_K.argsort(descending=True, stable=True)[:top].tolist()
     return [(names[k], float(scores_K[k])) for k in first]
 
@@ -84,13 +84,13 @@ def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:
 
 
 @torch.inference_mode()
-def classify_views(
+def view_logits(
     model: VideoClassifier, views: VideoViews, precision: Precision = "fp32"
 ) -> torch.Tensor:
-    """Scores scores_K of a video, float64 on the CPU.
+    """The outputs logits_VK for the views of a video.
 
-    One forward pass holds all the views of the video and nothing else, so the scores depend on no
-    other video.
+    One forward pass holds all the views of the video and nothing else, so they depend on no other
+    video.
     """
     device = model.head.weight.device
     was_training = model.training
@@ -98,7 +98,7 @@ def classify_views(
     with autocast(device, precision):
         logits_VK = model(views.clips(device))
     model.train(was_training)
-    return merge_views(logits_VK)
+    return logits_VK
 
 
 def merge_views(logits_VK: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
-"""How good a classifier's scores are: accuracies with their uncertainty, the table of the classes,
-the picture of the confusions.
+"""How good a classifier's scores are: accuracies with their uncertainty, and the table of the
+classes.
 
 M videos, K classes.
 """
 
 import csv
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from video_mae.extras import require_package
 from video_mae.files import one_line
 
 CONFIDENCE = 0.95
-# classes whose names fit beside a picture, whose percentages fit into it
-MAX_NAMED, MAX_NUMBERED = 60, 20
-MAX_NAME = 40  # letters of a name beside a picture
 
 
 @dataclass(frozen=True)
@@ -138,44 +133,3 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
 def _cell(name: str) -> str:
     """A name as a cell of a table that no spreadsheet takes for a formula."""
     return one_line(f"'{name}" if name.startswith(tuple("=+-@")) else name)
-
-
-def draw_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str]) -> None:
-    """Writes a PNG: of each class (row) the share of its videos that was taken for each class; rows
-    without videos are white.
-    """
-    require_package("matplotlib")
-    from matplotlib.figure import Figure
-
-    num_classes = len(names)
-    with np.errstate(invalid="ignore"):
-        share = confusion / confusion.sum(axis=1, keepdims=True)
-    side = min(max(4.0, 0.32 * num_classes + 1), 12.0)
-    figure = Figure(figsize=(side + 1, side))
-    axes = figure.subplots()
-    picture = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    figure.colorbar(picture, ax=axes, shrink=0.8, label="share of the row's videos")
-    axes.set(xlabel="taken for", ylabel="is")
-    if num_classes <= MAX_NAMED:
-        shown = [
-            name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..."
-            for name in map(one_line, names)
-        ]
-        # a $ is no formula
-        axes.set_xticks(range(num_classes), shown, rotation=90, parse_math=False)
-        axes.set_yticks(range(num_classes), shown, parse_math=False)
-    if num_classes <= MAX_NUMBERED:
-        for i, j in zip(*np.nonzero(confusion), strict=True):
-            axes.text(
-                j,
-                i,
-                f"{share[i, j]:.0%}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if share[i, j] > 0.6 else "black",
-            )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # letters that the font lacks are boxes
-        # tight: with room for the names, however long they are
-        figure.savefig(path, format="png", dpi=120, bbox_inches="tight")

@@ -2,7 +2,6 @@
 lines, the checkpoints and the reasons to stop that all stages share.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -32,8 +31,8 @@ from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
-from video_mae.training.report import write_report
 from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_page import RunPage, num_parameters
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
@@ -178,7 +177,7 @@ class Training(ABC, Generic[Config]):
                     if exit_status is not None:
                         return exit_status
             if engine.rank == 0:
-                self._conclude()
+                self.page.finish()
         return DONE
 
     def _open(self, first_step: int, macs_per_clip: float) -> None:
@@ -201,6 +200,8 @@ class Training(ABC, Generic[Config]):
                 stages=Costs._fields,
                 sums=self.memory.get("sums", ()),
             )
+            if engine.rank == 0:
+                self.page = RunPage(self, first_step)
 
     def _step(self, batches: Iterator[Batch], step: int) -> int | None:
         """One step of the optimizer and what follows it; the exit status where it is the last."""
@@ -232,6 +233,8 @@ class Training(ABC, Generic[Config]):
         if ending or is_logged:
             journal.tell_fallbacks(ending)
         self.after(done)
+        if is_logged and not ending and engine.rank == 0:
+            self.page.update()
         is_saved = is_saved or ending
         journal.say(engine.writer.settle(wait=is_saved))
         if is_saved:
@@ -343,8 +346,7 @@ class Training(ABC, Generic[Config]):
                 f"videos are read by {decoder}, up to step {first_step} they were by {earlier}: "
                 "pixels may differ"
             )
-        shapes = [getattr(p, "ds_shape", p.shape) for p in self.model.parameters()]
-        millions = sum(math.prod(shape) for shape in shapes) / 1e6
+        millions = num_parameters(self.model) / 1e6
         state = f"resumed after step {first_step}" if first_step else "begins with the first step"
         if first_step == self.schedule.total_steps:
             state = f"already finished, all of its {first_step} steps are done"
@@ -357,19 +359,6 @@ class Training(ABC, Generic[Config]):
             f"{config.engine.precision}, ZeRO stage {config.engine.zero_stage}"
         )
         say(f"videos are read by {decoder}; {loading}")
-
-    def _conclude(self) -> None:
-        write_report(self.folder, self.journal.say)
-        for what, name in (
-            ("model", "model"),
-            ("averages", "model_ema"),
-            ("pictures", "reconstructions"),
-            ("best", "best"),
-            ("curves", "curves.png"),
-            ("report", "report.html"),
-        ):
-            if (self.folder / name).exists():
-                self.journal.say(f"{what:9}{self.folder / name}")
 
     def is_measured(self, done: int, interval: int) -> bool:
         """Whether the model is measured after step `done`: every `interval` steps (0: with every

@@ -37,8 +37,9 @@ NOTES = {
     "visible": "normalisation undone with statistics of the visible tubelets",
     "truth": "normalisation undone with statistics of the true hidden tubelets "
     "(not available to a model)",
-    "raw": "raw pixels predicted: nothing undone",
+    "raw": "the model predicts pixels as they are",
 }
+FRAME_MILLISECONDS = 125  # of an animation
 
 
 class PictureFrames(NamedTuple):
@@ -140,7 +141,7 @@ def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]
     fewer where they would be wider than about 1,600 pixels.
     """
     *rows_BTHWC, notes = frames
-    _, T, H, W, C = frames.original.shape
+    _, T, H, W, _ = frames.original.shape
     scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
     count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (W * scale + GAP)))
     # the middles of `count` equal parts of the clip
@@ -148,11 +149,8 @@ def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]
     numbers = ", ".join(str(frame) for frame in shown)
     header = [*f"{notes}, frames {numbers} of {T}".splitlines(), ""]
     font = ImageFont.load_default(13)
-    rows = torch.stack(rows_BTHWC)[:, :, shown, ..., : 3 if C >= 3 else 1]
-    # what is not colour is grey
-    tiles = repeat(
-        rows, "r b n h w c -> r b n (h y) (w x) (c k)", y=scale, x=scale, k=3 // rows.shape[-1]
-    )
+    rows = displayed(torch.stack(rows_BTHWC)[:, :, shown])
+    tiles = repeat(rows, "r b n h w c -> r b n (h y) (w x) c", y=scale, x=scale)
     tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=255)
     strips = rearrange(tiles, "r b n h w c -> b (r h) (n w) c")
     strips = F.pad(strips, (0, 0, MARGIN, 0, LINE, 0), value=255)
@@ -175,6 +173,34 @@ def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]
         for i, name in enumerate(PictureFrames._fields[:3]):
             write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
     write_whole(path, partial(canvas.save, format="PNG"))
+
+
+def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
+    """Writes an animated WebP with a row of moving pictures a clip, in four columns of one width:
+    original, visible, predicted, and the size of the difference between predicted and original.
+
+    Frames are shown pixel for pixel or enlarged by a whole factor.
+    """
+    original, visible, predicted, _ = frames
+    difference = (predicted.short() - original.short()).abs().to(torch.uint8)
+    columns = displayed(torch.stack([original, visible, predicted, difference]))
+    scale = math.ceil(MIN_TILE / original.shape[3])
+    tiles = repeat(columns, "k b t h w c -> k b t (h y) (w x) c", y=scale, x=scale)
+    tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=GREY)
+    pictures = rearrange(tiles, "k b t h w c -> t (b h) (k w) c").numpy()
+    first, *others = [Image.fromarray(picture) for picture in pictures]
+    save = partial(first.save, format="WEBP", save_all=True, append_images=others)
+    write_whole(path, partial(save, duration=FRAME_MILLISECONDS, loop=0, quality=85))
+
+
+def displayed(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of any channels [..., C], uint8 or uint16, as a screen shows them, uint8 [..., 3]: the
+    first three, or the first in grey.
+    """
+    if pixels.dtype == torch.uint16:
+        pixels = (pixels.float() / 257).round().to(torch.uint8)
+    shown = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
+    return shown.expand(*shown.shape[:-1], 3)
 
 
 def _weights(

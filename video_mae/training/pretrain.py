@@ -21,7 +21,11 @@ from video_mae.model.vit import VideoMAE
 from video_mae.training.collapse import RankWatch
 from video_mae.training.feature_probe import FeatureProbe
 from video_mae.training.loop import Training, is_due
-from video_mae.training.picture import draw_reconstruction, reconstruction_frames
+from video_mae.training.picture import (
+    animate_reconstruction,
+    draw_reconstruction,
+    reconstruction_frames,
+)
 from video_mae.training.stages import (
     ClipStage,
     StagedClips,
@@ -209,3 +213,5 @@ class Pretraining(Training[PretrainConfig]):
         titles = [Path(str(place)).name for place, _ in videos]
         draw = partial(draw_reconstruction, frames=frames, titles=titles)
         draw_or_tell(picture, draw, self.journal.say)
+        animate = partial(animate_reconstruction, frames=frames)
+        draw_or_tell(picture.with_suffix(".webp"), animate, self.journal.say)
