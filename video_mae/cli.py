@@ -27,7 +27,8 @@ class Stage(NamedTuple):
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
-    some_key=VALUE. A name may be two words.
+    some_key=VALUE. A name may be two words. A last word that ends with ... may
+    be several.
     """
 
     meaning: str
@@ -61,10 +62,16 @@ STAGES = {
         ("--from-scratch",),
     ),
     "reconstruct": Stage(
-        "draw what a pretrained model makes of the hidden parts of a video",
+        "draw what a pretrained model makes of the hidden parts of videos, as PNG and MP4",
         "tools.reconstruct",
         "ReconstructConfig",
-        ("MODEL_FOLDER", "VIDEO", "PICTURE.png"),
+        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
+    ),
+    "look": Stage(
+        "draw the features of a model as colours, and what it attends to in videos, likewise",
+        "evaluation.look",
+        "LookConfig",
+        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
     ),
     "evaluate": Stage(
         "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
@@ -223,6 +230,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"unrecognized arguments: {argument}")
     # argparse leaves over a key=value that follows a flag
     options.overrides += [*options.flags, *more]
+    for word in STAGES[options.stage].words:
+        if word.endswith("..."):
+            texts = options.overrides
+            more = [text for text in texts if "=" not in text or os.path.lexists(text)]
+            options.overrides = [text for text in texts if text not in more]
+            setattr(options, word, [getattr(options, word), *more])
     return options
 
 

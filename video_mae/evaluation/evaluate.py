@@ -70,7 +70,7 @@ class Evaluation:
         self.config, data = config, config.data
         model_folder = find_model_folder(model)
         self.model = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
-        self.told = choose_frames(self.model, config.sampling, config.stride)
+        self.told = choose_frames(self.model, config.sampling, config.stride or data.stride)
         head = self.model.classifier_config
         if config.antialias is not None:
             self.told.append(
@@ -121,7 +121,7 @@ class Evaluation:
             f"device {ranks.device}, {config.precision}; {self.workers.describe()}",
             self.workers.told,
         )
-        nothing_K = np.full(model.classifier_config.num_classes, np.nan)
+        nothing_K = np.full(len(self.names), np.nan)
         outcomes: list[Outcome] = []
         ahead = 2 * config.batch_size
         loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)

@@ -38,6 +38,7 @@ FREE_KEYS = (
     "engine.",
     "optim.accumulation",
     "validation.batch",
+    "classifier.class_names",  # the digest tells whether labels are others
     "probe.",  # it changes no weight, and no sample
 )
 
