@@ -233,9 +233,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     for word in STAGES[options.stage].words:
         if word.endswith("..."):
             texts = options.overrides
-            more = [text for text in texts if "=" not in text or os.path.lexists(text)]
-            options.overrides = [text for text in texts if text not in more]
-            setattr(options, word, [getattr(options, word), *more])
+            words = [text for text in texts if "=" not in text or os.path.lexists(text)]
+            options.overrides = [text for text in texts if text not in words]
+            setattr(options, word, [getattr(options, word), *words])
     return options
 
 

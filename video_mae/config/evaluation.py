@@ -207,7 +207,7 @@ class ExtractConfig(EncodingConfig):
         "Something-Something take them; null: as the model was trained, and dense where hop is "
         "given",
     )
-    stride: int | None = knob(None, "the same as data.stride", low=1)
+    stride: int | None = knob(None, "as data.stride, which it wins over", low=1)
     crop: Literal["center", "whole"] = knob(
         "center",
         "what of a frame is resized to the model's size: the middle, or all of it, squeezed",
@@ -220,12 +220,6 @@ class ExtractConfig(EncodingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.stride is None or self.data.stride in (None, self.stride),
-            "stride",
-            self.stride,
-            f"and data.stride = {self.data.stride} are two values for one thing",
-        )
         require(
             self.sampling != "uniform" or not self.hop,
             "hop",

@@ -128,8 +128,8 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
 
 def is_interpolated(c: ModelConfig) -> bool:
     """Whether positions of VideoMAE are not those that its code computes for the grid."""
-    is_kept = c.positions == "sinusoid" and c.resize_positions == "interpolate"
-    return is_kept and c.position_grid not in (None, c.grid)
+    kind = c.positions, c.resize_positions
+    return kind == ("sinusoid", "interpolate") and c.position_grid not in (None, c.grid)
 
 
 def export_program(model: Model, path: str | Path) -> list[str]:

@@ -28,16 +28,13 @@ from video_mae.files import check_folder, say, write_whole
 from video_mae.model.vit import VideoClassifier
 from video_mae.training.picture import Frames, LookFrames, arrange, draw_reconstruction, in_colors
 
-FPS = 8  # a clip of 16 frames takes two seconds
-HEAT = 0.6  # share of a pixel that tells the attention there
-
 
 class PictureConfig(Knobs):
     """What the stages have that draw videos."""
 
     output: str
     num_clips: int = knob(1, "clips, spread over the video; 1 is the middle", low=1, high=100)
-    stride: int | None = knob(None, "the same as data.stride", low=1)
+    stride: int | None = knob(None, "as data.stride, which it wins over", low=1)
     data: GivenReadConfig = section(GivenReadConfig, "how the files are read")
 
 
@@ -70,20 +67,20 @@ def draw_videos(
     check_folder(output)
     trained = clips_of(model)
     stride = config.stride or config.data.stride or trained.stride
-    chosen = ClassifierConfig(sampling=trained.sampling, stride=stride)
-    views = views_of(model.config, chosen, config.num_clips, 1, config.data)
+    frames = ClassifierConfig(sampling=trained.sampling, stride=stride)
+    views = views_of(model.config, frames, config.num_clips, 1, config.data)
     try:
         found = [views.read(video) for video in videos]
     except VideoDecodeError as error:
         raise ValueError(str(error)) from None
     for video, viewed in zip(videos, found, strict=True):
-        frames = make(viewed.clips())
+        shown = make(viewed.clips())
         picture, film = (output / file_name(video, kind) for kind in ("png", "mp4"))
-        title = f"{Path(video).name}, stride {stride}"
-        draw_reconstruction(picture, frames, [title] * config.num_clips)
+        titles = [f"{Path(video).name}, stride {stride}"] * config.num_clips
+        draw_reconstruction(picture, shown, titles)
         say(f"picture  {picture}")
         if model.config.num_frames > 1:
-            write_whole(film, partial(animate, frames=frames))
+            write_whole(film, partial(animate, frames=shown))
             say(f"video    {film}")
     return 0
 
@@ -92,9 +89,9 @@ def animate(path: Path, frames: Frames) -> None:
     """Writes an MP4 of all frames: those of a clip side by side, under the names of their rows."""
     *rows, notes = frames
     rows_BTRHWC = torch.stack([in_colors(row) for row in rows], dim=2)
-    titles = [", ".join(frames._fields[:-1])] * len(rows_BTRHWC)
+    titles = [frames._fields[:-1]] * len(rows_BTRHWC)
     film = [arrange([frame], [""], notes, titles) for frame in rows_BTRHWC.unbind(dim=1)]
-    write_video(path, np.stack(film), FPS)
+    write_video(path, np.stack(film), fps=8)
 
 
 def look(model: Model, clip_BTHWC: Tensor) -> LookFrames:
@@ -109,13 +106,13 @@ def look(model: Model, clip_BTHWC: Tensor) -> LookFrames:
     low_4, high_4 = maps_BN4.flatten(0, 1).aminmax(dim=0)
     # what is the same everywhere is grey
     maps_BN4 = ((maps_BN4 - low_4) / (high_4 - low_4)).nan_to_num(0.5)
-    maps = maps_BN4.float().unflatten(1, model.encoder.grid_of(clip_BTHWC)).movedim(-1, 1)
+    maps = maps_BN4.unflatten(1, model.encoder.grid_of(clip_BTHWC)).movedim(-1, 1)
     maps = F.interpolate(maps, clip_BTHWC.shape[1:4], mode="trilinear").movedim(1, -1)
     video, heat = in_colors(clip_BTHWC), (3 * maps[..., 3:] - torch.arange(3)).clamp(0, 1)
     return LookFrames(
         video,
         maps[..., :3],
-        HEAT * heat + (1 - HEAT) * video / 255,
+        0.6 * heat + 0.4 * video / 255,
         "features: the first three principal components of the tokens as colours\n"
         "attention: of the clip's vector in the last block, mean of its heads",
     )

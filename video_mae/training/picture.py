@@ -154,21 +154,27 @@ def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> No
     fewer where they would be wider than about 1,600 pixels.
     """
     *rows, notes = frames
-    _, T, _, W, _ = rows[0].shape
+    T, W = rows[0].shape[1::2]
     count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (max(W, MIN_TILE) + GAP)))
     # the middles of `count` equal parts of the clip
     shown = [(2 * i + 1) * T // (2 * count) for i in range(count)]
     numbers = ", ".join(str(frame) for frame in shown)
     chosen = [row[:, shown] for row in rows]
-    canvas = arrange(chosen, frames._fields[:-1], f"{notes}, frames {numbers} of {T}", titles)
+    canvas = arrange(
+        chosen, frames._fields[:-1], f"{notes}; frames {numbers} of {T}", [[t] for t in titles]
+    )
     write_whole(path, partial(canvas.save, format="PNG"))
 
 
 def arrange(
-    rows: Sequence[torch.Tensor], names: Sequence[str], notes: str, titles: Sequence[str]
+    rows: Sequence[torch.Tensor],
+    names: Sequence[str],
+    notes: str,
+    titles: Sequence[Sequence[str]],
 ) -> Image.Image:
-    """A picture of all frames [B, T, H, W, C] of each row beside its name, a clip with its title
-    above it after the other, under the notes; its sides are even, as a video wants them.
+    """A picture of all frames [B, T, H, W, C] of each row beside its name, one clip after another,
+    under the notes; its sides are even, as a video wants them. titles: of each clip those above its
+    first columns.
     """
     tiles = torch.stack([in_colors(row) for row in rows])
     W = tiles.shape[4]
@@ -192,11 +198,12 @@ def arrange(
 
     for i, line in enumerate(header):
         write(MARGIN, 8 + i * LINE, line)
-    for b, title in enumerate(titles):
+    for b, columns in enumerate(titles):
         top = len(header) * LINE + b * strips.shape[1]
-        # of a path that is too long the end tells most: its beginning is left of the picture
-        text = one_line(title)
-        write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
+        for i, text in enumerate(map(one_line, columns)):
+            # of a path that is too long the end tells most: its beginning is left of the picture
+            most = canvas.width - math.ceil(font.getlength(text))
+            write(min(MARGIN + i * tiles.shape[4], most), top + 2, text)
         for i, name in enumerate(names):
             write(8, top + LINE + i * tiles.shape[3] + tiles.shape[3] // 2 - 8, name)
     return canvas
