@@ -92,7 +92,9 @@ def test_how_clips_were_made_comes_back_and_earlier_folders_say_nothing(folder, 
     model.clips_config = clips
     save_model_folder(tmp_path / "one", model)
     # of another size, and once more
-    save_model_folder(tmp_path / "two", resized(load_pretrained(tmp_path / "one"), num_frames=8))
+    save_model_folder(
+        tmp_path / "two", resized(load_pretrained(tmp_path / "one", VideoMAE), num_frames=8)
+    )
     for name in ("one", "two"):
         description = json.loads((tmp_path / name / "config.json").read_text())
         assert description["clips"] == {

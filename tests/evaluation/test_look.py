@@ -128,7 +128,7 @@ def test_a_picture_shows_components_and_attention_where_they_are():
     # what is shown of a token: the mean of its pixels
     means = shown.unfold(1, 2, 2).unfold(2, 8, 8).unfold(3, 8, 8).mean(dim=(5, 6, 7))
     for channel, expected in zip(means.flatten(0, 3).T, maps.T, strict=True):
-        assert np.corrcoef(channel, expected)[0, 1] > 0.9
+        assert np.corrcoef(channel.numpy(), expected.numpy())[0, 1] > 0.9
     assert 0 <= shown.min() < 0.1
     assert 0.8 < frames.features.max() <= 1
     still = look(model, torch.zeros_like(clip))

@@ -181,7 +181,7 @@ def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
         }
     else:
         head = model.classifier_config
-        names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
+        names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes or 0))
         usual = "uniform" if head.num_classes == SOMETHING_CLASSES else "dense"
         sampling = "dense" if head.sampling == "dense" else "uniform"
         is_usual = sampling == usual and (usual == "uniform" or head.stride == USUAL_STRIDE)

@@ -19,7 +19,6 @@ from video_mae.config import ClassifierConfig
 from video_mae.config.data import GivenReadConfig
 from video_mae.config.schema import Knobs, knob, section
 from video_mae.convert.model_folder import Model, load_pretrained
-from video_mae.decoding import VideoDecodeError
 from video_mae.decoding.transcode import write_video
 from video_mae.evaluation.extract import file_name
 from video_mae.evaluation.features import clips_of
@@ -65,18 +64,16 @@ def draw_videos(
     """
     output = Path(config.output)
     check_folder(output)
-    trained = clips_of(model)
-    stride = config.stride or config.data.stride or trained.stride
-    frames = ClassifierConfig(sampling=trained.sampling, stride=stride)
+    clips = clips_of(model)
+    stride = config.stride or config.data.stride or clips.stride
+    frames = ClassifierConfig(sampling=clips.sampling, stride=stride)
     views = views_of(model.config, frames, config.num_clips, 1, config.data)
-    try:
-        found = [views.read(video) for video in videos]
-    except VideoDecodeError as error:
-        raise ValueError(str(error)) from None
+    found = [views.read(video) for video in videos]
     for video, viewed in zip(videos, found, strict=True):
         shown = make(viewed.clips())
         picture, film = (output / file_name(video, kind) for kind in ("png", "mp4"))
-        titles = [f"{Path(video).name}, stride {stride}"] * config.num_clips
+        title = f"{Path(video).name}, {clips.sampling} frames, stride {stride}, clip"
+        titles = [f"{title} {clip + 1}" for clip in range(config.num_clips)]
         draw_reconstruction(picture, shown, titles)
         say(f"picture  {picture}")
         if model.config.num_frames > 1:
@@ -90,8 +87,9 @@ def animate(path: Path, frames: Frames) -> None:
     *rows, notes = frames
     rows_BTRHWC = torch.stack([in_colors(row) for row in rows], dim=2)
     titles = [frames._fields[:-1]] * len(rows_BTRHWC)
-    film = [arrange([frame], [""], notes, titles) for frame in rows_BTRHWC.unbind(dim=1)]
-    write_video(path, np.stack(film), fps=8)
+    moments = rows_BTRHWC.unbind(dim=1)
+    film = [np.asarray(arrange([frame_BRHWC], [""], notes, titles)) for frame_BRHWC in moments]
+    write_video(path, np.stack(film), fps=8)  # a clip of 16 frames takes two seconds
 
 
 def look(model: Model, clip_BTHWC: Tensor) -> LookFrames:
@@ -145,7 +143,7 @@ def pooled_attention(model: Model, clip_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(model, VideoClassifier):
         pooling = model.classifier_config.pooling
     last = model.encoder.get_submodule(f"blocks.{c.depth - 1}.attn.qkv")
-    hook = last.register_forward_hook(lambda _, __, output: kept.append(output))
+    hook = last.register_forward_hook(lambda *call: kept.append(call[-1]))
     tokens_BSD = model.encoder(clip_BTHWC)
     hook.remove()
     q, k, _ = rearrange(kept[0], "b s (three h d) -> three b h s d", three=3, h=c.num_heads)
