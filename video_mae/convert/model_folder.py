@@ -114,7 +114,9 @@ def load_pretrained(
     naming the file and what does not fit, or for a model of another kind. Executes nothing from the
     files.
     """
-    path = find_model_folder(path)
+    path = Path(path)
+    if path.is_dir():
+        path = find_model_folder(path)
     if is_model_folder(path):
         model, facts = _load_folder(path, impl), facts or Facts()
         if replace(facts, sampling=None, stride=None) != Facts():

@@ -71,7 +71,8 @@ def draw_videos(
     found = [views.read(video) for video in videos]
     for video, viewed in zip(videos, found, strict=True):
         shown = make(viewed.clips())
-        picture, film = (output / file_name(video, kind) for kind in ("png", "mp4"))
+        picture = output / file_name(video, "png")
+        film = picture.with_suffix(".mp4")
         title = f"{Path(video).name}, {clips.sampling} frames, stride {stride}, clip"
         titles = [f"{title} {clip + 1}" for clip in range(config.num_clips)]
         draw_reconstruction(picture, shown, titles)
@@ -87,8 +88,7 @@ def animate(path: Path, frames: Frames) -> None:
     *rows, notes = frames
     rows_BTRHWC = torch.stack([in_colors(row) for row in rows], dim=2)
     titles = [frames._fields[:-1]] * len(rows_BTRHWC)
-    moments = rows_BTRHWC.unbind(dim=1)
-    film = [np.asarray(arrange([frame_BRHWC], [""], notes, titles)) for frame_BRHWC in moments]
+    film = [np.asarray(arrange([row], [""], notes, titles)) for row in rows_BTRHWC.unbind(dim=1)]
     write_video(path, np.stack(film), fps=8)  # a clip of 16 frames takes two seconds
 
 
