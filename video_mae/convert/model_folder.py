@@ -22,7 +22,6 @@ from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
 Model = VideoMAE | VideoClassifier
-Head = ObjectiveConfig | ClassifierConfig
 ModelClass = TypeVar("ModelClass", VideoMAE, VideoClassifier)
 # What config.json says beside the configuration of the model, by the model's class.
 HEADS = {
@@ -228,7 +227,7 @@ def _load_folder(folder: Path, impl: str) -> Model:
 
 def fitted(
     config: ModelConfig,
-    head: Head,
+    head: ObjectiveConfig | ClassifierConfig,
     state: Tensors,
     impl: str,
     *,
@@ -273,7 +272,9 @@ def fitted(
     return model.eval()
 
 
-def _read_configuration(file: Path) -> tuple[ModelConfig, Head, ClipsConfig | None]:
+def _read_configuration(
+    file: Path,
+) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig, ClipsConfig | None]:
     try:
         description = json.loads(read_small(file))
         section, schema = HEADS[description["kind"]]

@@ -21,12 +21,7 @@ from safetensors.numpy import save_file
 from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
-from video_mae.convert.model_folder import (
-    Model,
-    allow_readers,
-    find_model_folder,
-    load_pretrained,
-)
+from video_mae.convert.model_folder import Model, allow_readers, find_model_folder, load_pretrained
 from video_mae.data.videos import read_annotations
 from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers

@@ -62,9 +62,8 @@ def draw_videos(
     Raises: ValueError for a folder that cannot be, or a video that cannot be decoded, before
     anything is written.
     """
-    output = Path(config.output)
+    output, clips = Path(config.output), clips_of(model)
     check_folder(output)
-    clips = clips_of(model)
     stride = config.stride or config.data.stride or clips.stride
     frames = ClassifierConfig(sampling=clips.sampling, stride=stride)
     views = views_of(model.config, frames, config.num_clips, 1, config.data)
@@ -73,8 +72,10 @@ def draw_videos(
         shown = make(viewed.clips())
         picture = output / file_name(video, "png")
         film = picture.with_suffix(".mp4")
-        title = f"{Path(video).name}, {clips.sampling} frames, stride {stride}, clip"
-        titles = [f"{title} {clip + 1}" for clip in range(config.num_clips)]
+        titles = [
+            f"{Path(video).name}, {clips.sampling} frames, stride {stride}, clip {clip + 1}"
+            for clip in range(config.num_clips)
+        ]
         draw_reconstruction(picture, shown, titles)
         say(f"picture  {picture}")
         if model.config.num_frames > 1:
@@ -103,8 +104,8 @@ def look(model: Model, clip_BTHWC: Tensor) -> LookFrames:
     maps_BN4 = torch.cat([principal_components(tokens_BND), weight_BN[..., None]], dim=2)
     low_4, high_4 = maps_BN4.flatten(0, 1).aminmax(dim=0)
     # what is the same everywhere is grey
-    maps_BN4 = ((maps_BN4 - low_4) / (high_4 - low_4)).nan_to_num(0.5)
-    maps = maps_BN4.unflatten(1, model.encoder.grid_of(clip_BTHWC)).movedim(-1, 1)
+    maps = ((maps_BN4 - low_4) / (high_4 - low_4)).nan_to_num(0.5)
+    maps = maps.unflatten(1, model.encoder.grid_of(clip_BTHWC)).movedim(-1, 1)
     maps = F.interpolate(maps, clip_BTHWC.shape[1:4], mode="trilinear").movedim(1, -1)
     video, heat = in_colors(clip_BTHWC), (3 * maps[..., 3:] - torch.arange(3)).clamp(0, 1)
     return LookFrames(
