@@ -30,7 +30,7 @@ train() { launch "$1" "configs/$1/demo.yaml" "optim.micro_batch=$(share "$2")" "
 
 train pretrain 16
 unseen=$(find "data/demo/val/$unseen_action" -name '*.mp4' | sort | sed -n 3p)
-video-mae reconstruct runs/demo/model "$unseen" runs/demo/unseen.png mask.ratio=0.5 stride=2
+video-mae reconstruct runs/demo "$unseen" output=runs/demo/unseen
 echo "pretrained after $SECONDS s"
 
 train finetune 32 "${changes[@]}"

@@ -35,7 +35,7 @@ def main() -> None:
         )
     for what in (
         "demo/report.html",
-        "demo/unseen.png",
+        "demo/unseen",
         "demo/reconstructions",
         "demo_finetuned/best",
         "demo_finetuned/report.html",

@@ -3,13 +3,22 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, save_model_folder
+from video_mae import (
+    MaskConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    VideoMAE,
+    load_pretrained,
+    save_model_folder,
+)
 from video_mae.cli import main
+from video_mae.config import ClipsConfig
 
 
 def status(*arguments: str) -> int:
@@ -48,26 +57,46 @@ def video(demo_folder: Path) -> str:
     return str(next((demo_folder / "val").rglob("*.mp4")))
 
 
-def test_reconstruct_draws_the_same_picture_each_time(
+def drawn(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The picture of the only video, and the first frame of its film."""
+    (picture,), (film,) = folder.glob("*.png"), folder.glob("*.mp4")
+    with av.open(str(film)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 4
+    return np.asarray(Image.open(picture)), frames[0]
+
+
+def test_reconstruct_starts_from_the_training_and_draws_the_same_each_time(
     model_folder: Path, video: str, tmp_path: Path
 ) -> None:
-    pictures = [tmp_path / "a.png", tmp_path / "b.png", tmp_path / "other seed.png"]
-    for picture, seed in zip(pictures, "001", strict=True):
-        assert (
-            status(
-                "reconstruct",
-                str(model_folder),
-                video,
-                str(picture),
-                "mask.ratio=0.75",
-                "stride=2",
-                f"seed={seed}",
-            )
-            == 0
-        )
-    same, again, other = (np.asarray(Image.open(picture)) for picture in pictures)
-    assert (same == again).all()
-    assert (same != other).any()
+    """The model remembers stride 2 and a mask that hides 6 of 16 places."""
+    run = tmp_path / "run"
+    model = load_pretrained(model_folder, VideoMAE)
+    model.clips_config = ClipsConfig(stride=2, mask=MaskConfig(kind="tube", ratio=0.4))
+    save_model_folder(run / "model", model)
+    for name, words in {
+        "plain": [run],
+        "told": [model_folder, "stride=2", "mask.ratio=0.4"],
+        "data": [model_folder, "data.stride=2", "mask.ratio=0.4", "mask.kind=tube"],
+        "seed": [run, "seed=1"],
+        "ratio": [run, "mask.ratio=0.75"],
+        "kind": [run, "mask.kind=random"],
+        "stride": [run, "stride=1"],
+        "none": [model_folder],
+    }.items():
+        model_, *keys = map(str, words)
+        assert status("reconstruct", model_, video, *keys, f"output={tmp_path / name}") == 0
+    plain, film = drawn(tmp_path / "plain")
+    # original, visible, predicted: side by side, and below each other
+    for tile in (plain[80:208, 84:212], film[60:188, 84:212]):
+        assert 10 < tile.std() < 110
+    for name in ("told", "data"):
+        picture, other_film = drawn(tmp_path / name)
+        assert (picture == plain).all()
+        assert (other_film == film).all()
+    for name in ("seed", "ratio", "kind", "stride", "none"):
+        picture, _ = drawn(tmp_path / name)
+        assert picture.shape != plain.shape or (picture != plain).any(), name
 
 
 @pytest.mark.parametrize(
@@ -75,6 +104,7 @@ def test_reconstruct_draws_the_same_picture_each_time(
     [
         (lambda words: ["/no/model", *words[1:]], "/no/model/config.json: no such file"),
         (lambda words: [words[0], __file__, words[2]], "test_cli.py"),
+        (lambda words: [*words, "none.mp4"], "none.mp4"),
         (
             lambda words: [*words, "mask.ratio=0.001"],
             "mask.ratio: 0.001 of 16 tokens a frame hides 0",
@@ -90,13 +120,13 @@ def test_a_mistake_is_one_line_and_status_2(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = change([str(model_folder), video, str(tmp_path / "picture.png")])
+    words = change([str(model_folder), video, f"output={tmp_path / 'pictures'}"])
     assert status("reconstruct", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("video-mae reconstruct: ")
     assert message in error
     assert error.count("\n") == 1
-    assert not (tmp_path / "picture.png").exists()
+    assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "reconstruct", "demo"])
@@ -115,7 +145,7 @@ def test_help_explains_every_key(stage: str, capsys: pytest.CaptureFixture[str])
             "classifier.num_classes = 400",
             "{worker | device}",
         ],
-        "reconstruct": ["stride = 4", "mask.ratio = 0.9"],
+        "reconstruct": ["stride = null", "mask.ratio = null"],
         "demo": ["train_clips = 960", "{easy | medium | hard}"],
     }
     assert all(words in text for words in expected[stage])

@@ -40,7 +40,7 @@ ONLY = {
     "decord": ("video_mae.decoding.", *COMPETITORS),
     "pytorchvideo": COMPETITORS,
     "torchcodec": ("video_mae.decoding.", *COMPETITORS),
-    "av": ("video_mae.decoding.", "video_mae.tools.demo", *COMPETITORS),
+    "av": ("video_mae.decoding.", *COMPETITORS),
 }
 
 

@@ -30,7 +30,7 @@ class Stage(NamedTuple):
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
-    some_key=VALUE. A name may be two words. A word that ends with ... is a list of at least one.
+    some_key=VALUE. A name may be two words. A last word with dots is a list.
     """
 
     meaning: str
@@ -64,10 +64,16 @@ STAGES = {
         ("--from-scratch", "--dry-run"),
     ),
     "reconstruct": Stage(
-        "draw what a pretrained model makes of the hidden parts of a video",
+        "draw what a pretrained model makes of the hidden parts of videos, as PNG and MP4",
         "tools.reconstruct",
         "ReconstructConfig",
-        ("MODEL_FOLDER", "VIDEO", "PICTURE.png"),
+        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
+    ),
+    "look": Stage(
+        "draw the features of a model as colours, and what it attends to in videos, likewise",
+        "evaluation.look",
+        "LookConfig",
+        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
     ),
     "evaluate": Stage(
         "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
@@ -160,7 +166,7 @@ STAGES = {
 }
 PURPOSES = {
     "learn from videos": "pretrain, finetune, recipes",
-    "use a model": "predict, extract, reconstruct",
+    "use a model": "predict, extract, reconstruct, look",
     "measure": "evaluate, probe, compare, bench kernels, bench step, bench data",
     "prepare videos": "doctor, pack, demo",
     "exchange models": "convert",

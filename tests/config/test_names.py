@@ -309,22 +309,12 @@ def test_a_clean_list_beside_its_videos_reads_back(tmp_path, write_video, name):
     ]
 
 
-def test_reconstruct_writes_a_picture_of_the_longest_name(data, models, tmp_path):
-    for name in (FILES[0], FILES[1], "a\nb.mp4"):
-        picture = tmp_path / f"{name[:-4]}.png"
-        assert (
-            status(
-                "reconstruct",
-                str(models / "encoder"),
-                str(data / CLASSES[0] / name),
-                str(picture),
-                "stride=2",
-                "num_clips=1",
-            )
-            == 0
-        )
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".png"] * 3
+def test_reconstruct_writes_pictures_of_the_longest_names(data, models, tmp_path):
+    videos = [str(data / CLASSES[0] / name) for name in (FILES[0], FILES[1], "a\nb.mp4")]
+    words = ["stride=2", f"output={tmp_path}"]
+    assert status("reconstruct", str(models / "encoder"), *videos, *words) == 0
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".mp4"] * 3 + [".png"] * 3
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("name", ["x" * 256, "\u65e5" * 86, "x/" * 2100])
@@ -336,7 +326,8 @@ def test_a_name_that_no_disk_takes_is_one_line_with_the_name(models, data, tmp_p
         ("evaluate", str(models / "classifier"), name, f"output={tmp_path / 'o'}"),
         ("evaluate", str(models / "classifier"), good, f"output={tmp_path / name}"),
         ("evaluate", name, good),
-        ("reconstruct", str(models / "encoder"), video, str(tmp_path / f"{name}.png")),
+        ("reconstruct", str(models / "encoder"), video, f"output={tmp_path / name}"),
+        ("look", str(models / "encoder"), name),
         ("doctor", name),
         ("pack", name, "out"),
         ("extract", str(models / "encoder"), good, str(tmp_path / name)),

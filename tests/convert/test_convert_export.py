@@ -24,6 +24,7 @@ from video_mae import (
     VideoMAE,
     load_pretrained,
     random_mask,
+    resized,
     save_model_folder,
 )
 from video_mae.cli import main
@@ -296,6 +297,46 @@ def test_an_image_mae_becomes_a_vit_mae_with_its_computed_positions(bias, tmp_pa
     back = load_pretrained(tmp_path / "hub", VideoMAE)
     assert back.config.positions == "sincos"
     torch.testing.assert_close(back.predict(clip, mask), model.predict(clip, mask), **TOLERANCE)
+
+
+@pytest.mark.parametrize("choice", ["compute", "interpolate"])
+def test_a_model_of_another_size_than_it_was_pretrained_at_is_written(choice, tmp_path):
+    """Computed anew its positions are those of every format; interpolated, the official classifier
+    keeps them as a table.
+    """
+    small = replace(MODEL, num_frames=4, height=8, resize_positions=choice)
+    made: list[Any] = [VideoClassifier(small, 5), VideoMAE(small)]
+    for one in made:
+        model = randomized(resized(one, num_frames=6, height=16))
+        assert (model.config.grid, model.config.position_grid) == (MODEL.grid, (2, 1, 3))
+        folder = tmp_path / type(model).__name__
+        save_model_folder(folder, model)
+        for form in ("official", "hugging_face"):
+            config = ConvertConfig(format=form)
+            if choice == "interpolate" and (form, folder.name) != ("official", "VideoClassifier"):
+                with pytest.raises(
+                    ValueError, match=r"\(2, 1, 3\)\); those of .* = compute it has$"
+                ):
+                    convert(folder, tmp_path / "no", config)
+                continue
+            convert(folder, tmp_path / f"{folder.name}.{form}", config)
+            back, clip = load_pretrained(tmp_path / f"{folder.name}.{form}"), a_clip(MODEL)
+            with torch.no_grad():
+                ours, theirs = (each.encoder(clip) for each in (model, back))
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_transformers_computes_what_a_model_of_another_size_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = replace(MODEL, num_frames=4, width=16, height=16, resize_positions="compute")
+    model = randomized(resized(VideoClassifier(small, 5), num_frames=6, width=24, height=24))
+    save_model_folder(tmp_path / "model", model)
+    convert(tmp_path / "model", tmp_path / "hub", ConvertConfig(format="hugging_face"))
+    theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "hub").eval()
+    clip = a_clip(model.config)
+    with torch.no_grad():
+        expected = theirs(video_of(clip, model.config).transpose(1, 2)).logits
+        torch.testing.assert_close(model(clip), expected, rtol=0, atol=1e-4)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [

@@ -1,27 +1,36 @@
 """Model folders: what goes in comes out, and nothing in them is ever executed."""
 
 import json
+import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from video_mae import (
     ClassifierConfig,
+    MaskConfig,
     ModelConfig,
     ObjectiveConfig,
     VideoClassifier,
     VideoMAE,
     load_pretrained,
+    resized,
     save_model_folder,
     tube_mask,
 )
+from video_mae.config import ClipsConfig
 from video_mae.convert import model_folder as weights
+from video_mae.convert.model_folder import write_weights
+from video_mae.evaluation.extract import FeatureFile
+from video_mae.training.saving import write_state
 
 MODEL = ModelConfig(
     num_frames=4,
@@ -74,6 +83,57 @@ def test_model_comes_back_bit_for_bit_with_the_same_outputs(folder):
     )
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_how_clips_were_made_comes_back_and_earlier_folders_say_nothing(folder, tmp_path):
+    assert load_pretrained(folder).clips_config is None
+    assert "clips" not in json.loads((folder / "config.json").read_text())
+    model, clips = make(), ClipsConfig(stride=7, mask=MaskConfig(kind="random", ratio=0.6))
+    model.clips_config = clips
+    save_model_folder(tmp_path / "one", model)
+    # of another size, and once more
+    save_model_folder(
+        tmp_path / "two", resized(load_pretrained(tmp_path / "one", VideoMAE), num_frames=8)
+    )
+    for name in ("one", "two"):
+        description = json.loads((tmp_path / name / "config.json").read_text())
+        assert description["clips"] == {
+            "sampling": "dense",
+            "stride": 7,
+            "mask": {"kind": "random", "ratio": 0.6, "decoder_mask_ratio": 0.0},
+        }
+        assert load_pretrained(tmp_path / name).clips_config == clips
+    description["clips"]["stride"] = 0
+    (tmp_path / "two" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"config\.json: clips\.stride: 0 must be at least 1"):
+        load_pretrained(tmp_path / "two")
+
+
+def test_a_run_folder_is_read_as_its_best_or_last_model(tmp_path):
+    save_model_folder(tmp_path / "run" / "model", make())
+    assert_same(load_pretrained(tmp_path / "run", VideoMAE), make())
+    save_model_folder(tmp_path / "run" / "best", make(seed=1))
+    assert_same(load_pretrained(tmp_path / "run", VideoMAE), make(seed=1))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_decides(umask, mode, tmp_path):
+    earlier = os.umask(umask)
+    try:
+        save_model_folder(tmp_path / "model", make())
+        write_weights(tmp_path / "hub", make().state_dict(), {"config.json": {}})
+        write_state(tmp_path / "checkpoint" / "state.safetensors", make().state_dict())
+        beside = {"seconds": np.zeros(1)}
+        file = FeatureFile(tmp_path / "features", "safetensors", (1, 2), "float32", beside)
+        file.append(np.ones((1, 2)))
+        file.close()
+    finally:
+        os.umask(earlier)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 6
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in files} == {
+        path.name: mode for path in files
+    }
 
 
 def test_given_state_is_written_in_float32(tmp_path):

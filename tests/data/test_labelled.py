@@ -20,6 +20,7 @@ from video_mae.data.dataset import (
 )
 from video_mae.data.device_crop import Crop, cut
 from video_mae.data.videos import read_training_videos, read_validation_videos
+from video_mae.model.vit import VideoClassifier
 
 WHOLE = Crop((0, 0, 48, 48), flip=False)
 Tiny = Callable[..., FinetuneConfig]
@@ -145,3 +146,69 @@ def test_a_broken_validation_video_is_named_and_marked(tiny_finetune: Tiny, tmp_
     sample = ValidationClips(read_validation_videos(config), config)[0]
     assert sample.index == -1
     assert [Path(failure.path).name for failure in sample.failures] == ["junk.mp4"]
+
+
+def listed(tmp_path: Path, video: Path, names: list[str], labels: list[int]) -> Path:
+    """A list of videos whose folders have these names."""
+    lines = ""
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name / f"{i}.mp4").symlink_to(video)
+        lines += f"{tmp_path / 'set' / name / f'{i}.mp4'} {label}\n"
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.txt").write_text(lines)
+    return tmp_path / "lists" / "train.txt"
+
+
+@pytest.mark.parametrize(
+    ("folders", "labels", "named"),
+    [
+        (["run", "swim", "fly", "swim"], [1, 0, 2, 0], ("swim", "run", "fly")),
+        (["run", "run", "fly", "swim"], [1, 0, 2, 0], ()),  # two classes in one folder
+        (["run", "swim", "fly", "dive"], [1, 0, 2, 0], ()),  # one class in two
+        (["all", "all", "all", "all"], [0, 0, 0, 0], ()),
+        (["run", "swim", "fly", "fly"], [1, 0, 3, 3], ()),  # no video of class 2
+    ],
+)
+def test_classes_and_their_names_are_those_of_the_data(
+    tiny_finetune: Tiny,
+    demo_folder: Path,
+    tmp_path: Path,
+    folders: list[str],
+    labels: list[int],
+    named: tuple[str, ...],
+) -> None:
+    video = next(demo_folder.rglob("*.mp4"))
+    source = listed(tmp_path, video, folders, labels)
+    config = tiny_finetune(f"data.source={source}", "classifier.num_classes=null")
+    assert config.classifier.num_classes is None
+    videos, head = read_training_videos(config)
+    assert (head.num_classes, head.class_names) == (max(labels) + 1, named)
+    assert videos.notes == ()
+    # a classes.txt beside the list wins
+    (source.parent / "classes.txt").write_text("a\nb\nc\nd\ne\n")
+    videos, head = read_training_videos(config)
+    assert (head.num_classes, head.class_names) == (5, tuple("abcde"))
+
+
+def test_outputs_that_no_video_trains_are_told(
+    tiny_finetune: Tiny, demo_folder: Path, tmp_path: Path
+) -> None:
+    video = next(demo_folder.rglob("*.mp4"))
+    source = listed(tmp_path, video, ["run", "swim"], [1, 4])
+    videos, head = read_training_videos(tiny_finetune(f"data.source={source}"))
+    (note,) = videos.notes
+    assert note.endswith(
+        "train.txt: has the labels 0 to 4 alone, and classifier.num_classes = 8 outputs are "
+        "trained; null has as many as there are"
+    )
+    assert (head.num_classes, head.class_names) == (8, ())
+    _, head = read_training_videos(
+        tiny_finetune(f"data.source={source}", "classifier.num_classes=5")
+    )
+    assert head.num_classes == 5
+
+
+def test_a_classifier_itself_needs_a_number_of_classes(tiny_finetune: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"^classifier\.num_classes: null"):
+        VideoClassifier(tiny_finetune().model, ClassifierConfig(num_classes=None))

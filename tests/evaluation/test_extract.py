@@ -26,6 +26,7 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.config import ClipsConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.model import Sampling
 from video_mae.config.schema import parse
@@ -150,7 +151,7 @@ def test_a_uniform_clip_is_all_of_the_video(
     with pytest.raises(
         ValueError, match=r"extract.json: was made with sampling = uniform, now dense"
     ):
-        extract(tmp_path / "model", video, tmp_path / "out", "hop=0")
+        extract(tmp_path / "model", video, tmp_path / "out", "hop=0", "sampling=dense")
 
 
 def test_frames_that_a_classifier_was_not_trained_on_are_told(
@@ -161,21 +162,48 @@ def test_frames_that_a_classifier_was_not_trained_on_are_told(
     )
     one = extract(tmp_path / "model", video, tmp_path / "one")
     assert (
-        "frames: dense, stride 3, as given here; the model says dense, stride 2\n"
+        "frames: dense, stride 3, as given here; without it dense, stride 2\n"
         in capsys.readouterr().out
     )
     same = parse(None, ["num_workers=0", "stride=3", "hop=10", "batch_size=4"], ExtractConfig)
     # the same features, by the other key
     assert start(str(tmp_path / "model"), str(video), str(tmp_path / "one"), same)() == 0
-    two = extract(tmp_path / "model", video, tmp_path / "two", "stride=2", "data.stride=4")
+    two = extract(tmp_path / "model", video, tmp_path / "two", "stride=2")  # and data.stride=3
     assert "frames:" not in capsys.readouterr().out.split("features")[-2]
     assert not np.array_equal(one["features"], two["features"])
-    for overrides, said in (
-        (("stride=2",), r"stride: 2 and data\.stride = 3 are two values"),
-        (("sampling=uniform",), "hop: 10 is for"),
-    ):
+    for overrides, said in ((("sampling=uniform",), "hop: 10 is for"),):
         with pytest.raises(ValueError, match=said):
             config(*overrides)
+
+
+def test_clips_are_those_of_the_training_unless_others_are_asked_for(
+    tmp_path: Path, video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remembering = VideoMAE(MODEL)
+    remembering.clips_config = ClipsConfig(stride=2)
+    models = {
+        "remembers": remembering,
+        "does not": VideoMAE(MODEL),
+        "classifier": VideoClassifier(MODEL, ClassifierConfig(num_classes=3, stride=6)),
+        "uniform": VideoClassifier(MODEL, ClassifierConfig(num_classes=3, sampling="parts")),
+    }
+    starts = {"remembers": 8, "does not": 16, "classifier": 24}
+    for name, model in models.items():
+        save_model_folder(tmp_path / name, model)
+        plain = parse(None, ["num_workers=0"], ExtractConfig)
+        assert start(str(tmp_path / name), str(video), str(tmp_path / "out" / name), plain)() == 0
+        (file,) = (tmp_path / "out" / name).glob("*.npz")
+        begins = np.load(file)["start_frame"].tolist()
+        assert begins[:2] == ([0, starts[name]] if name in starts else [0])
+        said = json.loads((tmp_path / "out" / name / "extract.json").read_text())
+        assert said["data.stride"] == starts.get(name, 16) // 4
+        assert said["sampling"] == ("uniform" if name == "uniform" else "dense")
+    assert "frames:" not in capsys.readouterr().out
+    told = extract(tmp_path / "remembers", video, tmp_path / "told")
+    assert told["start_frame"].tolist() == list(range(0, 101, 10))
+    assert "as given here; without it dense, stride 2" in capsys.readouterr().out
+    # a hop is of dense clips
+    extract(tmp_path / "uniform", video, tmp_path / "dense")
 
 
 def test_a_classifier_gives_what_its_head_reads(tmp_path: Path, video: Path) -> None:

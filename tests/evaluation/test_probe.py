@@ -19,6 +19,7 @@ from video_mae import (
     load_pretrained,
     save_model_folder,
 )
+from video_mae.config import ClipsConfig
 from video_mae.config.evaluation import ProbeConfig
 from video_mae.config.schema import parse
 from video_mae.evaluation.features import FrozenEncoder
@@ -236,6 +237,25 @@ def test_a_classifier_can_be_probed(videos: Path, tmp_path: Path) -> None:
             tmp_path / "model", videos, tmp_path / weights, "kind=linear", f"weights={weights}"
         )
         assert metrics["classes"] == 3  # of the list, not of the head
+
+
+def test_frames_are_those_of_the_training_unless_others_are_asked_for(
+    videos: Path, tmp_path: Path
+) -> None:
+    model = VideoMAE(MODEL)
+    model.clips_config = ClipsConfig(stride=5)
+    save_model_folder(tmp_path / "model", model)
+    head = ClassifierConfig(num_classes=3, sampling="parts_v2", stride=7)
+    save_model_folder(tmp_path / "classifier", VideoClassifier(MODEL, head))
+    for name, overrides, expected in (
+        ("model", [], ("dense", 5)),
+        ("classifier", [], ("uniform", 7)),
+        ("model", ["sampling=uniform", "data.stride=2"], ("uniform", 2)),
+    ):
+        asked = config(videos, tmp_path / "out", "data.stride=null", *overrides)
+        plan = Probing(str(tmp_path / name), asked)
+        assert (plan.views.sampling, plan.views.stride) == expected
+        assert (plan.settings["sampling"], plan.settings["data.stride"]) == expected
 
 
 def test_mistakes_are_one_line(

@@ -14,7 +14,7 @@ import torch
 from checkpoint_files import saved_state
 
 from video_mae import load_pretrained
-from video_mae.config import PretrainConfig, load_config
+from video_mae.config import ClipsConfig, PretrainConfig, load_config
 from video_mae.data import ClipDataset
 from video_mae.decoding import resolve_decoder
 from video_mae.model.objective import Losses, Objective
@@ -92,6 +92,8 @@ def test_a_run_leaves_the_promised_folder(tiny: Tiny, monkeypatch: pytest.Monkey
     assert load_config(folder / "config.yaml") == replace(
         config, data=replace(config.data, decoder=decoder)
     )
+    model = load_pretrained(folder)
+    assert model.clips_config == ClipsConfig(stride=2, mask=config.mask)
     assert (folder / "checkpoints" / "latest").read_text() == "step_00000004\n"
     assert any("tfevents" in file.name for file in (folder / "tensorboard").rglob("*"))
     assert states == [False, False, False, True]  # after each line, and at the end

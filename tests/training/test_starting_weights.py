@@ -118,6 +118,10 @@ def test_another_size_is_interpolated_as_resized_does(
     )
     plan = prepare(config)
     assert plan.config.model.position_grid == (2, 4, 4)
+    told = [line for line in plan.weights.lines if "resize_positions=compute" in line]
+    assert len(told) == (positions == "sinusoid")
+    anew = prepare(replace(config, model=replace(config.model, resize_positions="compute")))
+    assert len(anew.weights.lines) == 1
     assert run(plan) == DONE
     clip = torch.randint(0, 256, (2, 6, 32, 48, 3), dtype=torch.uint8)
     ours, expected = load_pretrained(plan.folder / "model"), resized(model, num_frames=6, width=48)

@@ -259,9 +259,7 @@ def test_a_model_of_features_round_trips_and_other_projects_have_no_place_for_it
         with pytest.raises(ValueError, match=r"has no model\.target_width = 24"):
             export(model, tmp_path / "theirs")
     with pytest.raises(ValueError, match="predicts features, there are no pixels to draw"):
-        reconstruct.start(
-            str(tmp_path / "model"), "a.mp4", "a.png", reconstruct.ReconstructConfig()
-        )
+        reconstruct.start(str(tmp_path / "model"), ["a.mp4"], reconstruct.ReconstructConfig())
     with pytest.raises(ValueError, match=r"target_BNF: is \(2, 16, 7\); .* needs 24 features"):
         model(clip, mask, None, torch.zeros(2, 16, 7))
     with pytest.raises(ValueError, match=r"do not belong together"):

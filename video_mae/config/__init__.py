@@ -2,6 +2,7 @@
 `load_config`.
 """
 
+from video_mae.config.clips import ClipsConfig
 from video_mae.config.data import DataConfig
 from video_mae.config.finetune import AugmentConfig, FinetuneConfig, LoraConfig
 from video_mae.config.model import (
@@ -28,6 +29,7 @@ __all__ = [
     "PRESETS",
     "AugmentConfig",
     "ClassifierConfig",
+    "ClipsConfig",
     "DataConfig",
     "EngineConfig",
     "FinetuneConfig",

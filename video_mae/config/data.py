@@ -133,6 +133,17 @@ class ReadConfig(FileConfig):
         )
 
 
+class GivenReadConfig(ReadConfig):
+    """Likewise, for a model that knows how its clips are chosen."""
+
+    stride: int | None = knob(  # pyright: ignore[reportIncompatibleVariableOverride]
+        None,
+        "video frames (slices of a volume) from one frame of the clip to the next; null: as the "
+        "model was trained",
+        low=1,
+    )
+
+
 class DataConfig(ReadConfig, SourceConfig):
     """Which files, and how a clip is cut out of one: one source, whose keys stand here, or
     `sources` instead.

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from video_mae.config.data import ReadConfig
+from video_mae.config.data import GivenReadConfig
 from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
 from video_mae.config.training import Precision
 
@@ -24,8 +24,9 @@ class EncodingConfig(Knobs):
         "process",
         low=0,
     )
-    data: ReadConfig = section(
-        ReadConfig, "how the files of all lists are read, and how far a clip's frames are apart"
+    data: GivenReadConfig = section(
+        GivenReadConfig,
+        "how the files of all lists are read, and how far a clip's frames are apart",
     )
 
 
@@ -89,15 +90,6 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
         high=MOST_SIZE,
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.data.stride == ReadConfig().stride,
-            "data.stride",
-            self.data.stride,
-            "is not read: a classifier keeps that of its training, and `stride=` is another",
-        )
-
 
 class PredictConfig(TestedConfig):
     """`video-mae predict MODEL_OR_RUN_FOLDER VIDEO key=value ...`."""
@@ -140,9 +132,10 @@ class ProbeConfig(EncodingConfig):
         low=0,
         below=2**63,
     )
-    sampling: ClipSampling = knob(
-        "dense",
-        "how a clip's frames are chosen: data.stride apart, or one of each part of the video",
+    sampling: ClipSampling | None = knob(
+        None,
+        "how a clip's frames are chosen: data.stride apart, or one of each part of the video; "
+        "null: as the model was trained",
     )
     num_clips: int = knob(
         1,
@@ -211,15 +204,14 @@ class ExtractConfig(EncodingConfig):
         "num_frames * stride",
         low=0,
     )
-    sampling: ClipSampling = knob(
-        "dense",
+    sampling: ClipSampling | None = knob(
+        None,
         "dense: clips along the video, frames a stride apart; uniform: one clip, a frame of each "
         "of as many equal parts of the video as a clip has frames, as models of "
-        "Something-Something take them",
+        "Something-Something take them; null: as the model was trained, and dense where hop is "
+        "given",
     )
-    stride: int | None = knob(
-        None, "video frames from one frame of a dense clip to the next; null: data.stride", low=1
-    )
+    stride: int | None = knob(None, "as data.stride, which it wins over", low=1)
     crop: Literal["center", "whole"] = knob(
         "center",
         "what of a frame is resized to the model's size: the middle, or all of it, squeezed",
@@ -233,13 +225,7 @@ class ExtractConfig(EncodingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.stride is None or self.data.stride in (ReadConfig().stride, self.stride),
-            "stride",
-            self.stride,
-            f"and data.stride = {self.data.stride} are two values for one thing",
-        )
-        require(
-            self.sampling == "dense" or not self.hop,
+            self.sampling != "uniform" or not self.hop,
             "hop",
             self.hop,
             "is for sampling = dense: a uniform clip is all of the video",

@@ -123,8 +123,8 @@ class FinetuneConfig(RunConfig):
     )
     classifier: ClassifierConfig = section(
         ClassifierConfig,
-        "the head, and how frames are chosen; classes are named by the folders of "
-        "data.source or by the lines of a classes.txt beside its list",
+        "the head, and how frames are chosen; classes are named by the folders of data.source, by "
+        "the lines of a classes.txt beside its list, or by the folders that its videos lie in",
     )
     data: DataConfig = section(
         DataConfig,

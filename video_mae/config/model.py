@@ -257,7 +257,12 @@ class ClassifierConfig(Knobs):
     the action in a video.
     """
 
-    num_classes: int = knob(400, "outputs of the head", low=1, high=MAX_VALUES)
+    num_classes: int | None = knob(
+        400,
+        "outputs of the head; null: as many as there are classes in data.source",
+        low=1,
+        high=MAX_VALUES,
+    )
     class_names: tuple[str, ...] = knob(
         (), "names of the labels 0, 1, ...; empty where they are not known"
     )
@@ -286,7 +291,7 @@ class ClassifierConfig(Knobs):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            len(self.class_names) in (0, self.num_classes),
+            self.num_classes is None or len(self.class_names) in (0, self.num_classes),
             "class_names",
             f"({len(self.class_names)} names)",
             f"must name each of classifier.num_classes = {self.num_classes}, or none",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from video_mae.config import IMAGENET_MEAN, IMAGENET_STD
+from video_mae.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from video_mae.convert.facts import SOMETHING_CLASSES, USUAL_STRIDE, Options, Tensors
 from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, sizes
 from video_mae.convert.model_folder import Model, write_weights
@@ -45,13 +45,15 @@ def export_official(model: Model, path: str | Path) -> list[str]:
     required = dict(PLAIN)
     if not is_classifier:
         required["encoder_norm"] = True
-    if not has_learned:
+    # any others are written as if they were learned
+    has_table = has_learned or (is_classifier and is_interpolated(c))
+    if not has_table:
         required["positions"] = "sinusoid"
     fixed = {"norm_eps": 1e-6, "head_norm_eps": 1e-6, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     own = dict(model.state_dict())
     own.pop("encoder.positions.table", None)
     state, remarks = _named(model, own, OFFICIAL, required, fixed)
-    if has_learned:
+    if has_table:
         table_ND = model.encoder.positions(c.grid)[0]
         state["encoder.pos_embed"] = table_ND[None].detach().float().cpu()
         remarks.append(
@@ -124,6 +126,12 @@ def export_hugging_face(model: Model, folder: str | Path) -> list[str]:
     return remarks
 
 
+def is_interpolated(c: ModelConfig) -> bool:
+    """Whether positions of VideoMAE are not those that its code computes for the grid."""
+    kind = c.positions, c.resize_positions
+    return kind == ("sinusoid", "interpolate") and c.position_grid not in (None, c.grid)
+
+
 def export_program(model: Model, path: str | Path) -> list[str]:
     """Writes a classifier as a program of torch.export (.pt2): uint8 clips [B, T, H, W, C] of any
     number in, logits [B, K] out.
@@ -173,7 +181,7 @@ def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:
         }
     else:
         head = model.classifier_config
-        names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes))
+        names = head.class_names or tuple(f"LABEL_{i}" for i in range(head.num_classes or 0))
         usual = "uniform" if head.num_classes == SOMETHING_CLASSES else "dense"
         sampling = "dense" if head.sampling == "dense" else "uniform"
         is_usual = sampling == usual and (usual == "uniform" or head.stride == USUAL_STRIDE)
@@ -275,10 +283,10 @@ def _checked(model: Model, project: Project, required: Options, fixed: Options) 
             raise ValueError(f"format: {name} has no model.{key} = {getattr(c, key)}")
     if isinstance(model, VideoClassifier) and model.classifier_config.pooling == "rest":
         raise ValueError(f"format: {name} has no classifier.pooling = rest")
-    if c.positions == "sinusoid" and c.position_grid not in (None, c.grid):
+    if "positions" in required and is_interpolated(c):
         raise ValueError(
-            f"format: {name} has no positions interpolated from another grid "
-            f"(model.position_grid = {c.position_grid})"
+            f"format: {name} has no positions interpolated from another grid (model.position_grid "
+            f"= {c.position_grid}); those of model.resize_positions = compute it has"
         )
     remarks = []
     for key, value in fixed.items():

@@ -4,6 +4,7 @@ ever read.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
+from video_mae.config import ClassifierConfig, ClipsConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
 from video_mae.convert.facts import Facts, Options, Tensors
 from video_mae.files import json_text, one_line, read_small, write_whole
@@ -49,6 +50,8 @@ def save_model_folder(
     head = model.classifier_config if is_classifier else model.objective_config
     kind = type(model).__name__
     description = {"kind": kind, "model": to_dict(model.config), HEADS[kind][0]: to_dict(head)}
+    if model.clips_config is not None:
+        description["clips"] = to_dict(model.clips_config)
     state = merged(model, state or model.state_dict())
     write_weights(folder, state, {"config.json": description, **(more or {})})
 
@@ -59,12 +62,22 @@ def write_weights(folder: str | Path, state: Tensors, files: Options) -> None:
 
     def write(building: Path) -> None:
         building.mkdir()
-        save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
+        file = building / "model.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        allow_readers(file)
         for name, content in files.items():
             text = json_text(content, indent=2) + "\n"
             (building / name).write_text(text, encoding="utf-8")
 
     write_whole(Path(folder), write, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def allow_readers(file: Path) -> None:
+    """Gives a file the mode that the umask decides: safetensors shows its files to nobody else."""
+    example = file.with_name(f".{file.name}.mode")
+    example.touch()
+    shutil.copymode(example, file)
+    example.unlink()
 
 
 def read_safetensors(file: Path) -> Tensors:
@@ -93,13 +106,16 @@ def load_pretrained(
     """Reads a model folder into a VideoMAE or a VideoClassifier, as it says, on the CPU, in
     evaluation mode.
 
-    path: a model folder, or what another project wrote: a checkpoint file, a Hugging Face folder
-    (import_model; what it assumes, leaves out or makes anew is logged as a warning). kind: the
-    class that the caller can use. facts: what another project's file may leave open; of a model
-    folder too, sampling and stride can be others. Raises: FileNotFoundError; ValueError naming the
-    file and what does not fit, or for a model of another kind. Executes nothing from the files.
+    path: a model folder, a run folder, or what another project wrote: a checkpoint file, a Hugging
+    Face folder (import_model; what it assumes, leaves out or makes anew is logged as a warning).
+    kind: the class that the caller can use. facts: what another project's file may leave open; of a
+    model folder too, sampling and stride can be others. Raises: FileNotFoundError; ValueError
+    naming the file and what does not fit, or for a model of another kind. Executes nothing from the
+    files.
     """
     path = Path(path)
+    if path.is_dir():
+        path = find_model_folder(path)
     if is_model_folder(path):
         model, facts = _load_folder(path, impl), facts or Facts()
         if replace(facts, sampling=None, stride=None) != Facts():
@@ -189,7 +205,7 @@ def _load_folder(folder: Path, impl: str) -> Model:
                 f"{folder / name}: no such file; a model folder holds config.json and "
                 "model.safetensors"
             )
-    config, head = _read_configuration(folder / "config.json")
+    config, head, clips = _read_configuration(folder / "config.json")
     file = folder / "model.safetensors"
     state = read_safetensors(file)
     where = f"{folder / 'config.json'}: model"
@@ -205,9 +221,11 @@ def _load_folder(folder: Path, impl: str) -> Model:
                 f"{side}"
             )
     try:
-        return fitted(config, head, state, impl)
+        model = fitted(config, head, state, impl)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    model.clips_config = clips
+    return model
 
 
 def fitted(
@@ -257,7 +275,9 @@ def fitted(
     return model.eval()
 
 
-def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig]:
+def _read_configuration(
+    file: Path,
+) -> tuple[ModelConfig, ObjectiveConfig | ClassifierConfig, ClipsConfig | None]:
     try:
         description = json.loads(read_small(file))
         section, schema = HEADS[description["kind"]]
@@ -267,5 +287,7 @@ def _read_configuration(file: Path) -> tuple[ModelConfig, ObjectiveConfig | Clas
             raise KeyError(*SIZES)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the configuration of a model folder ({error!r})") from None
-    config = from_dict(ModelConfig, model_config, str(file), "model")
-    return config, from_dict(schema, head_config, str(file), section)
+    config, clips = from_dict(ModelConfig, model_config, str(file), "model"), None
+    if "clips" in description:  # earlier versions did not keep it
+        clips = from_dict(ClipsConfig, description["clips"], str(file), "clips")
+    return config, from_dict(schema, head_config, str(file), section), clips

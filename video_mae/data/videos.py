@@ -326,8 +326,9 @@ def _number(name: str, names: Sequence[str], source: str) -> int:
 
 
 def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierConfig]:
-    """The training list with every label checked, and the head with the names of its classes, where
-    anybody names them.
+    """The training list with every label checked, and the head with the number and the names of its
+    classes, where anybody names them: a folder of classes, a classes.txt, or the folders that the
+    videos of a list lie in, where those of each class share one.
 
     Raises: ValueError or FileNotFoundError with one line that names the list or key, and the
     remedy.
@@ -341,7 +342,7 @@ def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierC
         list_format=data.list_format,
         resumed=config.has_begun,
     )
-    known, num = len(videos.class_names), classifier.num_classes
+    known, num = len(videos.class_names), classifier.num_classes or videos.num_classes
     if known and known != num:
         raise ValueError(
             f"classifier.num_classes: {num} is not the number of classes that {data.source} has "
@@ -354,7 +355,26 @@ def read_training_videos(config: FinetuneConfig) -> tuple[VideoList, ClassifierC
             f"allows 0 to {num - 1}; correct {data.source}, or set "
             f"classifier.num_classes={videos.num_classes}"
         )
-    return videos, replace(classifier, class_names=videos.class_names)
+    names, notes = videos.class_names, videos.notes
+    if videos.num_classes < num:
+        notes += (
+            f"{data.source}: has the labels 0 to {videos.num_classes - 1} alone, and "
+            f"classifier.num_classes = {num} outputs are trained; null has as many as there are",
+        )
+    elif not names:
+        names = _folders_of_classes(videos)
+    return replace(videos, notes=notes), replace(classifier, num_classes=num, class_names=names)
+
+
+def _folders_of_classes(videos: VideoList) -> tuple[str, ...]:
+    """The names of the folders in which the videos of each class lie; none where two lie in one, or
+    one in two.
+    """
+    pairs = zip(videos.label_M.tolist(), videos.paths, strict=True)
+    folders = {(label, Path(str(path)).parent.name) for label, path in pairs}
+    names = [name for _, name in sorted(folders)]
+    is_named = len(names) == videos.num_classes == len(set(names)) > 1
+    return tuple(map(one_line, names)) if is_named else ()
 
 
 def read_validation_videos(config: FinetuneConfig) -> VideoList:

@@ -182,7 +182,7 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(round(height * short_side / short), 1), max(round(width * short_side / short), 1)
 
 
-class VideoDecodeError(Exception):
+class VideoDecodeError(ValueError):
     """A video that cannot be read, whatever the decoder raised: its path, the decoder and one line
     of reason.
     """

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import av
@@ -45,6 +46,26 @@ JITTER = 0.1
 milliseconds do.
 """
 NPY_HEADER_BYTES = 128
+
+
+def write_video(path: Path, clip_THWC: Array, fps: int) -> None:
+    """Writes an MP4 of H.264, the same bytes each time; sides must be even."""
+    # mbtree (a look-ahead) or several threads make x264's output differ from run to run; a key
+    # frame only every 12 frames, as random starts have to seek in real videos too
+    options = {
+        "crf": "18",
+        "preset": "veryfast",
+        "g": "12",
+        "threads": "1",
+        "x264-params": "mbtree=0",
+    }
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width = clip_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame_HWC in clip_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode())
 
 
 class Packed(NamedTuple):

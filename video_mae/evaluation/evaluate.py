@@ -41,7 +41,7 @@ from video_mae.model.vit import VideoClassifier
 from video_mae.report.answers import worst_mistakes
 from video_mae.report.page import write_report
 from video_mae.report.record import versions
-from video_mae.training.picture import GAP, displayed
+from video_mae.training.picture import GAP, in_colors
 from video_mae.training.run_page import device_name
 
 DONE, NO_FIGURES = 0, 3
@@ -80,7 +80,7 @@ class Evaluation:
         self.config, data = config, config.data
         model_folder = find_model_folder(model)
         self.model = load_pretrained(model_folder, VideoClassifier, impl=config.kernels)
-        self.told = choose_frames(self.model, config.sampling, config.stride)
+        self.told = choose_frames(self.model, config.sampling, config.stride or data.stride)
         head = self.model.classifier_config
         if config.antialias is not None:
             self.told.append(
@@ -131,7 +131,7 @@ class Evaluation:
             f"device {ranks.device}, {config.precision}; {self.workers.describe()}",
             self.workers.told,
         )
-        nothing_K = np.full(model.classifier_config.num_classes, np.nan)
+        nothing_K = np.full(len(self.names), np.nan)
         outcomes: list[Outcome] = []
         ahead = 2 * config.batch_size
         loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)
@@ -191,7 +191,7 @@ class Evaluation:
         folder.mkdir()
         for video in videos:
             clip_VTHWC = self.views.read(self.videos.paths[video]).clips()
-            clip_THWC = displayed(clip_VTHWC[len(clip_VTHWC) // 2])
+            clip_THWC = in_colors(clip_VTHWC[len(clip_VTHWC) // 2])
             num = min(NUM_FRAMES, len(clip_THWC))
             shown = clip_THWC[[(2 * i + 1) * len(clip_THWC) // (2 * num) for i in range(num)]]
             strip = rearrange(pad(shown, (0, 0, 0, GAP), value=255), "t h w c -> h (t w) c")

@@ -21,12 +21,12 @@ from safetensors.numpy import save_file
 from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
-from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
+from video_mae.convert.model_folder import Model, allow_readers, find_model_folder, load_pretrained
 from video_mae.data.videos import read_annotations
 from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
-from video_mae.evaluation.features import FrozenEncoder
+from video_mae.evaluation.features import FrozenEncoder, clips_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.files import (
     check_made_with,
@@ -36,7 +36,6 @@ from video_mae.files import (
     write_text,
     write_whole,
 )
-from video_mae.model.vit import VideoClassifier
 from video_mae.processes import hold_folder
 
 DONE, NOTHING = 0, 3
@@ -83,7 +82,9 @@ class Extraction:
         is_unlike = len(set(self.layers)) == len(self.layers)
         require(is_unlike, "layers", list(self.layers), "must differ")
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
-        stride = config.stride or data.stride
+        trained = clips_of(self.model)
+        sampling = config.sampling or ("dense" if config.hop else trained.sampling)
+        stride = config.stride or data.stride or trained.stride
         self.windows = Windows(
             num_frames=c.num_frames,
             height=c.height,
@@ -91,7 +92,7 @@ class Extraction:
             stride=stride,
             hop=config.hop or c.num_frames * stride,
             crop=config.crop,
-            sampling=config.sampling,
+            sampling=sampling,
             reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
         found = SourceConfig(source=source, root=data.root, list_format=data.list_format)
@@ -102,6 +103,7 @@ class Extraction:
         self.files = [folder / file_name(path, config.format) for path in self.paths]
         self.settings = {
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
+            "sampling": sampling,
             "data.stride": stride,
             "hop": self.windows.hop,
             "layers": list(self.layers),
@@ -109,14 +111,11 @@ class Extraction:
             "weights": _fingerprint(self.model),
         }
         check_made_with(folder / SETTINGS_FILE, self.settings, earlier={"sampling": "dense"})
-        if isinstance(self.model, VideoClassifier):
-            head = self.model.classifier_config
-            is_dense = config.sampling == "dense"
-            if is_dense != (head.sampling == "dense") or (is_dense and stride != head.stride):
-                self.notes.append(
-                    f"frames: {config.sampling}, stride {stride}, as given here; the model says "
-                    f"{head.sampling}, stride {head.stride}"
-                )
+        if sampling != trained.sampling or (sampling == "dense" and stride != trained.stride):
+            self.notes.append(
+                f"frames: {sampling}, stride {stride}, as given here; without it "
+                f"{trained.sampling}, stride {trained.stride}"
+            )
 
     def run(self) -> int:
         """Extracts what is not there yet; the videos are shared over the ranks. Returns 0; 3 where
@@ -240,6 +239,7 @@ class FeatureFile:
                     np.savez(file, allow_pickle=False, **arrays)
             else:
                 save_file(arrays, unfinished)
+                allow_readers(unfinished)
 
         write_whole(self.path, write, features.nbytes)
         self.discard()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from video_mae.config import ClipsConfig
 from video_mae.config.training import Precision
 from video_mae.convert.model_folder import Model
 from video_mae.model.vit import VideoClassifier
@@ -22,6 +23,15 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
         torch.float16 if precision == "fp16" else torch.bfloat16,
         enabled=precision != "fp32",
     )
+
+
+def clips_of(model: Model) -> ClipsConfig:
+    """How the clips of a model's training were made, as it says; the defaults where it does not."""
+    if isinstance(model, VideoClassifier):
+        head = model.classifier_config
+        sampling = "dense" if head.sampling == "dense" else "uniform"
+        return ClipsConfig(sampling=sampling, stride=head.stride)
+    return model.clips_config or ClipsConfig()
 
 
 class Features(NamedTuple):

@@ -79,7 +79,7 @@ def views_of(
 def names_of(classifier: ClassifierConfig) -> tuple[str, ...]:
     """What the classes are called; `class 7` where nobody has named them."""
     return classifier.class_names or tuple(
-        f"class {label}" for label in range(classifier.num_classes)
+        f"class {label}" for label in range(classifier.num_classes or 0)
     )
 
 

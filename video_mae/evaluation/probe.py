@@ -9,7 +9,7 @@ videos, V views of a video, K classes.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -29,7 +29,7 @@ from video_mae.data.sampling import StepSampler
 from video_mae.data.videos import VideoList, read_labeled
 from video_mae.data.views import load_views
 from video_mae.data.workers import plan_workers
-from video_mae.evaluation.features import FrozenEncoder
+from video_mae.evaluation.features import FrozenEncoder, clips_of
 from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Setting
 from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
@@ -91,6 +91,9 @@ class Probing:
         self.config, data = config, config.data
         model_folder = find_model_folder(model)
         self.model = load_pretrained(model_folder)
+        trained = clips_of(self.model)
+        sampling, stride = config.sampling or trained.sampling, data.stride or trained.stride
+        frames = ClassifierConfig(sampling=sampling, stride=stride)
         if config.weights == "random":
             torch.manual_seed(config.seed)
             if isinstance(self.model, VideoMAE):
@@ -115,7 +118,6 @@ class Probing:
                 known |= {"num_classes": train.num_classes, "names": train.class_names}
         self.num_classes: int = known["num_classes"]
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
-        frames = ClassifierConfig(sampling=config.sampling, stride=data.stride)
         self.views = views_of(
             c, frames, config.num_clips, config.num_crops, data, self.workers.threads
         )
@@ -123,6 +125,8 @@ class Probing:
         self.settings = {
             "model": str(model_folder.absolute()),
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
+            "sampling": sampling,
+            "data.stride": stride,
             LIST_DIGEST: {name: videos.digest() for name, videos in self.lists.items()},
         }
         name = "probe" if config.weights == "pretrained" else "probe_random"
@@ -242,13 +246,13 @@ class Probing:
         """
         config, c = self.config, encoder.config
         data = DataConfig(
-            **asdict(config.data),
+            **asdict(replace(config.data, stride=self.views.stride)),
             crop="random_resized",
             crop_scales=(0.3, 1.0),
             flip=config.flip,
             num_workers=config.num_workers,
         )
-        frames = ClassifierConfig(sampling="uniform") if config.sampling == "uniform" else None
+        frames = ClassifierConfig(sampling="uniform") if self.views.sampling == "uniform" else None
         size = c.num_frames, c.height, c.width
         clips = ClipDataset(self.lists["train"], data, *size, config.seed, c.in_channels, frames)
         for batch in make_loader(clips, sampler, data):

@@ -149,6 +149,7 @@ def _rebuilt(model: Model, config: ModelConfig, state: State) -> Model:
     options: Any = {"impl": encoder.impl, "checkpointing": encoder.blocks.checkpointing}
     if isinstance(model, VideoMAE):
         rebuilt = VideoMAE(config, model.objective_config, **options)
+        rebuilt.clips_config = model.clips_config
     elif isinstance(model, VideoClassifier):
         rebuilt = VideoClassifier(config, model.classifier_config, **options)
     else:

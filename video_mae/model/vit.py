@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from video_mae.config import ClassifierConfig, ModelConfig, ObjectiveConfig
+from video_mae.config import ClassifierConfig, ClipsConfig, ModelConfig, ObjectiveConfig
 from video_mae.kernels.tubelets import gather_tubelets
 from video_mae.model.blocks import Blocks, PackedProjection
 from video_mae.model.masking import AnyMask, ContextMask
@@ -170,6 +170,9 @@ class VideoMAE(nn.Module):
     VideoMAE (Tong et al., 2022), dual masking of VideoMAE V2 (Wang et al., 2023) through the mask.
     """
 
+    clips_config: ClipsConfig | None = None
+    """How the clips of its training were made, where that is known; a model folder keeps it."""
+
     def __init__(
         self,
         config: ModelConfig | None = None,
@@ -247,6 +250,8 @@ class VideoClassifier(nn.Module):
     normal distribution of 0.02.
     """
 
+    clips_config: ClipsConfig | None = None  # classifier_config says it
+
     def __init__(
         self,
         config: ModelConfig,
@@ -258,6 +263,8 @@ class VideoClassifier(nn.Module):
         super().__init__()
         if isinstance(classifier, int):
             classifier = ClassifierConfig(num_classes=classifier)
+        if classifier.num_classes is None:
+            raise ValueError("classifier.num_classes: null is for a training, whose data has them")
         self.config, self.classifier_config = config, classifier
         is_first = classifier.pooling == "first"
         self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=is_first)

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from video_mae.config import FinetuneConfig, JournalConfig, load_config
+from video_mae.config import ClipsConfig, FinetuneConfig, JournalConfig, load_config
 from video_mae.config.schema import knob, read_keys
 from video_mae.convert.export import export_hugging_face, export_official, export_program
 from video_mae.convert.facts import Facts
@@ -164,5 +164,6 @@ def _load_checkpoint(folder: Path, trust: bool) -> Model:
         model = VideoClassifier(config.model, config.classifier)
     else:
         model = VideoMAE(config.model, config.objective)
+        model.clips_config = ClipsConfig.of(config)
     model.load_state_dict(state)
     return model.eval()

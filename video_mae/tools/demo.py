@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from video_mae.config.schema import Knobs, knob, require, to_dict
+from video_mae.decoding.transcode import write_video
 from video_mae.extras import require_package
 from video_mae.files import check_made_with, say, write_json, write_whole
 from video_mae.progress_bar import ProgressBar
@@ -165,7 +165,7 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
             scene = _Scene(random, turn, photographs, config)
         for label, action in enumerate(actions):
             path = f"{split}/{action}/{turn * len(actions) + label:05d}.mp4"
-            _write_video(folder / path, scene.render(action), config.fps)
+            write_video(folder / path, scene.render(action), config.fps)
             lines += f"{path} {label}\n"
         return lines
 
@@ -297,22 +297,3 @@ def sample_photograph(photograph_CIJ: Tensor, place_THW2: Tensor) -> Tensor:
     return grid_sample(
         batch_TCIJ, grid_THW2, mode="bilinear", padding_mode="reflection", align_corners=False
     )
-
-
-def _write_video(path: Path, clip_THWC: np.ndarray, fps: int) -> None:
-    # mbtree (a look-ahead) or several threads make x264's output differ from run to run; a key
-    # frame only every 12 frames, as random starts have to seek in real videos too
-    options = {
-        "crf": "18",
-        "preset": "veryfast",
-        "g": "12",
-        "threads": "1",
-        "x264-params": "mbtree=0",
-    }
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width = clip_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for frame_HWC in clip_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
-        container.mux(stream.encode())

@@ -115,7 +115,7 @@ class Finetuning(Training[FinetuneConfig]):
                 rearrange(x, "(videos r) ... -> (r videos) ...", r=config.data.clips_per_video)
                 for x in (clip_BTHWC, label_B)
             )
-            target = F.one_hot(label_B, config.classifier.num_classes).float()
+            target = F.one_hot(label_B, config.classifier.num_classes or 0).float()
             seed = sample_seed(config.seed, step, self.engine.rank, 1 + micro)
             clip_BTHWC, target = mix_batch(clip_BTHWC, target, augment, seed)
         logits_BK = self.engine(clip_BTHWC).float()

@@ -53,6 +53,20 @@ class PictureFrames(NamedTuple):
     notes: str
 
 
+class LookFrames(NamedTuple):
+    """The rows of a picture of features, uint8 or in [0, 1] [B, T, H, W, C] each, and a line on
+    each of the last two.
+    """
+
+    video: torch.Tensor
+    features: torch.Tensor
+    attention: torch.Tensor
+    notes: str
+
+
+Frames = PictureFrames | LookFrames
+
+
 def tokenize(clip_BTHWC: torch.Tensor, tubelet: Tubelet) -> torch.Tensor:
     """Cuts a clip into its tubelets [B, N, P]."""
     p, q, r = tubelet
@@ -133,30 +147,46 @@ def reconstruction_frames(
     return PictureFrames(clip_BTHWC, visible_BTHWC, predicted_BTHWC, f"{note}\n{counts}")
 
 
-def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]) -> None:
+def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> None:
     """Writes a PNG with three rows of frames a clip, original, visible and predicted, under the
-    title of the clip.
+    title of the clip; or those of a look.
 
     Frames are shown pixel for pixel or enlarged by a whole factor: at most 8 a clip, evenly chosen,
     fewer where they would be wider than about 1,600 pixels.
     """
-    *rows_BTHWC, notes = frames
-    _, T, H, W, _ = frames.original.shape
-    scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
-    count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (W * scale + GAP)))
+    *rows, notes = frames
+    T, W = rows[0].shape[1::2]
+    count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (max(W, MIN_TILE) + GAP)))
     # the middles of `count` equal parts of the clip
     shown = [(2 * i + 1) * T // (2 * count) for i in range(count)]
     numbers = ", ".join(str(frame) for frame in shown)
-    header = [*f"{notes}, frames {numbers} of {T}".splitlines(), ""]
-    font = ImageFont.load_default(13)
-    rows = displayed(torch.stack(rows_BTHWC)[:, :, shown])
-    tiles = repeat(rows, "r b n h w c -> r b n (h y) (w x) c", y=scale, x=scale)
-    tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=255)
+    chosen = [row[:, shown] for row in rows]
+    canvas = arrange(
+        chosen, frames._fields[:-1], f"{notes}; frames {numbers} of {T}", [[t] for t in titles]
+    )
+    write_whole(path, partial(canvas.save, format="PNG"))
+
+
+def arrange(
+    rows: Sequence[torch.Tensor],
+    names: Sequence[str],
+    notes: str,
+    titles: Sequence[Sequence[str]],
+) -> Image.Image:
+    """A picture of all frames [B, T, H, W, C] of each row beside its name, one clip after another,
+    under the notes; its sides are even, as a video wants them. titles: of each clip those above its
+    first columns.
+    """
+    tiles = _tiles(rows, gap=255)
     strips = rearrange(tiles, "r b n h w c -> b (r h) (n w) c")
     strips = F.pad(strips, (0, 0, MARGIN, 0, LINE, 0), value=255)
+    header, font = [*notes.splitlines(), ""], ImageFont.load_default(13)
     texts = max(math.ceil(font.getlength(line)) for line in header)
-    space = max(0, MARGIN + texts - strips.shape[2])
-    pixels = F.pad(strips.flatten(0, 1), (0, 0, 0, space, len(header) * LINE, 0), value=255)
+    pixels = strips.flatten(0, 1)
+    height, width, _ = pixels.shape
+    space = max(0, MARGIN + texts - width)
+    space += (width + space) % 2
+    pixels = F.pad(pixels, (0, 0, 0, space, len(header) * LINE, height % 2), value=255)
     canvas = Image.fromarray(pixels.numpy())
     pen = ImageDraw.Draw(canvas)
 
@@ -165,14 +195,38 @@ def draw_reconstruction(path: Path, frames: PictureFrames, titles: Sequence[str]
 
     for i, line in enumerate(header):
         write(MARGIN, 8 + i * LINE, line)
-    for b, title in enumerate(titles):
+    for b, columns in enumerate(titles):
         top = len(header) * LINE + b * strips.shape[1]
-        # of a path that is too long the end tells most: its beginning is left of the picture
-        text = one_line(title)
-        write(min(MARGIN, canvas.width - math.ceil(font.getlength(text))), top + 2, text)
-        for i, name in enumerate(PictureFrames._fields[:3]):
-            write(8, top + LINE + i * tiles.shape[3] + H * scale // 2 - 8, name)
-    write_whole(path, partial(canvas.save, format="PNG"))
+        for i, text in enumerate(map(one_line, columns)):
+            # of a path that is too long the end tells most: its beginning is left of the picture
+            most = canvas.width - math.ceil(font.getlength(text))
+            write(min(MARGIN + i * tiles.shape[4], most), top + 2, text)
+        for i, name in enumerate(names):
+            write(8, top + LINE + i * tiles.shape[3] + tiles.shape[3] // 2 - 8, name)
+    return canvas
+
+
+def _tiles(rows: Sequence[torch.Tensor], gap: int) -> torch.Tensor:
+    """All frames of some rows as a screen shows them, pixel for pixel or enlarged by a whole
+    factor, with a gap of that grey behind each: [rows, B, T, H, W, 3].
+    """
+    tiles = torch.stack([in_colors(row) for row in rows])
+    W = tiles.shape[4]
+    scale = math.ceil(MIN_TILE / W) if W < MIN_TILE * 3 // 4 else 1
+    tiles = repeat(tiles, "r b n h w c -> r b n (h y) (w x) c", y=scale, x=scale)
+    return F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=gap)
+
+
+def in_colors(clip: torch.Tensor) -> torch.Tensor:
+    """Of a clip [..., C], uint8, uint16 or in [0, 1], the first three channels as red, green and
+    blue, or the first as grey: uint8 [..., 3].
+    """
+    shown = clip[..., : 3 if clip.shape[-1] >= 3 else 1]
+    if shown.dtype == torch.uint16:
+        shown = shown.float() / 65535
+    if shown.is_floating_point():
+        shown = (shown * 255).round().to(torch.uint8)
+    return shown.expand(*clip.shape[:-1], 3)
 
 
 def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
@@ -183,24 +237,11 @@ def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
     """
     original, visible, predicted, _ = frames
     difference = (predicted.short() - original.short()).abs().to(torch.uint8)
-    columns = displayed(torch.stack([original, visible, predicted, difference]))
-    scale = math.ceil(MIN_TILE / original.shape[3])
-    tiles = repeat(columns, "k b t h w c -> k b t (h y) (w x) c", y=scale, x=scale)
-    tiles = F.pad(tiles, (0, 0, 0, GAP, 0, GAP), value=GREY)
+    tiles = _tiles([original, visible, predicted, difference], gap=GREY)
     pictures = rearrange(tiles, "k b t h w c -> t (b h) (k w) c").numpy()
     first, *others = [Image.fromarray(picture) for picture in pictures]
     save = partial(first.save, format="WEBP", save_all=True, append_images=others)
     write_whole(path, partial(save, duration=FRAME_MILLISECONDS, loop=0, quality=85))
-
-
-def displayed(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels of any channels [..., C], uint8 or uint16, as a screen shows them, uint8 [..., 3]: the
-    first three, or the first in grey.
-    """
-    if pixels.dtype == torch.uint16:
-        pixels = (pixels.float() / 257).round().to(torch.uint8)
-    shown = pixels[..., : 3 if pixels.shape[-1] >= 3 else 1]
-    return shown.expand(*shown.shape[:-1], 3)
 
 
 def _weights(

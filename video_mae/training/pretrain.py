@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from video_mae.config import PretrainConfig
+from video_mae.config import ClipsConfig, PretrainConfig
 from video_mae.data.dataset import Batch, collate
 from video_mae.data.sampling import StepSampler
 from video_mae.data.sources import read_sources
@@ -104,6 +104,7 @@ class Pretraining(Training[PretrainConfig]):
             impl=config.engine.kernels,
             checkpointing=config.engine.activation_checkpointing,
         )
+        model.clips_config = ClipsConfig.of(config)
         return model, self.base.macs
 
     def make_dataset(self) -> StagedClips:

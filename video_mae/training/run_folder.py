@@ -41,6 +41,7 @@ FREE_KEYS = (
     "engine.",
     "optim.accumulation",
     "validation.batch",
+    "classifier.class_names",  # the digest tells whether labels are others
     "probe.",  # it changes no weight, and no sample
 )
 
@@ -49,7 +50,7 @@ FREE_KEYS = (
 LENGTHS = ("optim.steps", "optim.epochs", "optim.warmup_", "optim.cooldown_")
 
 # What a stage finds out for itself, from the model that it starts from and from its lists.
-FOUND_KEYS = ("model.target_width", "model.position_grid", "classifier.class_names")
+FOUND_KEYS = ("model.target_width", "model.position_grid", "classifier.num_classes")
 
 # May come apart in another way, but stays.
 GLOBAL_BATCH = "ranks x optim.micro_batch x optim.accumulation"

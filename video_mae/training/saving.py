@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from video_mae.convert.facts import Tensors
-from video_mae.convert.model_folder import save_model_folder
+from video_mae.convert.model_folder import allow_readers, save_model_folder
 from video_mae.files import StorageError, fsync, storing, write_whole
 from video_mae.training import checkpoint
 from video_mae.training.heartbeat import progress
@@ -30,6 +30,7 @@ def write_state(file: Path, state: Tensors) -> tuple[str, dict[str, int]]:
     with storing(file, sum(tensor.nbytes for tensor in state.values())):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, file)
+        allow_readers(file)
         fsync(file)
         return file.name, checkpoint.digest(file)
 

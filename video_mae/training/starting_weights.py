@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from video_mae.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
+from video_mae.convert.export import is_interpolated
 from video_mae.convert.model_folder import Model, find_model_folder, load_pretrained
 from video_mae.model.inflation import resized
 from video_mae.model.vit import VideoClassifier, VideoMAE
@@ -88,6 +89,12 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
         f"starts from {place}: {len(taken)} of its {len(theirs)} tensors; new: "
         f"{_told(new, taken)}; left over: {_told(left, taken)}"
     ]
+    if is_interpolated(model):
+        lines.append(
+            f"positions are interpolated from the grid {model.position_grid}, which transformers "
+            "has no place for, and VideoMAE's own code in classifiers alone: to export the model "
+            "to them, train with model.resize_positions=compute"
+        )
     return config, StartingWeights(taken, lines)
 
 
