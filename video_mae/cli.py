@@ -23,11 +23,11 @@ class Stage(NamedTuple):
     """A row of the command line.
 
     `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a
-    function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
-    FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
-    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
-    is another way to write a key: --some-key for some_key=true, --some-key VALUE for
-    some_key=VALUE. A name may be two words.
+    function `start(*words, config) -> int | Callable[[], int]`, to which a word with dots is a
+    list. It raises ValueError or FileNotFoundError for a user's mistake, and returns the exit
+    status, or what still has to run and returns it. The word CONFIG.yaml is not passed on: the keys
+    are read from that file. A flag is another way to write a key: --some-key for some_key=true,
+    --some-key VALUE for some_key=VALUE. A name may be two words.
     """
 
     meaning: str
@@ -74,10 +74,11 @@ STAGES = {
         ("MODEL_OR_RUN_FOLDER", "LIST"),
     ),
     "predict": Stage(
-        "name the action in a video",
+        "name the action in a video, or along all videos of a folder into a table; goes on where "
+        "it was stopped",
         "evaluation.predict",
         "PredictConfig",
-        ("MODEL_OR_RUN_FOLDER", "VIDEO"),
+        ("MODEL_OR_RUN_FOLDER", "FOLDER_OR_FILES..."),
     ),
     "probe": Stage(
         "measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes",
@@ -138,6 +139,24 @@ STAGES = {
             "--root FOLDER",
             "--num-workers N",
         ),
+    ),
+    "split": Stage(
+        "divide a list or a folder of classes into lists to train, validate and test on",
+        "tools.split",
+        "SplitConfig",
+        ("LIST_OR_FOLDER",),
+    ),
+    "push": Stage(
+        "send a model with its card to the Hugging Face hub",
+        "tools.push",
+        "PushConfig",
+        ("MODEL_OR_RUN_FOLDER", "OWNER/NAME"),
+    ),
+    "serve": Stage(
+        "open a page on this machine where a video is dropped and named",
+        "tools.serve",
+        "ServeConfig",
+        ("MODEL_OR_RUN_FOLDER",),
     ),
     "demo": Stage(
         "render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)
@@ -206,7 +225,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         command = stages.add_parser(name, help=stage.meaning, description=stage.meaning)
         command.stage = stage
         for word in stage.words:
-            command.add_argument(word)
+            command.add_argument(word, nargs="+" if word.endswith("...") else None)
         for flag in stage.flags:
             _add_flag(command, *flag.split(" "))
         command.set_defaults(flags=[])
@@ -223,6 +242,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error(f"unrecognized arguments: {argument}")
     # argparse leaves over a key=value that follows a flag
     options.overrides += [*options.flags, *more]
+    for word in STAGES[options.stage].words:
+        if word.endswith("..."):
+            # it has taken the keys behind it as well; a file that is there is a file
+            files = getattr(options, word)
+            for key in [file for file in files if "=" in file and not os.path.exists(file)]:
+                files.remove(key)
+                options.overrides.append(key)
     return options
 
 

@@ -32,8 +32,9 @@ class ObjectiveConfig(Knobs):
     teacher: str = knob(
         "",
         "whose features: ema, a moving average of the encoder that is trained; or those of a "
-        "model folder, a run folder, what another project wrote, or hf:NAME, a folder or hub name "
-        "that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
+        "model folder, a run folder, what another project wrote; or of hf://OWNER/NAME, ours or "
+        "one that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE), hf:FOLDER "
+        "where it lies here",
     )
     teacher_momentum: float = knob(
         0.998,
@@ -283,8 +284,9 @@ class RunConfig(Knobs):
     )
     checkpoint: str = knob(
         "",
-        "the model to start from: a model folder, a run folder, or what another project wrote; "
-        "empty: random weights; a run that goes on does not read it again",
+        "the model to start from: a model folder, a run folder, what another project wrote, or "
+        "hf://OWNER/NAME[@REVISION]; empty: random weights; a run that goes on does not read it "
+        "again",
     )
     from_scratch: bool = knob(
         False,

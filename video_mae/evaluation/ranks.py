@@ -61,7 +61,8 @@ class Ranks:
 
     def progress(self, total: int) -> "tqdm[Any]":
         """A bar for the videos of the main rank."""
-        return tqdm(total=total, unit="video", disable=None if self.is_main else True)
+        shown = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} videos [{elapsed}<{remaining}{postfix}]"
+        return tqdm(total=total, bar_format=shown, disable=None if self.is_main else True)
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all ranks on rank 0, nothing on the others; every rank must call it."""
