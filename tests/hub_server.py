@@ -57,10 +57,10 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, code: str) -> None:
         self.answer({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
@@ -74,7 +74,12 @@ class Handler(BaseHTTPRequestHandler):
         commit = hub.commit(files)
         if found[2] == "tree":
             rows = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
                 for name, data in files.items()
             ]
             return self.answer(rows)
@@ -87,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
         names = [{"rfilename": name} for name in files]
         return self.answer({"id": found[1], "sha": commit, "siblings": names})
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
         hub.requests.append(f"POST {path}")
         data = self.rfile.read(int(self.headers["Content-Length"]))

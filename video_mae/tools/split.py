@@ -33,8 +33,9 @@ def start(source: str, config: SplitConfig) -> int:
     """The stage as the command line starts it. A group is in one part; each part has its share of
     the videos, and of those of a label, as far as whole groups allow.
 
-    For that groups come label by label, in an order that is drawn, and each goes where most is
-    missing. Raises: ValueError or FileNotFoundError with one line; then nothing is written.
+    For that groups come by their size, the larger ones first (those within a power of two count as
+    equal), then by label, then in an order that is drawn, and each goes where most is missing.
+    Raises: ValueError or FileNotFoundError with one line; then nothing is written.
     """
     videos = read_annotations(SourceConfig(source=source), "LIST_OR_FOLDER")
     path, label_M, texts = Path(source), videos.label_M, videos.paths
@@ -50,7 +51,11 @@ def start(source: str, config: SplitConfig) -> int:
     except (re.error, IndexError):
         raise ValueError(f"group: {config.group} is not found in {text[:100]}") from None
     parts, rng, num_seen = ([], [], []), random.Random(config.seed), 0
-    for group in sorted(groups.values(), key=lambda group: (label_M[group[0]], rng.random())):
+    order = sorted(
+        groups.values(),
+        key=lambda group: (-len(group).bit_length(), label_M[group[0]], rng.random()),
+    )
+    for group in order:
         num_seen += len(group)
         most = max(
             range(3),
