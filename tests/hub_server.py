@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: Hub
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *_: Any) -> None:
         pass
 
     def answer(self, content: Any, status: int = 200, **headers: str) -> None:

@@ -141,10 +141,20 @@ def export_onnx(model: Model, path: str | Path) -> list[str]:
     out. Raises: ValueError for a model without a head, or larger than the 2 GB that a file takes.
     """
     require_package("onnxscript", "format")
-    program = torch.onnx.export(
-        _program(model), dynamo=True, verbose=False, input_names=["clip"], output_names=["logits"]
-    )
-    write_whole(Path(path), lambda building: program.save(building, external_data=False))
+    program = _program(model)
+
+    def write(building: Path) -> None:
+        torch.onnx.export(
+            program,
+            f=building,
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+            input_names=["clip"],
+            output_names=["logits"],
+        )
+
+    write_whole(Path(path), write)
     return []
 
 

@@ -24,7 +24,7 @@ def located(name: str | Path, key: str = "") -> Path:
 
     key: begins an error. Raises: FileNotFoundError with one line.
     """
-    path = Path(str(name).removeprefix("hf:"))
+    path = Path(re.sub("^hf:(?!//)", "", str(name)))
     if path.exists():
         return path
     found = NAME.fullmatch(str(name))

@@ -50,27 +50,37 @@ def start(model: str, repository: str, config: PushConfig) -> int:
             theirs = f"{name}.from_pretrained({repository!r}, subfolder={THEIRS!r})"
         except ValueError as error:
             theirs = f"It has no such model ({error})."
-        header = {"library_name": "video-mae", "license": config.licence}
         card = f"""---
-{to_yaml(header)}---
+library_name: video-mae
+pipeline_tag: video-classification
+{to_yaml({"license": config.licence})}---
 
 # {repository}
 
-A {type(loaded).__name__} of video-mae.
+A {type(loaded).__name__} of video-mae: masked autoencoders on video, and what is fine-tuned from
+them. It takes clips of uint8 pixels [batch, frames, height, width, channels] as they are decoded,
+of the size below; normalisation is inside.
 
-* Data: {config.data or "not said"}
-* Licence: {config.licence}
+* Trained on: {config.data or "not said"}
+* Licence of the weights: {config.licence}
 
 ## Figures
 
 ```yaml
 {to_yaml(_figures(source) or {"figures": "none are known"})}```
 
-## Use
+## How to load it
 
-    video_mae.load_pretrained("hf://{repository}@{config.revision}")
+```python
+from video_mae import load_pretrained
 
-With transformers:
+model = load_pretrained("hf://{repository}@{config.revision}")
+```
+
+`video-mae predict hf://{repository}@{config.revision} VIDEO` names what is in a video, where it
+is a VideoClassifier; `checkpoint=hf://{repository}@{config.revision}` starts a training from it.
+
+With transformers, whose form of it lies in the folder `{THEIRS}`:
 
     {theirs}
 

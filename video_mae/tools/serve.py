@@ -14,7 +14,7 @@ class ServeConfig(Knobs):
 def start(model: str, config: ServeConfig) -> int:
     """Shows the page until Ctrl-C; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
     require_package("gradio")
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
 
     loaded = load_pretrained(model, VideoClassifier)
 

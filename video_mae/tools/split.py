@@ -38,22 +38,22 @@ def start(source: str, config: SplitConfig) -> int:
     Raises: ValueError or FileNotFoundError with one line; then nothing is written.
     """
     videos = read_annotations(SourceConfig(source=source), "LIST_OR_FOLDER")
-    path, label_M, texts = Path(source), videos.label_M, videos.paths
+    path, texts = Path(source), videos.paths
     folder = Path(config.output or f"{path.absolute()}_split")
     require(not folder.exists(), "output", folder, "exists; choose another, or remove it")
     if path.is_file():
         texts = [text for text in read_text(path).split("\n") if text.strip()]
         texts = texts[-len(videos) :]  # without a header
     groups = defaultdict[str, list[int]](list)
-    try:
-        for video, text in enumerate(texts):
-            groups[re.findall(config.group, text)[0]].append(video)
-    except (re.error, IndexError):
-        raise ValueError(f"group: {config.group} is not found in {text[:100]}") from None
+    for video, text in enumerate(texts):
+        try:
+            groups[re.findall(config.group, text)[0]].append(video)  # pyright: ignore
+        except (re.error, IndexError, TypeError):  # the last: of a packed folder
+            raise ValueError(f"group: {config.group} is not found in {text!s:.100}") from None
     parts, rng, num_seen = ([], [], []), random.Random(config.seed), 0
     order = sorted(
         groups.values(),
-        key=lambda group: (-len(group).bit_length(), label_M[group[0]], rng.random()),
+        key=lambda group: (-len(group).bit_length(), videos.label_M[group[0]], rng.random()),
     )
     for group in order:
         num_seen += len(group)
