@@ -212,6 +212,7 @@ def test_a_process_heeds_the_environment_of_the_hub(
         hub.repositories.clear()
 
 
+@pytest.mark.slow
 def test_training_starts_from_and_learns_of_models_of_the_hub(
     hub: Hub, folder: Callable[..., Path], tmp_path: Path, tiny: Callable[..., Any]
 ) -> None:

@@ -165,6 +165,7 @@ def test_frames_are_resized_as_the_model_was_trained(
     assert found == pytest.approx([scores[name] for name in NAMES], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_killed_goes_on_to_the_same_table(
     model: Path, videos: Path, write_video: Callable[..., Path], tmp_path: Path
 ) -> None:
