@@ -96,6 +96,7 @@ def test_a_model_of_the_hub_is_loaded_by_its_name_and_once(
 ) -> None:
     now, before = folder("now", 0), folder("before", 1)
     others = {"modeling.py": b"raise SystemExit", "model.pt": b"?", "sub/model.safetensors": b"?"}
+    others["transformers/config.json"] = b"{}"
     hub.repositories["me/small"] = {"main": files_of(now) | others, "v1": files_of(before)}
     for name in ("hf://me/small", "me/small", "hf:me/small", "hf://me/small@main"):
         assert weight(load_pretrained(name)).equal(stored(now)), name
