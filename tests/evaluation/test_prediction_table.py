@@ -34,7 +34,7 @@ MODEL = ModelConfig(
 def saved(folder: Path, **head: Any) -> Path:
     torch.manual_seed(0)
     config = ClassifierConfig(
-        num_classes=3, class_names=NAMES, stride=2, head_init_scale=100.0, **head
+        num_classes=3, class_names=NAMES, stride=2, head_init_scale=10.0, **head
     )
     save_model_folder(folder, VideoClassifier(MODEL, config))
     return folder
