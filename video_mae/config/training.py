@@ -32,9 +32,8 @@ class ObjectiveConfig(Knobs):
     teacher: str = knob(
         "",
         "whose features: ema, a moving average of the encoder that is trained; or those of a "
-        "model folder, a run folder, what another project wrote; or of hf://OWNER/NAME, ours or "
-        "one that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE), hf:FOLDER "
-        "where it lies here",
+        "model as `checkpoint` names it, or one of transformers: hf://OWNER/NAME, hf:FOLDER (CLIP, "
+        "SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
     )
     teacher_momentum: float = knob(
         0.998,
@@ -284,9 +283,8 @@ class RunConfig(Knobs):
     )
     checkpoint: str = knob(
         "",
-        "the model to start from: a model folder, a run folder, what another project wrote, or "
-        "hf://OWNER/NAME[@REVISION]; empty: random weights; a run that goes on does not read it "
-        "again",
+        "the model to start from: a model folder, a run folder, a file of another project, or "
+        "hf://OWNER/NAME@REVISION; empty: random weights; a run that goes on reads it no more",
     )
     from_scratch: bool = knob(
         False,
