@@ -102,7 +102,7 @@ def test_reconstruct_starts_from_the_training_and_draws_the_same_each_time(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda words: ["/no/model", *words[1:]], "/no/model/config.json: no such file"),
+        (lambda words: ["/no/model", *words[1:]], "/no/model: no such file or folder"),
         (lambda words: [words[0], __file__, words[2]], "test_cli.py"),
         (lambda words: [*words, "none.mp4"], "none.mp4"),
         (

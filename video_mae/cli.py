@@ -83,10 +83,11 @@ STAGES = {
         ("MODEL_OR_RUN_FOLDER", "LIST"),
     ),
     "predict": Stage(
-        "name the action in a video",
+        "name the action in a video; or along all videos of a folder, into a table; goes on where "
+        "it was stopped",
         "evaluation.predict",
         "config.evaluation.PredictConfig",
-        ("MODEL_OR_RUN_FOLDER", "VIDEO"),
+        ("MODEL_OR_RUN_FOLDER", "FOLDER_OR_FILES..."),
     ),
     "probe": Stage(
         "measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes",
@@ -154,6 +155,24 @@ STAGES = {
             "--num-workers N",
         ),
     ),
+    "split": Stage(
+        "divide a list or a folder of classes into lists to train, validate and test on",
+        "tools.split",
+        "SplitConfig",
+        ("LIST_OR_FOLDER",),
+    ),
+    "push": Stage(
+        "send a model with its card to the Hugging Face hub",
+        "tools.push",
+        "PushConfig",
+        ("MODEL_OR_RUN_FOLDER", "OWNER/NAME"),
+    ),
+    "serve": Stage(
+        "open a page on this machine where a video is dropped and named",
+        "tools.serve",
+        "ServeConfig",
+        ("MODEL_OR_RUN_FOLDER",),
+    ),
     "demo": Stage(
         "render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)
     ),
@@ -166,10 +185,10 @@ STAGES = {
 }
 PURPOSES = {
     "learn from videos": "pretrain, finetune, recipes",
-    "use a model": "predict, extract, reconstruct, look",
+    "use a model": "predict, serve, extract, reconstruct, look",
     "measure": "evaluate, probe, compare, bench kernels, bench step, bench data",
-    "prepare videos": "doctor, pack, demo",
-    "exchange models": "convert",
+    "prepare videos": "doctor, split, pack, demo",
+    "exchange models": "convert, push",
 }
 """How the page of `video-mae` alone groups the stages."""
 HEAD = """\

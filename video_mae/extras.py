@@ -5,7 +5,9 @@ from importlib.util import find_spec
 EXTRAS = {
     "decord": "decord",
     "fsspec": "remote",
+    "gradio": "serve",
     "matplotlib": "plots",
+    "onnxscript": "onnx",
     "pybullet": "people",
     "skimage": "demo",
     "tensorboard": "tensorboard",

@@ -367,6 +367,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "ViTMAE has no model.positions = separate",
     ),
     ("torch_export", {}, "for classifiers"),
+    ("onnx", {}, "for classifiers"),
 ]
 
 
@@ -422,6 +423,25 @@ def test_the_program_of_a_classifier_runs_without_this_package_for_any_batch(cha
     for number, logits in enumerate(torch.load(tmp_path / "logits.pt"), start=1):
         torch.testing.assert_close(logits, model(clip[:number]).detach(), **TOLERANCE)
     assert model.encoder.impl == "auto"
+
+
+@pytest.mark.slow
+def test_onnxruntime_computes_what_the_model_does_for_any_number_of_clips(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    config = replace(MODEL, class_tokens=1)
+    model = randomized(VideoClassifier(config, 5))
+    save_model_folder(tmp_path / "model", model)
+    convert(tmp_path / "model", tmp_path / "x.onnx", ConvertConfig(format="onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    (given,) = session.get_inputs()
+    assert (given.name, given.type) == ("clip", "tensor(uint8)")
+    clip = a_clip(config, 3)
+    for number in (1, 2, 3):
+        (logits,) = session.run(["logits"], {"clip": clip[:number].numpy()})
+        expected = model(clip[:number]).detach()
+        torch.testing.assert_close(torch.from_numpy(logits), expected, **TOLERANCE)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "x.onnx"}
 
 
 # Stage, precision, and which checkpoints are of an earlier version.

@@ -297,7 +297,7 @@ def test_predict_can_choose_frames_otherwise_too(
 ) -> None:
     video = str(videos / "a" / "3.mp4")
     chosen = load_pretrained(model, VideoClassifier, facts=Facts(sampling="uniform", stride=1))
-    assert predict.start(str(model), video, PredictConfig(sampling="uniform", stride=1)) == 0
+    assert predict.start(str(model), [video], PredictConfig(sampling="uniform", stride=1)) == 0
     first, second, best, *_ = capsys.readouterr().out.splitlines()
     assert (first, second) == (
         "sampling = uniform: given, the model says dense",
@@ -459,7 +459,7 @@ def test_other_mistakes_are_one_line(model: Path, videos: Path, tmp_path: Path) 
     save_model_folder(tmp_path / "mae", VideoMAE(MODEL))
     with pytest.raises(ValueError, match="holds a VideoMAE, a VideoClassifier is wanted"):
         start(str(tmp_path / "mae"), source, config(f"output={tmp_path / 'out'}"))
-    with pytest.raises(FileNotFoundError, match="nowhere: neither a model folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         start(str(tmp_path / "nowhere"), source, config())
     with pytest.raises(ValueError, match=r"output: \(empty\), name a folder"):
         start(str(model), source, config())

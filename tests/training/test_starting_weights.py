@@ -187,7 +187,7 @@ def test_damaged_checkpoints_do_not_begin_again_with_random_weights(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["checkpoint=/no/model"], r"checkpoint: /no/model: neither a model folder"),
+        (["checkpoint=/no/model"], r"checkpoint: /no/model: no such file or folder"),
         (
             ["checkpoint=MODEL", "model.depth=3", "model.mean=[0.5]", "model.head_norm_eps=1e-5"],
             r"checkpoint: .*model has another architecture than model of this run; "

@@ -303,7 +303,7 @@ def test_who_cannot_teach_is_told_in_one_line(
     bert.save_pretrained(tmp_path / "bert")
     for teacher, more, message in (
         ("/no/model", [], r"objective\.teacher: /no/model: "),
-        ("hf:/no/model", [], r"objective\.teacher: hf:/no/model is not a model with"),
+        ("hf:/no/model", [], r"objective\.teacher: hf:/no/model: no such file or folder"),
         (f"hf:{tmp_path / 'bare'}", [], r"bare is not a model with .*preprocessor_config\.json"),
         (f"hf:{tmp_path / 'bert'}", [], r"bert is not a model with"),
         (their_folder(tmp_path / "r", resnet), [], r"is of type resnet .* known are clip_vision"),

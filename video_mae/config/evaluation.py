@@ -30,7 +30,21 @@ class EncodingConfig(Knobs):
     )
 
 
-class TestedConfig(Knobs):
+class WindowsConfig(EncodingConfig):
+    """How clips lie along videos."""
+
+    hop: int = knob(
+        0,
+        "video frames from the start of a clip to that of the next; 0: as many as a clip spans, "
+        "num_frames * stride",
+        low=0,
+    )
+    batch_size: int = knob(
+        8, "clips of a video that go through the encoder at once", low=1, high=MOST_SIZE
+    )
+
+
+class TestedConfig(EncodingConfig):
     """How a classifier is given frames, where it is not as the model says."""
 
     sampling: ClipSampling | None = knob(
@@ -43,7 +57,7 @@ class TestedConfig(Knobs):
     )
 
 
-class EvaluateConfig(EncodingConfig, TestedConfig):
+class EvaluateConfig(TestedConfig):
     """`video-mae evaluate MODEL_OR_RUN_FOLDER LIST key=value ...`, also under the deepspeed
     launcher.
     """
@@ -91,12 +105,28 @@ class EvaluateConfig(EncodingConfig, TestedConfig):
     )
 
 
-class PredictConfig(TestedConfig):
-    """`video-mae predict MODEL_OR_RUN_FOLDER VIDEO key=value ...`."""
+class PredictConfig(TestedConfig, WindowsConfig):
+    """`video-mae predict MODEL_OR_RUN_FOLDER FOLDER_OR_FILES... key=value ...`."""
 
-    num_clips: int = knob(5, "clips, spread over the video", low=1, high=1000)
+    first_keys = "output window hop num_clips num_crops top sampling stride batch_size precision"
+
+    output: str = knob(
+        "",
+        "CSV file with a row for each clip along the videos, made of OUTPUT.parts; empty: one "
+        "video is told as a whole",
+    )
+    window: int = knob(
+        0,
+        "with output: video frames over which those of a clip are spread; 0: as the model was "
+        "trained, num_frames * stride, or all where that was on whole videos",
+        low=0,
+    )
+    num_clips: int = knob(5, "without output: clips, spread over the video", low=1, high=1000)
     num_crops: int = knob(
-        1, "crops of a clip along the longer side; 1 is the middle", low=1, high=1000
+        1,
+        "without output: crops of a clip along the longer side; 1 is the middle",
+        low=1,
+        high=1000,
     )
     top: int = knob(5, "how many classes are told, the most probable first", low=1)
 
@@ -183,7 +213,7 @@ class ProbeConfig(EncodingConfig):
         return ("linear", "attentive", "knn") if self.kind == "all" else (self.kind,)
 
 
-class ExtractConfig(EncodingConfig):
+class ExtractConfig(WindowsConfig):
     """`video-mae extract MODEL_OR_RUN_FOLDER LIST_OR_VIDEO FOLDER key=value ...`, also under the
     deepspeed launcher.
     """
@@ -197,12 +227,6 @@ class ExtractConfig(EncodingConfig):
     layers: tuple[int, ...] = knob(
         (),
         "blocks of a pyramid, the first is 0; empty: the ends of four equal parts of the encoder",
-    )
-    hop: int = knob(
-        0,
-        "video frames from the start of a clip to that of the next; 0: as many as a clip spans, "
-        "num_frames * stride",
-        low=0,
     )
     sampling: ClipSampling | None = knob(
         None,
@@ -218,9 +242,6 @@ class ExtractConfig(EncodingConfig):
     )
     format: Literal["npz", "safetensors"] = knob("npz", "of the files, one a video")
     dtype: Literal["float32", "float16"] = knob("float32", "of the features in the files")
-    batch_size: int = knob(
-        8, "clips of a video that go through the encoder at once", low=1, high=MOST_SIZE
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

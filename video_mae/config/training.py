@@ -32,8 +32,8 @@ class ObjectiveConfig(Knobs):
     teacher: str = knob(
         "",
         "whose features: ema, a moving average of the encoder that is trained; or those of a "
-        "model folder, a run folder, what another project wrote, or hf:NAME, a folder or hub name "
-        "that transformers opens (CLIP, SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
+        "model as `checkpoint` names it, or one of transformers: hf://OWNER/NAME, hf:FOLDER (CLIP, "
+        "SigLIP, DINOv2, DINOv3, ViTMAE, VideoMAE)",
     )
     teacher_momentum: float = knob(
         0.998,
@@ -50,9 +50,7 @@ class ObjectiveConfig(Knobs):
     feature_loss: Literal["smooth_l1", "squared"] = knob(
         "smooth_l1", "error of a predicted feature; smooth_l1 is squared up to 1, linear from there"
     )
-    contrastive_weight: float = knob(
-        0.0, "lambda; 0 is plain VideoMAE and computes no contrastive loss", low=0
-    )
+    contrastive_weight: float = knob(0.0, "lambda; 0 is plain VideoMAE, without that loss", low=0)
     temperature: float = knob(
         0.1,
         "tau of the contrastive softmax (its start value where it is learned)",
@@ -285,8 +283,8 @@ class RunConfig(Knobs):
     )
     checkpoint: str = knob(
         "",
-        "the model to start from: a model folder, a run folder, or what another project wrote; "
-        "empty: random weights; a run that goes on does not read it again",
+        "the model to start from: a model folder, a run folder, a file of another project, or "
+        "hf://OWNER/NAME@REVISION; empty: random weights; a run that goes on reads it no more",
     )
     from_scratch: bool = knob(
         False,
@@ -313,9 +311,7 @@ class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
 
     picture_interval: int = knob(500, "reconstruction pictures; the last step draws one", low=0)
-    picture_clips: int = knob(
-        4, "clips on a picture, of videos spread evenly over the list", low=1, high=1000
-    )
+    picture_clips: int = knob(4, "clips on it, of videos spread over the list", low=1, high=1000)
 
 
 class ClipStageConfig(Knobs):

@@ -16,6 +16,7 @@ from video_mae.convert.hugging_face import HEAD_NORM_EPS, VIDEOMAE, VITMAE, size
 from video_mae.convert.model_folder import Model, write_weights
 from video_mae.convert.official import OFFICIAL
 from video_mae.convert.project import Project
+from video_mae.extras import require_package
 from video_mae.files import write_whole
 from video_mae.model.blocks import Attention
 from video_mae.model.vit import Encoder, VideoClassifier, VideoMAE
@@ -138,10 +139,38 @@ def export_program(model: Model, path: str | Path) -> list[str]:
 
     It needs PyTorch alone to run. Raises: ValueError for a model without a head.
     """
+    program = _program(model)
+    write_whole(Path(path), lambda building: torch.export.save(program, building))
+    return []
+
+
+def export_onnx(model: Model, path: str | Path) -> list[str]:
+    """Writes a classifier as ONNX: `clip`, uint8 [B, T, H, W, C] of any number, in, `logits` [B, K]
+    out. Raises: ValueError for a model without a head, or larger than the 2 GB that a file takes.
+    """
+    require_package("onnxscript", "format")
+    program = _program(model)
+
+    def write(building: Path) -> None:
+        torch.onnx.export(
+            program,
+            f=building,
+            external_data=False,
+            dynamo=True,
+            verbose=False,
+            input_names=["clip"],
+            output_names=["logits"],
+        )
+
+    write_whole(Path(path), write)
+    return []
+
+
+def _program(model: Model) -> torch.export.ExportedProgram:
     if not isinstance(model, VideoClassifier):
         raise ValueError(
-            "format: torch_export is for classifiers, and this model is a VideoMAE; fine-tune it "
-            "first"
+            "format: torch_export and onnx are for classifiers, and this model is a VideoMAE; "
+            "fine-tune it first"
         )
     c, portable = model.config, copy.deepcopy(model).cpu().eval()
     for module in portable.modules():
@@ -150,11 +179,9 @@ def export_program(model: Model, path: str | Path) -> list[str]:
         elif isinstance(module, Encoder):
             module.impl = "reference"
     clip_BTHWC = torch.zeros(2, c.num_frames, c.height, c.width, c.in_channels, dtype=torch.uint8)
-    program = torch.export.export(
+    return torch.export.export(
         portable, (clip_BTHWC,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
-    write_whole(Path(path), lambda building: torch.export.save(program, building))
-    return []
 
 
 def _videomae(model: Model) -> tuple[Tensors, Options, list[str]]:

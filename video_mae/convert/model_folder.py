@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from video_mae.config import ClassifierConfig, ClipsConfig, ModelConfig, ObjectiveConfig
 from video_mae.config.schema import from_dict, to_dict
 from video_mae.convert.facts import Facts, Options, Tensors
+from video_mae.convert.hub import located
 from video_mae.files import json_text, one_line, read_small, write_whole
 from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
@@ -107,15 +108,13 @@ def load_pretrained(
     evaluation mode.
 
     path: a model folder, a run folder, or what another project wrote: a checkpoint file, a Hugging
-    Face folder (import_model; what it assumes, leaves out or makes anew is logged as a warning).
-    kind: the class that the caller can use. facts: what another project's file may leave open; of a
-    model folder too, sampling and stride can be others. Raises: FileNotFoundError; ValueError
-    naming the file and what does not fit, or for a model of another kind. Executes nothing from the
-    files.
+    Face folder (import_model; what it assumes, leaves out or makes anew is logged as a warning); or
+    one of these on the hub, hf://OWNER/NAME[@REVISION] (`located`). kind: the class that the caller
+    can use. facts: what another project's file may leave open; of a model folder too, sampling and
+    stride can be others. Raises: FileNotFoundError; ValueError naming the file and what does not
+    fit, or for a model of another kind. Executes nothing from the files.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = find_model_folder(path)
+    path = find_model_folder(path)
     if is_model_folder(path):
         model, facts = _load_folder(path, impl), facts or Facts()
         if replace(facts, sampling=None, stride=None) != Facts():
@@ -182,29 +181,23 @@ def is_model_folder(path: Path) -> bool:
     return not {"model_type", "architectures"} & description.keys()
 
 
-def find_model_folder(path: str | Path) -> Path:
-    """What `load_pretrained` is to read: `path` itself, or what a run folder holds, best/ before
-    model/. Raises: FileNotFoundError.
+def find_model_folder(path: str | Path, key: str = "") -> Path:
+    """What `load_pretrained` is to read: the file or folder that `path` means (`located`), or what
+    a run folder holds, best/ before model/. key: begins an error. Raises: FileNotFoundError.
     """
-    path = Path(path)
+    path = located(path, key)
     if path.is_file() or is_deepspeed_folder(path):
         return path
     for folder in (path, path / "best", path / "model"):
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"{path}: neither a model folder (config.json, model.safetensors) nor a run folder with "
-        "best/ or model/ in it"
+        f"{key}{path}: neither a model folder (config.json, model.safetensors) nor a run folder "
+        "with best/ or model/ in it"
     )
 
 
 def _load_folder(folder: Path, impl: str) -> Model:
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name}: no such file; a model folder holds config.json and "
-                "model.safetensors"
-            )
     config, head, clips = _read_configuration(folder / "config.json")
     file = folder / "model.safetensors"
     state = read_safetensors(file)

@@ -141,6 +141,7 @@ class Windows:
     crop: Literal["center", "whole"]
     reading: Reading
     sampling: Literal["dense", "uniform"] = "dense"
+    antialias: bool = True
 
     @property
     def span(self) -> int:
@@ -190,7 +191,8 @@ class Windows:
         box = (0, 0, height, width)
         if self.crop == "center":
             box = central_box(height, width, self.width / self.height)
-        return crop_clip(frame_HWC[None], box, (self.height, self.width), flip=False)[0]
+        size = self.height, self.width
+        return crop_clip(frame_HWC[None], box, size, flip=False, antialias=self.antialias)[0]
 
 
 Found = tuple[int, Any, Failure | None]

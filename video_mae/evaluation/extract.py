@@ -7,7 +7,7 @@ C clips of a video, B clips of a pass, L chosen blocks, D features.
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
-from video_mae.convert.model_folder import Model, allow_readers, find_model_folder, load_pretrained
+from video_mae.convert.model_folder import Model, allow_readers, load_pretrained
 from video_mae.data.videos import read_annotations
 from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers
@@ -31,6 +31,7 @@ from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.files import (
     check_made_with,
     json_text,
+    one_line,
     say,
     write_json,
     write_text,
@@ -56,20 +57,22 @@ def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callab
     """The stage as the command line starts it: a mistake is raised here, the extraction is what is
     returned.
     """
-    return Extraction(model, source, Path(folder), config).run
+    return Extraction(load_pretrained(model), [source], Path(folder), config).run
 
 
 class Extraction:
     """A checked extraction, which `run` does: files[i] is where the features of paths[i] go."""
 
-    def __init__(self, model: str, source: str, folder: Path, config: ExtractConfig) -> None:
+    def __init__(
+        self, model: Model, sources: Sequence[str], folder: Path, config: ExtractConfig
+    ) -> None:
         """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or
         FileNotFoundError with one line.
         """
         check_start(config)
         self.config, self.folder = config, folder
-        self.model = load_pretrained(find_model_folder(model))
-        c, data = self.model.config, config.data
+        self.model = model
+        c, data = model.config, config.data
         quarters = [max(c.depth * part // 4 - 1, 0) for part in range(1, 5)]
         self.layers = config.layers or tuple(dict.fromkeys(quarters))
         for layer in self.layers:
@@ -82,7 +85,7 @@ class Extraction:
         is_unlike = len(set(self.layers)) == len(self.layers)
         require(is_unlike, "layers", list(self.layers), "must differ")
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
-        trained = clips_of(self.model)
+        trained = clips_of(model)
         sampling = config.sampling or ("dense" if config.hop else trained.sampling)
         stride = config.stride or data.stride or trained.stride
         self.windows = Windows(
@@ -95,11 +98,15 @@ class Extraction:
             sampling=sampling,
             reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
-        found = SourceConfig(source=source, root=data.root, list_format=data.list_format)
-        videos = read_annotations(found, "LIST_OR_VIDEO")
-        # one video, or all of a list or folder, each once; labels do not matter
-        self.paths = tuple({_full(path): path for path in videos.paths}.values())
-        self.notes = list(videos.notes)
+        # each once, a video, or all of a list or folder; labels do not matter
+        paths: dict[str, Place] = {}
+        self.notes: list[str] = []
+        for source in sources:
+            found = SourceConfig(source=source, root=data.root, list_format=data.list_format)
+            videos = read_annotations(found, "LIST_OR_VIDEO")
+            paths |= {_full(path): path for path in videos.paths}
+            self.notes += videos.notes
+        self.paths = tuple(paths.values())
         self.files = [folder / file_name(path, config.format) for path in self.paths]
         self.settings = {
             **{key: value for key, value in flatten(config).items() if key not in FREE_KEYS},
@@ -108,7 +115,7 @@ class Extraction:
             "hop": self.windows.hop,
             "layers": list(self.layers),
             "span": self.windows.span,
-            "weights": _fingerprint(self.model),
+            "weights": _fingerprint(model),
         }
         check_made_with(folder / SETTINGS_FILE, self.settings, earlier={"sampling": "dense"})
         if sampling != trained.sampling or (sampling == "dense" and stride != trained.stride):
@@ -127,7 +134,7 @@ class Extraction:
                 write_json(self.folder / SETTINGS_FILE, self.settings)
             ranks.gather([])  # the folder is there
             bad = dict(ranks.gather(list(self._extract(ranks).items())))
-            return self._conclude(bad) if ranks.is_main else DONE
+            return self.conclude(bad) if ranks.is_main else DONE
 
     def _extract(self, ranks: Ranks) -> dict[int, str]:
         """This rank's share; returns the videos that could not be decoded, with the reasons."""
@@ -150,6 +157,7 @@ class Extraction:
             for video, piece, failure in stream.load(self.workers.num):
                 if failure:
                     bad[video] = failure.reason
+                    progress.write(one_line(f"{failure.path}: {failure.reason}"))
                     if video in files:
                         files.pop(video).discard()
                     progress.update()
@@ -159,9 +167,10 @@ class Extraction:
                 if times:
                     files[video] = self._new_file(self.files[video], times, features.shape[1:])
                 files[video].append(features)
+                # by its share, so that the time that is left is known of a long video too
+                progress.update(len(features) / files[video].shape[0])
                 if files[video].missing == 0:
                     files.pop(video).close()
-                    progress.update()
         assert not files, "a video ended before its last clip"
         return bad
 
@@ -184,7 +193,8 @@ class Extraction:
         whole = (len(times.start_frame_C), *shape)
         return FeatureFile(path, self.config.format, whole, self.config.dtype, beside)
 
-    def _conclude(self, bad: dict[int, str]) -> int:
+    def conclude(self, bad: dict[int, str]) -> int:
+        """Tells of what is there, and of the bad videos, with the reasons. Returns the status."""
         lines = []
         for video, path in enumerate(self.paths):
             row = {"bad": bad[video]} if video in bad else {"file": self.files[video].name}

@@ -1,34 +1,104 @@
-"""What a classifier says about a video: the views of the video, merged; in Python and as a stage.
+"""What a classifier says about a video: the views of the video, merged, in Python and as a stage;
+or windows along many videos, as a table.
 
 V views of a video, K classes.
 """
 
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from video_mae.config import ClassifierConfig, ModelConfig
 from video_mae.config.data import ReadConfig
-from video_mae.config.evaluation import PredictConfig
+from video_mae.config.evaluation import ExtractConfig, PredictConfig
+from video_mae.config.schema import require
 from video_mae.config.training import Precision
-from video_mae.convert.model_folder import Model, choose_frames, find_model_folder, load_pretrained
+from video_mae.convert.model_folder import Model, choose_frames, load_pretrained
 from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError
+from video_mae.evaluation.extract import Extraction
 from video_mae.evaluation.features import autocast
-from video_mae.files import say
+from video_mae.evaluation.scores import cell
+from video_mae.files import one_line, say, write_text
 from video_mae.model.vit import VideoClassifier
 
 
-def start(model_folder: str, video: str, config: PredictConfig) -> int:
-    """The stage as the command line starts it."""
-    model = load_pretrained(find_model_folder(model_folder), VideoClassifier)
-    for line in choose_frames(model, config.sampling, config.stride):
+def start(model: str, sources: Sequence[str], config: PredictConfig) -> Callable[[], int] | int:
+    """The stage as the command line starts it: one video as a whole; or with an output the table of
+    all, which is returned, after the mistakes are raised.
+    """
+    loaded = load_pretrained(model, VideoClassifier)
+    for line in choose_frames(loaded, config.sampling, config.stride or config.data.stride):
         say(line)
+    if config.output:
+        return PredictionTable(loaded, sources, config).run
+    is_one = len(sources) == 1 and not Path(sources[0]).is_dir()
+    remedy = "must name a file for what is said of several videos: output=predictions.csv"
+    require(is_one, "output", "(empty)", remedy)
     for name, probability in classify_video(
-        model, video, num_clips=config.num_clips, num_crops=config.num_crops, top=config.top
+        loaded, sources[0], num_clips=config.num_clips, num_crops=config.num_crops, top=config.top
     ):
         say(f"{probability:7.2%}  {name}")
     return 0
+
+
+class PredictionTable(Extraction):
+    """An extraction of what the head reads of windows along videos, which goes on like one, and the
+    table of what the head says.
+    """
+
+    def __init__(
+        self, model: VideoClassifier, sources: Sequence[str], config: PredictConfig
+    ) -> None:
+        self.head, self.asked = model.head, config
+        head, folder = model.classifier_config, Path(f"{config.output}.parts")
+        self.names = names_of(head)
+        is_new = not Path(config.output).exists()
+        remedy = f"exists without {folder}; choose another"
+        require(is_new or folder.is_dir(), "output", config.output, remedy)
+        # what was trained on whole videos sees them, or the windows that are asked for
+        is_dense = head.sampling == "dense" or config.window > 0
+        extracted = ExtractConfig(
+            sampling="dense" if is_dense else "uniform",
+            stride=-(-config.window // model.config.num_frames) or head.stride,
+            hop=config.hop,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            num_workers=config.num_workers,
+            data=config.data,
+        )
+        super().__init__(model, sources, folder, extracted)
+        self.windows = replace(self.windows, antialias=head.antialias)
+
+    @torch.no_grad()
+    def conclude(self, bad: dict[int, str]) -> int:
+        """Writes the table as well, in the order in which the videos were named."""
+        top, rows = self.asked.top, [["path", "start_seconds", "end_seconds", "error"]]
+        for place, _ in enumerate(self.names[:top], start=1):
+            rows[0] += [f"class_{place}", f"probability_{place}"]
+        self.head.cpu()
+        for video, path in enumerate(self.paths):
+            name = cell(str(path))
+            if video in bad:
+                rows.append([name, "", "", one_line(bad[video])])
+                continue
+            found = np.load(self.files[video])
+            scores_CK = self.head(torch.from_numpy(found["features"])).softmax(dim=-1)
+            times = zip(found["start_seconds"], found["end_seconds"], scores_CK, strict=True)
+            for begin, end, score_K in times:
+                rows.append([name, f"{begin:.3f}", f"{end:.3f}", ""])
+                for k in score_K.argsort(descending=True)[:top].tolist():
+                    rows[-1] += [cell(self.names[k]), f"{score_K[k]:.6f}"]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(Path(self.asked.output), text.getvalue())
+        say(f"predictions {self.asked.output}")
+        return super().conclude(bad)
 
 
 def classify_video(

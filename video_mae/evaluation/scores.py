@@ -124,12 +124,12 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             worst = int(confusion[label].argmax())
             times = confusion[label, worst]
             if times:
-                taken = _cell(names[worst])
+                taken = cell(names[worst])
             missing = (mine & ~seen).sum()
-            row = (label, _cell(name), mine.sum(), missing, top1, top5, taken, times)
+            row = (label, cell(name), mine.sum(), missing, top1, top5, taken, times)
             table.writerow(row)
 
 
-def _cell(name: str) -> str:
+def cell(name: str) -> str:
     """A name as a cell of a table that no spreadsheet takes for a formula."""
     return one_line(f"'{name}" if name.startswith(tuple("=+-@")) else name)

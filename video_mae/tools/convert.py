@@ -8,9 +8,15 @@ from typing import Any, Literal
 
 from video_mae.config import ClipsConfig, FinetuneConfig, JournalConfig, load_config
 from video_mae.config.schema import knob, read_keys
-from video_mae.convert.export import export_hugging_face, export_official, export_program
+from video_mae.convert.export import (
+    export_hugging_face,
+    export_official,
+    export_onnx,
+    export_program,
+)
 from video_mae.convert.facts import Facts
 from video_mae.convert.foreign_files import read_json
+from video_mae.convert.hub import located
 from video_mae.convert.importing import import_model
 from video_mae.convert.model_folder import (
     Model,
@@ -32,16 +38,17 @@ EXPORTS = {
     "official": export_official,
     "hugging_face": export_hugging_face,
     "torch_export": export_program,
+    "onnx": export_onnx,
 }
 
 
 class ConvertConfig(Facts):
     """`video-mae convert SOURCE DESTINATION key=value ...`."""
 
-    format: Literal["model", "official", "hugging_face", "torch_export"] = knob(
+    format: Literal["model", "official", "hugging_face", "torch_export", "onnx"] = knob(
         "model",
         "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
-        "for transformers, a program of torch.export (.pt2, classifiers)",
+        "for transformers, a program of torch.export (.pt2) or of ONNX (both of classifiers)",
     )
     overwrite: bool = knob(False, "replace what is at DESTINATION")
     trust: bool = knob(
@@ -65,7 +72,7 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
     source: what load_pretrained takes, a run folder, or a checkpoint folder of a run.
     Raises: FileNotFoundError; ValueError with one line. Then nothing is written.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = located(source), Path(destination)
     if destination.exists() and not config.overwrite:
         raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
     if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
@@ -79,8 +86,6 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
 
 def _read(source: Path, config: ConvertConfig) -> tuple[Model, list[str], dict[str, Any]]:
     """(model, lines about it, what further files of its folder hold)."""
-    if not source.is_file() and not source.is_dir():
-        raise FileNotFoundError(f"{source}: no such file or folder")
     if not is_model_folder(source):
         model, report = import_model(source, config)
         return model, report.lines(), {REPORT: asdict(report)}

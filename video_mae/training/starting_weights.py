@@ -59,7 +59,8 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
         model = replace(config.model, position_grid=before.model.position_grid)
         line = f"started from {config.checkpoint}, which is not read again"
         return replace(config, model=model), StartingWeights({}, [line])
-    place, source = load_source("checkpoint", config.checkpoint)
+    place = find_model_folder(config.checkpoint, "checkpoint: ")
+    source = load_pretrained(place)
     _require_same_encoder(place, source, config)
     model = config.model
     if source.config.grid != model.grid:
@@ -96,17 +97,6 @@ def starting_weights(config: Config) -> tuple[Config, StartingWeights]:
             "to them, train with model.resize_positions=compute"
         )
     return config, StartingWeights(taken, lines)
-
-
-def load_source(key: str, path: str, impl: str = "auto") -> tuple[Path, Model]:
-    """The model that a key of a configuration names, and where it was found: a run folder holds it
-    in best/ or model/. Raises: FileNotFoundError naming the key; ValueError.
-    """
-    try:
-        place = find_model_folder(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{key}: {error}") from None
-    return place, load_pretrained(place, impl=impl)
 
 
 def _require_same_encoder(place: Path, source: Model, config: RunConfig) -> None:

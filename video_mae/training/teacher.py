@@ -7,6 +7,7 @@ teacher, N tokens of the student's grid in raster order, F features.
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import nn
 
 from video_mae.config import PretrainConfig
 from video_mae.config.schema import require
+from video_mae.convert.model_folder import find_model_folder, is_model_folder, load_pretrained
 from video_mae.extras import require_package
 from video_mae.kernels.reference import pixel_range
 from video_mae.model.masking import Grid
 from video_mae.model.vit import Encoder
 from video_mae.training.engine import Engine
-from video_mae.training.starting_weights import load_source
 
 # Of transformers: those whose tokens of patches come last, in raster order.
 IMAGE_MODELS = (
@@ -48,9 +49,11 @@ def load_teacher(config: PretrainConfig) -> "Teacher":
     if name == "ema":
         encoder = Encoder(model, impl=config.engine.kernels, final_norm=model.encoder_norm)
         return MovingTeacher(encoder, model.grid, dtype, config.objective.teacher_momentum)
-    if name.startswith("hf:"):
-        return TransformersTeacher(name.removeprefix("hf:"), config, dtype)
-    folder, source = load_source("objective.teacher", name, config.engine.kernels)
+    folder = find_model_folder(name, "objective.teacher: ")
+    # what lies here without hf: before it has always been read by ourselves
+    if (name.startswith("hf:") or not Path(name).exists()) and not is_model_folder(folder):
+        return TransformersTeacher(str(folder), config, dtype)
+    source = load_pretrained(folder, impl=config.engine.kernels)
     theirs = source.config
     _require_same(str(folder), "model.in_channels", theirs.in_channels, model.in_channels)
     _require_frames(config, theirs.tubelet_size)
@@ -171,7 +174,7 @@ class TransformersTeacher(Teacher):
     """
 
     def __init__(self, name: str, config: PretrainConfig, dtype: torch.dtype) -> None:
-        """name: a local folder or the name of a repository on the hub.
+        """name: a folder, of the hub's cache for instance.
 
         Raises: ValueError naming the key.
         """

@@ -1,0 +1,72 @@
+"""The split stage: a list or a folder of classes as lists to train, validate and test on."""
+
+import os
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from video_mae.config.data import SourceConfig
+from video_mae.config.schema import Knobs, knob, require
+from video_mae.data.lists import format_line
+from video_mae.data.videos import CLASS_FILE, class_file, read_annotations
+from video_mae.files import read_text, say, write_text
+
+
+class SplitConfig(Knobs):
+    """`video-mae split LIST_OR_FOLDER key=value ...`."""
+
+    shares: tuple[float, float, float] = knob(
+        (0.8, 0.1, 0.1), "of the videos, in the lists to train, validate and test on", low=0
+    )
+    group: str = knob(
+        ".*",
+        "regular expression for what must not be in two of the lists, a person or a recording: the "
+        r"part in brackets of each line of the list, or path of the folder. _g(\d+)_ is that of "
+        "UCF101, ,([^,]*)$ the last column of a CSV file",
+    )
+    seed: int = knob(0, "another one is another split", low=0)
+    output: str = knob("", "a new folder for the lists; empty: LIST_OR_FOLDER_split")
+
+
+def start(source: str, config: SplitConfig) -> int:
+    """The stage as the command line starts it. A group is in one part; each part has its share of
+    the videos, and of those of a label, as far as whole groups allow.
+
+    For that groups come by their size, the larger ones first (those within a power of two count as
+    equal), then by label, then in an order that is drawn, and each goes where most is missing.
+    Raises: ValueError or FileNotFoundError with one line; then nothing is written.
+    """
+    videos = read_annotations(SourceConfig(source=source), "LIST_OR_FOLDER")
+    path, texts = Path(source), videos.paths
+    folder = Path(config.output or f"{path.absolute()}_split")
+    require(not folder.exists(), "output", folder, "exists; choose another, or remove it")
+    if path.is_file():
+        texts = [text for text in read_text(path).split("\n") if text.strip()]
+        texts = texts[-len(videos) :]  # without a header
+    groups = defaultdict[str, list[int]](list)
+    for video, text in enumerate(texts):
+        try:
+            groups[re.findall(config.group, text)[0]].append(video)  # pyright: ignore
+        except (re.error, IndexError, TypeError):  # the last: of a packed folder
+            raise ValueError(f"group: {config.group} is not found in {text!s:.100}") from None
+    parts, rng, num_seen = ([], [], []), random.Random(config.seed), 0
+    order = sorted(
+        groups.values(),
+        key=lambda group: (-len(group).bit_length(), videos.label_M[group[0]], rng.random()),
+    )
+    for group in order:
+        num_seen += len(group)
+        most = max(
+            range(3),
+            key=lambda part: config.shares[part] * num_seen - sum(config.shares) * len(parts[part]),
+        )
+        parts[most].extend(group)
+    lines = [format_line(os.path.abspath(place), info["label"]) for place, info in videos]
+    for name, part in zip(("train", "validation", "test"), parts, strict=True):
+        write_text(folder / f"{name}.txt", "".join(f"{lines[video]}\n" for video in sorted(part)))
+        say(f"{len(part):8} videos  {folder / name}.txt")
+    names = videos.class_names or class_file(path)
+    if names:
+        write_text(folder / CLASS_FILE, "\n".join([*names, ""]))
+    return 0
