@@ -129,7 +129,7 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretain"], "there is no stage pretain, did you mean pretrain?"),
         (["--foo"], "there is no stage --foo"),
         (["pretrain"], "CONFIG.yaml is missing"),
-        (["predict", "model"], "VIDEO is missing"),
+        (["predict", "model"], "FOLDER_OR_FILES... is missing"),
         (["pretrain", "x.yaml", "--optim.steps=5"], "a key has no dashes: optim.steps=5"),
         (["demo", "folder", "seed"], "`seed` is not of the form key=value"),
     ],

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from importlib import import_module, metadata
+from importlib import import_module
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -317,10 +317,9 @@ def _page() -> str:
 
 def _versions() -> str:
     """What is installed, and the GPUs that the driver knows."""
-    lines = [
-        f"{package} {metadata.version(package)}"
-        for package in ("video-mae", "torch", "deepspeed", "triton")
-    ]
+    from video_mae.report.record import versions
+
+    lines = [f"{package} {version}" for package, version in versions().items()]
     gpus = os.popen("nvidia-smi -L 2>/dev/null").read()
     return "\n".join([*lines, gpus.strip() or f"no GPU, {os.cpu_count()} cores"])
 

@@ -11,34 +11,24 @@ LINE_SECONDS = 15.0
 
 
 class ProgressBar(tqdm):
-    """A tqdm bar of `total` units on sys.stderr, the first `initial` of which are done; `update`
-    counts. desc: what stands before it. disable: nothing is shown.
+    """A tqdm bar of `total` units on sys.stderr; `update` counts. options: of tqdm, such as
+    `initial`, those that are done, `desc`, what stands before it, and `disable`.
     """
 
     # it would start a thread, and workers are forked from here
     monitor_interval = 0
 
-    def __init__(
-        self,
-        total: int,
-        unit: str = "video",
-        desc: str = "",
-        initial: int = 0,
-        disable: bool = False,
-    ) -> None:
+    def __init__(self, total: int, unit: str = "video", **options: Any) -> None:
         self.is_watched = sys.stderr.isatty()
         seconds = 0.0 if self.is_watched else LINE_SECONDS
         super().__init__(
-            None,
-            desc,
-            total,
+            total=total,
             unit=unit,
-            initial=initial,
-            disable=disable,
             leave=self.is_watched,
             mininterval=max(seconds, 0.1),
             delay=seconds,
             miniters=1,  # else it would count so many updates before it looks at the clock again
+            **options,
         )
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:

@@ -318,6 +318,7 @@ def test_a_push_goes_to_a_branch_or_a_folder_or_says_why_not(
         ours = load_pretrained(out)(clip_BTHWC)
         torch.testing.assert_close(theirs(pixels).logits, ours, rtol=1e-4, atol=1e-5)
     monkeypatch.setenv("HF_TOKEN", "reader")
+    capsys.readouterr()  # transformers shows its progress
     for words in (("me/there",), ("me/new",), ("me/there", "revision=none"), ("nowhere at all",)):
         assert status("push", model, *words) == 2
         error = capsys.readouterr().err

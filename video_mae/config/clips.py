@@ -2,11 +2,9 @@
 otherwise.
 """
 
-from typing import Literal
-
 from video_mae.config.evaluation import ClipSampling
 from video_mae.config.schema import Knobs, knob, section
-from video_mae.config.training import MaskConfig, PretrainConfig
+from video_mae.config.training import MaskConfig, MaskKind, PretrainConfig
 
 
 class ClipsConfig(Knobs):
@@ -28,7 +26,7 @@ class ClipsConfig(Knobs):
 class GivenMaskConfig(MaskConfig):
     """A mask in place of that of the training, as far as one is given."""
 
-    kind: Literal["tube", "random", "random_kept", "frame"] | None = knob(  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind: MaskKind | None = knob(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "as mask.kind of the training; null: as the model was trained"
     )
     ratio: float | None = knob(  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -4,14 +4,14 @@ import json
 from dataclasses import is_dataclass
 from typing import Literal, get_args, get_origin
 
-from video_mae.config.schema import Knobs, told_range, walk_keys
+from video_mae.config.schema import Knobs, knobs_of, told_range, walk_keys
 
 
 def describe(schema: type[Knobs], part: str = "all") -> str:
     """Keys with their defaults, choices or ranges, and meanings, as `--help` prints them: of all,
     of a section, or, where `part` is empty, of the ten that matter first.
     """
-    keys = [key for key, hint, *_ in walk_keys(schema) if not is_dataclass(hint)]
+    keys = list(knobs_of(schema))
     told = [key for key in keys if part == "all" or key.startswith(f"{part}.")]
     if not part:
         told = schema.first_keys.split() or keys[:10]

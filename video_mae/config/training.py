@@ -11,6 +11,7 @@ from video_mae.config.model import ModelConfig
 from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MaskKind = Literal["tube", "random", "random_kept", "frame"]
 
 
 class ObjectiveConfig(Knobs):
@@ -100,7 +101,7 @@ class ObjectiveConfig(Knobs):
 class MaskConfig(Knobs):
     """Which tokens the encoder does not see, and which of those the decoder predicts."""
 
-    kind: Literal["tube", "random", "random_kept", "frame"] = knob(
+    kind: MaskKind = knob(
         "tube",
         "hide the same places in every frame, any tokens, any tokens "
         "counted by those that are kept (MAE, mae_st), or whole frames",

@@ -160,11 +160,6 @@ def window_indices(num_video_frames: int, num_frames: int, stride: int, hop: int
     return np.minimum(starts_S1 + places_T * stride, num_video_frames - 1)
 
 
-def joined(num_video_frames: int, choices: Sequence[Choose]) -> Indices:
-    """The indices [S, T] of several clips [T]."""
-    return np.stack([choose(num_video_frames) for choose in choices])
-
-
 def first_middle_last(num_video_frames: int) -> Indices:
     """The indices of three frames, or fewer where there are fewer."""
     return np.unique([0, num_video_frames // 2, num_video_frames - 1])

@@ -41,7 +41,7 @@ from video_mae.model.vit import VideoClassifier
 from video_mae.report.answers import worst_mistakes
 from video_mae.report.page import write_report
 from video_mae.report.record import versions
-from video_mae.training.picture import GAP, in_colors
+from video_mae.training.picture import GAP, in_colors, middles
 from video_mae.training.run_page import device_name
 
 DONE, NO_FIGURES = 0, 3
@@ -192,8 +192,7 @@ class Evaluation:
         for video in videos:
             clip_VTHWC = self.views.read(self.videos.paths[video]).clips()
             clip_THWC = in_colors(clip_VTHWC[len(clip_VTHWC) // 2])
-            num = min(NUM_FRAMES, len(clip_THWC))
-            shown = clip_THWC[[(2 * i + 1) * len(clip_THWC) // (2 * num) for i in range(num)]]
+            shown = clip_THWC[middles(len(clip_THWC), min(NUM_FRAMES, len(clip_THWC)))]
             strip = rearrange(pad(shown, (0, 0, 0, GAP), value=255), "t h w c -> h (t w) c")
             picture = Image.fromarray(strip.numpy())
             picture.save(folder / f"{video:08d}.jpg", quality=85)

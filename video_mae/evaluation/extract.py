@@ -57,6 +57,7 @@ def start(model: str, source: str, folder: str, config: ExtractConfig) -> Callab
     """The stage as the command line starts it: a mistake is raised here, the extraction is what is
     returned.
     """
+    check_start(config)
     return Extraction(load_pretrained(model), [source], Path(folder), config).run
 
 
@@ -69,7 +70,6 @@ class Extraction:
         """Checks model, list, layers and folder before anything is decoded. Raises: ValueError or
         FileNotFoundError with one line.
         """
-        check_start(config)
         self.config, self.folder = config, folder
         self.model = model
         c, data = model.config, config.data

@@ -25,7 +25,14 @@ from video_mae.evaluation.features import clips_of
 from video_mae.evaluation.predict import views_of
 from video_mae.files import check_folder, say, write_whole
 from video_mae.model.vit import VideoClassifier
-from video_mae.training.picture import Frames, LookFrames, arrange, draw_reconstruction, in_colors
+from video_mae.training.picture import (
+    FRAMES_PER_SECOND,
+    Frames,
+    LookFrames,
+    arrange,
+    draw_reconstruction,
+    in_colors,
+)
 
 
 class PictureConfig(Knobs):
@@ -90,7 +97,7 @@ def animate(path: Path, frames: Frames) -> None:
     rows_BTRHWC = torch.stack([in_colors(row) for row in rows], dim=2)
     titles = [frames._fields[:-1]] * len(rows_BTRHWC)
     film = [np.asarray(arrange([row], [""], notes, titles)) for row in rows_BTRHWC.unbind(dim=1)]
-    write_video(path, np.stack(film), fps=8)  # a clip of 16 frames takes two seconds
+    write_video(path, np.stack(film), FRAMES_PER_SECOND)
 
 
 def look(model: Model, clip_BTHWC: Tensor) -> LookFrames:

@@ -23,6 +23,7 @@ from video_mae.data.views import VideoViews, Views
 from video_mae.decoding import Reading, VideoDecodeError
 from video_mae.evaluation.extract import Extraction
 from video_mae.evaluation.features import autocast
+from video_mae.evaluation.ranks import check_start
 from video_mae.evaluation.scores import cell
 from video_mae.files import one_line, say, write_text
 from video_mae.model.vit import VideoClassifier
@@ -32,6 +33,7 @@ def start(model: str, sources: Sequence[str], config: PredictConfig) -> Callable
     """The stage as the command line starts it: one video as a whole; or with an output the table of
     all, which is returned, after the mistakes are raised.
     """
+    check_start(config)
     loaded = load_pretrained(model, VideoClassifier)
     for line in choose_frames(loaded, config.sampling, config.stride or config.data.stride):
         say(line)

@@ -59,11 +59,8 @@ class Ranks:
 
     def progress(self, total: int) -> ProgressBar:
         """How far the main rank is with its videos, or parts of them."""
-        progress = ProgressBar(total, disable=not self.is_main)
-        progress.bar_format = (
-            "{percentage:3.0f}%|{bar}| {n:.1f}/{total} videos [{elapsed}<{remaining}{postfix}]"
-        )
-        return progress
+        shown = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} videos [{elapsed}<{remaining}{postfix}]"
+        return ProgressBar(total, disable=not self.is_main, bar_format=shown)
 
     def gather(self, mine: list[Any]) -> list[Any]:
         """The items of all ranks on rank 0, nothing on the others; every rank must call it."""

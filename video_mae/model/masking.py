@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
+from video_mae.config.training import MaskKind
+
 Grid = tuple[int, int, int]
-MaskKind = Literal["tube", "random", "random_kept", "frame"]
 Context = Literal["scored", "all"]
 
 CELL = 4  # places of the 2 x 2 cell that runs over time in decoder masking

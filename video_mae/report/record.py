@@ -103,11 +103,11 @@ def read_run(folder: Path) -> RunRecord:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide on a result."""
-    found = {"python": platform.python_version()}
+    found = dict[str, str]()
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    return found
+    return {**found, "python": platform.python_version()}
 
 
 def summarize(run: RunRecord) -> JsonObject:

@@ -21,7 +21,10 @@ from video_mae.training.picture import PictureFrames, Statistics, reconstruction
 class ReconstructConfig(PictureConfig):
     """`video-mae reconstruct MODEL_OR_RUN_FOLDER VIDEO... key=value ...`."""
 
-    first_keys = "output num_clips stride mask.kind mask.ratio seed statistics"
+    first_keys = (
+        "output num_clips stride mask.kind mask.ratio mask.decoder_mask_ratio seed statistics "
+        "data.decoder data.root"
+    )
     output: str = knob(
         "reconstructions", "folder for a NAME.png and a NAME.mp4 of each video", filled=True
     )

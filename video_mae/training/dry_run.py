@@ -8,6 +8,7 @@ from video_mae.config.world import World
 from video_mae.data.sampling import StepSampler
 from video_mae.files import say
 from video_mae.training.checkpoint import steps_done
+from video_mae.training.run_page import num_parameters
 
 if TYPE_CHECKING:
     from video_mae.training.loop import Training
@@ -21,7 +22,7 @@ def dry_run(training: "Training[Any]") -> int:
     done = steps_done(training.folder) if config.has_begun else 0
     with torch.device("meta"):
         model, _ = training.make_model()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = num_parameters(model)
     stream = training.videos.stream(config.seed)
     sampler = StepSampler(len(training.videos), 1, 1, 0, 1, config.seed, 0, 1, stream)
     key, *_ = next(iter(training.arranged(sampler)))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from video_mae.config.training import Precision
 from video_mae.files import (
@@ -145,7 +144,7 @@ class Journal:
             return
         message = one_line(message)  # it may name files
         try:
-            tqdm.write(message, file=sys.stdout)
+            ProgressBar.write(message, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # a terminal that is closed, a pipe whose reader has gone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

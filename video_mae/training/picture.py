@@ -39,7 +39,7 @@ NOTES = {
     "(not available to a model)",
     "raw": "the model predicts pixels as they are",
 }
-FRAME_MILLISECONDS = 125  # of an animation
+FRAMES_PER_SECOND = 8  # of an animation: a clip of 16 takes two seconds
 
 
 class PictureFrames(NamedTuple):
@@ -157,14 +157,18 @@ def draw_reconstruction(path: Path, frames: Frames, titles: Sequence[str]) -> No
     *rows, notes = frames
     T, W = rows[0].shape[1::2]
     count = max(1, min(MAX_FRAMES, T, MAX_STRIP // (max(W, MIN_TILE) + GAP)))
-    # the middles of `count` equal parts of the clip
-    shown = [(2 * i + 1) * T // (2 * count) for i in range(count)]
+    shown = middles(T, count)
     numbers = ", ".join(str(frame) for frame in shown)
     chosen = [row[:, shown] for row in rows]
     canvas = arrange(
         chosen, frames._fields[:-1], f"{notes}; frames {numbers} of {T}", [[t] for t in titles]
     )
     write_whole(path, partial(canvas.save, format="PNG"))
+
+
+def middles(num_frames: int, count: int) -> list[int]:
+    """The frames in the middles of `count` equal parts of a clip."""
+    return [(2 * i + 1) * num_frames // (2 * count) for i in range(count)]
 
 
 def arrange(
@@ -241,7 +245,7 @@ def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
     pictures = rearrange(tiles, "k b t h w c -> t (b h) (k w) c").numpy()
     first, *others = [Image.fromarray(picture) for picture in pictures]
     save = partial(first.save, format="WEBP", save_all=True, append_images=others)
-    write_whole(path, partial(save, duration=FRAME_MILLISECONDS, loop=0, quality=85))
+    write_whole(path, partial(save, duration=1000 // FRAMES_PER_SECOND, loop=0, quality=85))
 
 
 def _weights(

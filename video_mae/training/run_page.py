@@ -56,15 +56,9 @@ class RunPage:
         self.facts["finished"] = time.time()
         write_json(self.folder / FACTS_FILE, self.facts)
         write_report(self.folder, self.journal.say)
-        for what, name in (
-            ("model", "model"),
-            ("averages", "model_ema"),
-            ("pictures", "reconstructions"),
-            ("best", "best"),
-            ("report", "report.html"),
-        ):
+        for name in ("model", "model_ema", "reconstructions", "best", "report.html"):
             if (self.folder / name).exists():
-                self.journal.say(f"{what:9}{self.folder / name}")
+                self.journal.say(f"{name:17}{self.folder / name}")
 
 
 def num_parameters(model: torch.nn.Module) -> int:
