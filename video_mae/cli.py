@@ -262,7 +262,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
     if name not in STAGES:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
-    wanted, plain, flagged = STAGES[name].words, list[str](), list[str]()
+    wanted, plain, flagged = STAGES[name].words, [], []
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:

@@ -299,12 +299,11 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
             near += get_close_matches(key, by_name, 1)
             near += get_close_matches(f"{prefix}{key}", everywhere, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            # of another stage: pretrain and finetune share a base
-            for stage in (
-                () if prefix or schema.__base__ is Knobs else schema.__base__.__subclasses__()
-            ):
-                if key in stage.__dataclass_fields__:
-                    hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
+            # of another stage, which shares a base as pretrain and finetune do
+            if not prefix and schema.__base__ is not Knobs:
+                for stage in schema.__base__.__subclasses__():
+                    if key in stage.__dataclass_fields__ and not stage.__subclasses__():
+                        hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
             raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
     for key, value in values.items():

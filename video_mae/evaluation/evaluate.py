@@ -194,8 +194,7 @@ class Evaluation:
             clip_THWC = in_colors(clip_VTHWC[len(clip_VTHWC) // 2])
             shown = clip_THWC[middles(len(clip_THWC), min(NUM_FRAMES, len(clip_THWC)))]
             strip = rearrange(pad(shown, (0, 0, 0, GAP), value=255), "t h w c -> h (t w) c")
-            picture = Image.fromarray(strip.numpy())
-            picture.save(folder / f"{video:08d}.jpg", quality=85)
+            Image.fromarray(strip.numpy()).save(folder / f"{video:08d}.jpg", quality=85)
 
     def _row(self, outcome: Outcome) -> dict[str, Any]:
         """A line of predictions.jsonl."""

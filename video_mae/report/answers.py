@@ -33,10 +33,8 @@ def confusions(answers: Lines, names: Sequence[str]) -> JsonObject:
     columns = np.flatnonzero(total_K + counts_KK.sum(axis=0)).tolist()
     y, z, text = list[str](), list[list[float | None]](), list[list[str]]()
     for i in np.flatnonzero(total_K).tolist():
-        name = names[i]
-        if len(name) > LONGEST_NAME:
-            name = f"{name[: LONGEST_NAME - 3]}..."
-        y.append(f"{escape(name)} {i}")
+        # the text that shows above a cell has all of a longer one
+        y.append(f"{escape(names[i][:LONGEST_NAME])} {i}")
         z.append([])
         text.append([])
         for j in columns:

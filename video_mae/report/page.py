@@ -54,10 +54,9 @@ def write_page(page: Path, template: str, folders: Sequence[Path]) -> None:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     )
     environment.filters |= {
-        "date": _date,
+        "date": lambda seconds: time.strftime("%d %B %Y, %H:%M %Z", time.localtime(seconds)),
         "duration": lambda seconds: str(timedelta(seconds=round(seconds))),
-        "share": partial(_number, form=".1%"),
-        "short": partial(_number, form=".4g"),
+        "number": _number,
         "words": lambda value: value if isinstance(value, str) else json_text(value),
         "shell": shlex.quote,
     }
@@ -131,10 +130,6 @@ def _link(picture: Path) -> str:
 
 def _data(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _date(seconds: float) -> str:
-    return time.strftime("%d %B %Y, %H:%M %Z", time.localtime(seconds))
 
 
 def _number(value: Any, form: str) -> str:

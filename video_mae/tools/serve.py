@@ -18,10 +18,12 @@ def start(model: str, config: ServeConfig) -> int:
 
     loaded = load_pretrained(model, VideoClassifier)
 
-    def name(video: str) -> dict[str, float]:
-        return dict(classify_video(loaded, video))
-
-    page = gradio.Interface(name, gradio.Video(), gradio.Label(), flagging_mode="never")
+    page = gradio.Interface(
+        lambda video: dict(classify_video(loaded, video)),
+        gradio.Video(),
+        gradio.Label(),
+        flagging_mode="never",
+    )
     # what is wrong with a video, in words
     page.launch(show_error=True)
     return 0

@@ -17,8 +17,7 @@ def check_devices(key: str, precision: Precision, data: ReadConfig) -> None:
         raise ValueError(f"{key}: fp16 needs a GPU; use bf16 or fp32")
     if data.decoder_device == "cuda":
         raise ValueError(
-            "data.decoder_device: cuda needs a GPU, and there is none here; set "
-            "data.decoder_device=cpu"
+            "data.decoder_device: cuda needs a GPU, and there is none here; set it to cpu"
         )
     import psutil  # which DeepSpeed brings
 

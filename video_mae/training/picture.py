@@ -244,8 +244,16 @@ def animate_reconstruction(path: Path, frames: PictureFrames) -> None:
     tiles = _tiles([original, visible, predicted, difference], gap=GREY)
     pictures = rearrange(tiles, "k b t h w c -> t (b h) (k w) c").numpy()
     first, *others = [Image.fromarray(picture) for picture in pictures]
-    save = partial(first.save, format="WEBP", save_all=True, append_images=others)
-    write_whole(path, partial(save, duration=1000 // FRAMES_PER_SECOND, loop=0, quality=85))
+    save = partial(
+        first.save,
+        format="WEBP",
+        save_all=True,
+        append_images=others,
+        duration=1000 // FRAMES_PER_SECOND,
+        loop=0,
+        quality=85,
+    )
+    write_whole(path, save)
 
 
 def _weights(
