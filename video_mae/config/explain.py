@@ -21,9 +21,8 @@ def describe(schema: type[Knobs], part: str = "all") -> str:
             lines.append(f"\n{key}: {f.metadata['meaning']}")
         if key not in told:
             continue
-        line = f"  {key} = {default if isinstance(default, str) else json.dumps(default)}"
-        if default == "":
-            line += '""'
+        is_word = isinstance(default, str) and default
+        line = f"  {key} = {default if is_word else json.dumps(default)}"
         if get_origin(hint) is Literal:
             line += f" {{{' | '.join(str(choice) for choice in get_args(hint))}}}"
         if limits := told_range(f):

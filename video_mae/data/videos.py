@@ -370,8 +370,10 @@ def _folders_of_classes(videos: VideoList) -> tuple[str, ...]:
     """The names of the folders in which the videos of each class lie; none where two lie in one, or
     one in two.
     """
-    pairs = zip(videos.label_M.tolist(), videos.paths, strict=True)
-    folders = {(label, Path(str(path)).parent.name) for label, path in pairs}
+    folders = {
+        (label, Path(str(path)).parent.name)
+        for label, path in zip(videos.label_M.tolist(), videos.paths, strict=True)
+    }
     names = [name for _, name in sorted(folders)]
     is_named = len(names) == videos.num_classes == len(set(names)) > 1
     return tuple(map(one_line, names)) if is_named else ()

@@ -181,8 +181,9 @@ class Evaluation:
         write_class_table(self.folder / "classes.csv", figures, self.names)
         write_metrics(self.folder, self.settings, metrics)
         self._tell(metrics)
-        draw = partial(self._draw_mistakes, videos=worst_mistakes(rows))
-        draw_or_tell(self.folder / "mistakes", draw)
+        draw_or_tell(
+            self.folder / "mistakes", partial(self._draw_mistakes, videos=worst_mistakes(rows))
+        )
         write_report(self.folder, say)
         return DONE
 

@@ -99,8 +99,8 @@ class Extraction:
             reading=Reading.of(data, c.in_channels, threads=self.workers.threads),
         )
         # each once, a video, or all of a list or folder; labels do not matter
-        paths: dict[str, Place] = {}
-        self.notes: list[str] = []
+        paths = dict[str, Place]()
+        self.notes = list[str]()
         for source in sources:
             found = SourceConfig(source=source, root=data.root, list_format=data.list_format)
             videos = read_annotations(found, "LIST_OR_VIDEO")

@@ -9,7 +9,7 @@ videos, V views of a video, K classes.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
@@ -246,7 +246,7 @@ class Probing:
         """
         config, c = self.config, encoder.config
         data = DataConfig(
-            **asdict(config.data) | {"stride": self.views.stride},
+            **asdict(replace(config.data, stride=self.views.stride)),
             crop="random_resized",
             crop_scales=(0.3, 1.0),
             flip=config.flip,

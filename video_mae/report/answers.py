@@ -69,5 +69,6 @@ def views(answers: Lines) -> tuple[JsonObject, float] | None:
     predicted_VM = np.array([row["view_predictions"] for row in viewed]).T
     label_M, answer_M = (np.array([row[key] for row in viewed]) for key in ("label", "predicted"))
     y = (predicted_VM == label_M).mean(axis=1).tolist()
-    bars = {"type": "bar", "x": list(range(1, len(y) + 1)), "y": y}
-    return bars, float((predicted_VM == answer_M).mean())
+    return {"type": "bar", "x": list(range(1, len(y) + 1)), "y": y}, float(
+        (predicted_VM == answer_M).mean()
+    )

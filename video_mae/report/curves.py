@@ -19,7 +19,7 @@ def draw_curves(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[JsonObje
     """The curves of those keys of metrics.jsonl that there are values of: a colour a key, or, of
     several runs, a colour a run and a dash a key.
     """
-    curves: list[JsonObject] = []
+    curves = list[JsonObject]()
     named = set[str]()
     for place, run in enumerate(runs):
         known = [key for key in keys if _is_told(run.lines, key)]

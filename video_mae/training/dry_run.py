@@ -33,8 +33,9 @@ def dry_run(training: "Training[Any]") -> int:
         f"decoded: {training.videos[sample.index][0]}, clips of {list(sample.clips[0].shape)}",
         f"{training.introduce()}, {parameters / 1e6:.1f} million parameters",
         f"run folder {training.folder}: {done} of {steps} steps are done, the others would take "
-        f"{training.videos_before(steps) - training.videos_before(done)} videos; "
-        f"a checkpoint has about {parameters * 12 / 1e9:.2g} GB",  # float32, and with it the moments of AdamW
+        f"{training.videos_before(steps) - training.videos_before(done)} videos, "
+        f"{config.data.clips_per_video} clips of each; a checkpoint has about "
+        f"{parameters * 12 / 1e9:.2g} GB",  # float32, and with it the moments of AdamW
         "dry run: nothing was written or begun",
     ]
     if World.from_environment().rank == 0:

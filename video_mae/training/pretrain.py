@@ -214,5 +214,5 @@ class Pretraining(Training[PretrainConfig]):
         titles = [Path(str(place)).name for place, _ in videos]
         draw = partial(draw_reconstruction, frames=frames, titles=titles)
         draw_or_tell(picture, draw, self.journal.say)
-        animate = partial(animate_reconstruction, frames=frames)
-        draw_or_tell(picture.with_suffix(".webp"), animate, self.journal.say)
+        draw = partial(animate_reconstruction, frames=frames)
+        draw_or_tell(picture.with_suffix(".webp"), draw, self.journal.say)
