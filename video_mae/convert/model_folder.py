@@ -82,9 +82,11 @@ def allow_readers(file: Path) -> None:
 
 
 def read_safetensors(file: Path) -> Tensors:
-    """All tensors of a file. Raises: ValueError naming the file."""
+    """All tensors of a file. Raises: FileNotFoundError or ValueError naming the file."""
     try:
         return load_file(file)
+    except FileNotFoundError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(one_line(f"{file}: cannot be read as safetensors ({error})")) from None
 

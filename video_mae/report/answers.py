@@ -31,10 +31,12 @@ def confusions(answers: Lines, names: Sequence[str]) -> JsonObject:
         counts_KK[row["label"], row["predicted"]] += 1
     total_K = counts_KK.sum(axis=1)
     columns = np.flatnonzero(total_K + counts_KK.sum(axis=0)).tolist()
-    y, z, text = list[str](), list[list[float | None]](), list[list[str]]()
+    y, z, text = [], [], []
     for i in np.flatnonzero(total_K).tolist():
-        # the text that shows above a cell has all of a longer one
-        y.append(f"{escape(names[i][:LONGEST_NAME])} {i}")
+        name = names[i]
+        if len(name) > LONGEST_NAME:
+            name = f"{name[: LONGEST_NAME - 3]}..."
+        y.append(f"{escape(name)} {i}")
         z.append([])
         text.append([])
         for j in columns:

@@ -140,7 +140,7 @@ def list_settings(run: RunRecord) -> tuple[list[RunSetting], list[RunSetting], l
     if run.stage == "finetune":
         unread.append("data.stride data.reach_end")
     beginnings = tuple(" ".join(unread).split())
-    changed, kept, idle = list[RunSetting](), list[RunSetting](), list[RunSetting]()
+    changed, kept, idle = [], [], []
     for key, value in run.settings.items():
         if key in TOLD_ELSEWHERE:
             continue
