@@ -14,13 +14,11 @@ class CompareConfig(Knobs):
 
     output: str = knob("compare.html", "the page: one file, which may be sent to others")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.output.endswith(".html"), "output", self.output, "must end with .html")
-
 
 def start(folders: Sequence[str], config: CompareConfig) -> int:
     """Writes the page of run folders, as the command line starts it. Raises: ValueError."""
+    # which no run folder does, that it would replace
+    require(config.output.endswith(".html"), "output", config.output, "must end with .html")
     require(len(folders) > 1, "RUN", ", ".join(folders), "is one run: name two or more")
     for folder in folders:
         files = [Path(folder, name).is_file() for name in ("metrics.jsonl", METRICS_FILE)]
