@@ -1,7 +1,13 @@
 """A page on which a video is dropped and named, for the browsers of this machine."""
 
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 from video_mae.config.schema import Knobs
 from video_mae.convert.model_folder import load_pretrained
+from video_mae.evaluation.extract import file_name
+from video_mae.evaluation.look import LookConfig, draw_videos, look
 from video_mae.evaluation.predict import classify_video
 from video_mae.extras import require_package
 from video_mae.model.vit import VideoClassifier
@@ -17,13 +23,20 @@ def start(model: str, config: ServeConfig) -> int:
     import gradio  # pyright: ignore[reportMissingImports]
 
     loaded = load_pretrained(model, VideoClassifier)
+    has_time = loaded.config.num_frames > 1
+    with TemporaryDirectory() as folder:
 
-    page = gradio.Interface(
-        lambda video: dict(classify_video(loaded, video)),
-        gradio.Video(),
-        gradio.Label(),
-        flagging_mode="never",
-    )
-    # what is wrong with a video, in words
-    page.launch(show_error=True)
+        def answer(video: str) -> tuple[dict[str, float], str]:
+            """The classes of a video with their probabilities, and what `look` draws of it."""
+            classes = classify_video(loaded, video)
+            draw_videos(loaded, [video], LookConfig(output=folder), partial(look, loaded))
+            picture = Path(folder) / file_name(video, "mp4" if has_time else "png")
+            return dict(classes), str(picture)
+
+        looked = gradio.Video if has_time else gradio.Image
+        page = gradio.Interface(
+            answer, gradio.Video(), [gradio.Label(), looked()], flagging_mode="never"
+        )
+        # what is wrong with a video, in words
+        page.launch(show_error=True)
     return 0
