@@ -11,6 +11,8 @@ from video_mae.config.model import ModelConfig
 from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, require, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
+CHECKPOINTS = "step_" + "[0-9]" * 8
+"""Of the folders in OUTPUT/checkpoints, those of the run: what a person has copied is none."""
 
 
 class ObjectiveConfig(Knobs):
@@ -307,7 +309,7 @@ class RunConfig(Knobs):
     @property
     def has_begun(self) -> bool:
         """Whether the run goes on from a checkpoint: its lists were read before."""
-        return not self.from_scratch and any(Path(self.output, "checkpoints").glob("step_*"))
+        return not self.from_scratch and any(Path(self.output, "checkpoints").glob(CHECKPOINTS))
 
 
 class PretrainJournalConfig(JournalConfig):
