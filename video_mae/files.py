@@ -273,14 +273,12 @@ def mend_jsonl(path: Path, last_step: int, keys: set[str], say: Callable[[str], 
     """
     if not path.exists():
         return
-    data, whole = (
-        path.read_bytes(),
-        [
-            entry
-            for entry in read_jsonl(path)
-            if keys <= entry.keys() and isinstance(entry.get("step", 0), int)
-        ],
-    )
+    data = path.read_bytes()
+    whole = [
+        entry
+        for entry in read_jsonl(path)
+        if keys <= entry.keys() and isinstance(entry.get("step", 0), int)
+    ]
     num_damaged = data.count(b"\n") - len(whole)
     if num_damaged > 0:
         append(path.with_name(f"{path.name}.damaged"), data)

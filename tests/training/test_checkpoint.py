@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from video_mae.config import PretrainConfig
 from video_mae.training.checkpoint import (
     MANIFEST,
     digest,
@@ -67,6 +68,14 @@ def test_a_copy_that_a_person_keeps_is_none_of_them_and_stays(tmp_path):
     write(tmp_path, 3, keep=1)
     assert [one.name for one in folders(tmp_path)] == ["step_00000003"]
     assert copy.exists()
+
+
+def test_a_copy_alone_is_no_run_that_has_begun(tmp_path):
+    config = PretrainConfig(output=str(tmp_path))
+    kept = write(tmp_path / "checkpoints", 1)
+    assert config.has_begun
+    kept.rename(kept.with_name(f"{kept.name}_good"))
+    assert not config.has_begun
 
 
 def truncate(path: Path) -> None:

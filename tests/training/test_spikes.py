@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from video_mae.config import PretrainConfig
 from video_mae.files import StorageError
 from video_mae.training.engine import Engine
-from video_mae.training.loop import DONE, STOPPED_BY_POLICY, TRY_AGAIN
+from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 from video_mae.training.pretrain import prepare, run
 from video_mae.training.spikes import LEAP, SHARE, SpikeWatch
 
@@ -151,7 +151,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_leaves_out_what_led_to_a_spike(
     overrides = ("optim.steps=8", "journal.checkpoint_interval=3")
     config = tiny(*overrides, "engine.on_spike=rollback")
     leap(monkeypatch, {5})
-    assert run(prepare(config)) == TRY_AGAIN
+    assert run(prepare(config)) == os.EX_TEMPFAIL
     assert "goes back to step_00000003 and leaves out the steps since then" in log(config)
     monkeypatch.undo()
     assert run(prepare(config)) == DONE
@@ -201,10 +201,10 @@ def test_a_run_does_not_go_back_for_ever(
     checkpoints = Path(config.output) / "checkpoints"
     starts = [
         (2, STOPPED_BY_POLICY, ""),  # no checkpoint yet
-        (5, TRY_AGAIN, "step_00000005"),
-        (1, TRY_AGAIN, "step_00000006"),
+        (5, os.EX_TEMPFAIL, "step_00000005"),
+        (1, os.EX_TEMPFAIL, "step_00000006"),
         (1, STOPPED_BY_POLICY, "step_00000006"),  # for the third time
-        (4, TRY_AGAIN, "step_00000010"),  # there was one after step 9
+        (4, os.EX_TEMPFAIL, "step_00000010"),  # there was one after step 9
         (99, DONE, "step_00000020"),
     ]
     for step, status, latest in starts:

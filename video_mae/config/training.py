@@ -12,6 +12,8 @@ from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, requi
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MaskKind = Literal["tube", "random", "random_kept", "frame"]
+CHECKPOINTS = "step_" + "[0-9]" * 8
+"""Of the folders in OUTPUT/checkpoints, those of the run: what a person has copied is none."""
 
 
 class ObjectiveConfig(Knobs):
@@ -305,7 +307,7 @@ class RunConfig(Knobs):
     @property
     def has_begun(self) -> bool:
         """Whether the run goes on from a checkpoint: its lists were read before."""
-        return not self.from_scratch and any(Path(self.output, "checkpoints").glob("step_*"))
+        return not self.from_scratch and any(Path(self.output, "checkpoints").glob(CHECKPOINTS))
 
 
 class PretrainJournalConfig(JournalConfig):

@@ -9,3 +9,18 @@ from video_mae.data.sources import read_sources
 from video_mae.data.videos import read_annotations
 from video_mae.decoding import VideoDecodeError, decode
 from video_mae.decoding.choices import clip_indices
+
+__all__ = [
+    "Batch",
+    "ClipDataset",
+    "Failure",
+    "StepSampler",
+    "VideoDecodeError",
+    "clip_indices",
+    "collate",
+    "decode",
+    "make_loader",
+    "read_annotations",
+    "read_sources",
+    "sample_rng",
+]

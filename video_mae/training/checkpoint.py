@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from video_mae.config import RunConfig
+from video_mae.config.training import CHECKPOINTS
 from video_mae.config.world import World
 from video_mae.files import fsync, write_json, write_text
 
@@ -65,7 +66,7 @@ def publish(building: Path, manifest: dict[str, Any], keep: int, keep_every: int
 
 def folders(checkpoints: Path) -> list[Path]:
     """Of all checkpoints, complete or not, newest first; what a person has copied is none."""
-    return sorted(checkpoints.glob("step_" + "[0-9]" * 8), reverse=True)
+    return sorted(checkpoints.glob(CHECKPOINTS), reverse=True)
 
 
 def fault(folder: Path, part: slice = slice(0)) -> str:

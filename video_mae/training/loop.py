@@ -2,6 +2,7 @@
 lines, the checkpoints and the reasons to stop that all stages share.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -36,7 +37,7 @@ from video_mae.training.run_page import RunPage, num_parameters
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
 
-DONE, STOPPED_BY_POLICY, TRY_AGAIN = 0, 3, 75
+DONE, STOPPED_BY_POLICY = 0, 3
 FIRST_VERDICT = 100  # videos tried before the share of bad ones can stop a run
 
 
@@ -227,7 +228,7 @@ class Training(ABC, Generic[Config]):
         reason = self.reason_to_stop(done, is_logged)
         if reason:
             journal.say(f"stopped at step {done}: {reason}")
-            return TRY_AGAIN if roll_back(self, done) else STOPPED_BY_POLICY
+            return os.EX_TEMPFAIL if roll_back(self, done) else STOPPED_BY_POLICY
 
         ending = is_last or self.signal != 0
         if ending or is_logged:
