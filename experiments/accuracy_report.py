@@ -131,7 +131,7 @@ def _table(lines: Sequence[dict[str, Any]], accuracies: Accuracies, names: dict[
         f"{classes * config['scored_per_class']} clips of {config['subject']}, {unseen} "
         f"photographs; chance is {100 / classes:.1f}. Pretraining: {config['steps']} steps of "
         f"{config['batch']} clips, for targets of features besides those of their teacher, pixels; "
-        f"fine-tuning: {config['finetune_steps']} steps of {config['finetune_batch']}.",
+        f"fine-tuning: the steps of training from scratch, of {config['finetune_batch']} clips.",
         "",
         "| | encoder | " + " | ".join(f"{count} labels" for count in counts) + " |",
         "|---" * (len(counts) + 2) + "|",

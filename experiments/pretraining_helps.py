@@ -59,7 +59,7 @@ def last_jobs(config: ExperimentConfig, lines: Sequence[dict[str, Any]]) -> list
             for first in first_jobs(config):
                 if first.kind == "pretrain":
                     job = Job("finetune", first.arm, first.weights, labels, seed)
-                    job = job._replace(steps=config.finetune_steps, lr=config.finetune_lr)
+                    job = job._replace(steps=steps, lr=config.finetune_lr)
                     jobs += [job, Job("probe", first.arm, first.weights, labels, seed)]
     return jobs
 

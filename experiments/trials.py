@@ -122,10 +122,11 @@ class ExperimentConfig(Knobs):
         "of these, whose pretraining has a second seed",
     )
     finetune_batch: int = knob(32, "clips of a step of training with labels", low=1)
-    finetune_steps: int = knob(800, "of fine-tuning pretrained weights", low=1)
-    finetune_lr: float = knob(1.5e-3, "its peak learning rate", above=0)
+    finetune_lr: float = knob(1.5e-3, "peak learning rate of fine-tuning", above=0)
     scratch_steps: tuple[int, ...] = knob(
-        (250, 500, 1000), "of training from scratch; the best, at each number of labels, counts"
+        (250, 500, 1000),
+        "of training from scratch; the best, at each number of labels, counts, and is the number "
+        "of steps of fine-tuning too",
     )
     scratch_lrs: tuple[float, ...] = knob((1e-3, 2e-3, 4e-3), "its peak learning rates, likewise")
     save_interval: int = knob(

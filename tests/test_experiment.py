@@ -35,7 +35,6 @@ TOY = [
     "batch=4",
     "finetune_batch=4",
     "repeated=[pixels,features]",
-    "finetune_steps=3",
     "scratch_steps=[2,3]",
     "scratch_lrs=[2e-3]",
     "save_interval=4",
@@ -442,8 +441,8 @@ def test_two_workers_find_the_same_figures(
         ("repeated=[everything]", "repeated: .* must be of pixels, "),
         ("repeated=[features]", "repeated: .* pixels teach features"),
         (
-            "finetune_steps=7",
-            "results.jsonl: holds results of other settings .finetune_steps.: name another folder",
+            "finetune_lr=7",
+            "results.jsonl: holds results of other settings .finetune_lr.: name another folder",
         ),
     ],
 )
