@@ -207,6 +207,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.stage = stage
         for word in stage.words:
             command.add_argument(word)
+        if CONFIG not in stage.words:
+            command.add_argument(
+                "--config", dest=CONFIG, metavar="FILE", help="a YAML file of keys below"
+            )
         for flag in stage.flags:
             _add_flag(command, *flag.split(" "))
         command.set_defaults(flags=[])

@@ -197,7 +197,7 @@ def test_an_epoch_without_a_whole_step_is_refused_where_its_last_batch_is_droppe
     assert videos_of_epoch(config, 64, 2) == videos_of_epoch(config, 127, 2) == 64
     with pytest.raises(
         ValueError,
-        match=r"^optim\.drop_last_batch: 63 videos do not fill one step of 64; lower optim\.micro",
+        match=r"^optim\.drop_last_batch: 63 videos do not fill one step of 64; lower optim\.glob",
     ) as error:
         make_schedule(config, 63, 2, 1)
     assert "\n" not in str(error.value)

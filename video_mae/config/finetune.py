@@ -6,8 +6,9 @@ from typing import Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
+from video_mae.config.optim import OptimConfig
 from video_mae.config.schema import MOST_BATCH, Knobs, knob, require, section
-from video_mae.config.training import OptimConfig, RunConfig
+from video_mae.config.training import RunConfig
 
 
 class ValidationConfig(Knobs):

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "data.allow_changed_list",
     "engine.",
     "optim.accumulation",
+    "optim.global_batch",  # what it makes of these two and the ranks is compared
     "validation.batch",
     "probe.",  # it changes no weight, and no sample
 )

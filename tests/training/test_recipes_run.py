@@ -1,0 +1,135 @@
+"""Every recipe of training runs two steps: its own masks, losses, layers, augmentation and optimization,
+on a model and clips that are as small as they can be.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from video_mae import VideoClassifier, VideoMAE, save_model_folder
+from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.training import finetune, pretrain
+from video_mae.training.loop import DONE, Training
+from video_mae.training.pretrain import Pretraining
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
+RECIPES = [
+    pytest.param(path, id=f"{stage}_{path.stem}")
+    for stage in STAGES
+    for path in sorted((CONFIGS / stage).glob("*.yaml"))
+]
+SIDE, NUM_VIDEOS = 16, 8
+# What costs time and is none of a recipe's business; accumulation is made by the batch.
+COMMON = [
+    "optim.global_batch=4",
+    "optim.micro_batch=2",
+    "optim.steps=2",
+    "optim.warmup_steps=1",
+    "engine.precision=fp32",
+    "data.num_workers=0",
+    "journal.log_interval=1",
+    "journal.checkpoint_interval=0",
+    f"model.height={SIDE}",
+    f"model.width={SIDE}",
+    "model.patch_size=4",
+    "model.embed_dim=16",
+    "model.depth=2",
+    "model.num_heads=2",
+    "model.decoder_embed_dim=16",
+    "model.decoder_depth=1",
+    "model.decoder_num_heads=2",
+]
+
+pytestmark = [pytest.mark.trains_here, pytest.mark.usefixtures("quiet_process")]
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of noise [T, H, W, C], of 3 and of 13 channels, and volumes [Z, Y, X], with labels."""
+    folder = tmp_path_factory.mktemp("arrays")
+    rng = np.random.default_rng(0)
+    shapes = {"rgb": (8, 20, 20, 3), "bands": (1, 20, 20, 13), "volume": (8, 20, 20)}
+    for name, shape in shapes.items():
+        rows = ""
+        for number in range(NUM_VIDEOS):
+            values = rng.integers(0, 256, shape)
+            if name != "rgb":
+                values = values.astype(np.int16)
+            np.save(folder / f"{name}_{number}.npy", values.astype(values.dtype if name != "rgb" else np.uint8))
+            rows += f"{name}_{number}.npy {number % 2}\n"
+        (folder / f"{name}.txt").write_text(rows)
+    return folder
+
+
+def reduced(path: Path, arrays: Path, output: Path) -> list[str]:
+    """What makes a recipe small."""
+    stage = path.parent.name
+    config = load_config(path, schema=STAGES[stage][1])
+    model, data, source = config.model, config.data, "rgb"
+    tubelet = min(model.tubelet_size, 2)
+    frames = 2 * tubelet if model.num_frames > 1 else 1
+    changes = [*COMMON, f"output={output}", f"model.tubelet_size={tubelet}", f"model.num_frames={frames}"]
+    if model.predicted_frames is not None:
+        changes.append(f"model.predicted_frames={frames // 2}")
+    if model.in_channels == 1:
+        source = "volume"
+    elif model.in_channels == 10:
+        source = "bands"
+    if data.sources:
+        changes += [f"data.sources.{name}.source={arrays / 'rgb.txt'}" for name in data.sources]
+    else:
+        changes.append(f"data.source={arrays / source}.txt")
+    if stage == "pretrain":
+        changes += ["journal.picture_interval=0", "probe.train=", "probe.validation="]
+    else:
+        changes += [f"validation.source={arrays / 'rgb.txt'}", "classifier.num_classes=2"]
+    if config.checkpoint:
+        changes.append(f"checkpoint={output}_before")
+    return changes
+
+
+def make_models(path: Path, changes: list[str], output: Path) -> list[str]:
+    """The models that a recipe starts from, or learns from, as small as its own; what names them."""
+    config = load_config(path, changes, STAGES[path.parent.name][1])
+    torch.manual_seed(0)
+    if config.checkpoint:
+        save_model_folder(Path(config.checkpoint), VideoMAE(config.model))
+    if isinstance(config, PretrainConfig) and config.objective.target == "features":
+        save_model_folder(output.with_name("teacher"), VideoMAE(config.model))
+        return [f"objective.teacher={output.with_name('teacher')}"]
+    return []
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_two_steps_of_a_recipe(
+    path: Path, arrays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, (stage, schema) = tmp_path / "run", STAGES[path.parent.name]
+    changes = reduced(path, arrays, output)
+    changes += make_models(path, changes, output)
+    config: Any = load_config(path, changes, schema)
+    # what is written at the end is the same for all
+    monkeypatch.setattr("video_mae.training.loop.save_run", lambda training, done: True)
+    monkeypatch.setattr(Training, "_conclude", lambda training: None)
+    monkeypatch.setattr(Pretraining, "_draw", lambda training, picture: None)
+    training = stage.prepare(config)
+    assert (training.config.optim.micro_batch, training.config.optim.accumulation) == (2, 2)
+    before = {name: weight.clone() for name, weight in training.make_model()[0].named_parameters()}
+    assert stage.run(training) == DONE
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    assert [line["skipped_steps"] for line in lines if "loss" in line] == [0, 0]
+    assert isinstance(training.model, VideoMAE | VideoClassifier)
+    trained = dict(training.model.named_parameters())
+    assert trained.keys() == before.keys()
+    assert any(not torch.equal(trained[name], weight) for name, weight in before.items())
+    whole = load_config(output / "config.yaml", schema=schema)
+    assert whole.optim == training.config.optim
