@@ -9,7 +9,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 STAGES = {"pretrain": "Pretraining", "finetune": "Fine-tuning", "evaluate": "Tests", "probe": "Probes"}
 PAGE = """# Recipes
 
-A recipe is a file: `configs/STAGE/NAME.yaml`. Its header has the source, what it expects, hardware, batch, what differs and the command. It
+A recipe is a file of `configs/`, in the folder of its stage. Its header has the source, what it expects, hardware, batch, what differs and the command. It
 states what differs from its `base`, another file of the same folder, which has none itself; RUN/config.yaml always holds all of it. Figures
 are those of the sources, of their own code and data: none of them was reproduced here. UNTESTED: nobody has run the recipe with this
 library at full size; the tests run two steps of each at a small size. What a source does not state is marked as such in the header.

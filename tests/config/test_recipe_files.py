@@ -1,6 +1,5 @@
 """A recipe over its base, and a step of a given number of videos, cut for the ranks that there are."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -176,4 +175,3 @@ def test_a_stage_without_a_file_of_its_own_takes_one_by_config(tmp_path, capsys)
         main(["demo", str(tmp_path / "data"), "--config", str(tmp_path / "demo.yaml"), *size])
     assert done.value.code == 0
     assert len((tmp_path / "data" / "train.txt").read_text().splitlines()) == 8
-    assert json.loads((tmp_path / "data" / "demo.json").read_text())["height"] == 32

@@ -424,8 +424,7 @@ def test_the_overrides_that_a_fine_tuning_offers_are_accepted(path: Path) -> Non
 @pytest.mark.parametrize("path", map(named, OTHERS))
 def test_a_recipe_of_a_test_or_probe_loads_and_says_what_it_is(path: Path) -> None:
     schema = {"evaluate": EvaluateConfig, "probe": ProbeConfig}[path.parent.name]
-    config = load_config(path, schema=schema)
-    assert config != schema()
+    load_config(path, schema=schema)
     for key in ("Source", "Expected", "Hardware", "Status", "Command"):
         assert len(re.findall(rf"^{key}: \S", header(path), re.MULTILINE)) == 1, key
     words = command(path)
