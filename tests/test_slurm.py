@@ -13,6 +13,8 @@ from fake_slurm import SRUN, make_slurm
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "slurm" / "run.sbatch"
+
+
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     return make_slurm(tmp_path / "fake")

@@ -72,7 +72,12 @@ def reduced(path: Path, arrays: Path, output: Path) -> list[str]:
     model, data, source = config.model, config.data, "rgb"
     tubelet = min(model.tubelet_size, 2)
     frames = 2 * tubelet if model.num_frames > 1 else 1
-    changes = [*COMMON, f"output={output}", f"model.tubelet_size={tubelet}", f"model.num_frames={frames}"]
+    changes = [
+        *COMMON,
+        f"output={output}",
+        f"model.tubelet_size={tubelet}",
+        f"model.num_frames={frames}",
+    ]
     if model.predicted_frames is not None:
         changes.append(f"model.predicted_frames={frames // 2}")
     if model.in_channels == 1:

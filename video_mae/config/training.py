@@ -63,8 +63,8 @@ class ObjectiveConfig(Knobs):
     learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
     negatives: Literal["clip", "batch"] = knob(
         "clip",
-        "which masked tubelets compete: of the same clip, or of the rank's micro-batch, so that the "
-        "loss depends on how a step is cut",
+        "which masked tubelets compete: of the same clip, or of the rank's micro-batch, so that "
+        "the loss depends on how a step is cut",
     )
     contrastive_memory: Literal["fast", "least"] = knob(
         "fast",
