@@ -27,7 +27,7 @@ SIZES = range(1, 9)
 # of 24 videos; lambda is not 0, as negatives are of a clip
 CUT = ["optim.global_batch=24", "optim.steps=6", "objective.contrastive_weight=0.1"]
 BATCH = [*CUT, "objective.negatives=batch"]
-NUM_STEPS = 80
+NUM_STEPS = 60
 LONG = [
     "optim.global_batch=12",
     f"optim.steps={NUM_STEPS}",
@@ -60,7 +60,13 @@ def cuts(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs |= {f"batch_{size}": [*BATCH, f"optim.micro_batch={size}"] for size in (2, 8)}
             runs["long"] = LONG
         specs = [
-            {"name": name, "stage": "pretrain", "config": str(tiny_file), "overrides": changes}
+            {
+                "name": name,
+                "stage": "pretrain",
+                "config": str(tiny_file),
+                "overrides": changes,
+                "bare": True,
+            }
             for name, changes in runs.items()
         ]
         (folder / "runs.yaml").write_text(yaml.safe_dump(specs))

@@ -1,5 +1,5 @@
-"""Every recipe of training runs two steps: its own masks, losses, layers, augmentation and optimization,
-on a model and clips that are as small as they can be.
+"""Every recipe runs two steps: its own masks, losses, layers, augmentation and optimization, on a model
+and clips that are as small as they can be; those of tests and probes give figures.
 """
 
 import json
@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from video_mae import VideoClassifier, VideoMAE, save_model_folder
-from video_mae.config import FinetuneConfig, LoraConfig, PretrainConfig, load_config
+from video_mae.config import (
+    ClassifierConfig,
+    FinetuneConfig,
+    LoraConfig,
+    ModelConfig,
+    PretrainConfig,
+    load_config,
+)
+from video_mae.config.evaluation import EvaluateConfig, ProbeConfig
+from video_mae.evaluation import evaluate, probe
 from video_mae.training import finetune, pretrain
 from video_mae.training.loop import DONE, Training
 from video_mae.training.pretrain import Pretraining
@@ -24,6 +33,8 @@ RECIPES = [
     for stage in STAGES
     for path in sorted((CONFIGS / stage).glob("*.yaml"))
 ]
+VIEWS = sorted((CONFIGS / "evaluate").glob("*.yaml"))
+PROBES = sorted((CONFIGS / "probe").glob("*.yaml"))
 SIDE, NUM_VIDEOS = 16, 8
 # What costs time and is none of a recipe's business; accumulation is made by the batch.
 COMMON = [
@@ -139,3 +150,36 @@ def test_two_steps_of_a_recipe(
     assert any(changed)
     whole = load_config(output / "config.yaml", schema=schema)
     assert whole.optim == training.config.optim
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> str:
+    """A model folder."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    small |= {"decoder_depth": 1, "decoder_num_heads": 2, "patch_size": 8}
+    model = ModelConfig(num_frames=4, height=SIDE, width=SIDE, **small)
+    save_model_folder(tmp_path / "model", VideoClassifier(model, ClassifierConfig(num_classes=2)))
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("path", VIEWS, ids=lambda path: path.stem)
+def test_the_views_of_a_test(path: Path, classifier: str, arrays: Path, tmp_path: Path) -> None:
+    changes = [f"output={tmp_path / 'results'}", "num_workers=0"]
+    config = load_config(path, changes, EvaluateConfig)
+    assert evaluate.start(classifier, str(arrays / "rgb.txt"), config)() == DONE
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert metrics["views"] == (config.num_clips or 0) * config.num_crops
+    assert metrics["videos"] == NUM_VIDEOS
+
+
+@pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
+def test_two_steps_of_a_probe(path: Path, classifier: str, arrays: Path, tmp_path: Path) -> None:
+    changes = [f"output={tmp_path / 'results'}", "num_workers=0", "epochs=1", "batch_size=4"]
+    changes += [f"{name}={arrays / 'rgb.txt'}" for name in ("train", "validation")]
+    config = load_config(path, changes, ProbeConfig)
+    assert probe.start(classifier, config)() == DONE
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    grid = metrics["probes"]["attentive"]["grid"]
+    assert metrics["probes"].keys() == {"attentive"}
+    assert len(grid) == len(config.lrs) * len(config.weight_decays)

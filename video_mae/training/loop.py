@@ -37,6 +37,7 @@ from video_mae.training.run_folder import (
     Config,
     check_lists,
     check_rates,
+    check_shared,
     settled,
 )
 from video_mae.training.saving import publish, roll_back, save_run, weights
@@ -70,9 +71,7 @@ class Training(ABC, Generic[Config]):
         weights: StartingWeights,
         validation: VideoList | None = None,
     ) -> None:
-        """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
-        remedy.
-        """
+        """Raises: ValueError or FileNotFoundError, one line with the file or key and the remedy."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             describe(config.engine.kernels, torch.device(device))
@@ -170,6 +169,7 @@ class Training(ABC, Generic[Config]):
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.is_save_due = 0, False
         engine.together(partial(self._open, first_step, macs_per_clip))
+        engine.together(partial(check_shared, self.folder))
         if first_step:  # the start that wrote the checkpoint may have been killed before its model
             publish(self, weights(self))
         with closing(self.journal):
