@@ -2,6 +2,7 @@
 `deepspeed`, `torchrun` and `srun`. The nodes are this machine: each has a launcher and a work directory of its own.
 """
 
+import itertools
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -20,7 +22,7 @@ from fake_slurm import make_slurm
 
 from video_mae.files import read_jsonl
 
-RUNS = Path(__file__).parent / "launched" / "runs.py"
+FORKED = Path(__file__).parent / "launched" / "forked.py"
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "slurm" / "run.sbatch"
 BIN = Path(sys.executable).parent
 SIZES = range(1, 9)
@@ -35,7 +37,6 @@ LONG = [
     "engine.zero_stage=1",
     "engine.stall_seconds=20",
     "journal.checkpoint_interval=5",
-    "data.num_workers=1",
 ]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 if not torch.cuda.is_available():
@@ -51,37 +52,40 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope="module")
-def cuts(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of all sizes of micro-batches, in a launch for each number of ranks."""
+def config_file(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a tiny run on clips that need no decoding."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        np.save(folder / f"{number}.npy", rng.integers(0, 256, (8, 32, 32, 3), np.uint8))
+    (folder / "list.txt").write_text("".join(f"{number}.npy\n" for number in range(24)))
+    config = yaml.safe_load(tiny_file.read_text())
+    config["data"]["source"] = str(folder / "list.txt")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def cuts(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all numbers of ranks and sizes of micro-batches."""
     folder = tmp_path_factory.mktemp("cuts")
-    for ranks in (1, 2, 3):
-        runs = {f"ranks{ranks}_{size}": [*CUT, f"optim.micro_batch={size}"] for size in SIZES}
-        if ranks == 1:
-            runs |= {f"batch_{size}": [*BATCH, f"optim.micro_batch={size}"] for size in (2, 8)}
-            runs["long"] = LONG
-        specs = [
-            {
-                "name": name,
-                "stage": "pretrain",
-                "config": str(tiny_file),
-                "overrides": changes,
-                "bare": True,
-            }
-            for name, changes in runs.items()
-        ]
-        (folder / "runs.yaml").write_text(yaml.safe_dump(specs))
-        command = [sys.executable]
-        if ranks > 1:
-            command = [str(BIN / "deepspeed"), "--num_accelerators", str(ranks)]
-            command += ["--master_port", free_port()]
-        done = subprocess.run(
-            [*command, str(RUNS), str(folder / "runs.yaml"), str(folder)],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    runs = {"ranks1_long": LONG}
+    runs |= {f"ranks1_batch{size}": [*BATCH, f"optim.micro_batch={size}"] for size in (2, 8)}
+    for ranks, size in itertools.product((1, 2, 3), SIZES):
+        runs[f"ranks{ranks}_{size}"] = [*CUT, f"optim.micro_batch={size}"]
+    specs = [
+        {"name": name, "ranks": int(name[5]), "config": str(config_file), "overrides": changes}
+        for name, changes in runs.items()
+    ]
+    (folder / "runs.yaml").write_text(yaml.safe_dump(specs))
+    done = subprocess.run(
+        [sys.executable, str(FORKED), str(folder / "runs.yaml"), str(folder)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return folder
 
 
@@ -103,7 +107,7 @@ def test_a_step_is_the_same_however_it_is_cut(cuts: Path, ranks: int, size: int)
 
 
 def test_with_negatives_of_the_batch_the_cut_is_part_of_the_loss(cuts: Path) -> None:
-    small, large = (losses(cuts / f"batch_{size}") for size in (2, 8))
+    small, large = (losses(cuts / f"ranks1_batch{size}") for size in (2, 8))
     assert small[0] != pytest.approx(large[0], rel=1e-2)
 
 
@@ -153,12 +157,12 @@ def num_steps(run: Path) -> int:
 
 def check_same_curve(run: Path, cuts: Path) -> None:
     assert len(losses(run)) == NUM_STEPS
-    assert losses(run) == pytest.approx(losses(cuts / "long"), rel=1e-4)
+    assert losses(run) == pytest.approx(losses(cuts / "ranks1_long"), rel=1e-4)
     assert losses(run)[-1] < losses(run)[0] - 0.02
 
 
 def test_two_nodes_follow_the_curve_of_one_and_survive_the_loss_of_one(
-    cuts: Path, tiny_file: Path, tmp_path: Path
+    cuts: Path, config_file: Path, tmp_path: Path
 ) -> None:
     run, hosts = tmp_path / "run", tmp_path / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
@@ -167,7 +171,7 @@ def test_two_nodes_follow_the_curve_of_one_and_survive_the_loss_of_one(
         port = free_port()
         launcher = [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--no_ssh"]
         launcher += ["--master_addr", "127.0.0.1", "--master_port", port]
-        stage = ["--module", "video_mae", "pretrain", str(tiny_file), f"output={run}", *LONG]
+        stage = ["--module", "video_mae", "pretrain", str(config_file), f"output={run}", *LONG]
         return [
             Node(tmp_path / f"node{node}", *launcher, "--node_rank", str(node), *stage)
             for node in (0, 1)
@@ -188,14 +192,14 @@ def test_two_nodes_follow_the_curve_of_one_and_survive_the_loss_of_one(
     check_same_curve(run, cuts)
 
 
-def test_torchrun_starts_the_same_run(cuts: Path, tiny_file: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_same_run(cuts: Path, config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     nodes = [
         Node(
             tmp_path / f"node{node}",
             *(str(BIN / "torchrun"), "--nnodes", "2", "--node_rank", str(node)),
             *("--nproc_per_node", "1", "--master_addr", "127.0.0.1"),
-            *("--master_port", port, "-m", "video_mae", "pretrain", str(tiny_file)),
+            *("--master_port", port, "-m", "video_mae", "pretrain", str(config_file)),
             f"output={run}",
             *LONG,
         )
@@ -208,7 +212,7 @@ def test_torchrun_starts_the_same_run(cuts: Path, tiny_file: Path, tmp_path: Pat
 
 
 def test_a_job_of_slurm_goes_on_after_its_limit(
-    cuts: Path, tiny_file: Path, tmp_path: Path
+    cuts: Path, config_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     slurm = make_slurm(tmp_path / "fake") | {
@@ -216,7 +220,7 @@ def test_a_job_of_slurm_goes_on_after_its_limit(
         "RANKS_OF_NODE": "1",
         "MASTER_PORT": free_port(),
     }
-    stage = ["pretrain", str(tiny_file), f"output={run}", *LONG]
+    stage = ["pretrain", str(config_file), f"output={run}", *LONG]
     job = Node(tmp_path / "job", str(tmp_path / "fake" / "sbatch"), str(SCRIPT), *stage, **slurm)
     wait_for(lambda: num_steps(run) >= 8, job)
     for pid in (tmp_path / "fake" / "pids").read_text().split():

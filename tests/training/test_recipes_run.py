@@ -156,9 +156,18 @@ def test_two_steps_of_a_recipe(
 def classifier(tmp_path: Path) -> str:
     """A model folder."""
     torch.manual_seed(0)
-    small = {"embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
-    small |= {"decoder_depth": 1, "decoder_num_heads": 2, "patch_size": 8}
-    model = ModelConfig(num_frames=4, height=SIDE, width=SIDE, **small)
+    model = ModelConfig(
+        num_frames=4,
+        height=SIDE,
+        width=SIDE,
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        decoder_embed_dim=16,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    )
     save_model_folder(tmp_path / "model", VideoClassifier(model, ClassifierConfig(num_classes=2)))
     return str(tmp_path / "model")
 

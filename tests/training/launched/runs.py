@@ -1,8 +1,8 @@
 """Many runs in one process group, because a launch is mostly imports: what test_launcher.py has
 started.
 
-Arguments: a YAML file of [{name, stage, config, overrides, crash_after, poison, bare}, ...], and the
-folder of the runs. With `bare` a run ends with its last step: no checkpoint, picture or report. With `crash_after` a run is done, then everything after that step is forgotten
+Arguments: a YAML file of [{name, stage, config, overrides, crash_after, poison}, ...], and the
+folder of the runs. With `crash_after` a run is done, then everything after that step is forgotten
 as if the machine had failed, and the run is started again. With `poison` the loss of the last rank
 is not finite in step 2, and in step 4 one number of what that rank updates weights by; these change
 no weight.
@@ -19,7 +19,7 @@ import yaml
 
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.config.world import World
-from video_mae.training import device_step, finetune, loop, pretrain
+from video_mae.training import device_step, finetune, pretrain
 from video_mae.training.checkpoint import step_name
 from video_mae.training.engine import Engine, leave
 
@@ -33,7 +33,7 @@ def main() -> None:
     for spec in yaml.safe_load(runs.read_text()):
         output, (stage, schema) = folder / spec["name"], STAGES[spec["stage"]]
         start = load_config(spec["config"], [*spec["overrides"], f"output={output}"], schema)
-        with poisoned() if spec.get("poison") else bare() if spec.get("bare") else nullcontext():
+        with poisoned() if spec.get("poison") else nullcontext():
             assert stage.run(stage.prepare(start)) == 0
         if spec.get("crash_after"):
             if World.from_environment().rank == 0:
@@ -41,18 +41,6 @@ def main() -> None:
             torch.distributed.barrier()
             assert stage.run(stage.prepare(start)) == 0
     leave()
-
-
-@contextmanager
-def bare() -> Iterator[None]:
-    """Inside, nothing is written after the last step."""
-    places = (loop, "save_run"), (loop.Training, "_conclude"), (pretrain.Pretraining, "_draw")
-    healthy = [getattr(of, name) for of, name in places]
-    for of, name in places:
-        setattr(of, name, lambda *_: True)
-    yield
-    for (of, name), whole in zip(places, healthy, strict=True):
-        setattr(of, name, whole)
 
 
 @contextmanager
