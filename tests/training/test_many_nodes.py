@@ -25,7 +25,12 @@ from video_mae.files import read_jsonl
 FORKED = Path(__file__).parent / "launched" / "forked.py"
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "slurm" / "run.sbatch"
 BIN = Path(sys.executable).parent
-SIZES = range(1, 9)
+# every number of ranks and size of a micro-batch, of at most 8, that 24 videos can have
+CUTS = [
+    (ranks, size)
+    for ranks, size in itertools.product((1, 2, 3), range(1, 9))
+    if 24 // ranks % size == 0
+]
 # of 24 videos; lambda is not 0, as negatives are of a clip
 CUT = ["optim.global_batch=24", "optim.steps=6", "objective.contrastive_weight=0.1"]
 BATCH = [*CUT, "objective.negatives=batch"]
@@ -65,49 +70,68 @@ def config_file(tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "tiny.yaml"
 
 
+Train = Callable[[dict[str, tuple[int, list[str]]]], Path]
+"""Trains {name: (ranks, overrides)}; the folder of the runs."""
+
+
 @pytest.fixture(scope="module")
-def cuts(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def train(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    def train(runs: dict[str, tuple[int, list[str]]]) -> Path:
+        folder = tmp_path_factory.mktemp("runs")
+        specs = [
+            {"name": name, "ranks": ranks, "config": str(config_file), "overrides": changes}
+            for name, (ranks, changes) in runs.items()
+        ]
+        (folder / "runs.yaml").write_text(yaml.safe_dump(specs))
+        done = subprocess.run(
+            [sys.executable, str(FORKED), str(folder / "runs.yaml"), str(folder)],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def curve(train: Train) -> list[float]:
+    """Of one node."""
+    return losses(train({"long": (1, LONG)}) / "long")
+
+
+@pytest.fixture(scope="module")
+def cuts(train: Train) -> Path:
     """Runs of all numbers of ranks and sizes of micro-batches."""
-    folder = tmp_path_factory.mktemp("cuts")
-    runs = {"ranks1_long": LONG}
-    runs |= {f"ranks1_batch{size}": [*BATCH, f"optim.micro_batch={size}"] for size in (2, 8)}
-    for ranks, size in itertools.product((1, 2, 3), SIZES):
-        runs[f"ranks{ranks}_{size}"] = [*CUT, f"optim.micro_batch={size}"]
-    specs = [
-        {"name": name, "ranks": int(name[5]), "config": str(config_file), "overrides": changes}
-        for name, changes in runs.items()
-    ]
-    (folder / "runs.yaml").write_text(yaml.safe_dump(specs))
-    done = subprocess.run(
-        [sys.executable, str(FORKED), str(folder / "runs.yaml"), str(folder)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return folder
+    runs = {name_of(*cut): (cut[0], [*CUT, f"optim.micro_batch={cut[1]}"]) for cut in CUTS}
+    for size in (2, 8):
+        runs[f"batch{size}"] = 1, [*BATCH, f"optim.micro_batch={size}"]
+    return train(runs)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("size", SIZES)
+def name_of(ranks: int, size: int) -> str:
+    return f"ranks{ranks}_{size}"
+
+
+@pytest.mark.parametrize(("ranks", "size"), CUTS)
 def test_a_step_is_the_same_however_it_is_cut(cuts: Path, ranks: int, size: int) -> None:
-    run, whole = cuts / f"ranks{ranks}_{size}", losses(cuts / "ranks1_8")
-    assert len(whole) == 6
-    assert whole[-1] < whole[0] - 0.02  # it learns, so that equality says something
-    assert losses(run) == pytest.approx(whole, rel=1e-4)
-    share = 24 // ranks
-    micro = max(n for n in range(1, size + 1) if share % n == 0)
-    log = (run / "log.txt").read_text()
-    assert f"micro-batch {micro} x {ranks} ranks x {share // micro} accumulated;" in log
-    rates = [line["lr"] for line in read_jsonl(run / "metrics.jsonl") if "lr" in line]
-    assert rates == [
-        line["lr"] for line in read_jsonl(cuts / "ranks1_8" / "metrics.jsonl") if "lr" in line
+    run, whole = cuts / name_of(ranks, size), cuts / name_of(1, 8)
+    assert len(losses(whole)) == 6
+    assert losses(whole)[-1] < losses(whole)[0] - 0.02  # it learns, so equality says something
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-4)
+    line = f"micro-batch {size} x {ranks} ranks x {24 // ranks // size} accumulated;"
+    assert line in (run / "log.txt").read_text()
+    rates = [
+        [line["lr"] for line in read_jsonl(one / "metrics.jsonl") if "lr" in line]
+        for one in (run, whole)
     ]
+    assert rates[0] == rates[1]
 
 
 def test_with_negatives_of_the_batch_the_cut_is_part_of_the_loss(cuts: Path) -> None:
-    small, large = (losses(cuts / f"ranks1_batch{size}") for size in (2, 8))
+    small, large = (losses(cuts / f"batch{size}") for size in (2, 8))
     assert small[0] != pytest.approx(large[0], rel=1e-2)
 
 
@@ -155,14 +179,14 @@ def num_steps(run: Path) -> int:
     return len(read_jsonl(run / "metrics.jsonl"))
 
 
-def check_same_curve(run: Path, cuts: Path) -> None:
+def check_same(run: Path, curve: list[float]) -> None:
     assert len(losses(run)) == NUM_STEPS
-    assert losses(run) == pytest.approx(losses(cuts / "ranks1_long"), rel=1e-4)
-    assert losses(run)[-1] < losses(run)[0] - 0.02
+    assert losses(run) == pytest.approx(curve, rel=1e-4)
+    assert curve[-1] < curve[0] - 0.02
 
 
 def test_two_nodes_follow_the_curve_of_one_and_survive_the_loss_of_one(
-    cuts: Path, config_file: Path, tmp_path: Path
+    curve: list[float], config_file: Path, tmp_path: Path
 ) -> None:
     run, hosts = tmp_path / "run", tmp_path / "hosts"
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
@@ -189,10 +213,12 @@ def test_two_nodes_follow_the_curve_of_one_and_survive_the_loss_of_one(
     log = (run / "log.txt").read_text()
     assert "micro-batch 3 x 2 ranks x 2 accumulated" in log
     assert "resumed after step" in log
-    check_same_curve(run, cuts)
+    check_same(run, curve)
 
 
-def test_torchrun_starts_the_same_run(cuts: Path, config_file: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_the_same_run(
+    curve: list[float], config_file: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     nodes = [
         Node(
@@ -208,11 +234,11 @@ def test_torchrun_starts_the_same_run(cuts: Path, config_file: Path, tmp_path: P
     ]
     for node in nodes:
         assert node.end() == 0, node.text[-3000:]
-    check_same_curve(run, cuts)
+    check_same(run, curve)
 
 
 def test_a_job_of_slurm_goes_on_after_its_limit(
-    cuts: Path, config_file: Path, tmp_path: Path
+    curve: list[float], config_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     slurm = make_slurm(tmp_path / "fake") | {
@@ -232,4 +258,4 @@ def test_a_job_of_slurm_goes_on_after_its_limit(
     logs = tmp_path / "job" / "logs" / "41"
     assert "resumed after step" in (logs / "rank_0.log").read_text()
     assert (logs / "rank_1.log").exists()
-    check_same_curve(run, cuts)
+    check_same(run, curve)
