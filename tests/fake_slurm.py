@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from video_mae.config.world import NAMES
+
 # A job of two nodes on this machine. A requeued one is started again, as its script has ended.
 SBATCH = """#!/usr/bin/env bash
 export SLURM_JOB_ID=41 SLURM_JOB_NODELIST='node[0-1]' SLURM_JOB_NUM_NODES=2
@@ -70,8 +72,10 @@ def make_slurm(folder: Path) -> dict[str, str]:
         (folder / name).chmod(0o755)
     (folder / "program").write_text(PROGRAM)
     (folder / "program").chmod(0o755)
+    # what training in this process has left
+    launchers = {*NAMES, "LOCAL_WORLD_SIZE"}
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in launchers},
         "PATH": f"{folder}:{os.environ['PATH']}",
         "FAKE": str(folder),
         "PYTHON": str(folder / "program"),

@@ -158,7 +158,7 @@ def test_steps_win_over_epochs():
 
 
 def test_run_shorter_than_a_step_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.micro_batch") as error:
+    with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.global_batch") as error:
         make_schedule(OptimConfig(epochs=1, warmup_epochs=0, micro_batch=32), 8, 1, 1)
     assert "\n" not in str(error.value)
 
