@@ -28,7 +28,8 @@ class Stage(NamedTuple):
     module that is named before it, which needs no library that takes seconds), and a
     function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
-    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
+    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file; a stage
+    without the word has --config FILE for it. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
     some_key=VALUE. A name may be two words. A last word with dots is a list.
     """
@@ -213,9 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     who, left = "video-mae", None
     try:
-        name, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        name, path, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
         who += f" {name}"
-        left = _start(name, words, overrides)
+        left = _start(name, path, words, overrides)
         status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
         if left is not None and not isinstance(error, StorageError | FolderError):
@@ -249,8 +250,11 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     os._exit(128 + number)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
-    """(stage, its words, overrides), or prints what is asked for and exits. Raises: ValueError."""
+def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[str]]:
+    """(stage, its file of keys, its words, overrides), or prints what is asked for and exits.
+
+    Raises: ValueError.
+    """
     # the deepspeed launcher puts it first
     given = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if " ".join(given[:2]) in STAGES:
@@ -262,7 +266,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
     if name not in STAGES:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
-    wanted, plain, flagged = STAGES[name].words, [], []
+    wanted, path, plain, flagged = STAGES[name].words, None, [], []
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:
@@ -273,6 +277,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
         elif flag in takes_value:
             value = value or (next(left, "") if takes_value[flag] else "true")
             flagged.append(f"{flag[2:].replace('-', '_')}={value}")
+        elif flag == "--config" and CONFIG not in wanted:
+            path = value or next(left, "")
         elif argument.startswith("-"):
             raise ValueError(f"{flag}: no such flag; a key has no dashes: {argument.lstrip('-')}")
         else:
@@ -287,7 +293,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
         words[num - 1 :] = [listed] if listed else []
     if len(words) < num:
         raise ValueError(f"{wanted[len(words)]} is missing; `video-mae {name} --help` explains")
-    return name, words, keys + flagged
+    if CONFIG in wanted:
+        path = words.pop(0)
+    return name, path, words, keys + flagged
 
 
 def _help(name: str, part: str) -> str:
@@ -296,6 +304,8 @@ def _help(name: str, part: str) -> str:
 
     stage = STAGES[name]
     usage = " ".join(stage.words + stage.flags)
+    if CONFIG not in stage.words:
+        usage += " --config FILE"
     head = f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}"
     return f"{head}\n\n{describe(schema_of(stage), part)}"
 
@@ -327,17 +337,18 @@ def _versions() -> str:
 ANSWERS = {"-h": _page, "--help": _page, "--version": _versions, "--completion": _completion}
 
 
-def _start(name: str, words: list[Any], overrides: list[str]) -> int | Callable[[], int]:
+def _start(
+    name: str, path: str | None, words: list[Any], overrides: list[str]
+) -> int | Callable[[], int]:
     from video_mae.config.schema import parse
 
     stage = STAGES[name]
-    path = words.pop(0) if CONFIG in stage.words else None
     config = parse(path, overrides, schema_of(stage))
-    if path:
+    if CONFIG in stage.words:
         # before PyTorch is loaded, which takes seconds
         from video_mae.training.run_folder import check_same_run
 
-        check_same_run(config)
+        check_same_run(config.cut())
     if sys.stderr.isatty() and "RANK" not in os.environ:
         print(f"video-mae {name}: starts", file=sys.stderr)
     return import_module(f"video_mae.{stage.module}").start(*words, config)

@@ -41,6 +41,7 @@ def prepare(config: FinetuneConfig) -> "Finetuning":
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
+    config = config.cut()
     videos, classifier = read_training_videos(config)
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None

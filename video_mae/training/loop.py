@@ -31,7 +31,14 @@ from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_folder import (
+    LISTS_FILE,
+    Config,
+    check_lists,
+    check_rates,
+    check_shared,
+    settled,
+)
 from video_mae.training.run_page import RunPage, num_parameters
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
@@ -64,9 +71,7 @@ class Training(ABC, Generic[Config]):
         weights: StartingWeights,
         validation: VideoList | None = None,
     ) -> None:
-        """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
-        remedy.
-        """
+        """Raises: ValueError or FileNotFoundError, one line with the file or key and the remedy."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             describe(config.engine.kernels, torch.device(device))
@@ -168,6 +173,7 @@ class Training(ABC, Generic[Config]):
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.is_save_due = 0, False
         engine.together(partial(self._open, first_step, macs_per_clip))
+        engine.together(partial(check_shared, self.folder))
         if first_step:  # the start that wrote the checkpoint may have been killed before its model
             publish(self, weights(self))
         with closing(self.journal):

@@ -49,7 +49,7 @@ def prepare(config: PretrainConfig) -> "Pretraining":
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
-    return Pretraining(config)
+    return Pretraining(config.cut())
 
 
 def run(training: "Pretraining") -> int:
