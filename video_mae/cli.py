@@ -22,7 +22,8 @@ CONFIG = "CONFIG.yaml"
 class Stage(NamedTuple):
     """A row of the command line.
 
-    `module`, imported only when it is asked for, has the dataclass `schema` of all keys and a
+    `module`, imported only when it is asked for, has the dataclass `schema` of all keys (or a
+    function of a file that chooses one), and a
     function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
@@ -104,6 +105,14 @@ STAGES = {
         "tools.convert",
         "ConvertConfig",
         ("SOURCE", "DESTINATION"),
+    ),
+    "plan": Stage(
+        "what a run computes, keeps, sends, reads and takes on some GPUs, in seconds and without "
+        "them; the keys of a file for finetune are those of finetune",
+        "planning.plan",
+        "plan_schema",
+        (CONFIG,),
+        ("--gpus N", "--gpu NAME", "--nodes M"),
     ),
     "bench": BENCH_KERNELS,
     "bench kernels": BENCH_KERNELS,
@@ -239,10 +248,11 @@ def _start(stage: Stage, options: argparse.Namespace) -> int | Callable[[], int]
     from video_mae.config.schema import parse
 
     path = getattr(options, CONFIG, None)
-    config = parse(path, options.overrides, _schema(stage))
+    config = parse(path, options.overrides, _schema(stage, path or ""))
     words = [getattr(options, word) for word in stage.words if word != CONFIG]
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
-def _schema(stage: Stage) -> type:
-    return getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
+def _schema(stage: Stage, path: str = "") -> type:
+    schema = getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
+    return schema if isinstance(schema, type) else schema(path)

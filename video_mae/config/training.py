@@ -129,6 +129,9 @@ class OptimConfig(Knobs):
     given, in steps.
     """
 
+    global_batch: int | None = knob(
+        None, "videos a step, of all ranks; null: ranks x micro_batch x accumulation", low=1
+    )
     micro_batch: int = knob(
         32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_BATCH
     )

@@ -55,6 +55,16 @@ def run(training: "Pretraining") -> int:
     return training.run()
 
 
+def make_autoencoder(config: PretrainConfig) -> VideoMAE:
+    """The network of a configuration, with new weights."""
+    return VideoMAE(
+        config.model,
+        config.objective,
+        impl=config.engine.kernels,
+        checkpointing=config.engine.activation_checkpointing,
+    )
+
+
 class Pretraining(Training[PretrainConfig]):
     """A pretraining run, in one stage or several; `base` is the one of the configuration itself."""
 
@@ -93,14 +103,7 @@ class Pretraining(Training[PretrainConfig]):
             self.probe = FeatureProbe(self.config)
 
     def make_model(self) -> tuple[VideoMAE, float]:
-        config = self.config
-        model = VideoMAE(
-            config.model,
-            config.objective,
-            impl=config.engine.kernels,
-            checkpointing=config.engine.activation_checkpointing,
-        )
-        return model, self.base.macs
+        return make_autoencoder(self.config), self.base.macs
 
     def make_dataset(self) -> StagedClips:
         return StagedClips(self.stages, self.videos)
