@@ -183,7 +183,7 @@ def test_a_plan_is_printed_and_written_with_a_plot(
 def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
     pretrain: Path, capsys: pytest.CaptureFixture[str]
 ):
-    large = "model.height=448", "model.width=448", "model.depth=24", "model.embed_dim=1024"
+    large = "model.height=448", "model.width=448", "model.depth=4", "model.embed_dim=1024"
     wanted = *large, "optim.global_batch=4096", "gpu=a10"
     assert status("plan", str(pretrain), *wanted) == 0
     rows = rows_of(capsys.readouterr().out)
@@ -202,7 +202,7 @@ def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
         (["gpus=7", "optim.global_batch=96"], "gpus: 7 have no equal shares"),
         (["gpu=h900"], "gpu"),
         (["optim.micro_bach=3"], "micro_batch"),
-        (["model.depth=700", "model.embed_dim=8192", "gpu=a10"], "no room"),
+        (["model.depth=1", "model.embed_dim=65536", "gpu=a10"], "no room"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_a_line(

@@ -13,7 +13,7 @@ from video_mae.config import FinetuneConfig, PretrainConfig
 from video_mae.config.machines import FACTS
 from video_mae.config.schema import Knobs, knob, read_keys, require, to_dict
 from video_mae.config.yaml_text import to_yaml
-from video_mae.files import draw_or_tell, write_text
+from video_mae.files import draw_or_tell, one_line, write_text
 from video_mae.planning.rehearsal import Rehearsal
 from video_mae.planning.zero import largest_micro_batch, zero_costs
 from video_mae.training.deepspeed_config import deepspeed_config
@@ -26,7 +26,7 @@ Figures = dict[str, float]
 class PlanKeys(Knobs):
     """What a run is planned for."""
 
-    gpus: int = knob(8, "how many GPUs", low=1, high=2**20)
+    gpus: int = knob(8, "how many GPUs", low=1)
     nodes: int | None = knob(None, "machines that they are in; null: with 8 GPUs each", low=1)
     gpu: Literal["h100", "h200", "b200", "a100", "v100", "l40s", "a10"] = knob(
         "h100", "which; video_mae/config/machines.yaml has their data sheets"
@@ -81,8 +81,9 @@ class Planner:
         settings, width = {**FACTS.deepspeed, **told}, 4 if engine.precision == "fp32" else 2
         weights = list(self.model.parameters())
         memory, once, each = zero_costs(weights, width, stage, num_gpus, settings)
-        of_encoder = sum(p.numel() for p in self.model.encoder.parameters()) / 1e9
-        teacher = (width + 4) * of_encoder * ("Encoder" in self.gflops)
+        encoder = self.model.get_submodule("encoder")
+        teacher = (width + 4) * sum(p.numel() for p in encoder.parameters()) / 1e9
+        teacher *= "Encoder" in self.gflops
         base, slope = self.costs[again]
         batch = FACTS.batches * c.num_tokens * c.tubelet_values / 1e9
         free = FACTS.usable * gpu.memory - memory.sum() - teacher - base[1]
@@ -149,13 +150,12 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
     best = [steps[0] for steps in map(planner.steps, FACTS.scale) if steps]
     rate, most = here[0]["clips/s"] / 1e3, max(step["clips/s a GPU"] for step in best)
     end = next((step for step in best if step["clips/s a GPU"] < FACTS.pays * most), best[-1])
-    parts = FACTS.parts
     lines = [
-        f"# Plan: {Path(config.output).name} on {num_gpus} x {config.gpu}\n",
+        f"# Plan: {one_line(Path(config.output).name)} on {num_gpus} x {config.gpu}\n",
         "| part | million parameters | GFLOP of a clip, forward and backward |\n|---|---|---|",
         *(
-            f"| {parts[name][0]} "
-            f"| {sum(p.numel() for key, p in named() if key.startswith(parts[name][1])) / 1e6:.5g} "
+            f"| {FACTS.parts[name][0]} | "
+            f"{sum(p.numel() for k, p in named() if k.startswith(FACTS.parts[name][1])) / 1e6:.5g} "
             f"| {gflop:.5g} |"
             for name, gflop in planner.gflops.items()
         ),
@@ -176,15 +176,20 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
         f"best; first in the way: {max(FACTS.losses, key=end.__getitem__)}. The most of these "
         f"numbers, up to {FACTS.scale[-1]}, that can share a step: {best[-1]['GPUs']}.\n",
         *_table(best),
-        "\n## Assumptions\n",
+        f"\n## Assumptions\n\n- {config.gpu}: {planner.peak:.4g} dense TFLOP/s, "
+        f"{planner.gpu.memory:g} GB, {planner.gpu.bandwidth:g} TB/s, {planner.gpu.link:g} TB/s to "
+        f"others of its machine ({planner.gpu.source}). {config.network}: "
+        f"{FACTS.networks[config.network]:g} TB/s from a machine to others. The list has "
+        f"{planner.videos} videos.",
         *(f"- {note.format(**vars(FACTS))}" for note in FACTS.notes),
         f"\n## The whole recipe\n\n```yaml\n{to_yaml(to_dict(config))}```",
     ]
     text = "\n".join(lines)
     print(text)
     if config.page:
-        plot = Path(config.page).with_suffix(".png")
-        write_text(Path(config.page), f"{text}\n\n![scaling]({plot.name})\n")
+        page = Path(config.page)
+        plot = page.with_suffix(".png")
+        write_text(page, f"{text}\n\n![scaling]({plot.name})\n")
         draw_or_tell(plot, lambda path: _draw(path, best))
     return 0
 
@@ -201,7 +206,7 @@ def _draw(path: Path, best: list[Figures]) -> None:
     """Clips a second with the fastest step of each number of GPUs, and what its time goes to."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = Figure((8, 8), layout="constrained")
     rates, times = figure.subplots(2)
     for step in best:
         rates.loglog(step["GPUs"], step["clips/s"], "k", marker=f"${step['ZeRO stage']}$")

@@ -4,7 +4,6 @@ memory, on tensors that have a shape and a dtype alone.
 
 import re
 import weakref
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -62,14 +61,14 @@ class Rehearsal:
         """
         with self._fake, FlopCounterMode(display=False) as counter:
             self._loss(1).backward()
-        found = Counter[str]()
+        found = {"attention": 0.0}
         for path, counts in counter.get_flop_counts().items():
             *parents, name = path.split(".")
             if len(parents) < 2 and "Encoder" not in parents:
                 found[name] = sum(counts.values()) / 1e9
             elif name == "attn":
                 found["attention"] += counts[torch.ops.aten.bmm] / 1e9
-        del found["head_dropout"]  # to which the counter gives what comes before it, too
+        found.pop("head_dropout", None)  # to which the counter gives what comes before it, too
         return found
 
     def costs(self) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +97,7 @@ class Rehearsal:
             return self.model(clip_BTHWC).logsumexp(1).mean()
         if config.objective.target == "features":
             with torch.no_grad():
-                features = self.model.encoder(clip_BTHWC)[:, c.class_tokens :]
+                features = self.model.get_submodule("encoder")(clip_BTHWC)[:, c.class_tokens :]
         mask = ClipStage(config).mask(torch.arange(num_clips), config.mask.decoder_mask_ratio)
         return self.model(clip_BTHWC, mask, None, features).loss
 
