@@ -3,12 +3,11 @@ schemas, so that a new key is tried too.
 """
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Literal, get_args, get_origin
 
 import pytest
 
-from video_mae.cli import STAGES
+from video_mae.cli import STAGES, _schema
 from video_mae.config.schema import MOST, Knobs, _walk, _without_none, parse
 
 HUGE = str(10**30)
@@ -24,8 +23,7 @@ ABSURD = {
 
 
 def schemas() -> dict[str, type[Knobs]]:
-    rows = {(stage.module, stage.schema) for stage in STAGES.values()}
-    return {name: getattr(import_module(f"video_mae.{module}"), name) for module, name in rows}
+    return {stage.schema: _schema(stage) for stage in STAGES.values()}
 
 
 def absurd(schema: type[Knobs]) -> Iterator[tuple[str, str]]:

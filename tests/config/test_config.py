@@ -5,7 +5,6 @@ and the key.
 import dataclasses
 import math
 from dataclasses import field, replace
-from importlib import import_module
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -18,7 +17,7 @@ from video_mae import (
     load_config,
     save_config,
 )
-from video_mae.cli import STAGES
+from video_mae.cli import STAGES, _schema
 from video_mae.config import DataConfig, EngineConfig, FinetuneConfig, OptimConfig
 from video_mae.config.schema import (
     Knobs,
@@ -215,7 +214,7 @@ def test_a_text_is_what_follows_the_equals_sign_and_comes_back_from_the_saved_fi
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_the_same_on_the_command_line_of_every_stage(text):
     for stage in STAGES.values():
-        schema = getattr(import_module(f"video_mae.{stage.module}"), stage.schema)
+        schema = _schema(stage)
         for f in dataclasses.fields(schema):
             if get_type_hints(schema)[f.name] is str and f.name not in (
                 "ops",

@@ -1,5 +1,6 @@
 """What `video-mae plan` says, against what torch and the models themselves count."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def clip_of(config: PretrainConfig | FinetuneConfig, num_clips: int) -> torch.Te
     return torch.zeros(num_clips, c.num_frames, c.height, c.width, 3, dtype=torch.uint8)
 
 
-def counted(loss_of: object, *inputs: object) -> int:
+def counted(loss_of: Callable[..., torch.Tensor], *inputs: object) -> int:
     """FLOPs by torch, of the reference path on the meta device."""
     with FlopCounterMode(display=False) as counter:
         loss_of(*inputs).backward()

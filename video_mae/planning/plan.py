@@ -157,7 +157,7 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
             f"| {FACTS.parts[name][0]} | "
             f"{sum(p.numel() for k, p in named() if k.startswith(FACTS.parts[name][1])) / 1e6:.5g} "
             f"| {gflop:.5g} |"
-            for name, gflop in planner.gflops.items()
+            for name, gflop in sorted(planner.gflops.items())
         ),
         f"\n## A step on {num_gpus} GPUs, the fastest first\n",
         *_table(here),

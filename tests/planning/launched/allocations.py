@@ -1,9 +1,9 @@
 """What two ranks allocate and send in a step, in each ZeRO stage, in one process group.
 
 Arguments: a YAML file of a run, and the JSON file that rank 0 writes: for each stage the bytes of
-all tensors after the first backward pass of a step and between steps, beyond what there was before
-the engine; the bytes that a forward pass keeps for its backward pass; and what DeepSpeed's log of
-communication counted in the step, by operation.
+all tensors towards the end of the last backward pass of a step, when no activations are left, and
+between steps, beyond what there was before the engine; the bytes that a forward pass keeps for its
+backward pass; and what DeepSpeed's log of communication counted in the step, by operation.
 """
 
 import gc
@@ -67,19 +67,29 @@ def measured(path: str, stage: int) -> dict[str, Any]:
     )
     engine = Engine(network, config)
     found: dict[str, Any] = {}
+    is_last = False
+
+    def look(gradient: torch.Tensor) -> None:
+        if is_last:
+            found["in backward"] = tensor_bytes() - before
+
+    def watch(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(look)
+
+    network.encoder.patch_embed.register_forward_hook(watch)
     comm.configure(enabled=True, prof_all=True)
-    log = comm.comm.comms_logger
+    log: Any = comm.comm.comms_logger
     for step in range(WARM + 1):
         log.reset_data()
         for micro in range(ACCUMULATION):
             kept = Kept(network)
             with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
                 loss = engine(clip_BTHWC, mask).loss
-            engine.backward(loss, last=micro == ACCUMULATION - 1)
             found["kept"] = sum(kept.found.values())
-            del loss, kept
-            if step == WARM and micro == 0:
-                found["accumulating"] = tensor_bytes() - before
+            del kept
+            is_last = step == WARM and micro == ACCUMULATION - 1
+            engine.backward(loss, last=micro == ACCUMULATION - 1)
+            del loss
         engine.step(1e-3)
     sent: Counter[str] = Counter()
     for name, sizes in log.get_raw_data().items():
