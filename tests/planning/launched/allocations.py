@@ -1,9 +1,9 @@
 """What two ranks allocate and send in a step, in each ZeRO stage, in one process group.
 
 Arguments: a YAML file of a run, and the JSON file that rank 0 writes: for each stage the bytes of
-all tensors towards the end of the last backward pass of a step, when no activations are left, and
-between steps, beyond what there was before the engine; the bytes that a forward pass keeps for its
-backward pass; and what DeepSpeed's log of communication counted in the step, by operation.
+all tensors where the last backward pass of a step begins, where it ends, and between steps, beyond
+what there was before the engine; the bytes that a forward pass keeps for its backward pass; and
+what DeepSpeed's log of communication counted in the step, by operation.
 """
 
 import gc
@@ -69,14 +69,18 @@ def measured(path: str, stage: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     is_last = False
 
-    def look(gradient: torch.Tensor) -> None:
-        if is_last:
-            found["in backward"] = tensor_bytes() - before
+    def watch(module: torch.nn.Module, name: str) -> None:
+        def look(gradient: torch.Tensor) -> None:
+            if is_last:
+                found[name] = tensor_bytes() - before
 
-    def watch(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        output.register_hook(look)
+        def follow(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            output.register_hook(look)
 
-    network.encoder.patch_embed.register_forward_hook(watch)
+        module.register_forward_hook(follow)
+
+    watch(network.decoder.head, "backward begins")
+    watch(network.encoder.patch_embed, "backward ends")
     comm.configure(enabled=True, prof_all=True)
     log: Any = comm.comm.comms_logger
     for step in range(WARM + 1):
