@@ -25,7 +25,8 @@ class Stage(NamedTuple):
     """A row of the command line.
 
     `module`, imported only when it is asked for, has the dataclass `schema` of all keys (or the
-    module that is named before it, which needs no library that takes seconds), and a
+    module that is named before it, which needs no library that takes seconds; or it is a function
+    of a file that chooses one), and a
     function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
     and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file; a stage
@@ -122,6 +123,14 @@ STAGES = {
         "ConvertConfig",
         ("SOURCE", "DESTINATION"),
     ),
+    "plan": Stage(
+        "what a run computes, keeps, sends, reads and takes on some GPUs, in seconds and without "
+        "them; the keys of a file for finetune are those of finetune",
+        "planning.plan",
+        "config.plan.plan_schema",
+        (CONFIG,),
+        ("--gpus N", "--gpu NAME", "--nodes M"),
+    ),
     "bench": BENCH_KERNELS,
     "bench kernels": BENCH_KERNELS,
     "bench step": Stage(
@@ -185,7 +194,7 @@ STAGES = {
     ),
 }
 PURPOSES = {
-    "learn from videos": "pretrain, finetune, recipes",
+    "learn from videos": "recipes, plan, pretrain, finetune",
     "use a model": "predict, serve, extract, reconstruct, look",
     "measure": "evaluate, probe, compare, bench kernels, bench step, bench data",
     "prepare videos": "doctor, split, pack, demo",
@@ -343,8 +352,8 @@ def _start(
     from video_mae.config.schema import parse
 
     stage = STAGES[name]
-    config = parse(path, overrides, schema_of(stage))
-    if CONFIG in stage.words:
+    config = parse(path, overrides, schema_of(stage, path or ""))
+    if stage.module.startswith("training."):
         # before PyTorch is loaded, which takes seconds
         from video_mae.training.run_folder import check_same_run
 
@@ -354,7 +363,8 @@ def _start(
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
-def schema_of(stage: Stage) -> Any:
+def schema_of(stage: Stage, path: str = "") -> Any:
     """The keys of a stage: those of config/ are there without the libraries that it needs."""
     module, _, name = stage.schema.rpartition(".")
-    return getattr(import_module(f"video_mae.{module or stage.module}"), name)
+    schema = getattr(import_module(f"video_mae.{module or stage.module}"), name)
+    return schema if isinstance(schema, type) else schema(path)

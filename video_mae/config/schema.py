@@ -158,7 +158,7 @@ def _complaint(values: JsonObject, schema: Any) -> str:
 
 def read_keys(path: Path) -> JsonObject:
     """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
-    text = read_text(path)
+    text = _text_of(path)
     with _naming(f"{path}: "):
         return _typed(_read_file(text), Any, "")
 
@@ -305,7 +305,7 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
             # of another stage, which shares a base as pretrain and finetune do
             if not prefix and schema.__base__ is not Knobs:
                 for stage in schema.__base__.__subclasses__():
-                    if key in stage.__dataclass_fields__ and not stage.__subclasses__():
+                    if key in stage.__dataclass_fields__ and stage.first_keys:
                         hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
             raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
