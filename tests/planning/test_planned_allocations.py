@@ -17,6 +17,7 @@ from video_mae.config.machines import FACTS
 from video_mae.model.vit import VideoMAE
 from video_mae.planning.rehearsal import Rehearsal
 from video_mae.planning.zero import zero_costs
+from video_mae.training.deepspeed_config import zero_settings
 
 ALLOCATIONS = Path(__file__).parent / "launched" / "allocations.py"
 RUN = {
@@ -62,7 +63,8 @@ def test_memory_and_traffic_are_those_of_two_ranks(tmp_path: Path):
     weights = list(VideoMAE(config.model).parameters())
     for stage in range(4):
         measured = found[str(stage)]
-        memory, once, each = zero_costs(weights, 2, stage, RANKS, FACTS.deepspeed)
+        settings = FACTS.deepspeed | zero_settings(stage, sum(w.numel() for w in weights))
+        memory, once, each = zero_costs(weights, 2, stage, RANKS, settings)
         of_weights, gradients, masters, buckets = 1e9 * memory
         all_reduced, gathered, scattered = 1e9 * (once + ACCUMULATION * each)
         in_backward = of_weights + gradients + masters + buckets

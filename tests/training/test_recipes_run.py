@@ -23,8 +23,9 @@ from video_mae.config import (
 from video_mae.config.evaluation import EvaluateConfig, ProbeConfig
 from video_mae.evaluation import evaluate, probe
 from video_mae.training import finetune, pretrain
-from video_mae.training.loop import DONE, Training
+from video_mae.training.loop import DONE
 from video_mae.training.pretrain import Pretraining
+from video_mae.training.run_page import RunPage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
@@ -130,7 +131,7 @@ def test_two_steps_of_a_recipe(
     config: Any = load_config(path, changes, schema)
     # what is written at the end is the same for all
     monkeypatch.setattr("video_mae.training.loop.save_run", lambda training, done: True)
-    monkeypatch.setattr(Training, "_conclude", lambda training: None)
+    monkeypatch.setattr(RunPage, "finish", lambda page: None)
     monkeypatch.setattr(Pretraining, "_draw", lambda training, picture: None)
     training = stage.prepare(config)
     assert (training.config.optim.micro_batch, training.config.optim.accumulation) == (2, 2)

@@ -15,7 +15,7 @@ from video_mae.config.yaml_text import to_yaml
 from video_mae.files import draw_or_tell, one_line, write_text
 from video_mae.planning.rehearsal import Rehearsal
 from video_mae.planning.zero import zero_costs
-from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.deepspeed_config import deepspeed_config, zero_settings
 from video_mae.training.journal import peak_flops
 
 Figures = dict[str, float]
@@ -43,8 +43,10 @@ class Planner:
         optim, c, num_crops = config.optim, config.model, config.data.clips_per_video
         engine = replace(config.engine, zero_stage=stage, offload="none")
         told = deepspeed_config(replace(config, engine=engine), num_gpus)["zero_optimization"]
-        settings, width = {**FACTS.deepspeed, **told}, 4 if engine.precision == "fp32" else 2
+        width = 4 if engine.precision == "fp32" else 2
         weights = list(self.model.parameters())
+        derived = zero_settings(stage, sum(p.numel() for p in weights if p.requires_grad))
+        settings = {**FACTS.deepspeed, **derived, **told}
         memory, once, each = zero_costs(weights, width, stage, num_gpus, settings)
         encoder = self.model.get_submodule("encoder")
         teacher = (width + 4) * sum(p.numel() for p in encoder.parameters()) / 1e9
@@ -73,8 +75,11 @@ class Planner:
         network = sent / FACTS.links / FACTS.networks[config.network]
         in_node = config.gpus / config.nodes if config.nodes else FACTS.gpus_a_node
         sending = max(link, network * (num_gpus > in_node))
-        if settings.get("overlap_comm", stage == 3):  # with the backward pass
-            sending = max(0, sending - (products + others) * 2 / 3)
+        if settings["overlap_comm"]:
+            # with the backward pass, which does not wait for what ZeRO 1 and 2 gather after it
+            share = 1 if stage == 3 else 2 * reduced / (2 * reduced + gathered)
+            sending -= min(share * sending, (products + others) * 2 / 3)
+            host += FACTS.wait * (0, 1, accumulation, 0)[stage]
         times = products, others, host, update, sending
         total = sum(times)
         hours = (optim.steps or optim.epochs * self.videos / videos) * total / 3.6e6

@@ -32,10 +32,12 @@ def zero_costs(
     if stage == 3:
         once, each = [0, small, 0], [0, 2 * (num - small) - reused, num]
         weights = weights / num_gpus + small + reused
+    # one that is reduced, and one that is filled meanwhile
+    buckets = (0, 1 + settings["overlap_comm"], 1 + settings["overlap_comm"], 1)[stage]
     memory = [
         width * weights,
         width * (part if stage > 1 else num),
         12 * (part if stage else num),
-        width * min(num, settings["reduce_bucket_size"] / 1e9) * (stage > 0),
+        width * min(num, settings["reduce_bucket_size"] / 1e9) * buckets,
     ]
     return np.array(memory), width * np.array(once), width * np.array(each)

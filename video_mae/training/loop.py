@@ -96,6 +96,11 @@ class Training(ABC, Generic[Config]):
         self.schedule, line = make_schedule(optim, *counts)
         check_rates(self.folder, make_schedule(before, *counts)[0], self.schedule)
         self.introduction = [*notes, *changed, *weights.lines, *turns, line]
+        if config.engine.zero_stage == 2 and optim.accumulation > 1:
+            self.introduction.append(
+                f"ZeRO 2 reduces gradients with each of the {optim.accumulation} micro-batches of "
+                "a step; engine.zero_stage=1 does so once, and keeps them all until then"
+            )
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 

@@ -33,7 +33,7 @@ def train(spec: dict[str, Any], folder: Path, rank: int, port: int) -> None:
     )
     for of, name in (
         (loop, "save_run"),
-        (loop.Training, "_conclude"),
+        (loop.RunPage, "finish"),
         (pretrain.Pretraining, "_draw"),
     ):
         setattr(of, name, lambda *_: True)
