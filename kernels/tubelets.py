@@ -87,8 +87,9 @@ def check_clip(
         )
     if device != clip_BTHWC.device:
         raise ValueError(f"{operation}: index is on {device}, clip_BTHWC on {clip_BTHWC.device}")
-    # Where reading the index costs no wait.
-    if device.type != "cpu" or torch.compiler.is_compiling() or index_BN.numel() == 0:
+    # Where reading the index costs no wait, and there is one: a fake tensor has no values.
+    is_readable = device.type == "cpu" and type(index_BN) is Tensor
+    if not is_readable or torch.compiler.is_compiling() or index_BN.numel() == 0:
         return
     num_tokens = cut_of(clip_BTHWC, tubelet).num_tokens
     for value in index_BN.aminmax():

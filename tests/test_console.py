@@ -203,7 +203,7 @@ def test_recipes_are_listed_with_what_their_headers_say(
     assert [line for line in lines if line[0] != " "] == [
         path.relative_to(ROOT).as_posix() for path in RECIPES
     ]
-    for field in ("Source", "Data", "Expected", "Hardware"):
+    for field in ("Source", "Data", "Expected", "Hardware", "Status"):
         assert sum(line.startswith(f"  {field}: ") for line in lines) == len(RECIPES), field
     assert not any(line.startswith("  Command: ") for line in lines)
 

@@ -20,7 +20,7 @@ SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 # itself.
 LEVELS = (
     ("cli",),
-    ("benchmark",),
+    ("benchmark", "planning"),
     ("tools",),
     ("evaluation",),
     ("training",),

@@ -25,10 +25,12 @@ class Stage(NamedTuple):
     """A row of the command line.
 
     `module`, imported only when it is asked for, has the dataclass `schema` of all keys (or the
-    module that is named before it, which needs no library that takes seconds), and a
+    module that is named before it, which needs no library that takes seconds; or it is a function
+    of a file that chooses one), and a
     function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
-    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file. A flag
+    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file; a stage
+    without the word has --config FILE for it. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
     some_key=VALUE. A name may be two words. A last word with dots is a list.
     """
@@ -121,6 +123,14 @@ STAGES = {
         "ConvertConfig",
         ("SOURCE", "DESTINATION"),
     ),
+    "plan": Stage(
+        "what a run computes, keeps, sends, reads and takes on some GPUs, in seconds and without "
+        "them; the keys of a file for finetune are those of finetune",
+        "planning.plan",
+        "config.plan.plan_schema",
+        (CONFIG,),
+        ("--gpus N", "--gpu NAME", "--nodes M"),
+    ),
     "bench": BENCH_KERNELS,
     "bench kernels": BENCH_KERNELS,
     "bench step": Stage(
@@ -184,7 +194,7 @@ STAGES = {
     ),
 }
 PURPOSES = {
-    "learn from videos": "pretrain, finetune, recipes",
+    "learn from videos": "recipes, plan, pretrain, finetune",
     "use a model": "predict, serve, extract, reconstruct, look",
     "measure": "evaluate, probe, compare, bench kernels, bench step, bench data",
     "prepare videos": "doctor, split, pack, demo",
@@ -213,9 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     who, left = "video-mae", None
     try:
-        name, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
+        name, path, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
         who += f" {name}"
-        left = _start(name, words, overrides)
+        left = _start(name, path, words, overrides)
         status = left if isinstance(left, int) else left()
     except (ValueError, OSError) as error:
         if left is not None and not isinstance(error, StorageError | FolderError):
@@ -249,8 +259,11 @@ def _interrupt(number: int, frame: object) -> NoReturn:
     os._exit(128 + number)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
-    """(stage, its words, overrides), or prints what is asked for and exits. Raises: ValueError."""
+def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[str]]:
+    """(stage, its file of keys, its words, overrides), or prints what is asked for and exits.
+
+    Raises: ValueError.
+    """
     # the deepspeed launcher puts it first
     given = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if " ".join(given[:2]) in STAGES:
@@ -262,7 +275,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
     if name not in STAGES:
         near = " or ".join(get_close_matches(name, STAGES)) or "another"
         raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
-    wanted, plain, flagged = STAGES[name].words, [], []
+    wanted, path, plain, flagged = STAGES[name].words, None, [], []
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)
     for argument in left:
@@ -273,6 +286,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
         elif flag in takes_value:
             value = value or (next(left, "") if takes_value[flag] else "true")
             flagged.append(f"{flag[2:].replace('-', '_')}={value}")
+        elif flag == "--config" and CONFIG not in wanted:
+            path = value or next(left, "")
         elif argument.startswith("-"):
             raise ValueError(f"{flag}: no such flag; a key has no dashes: {argument.lstrip('-')}")
         else:
@@ -287,7 +302,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, list[Any], list[str]]:
         words[num - 1 :] = [listed] if listed else []
     if len(words) < num:
         raise ValueError(f"{wanted[len(words)]} is missing; `video-mae {name} --help` explains")
-    return name, words, keys + flagged
+    if CONFIG in wanted:
+        path = words.pop(0)
+    return name, path, words, keys + flagged
 
 
 def _help(name: str, part: str) -> str:
@@ -296,6 +313,8 @@ def _help(name: str, part: str) -> str:
 
     stage = STAGES[name]
     usage = " ".join(stage.words + stage.flags)
+    if CONFIG not in stage.words:
+        usage += " --config FILE"
     head = f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}"
     return f"{head}\n\n{describe(schema_of(stage), part)}"
 
@@ -327,23 +346,25 @@ def _versions() -> str:
 ANSWERS = {"-h": _page, "--help": _page, "--version": _versions, "--completion": _completion}
 
 
-def _start(name: str, words: list[Any], overrides: list[str]) -> int | Callable[[], int]:
+def _start(
+    name: str, path: str | None, words: list[Any], overrides: list[str]
+) -> int | Callable[[], int]:
     from video_mae.config.schema import parse
 
     stage = STAGES[name]
-    path = words.pop(0) if CONFIG in stage.words else None
-    config = parse(path, overrides, schema_of(stage))
-    if path:
+    config = parse(path, overrides, schema_of(stage, path or ""))
+    if stage.module.startswith("training."):
         # before PyTorch is loaded, which takes seconds
         from video_mae.training.run_folder import check_same_run
 
-        check_same_run(config)
+        check_same_run(config.cut())
     if sys.stderr.isatty() and "RANK" not in os.environ:
         print(f"video-mae {name}: starts", file=sys.stderr)
     return import_module(f"video_mae.{stage.module}").start(*words, config)
 
 
-def schema_of(stage: Stage) -> Any:
+def schema_of(stage: Stage, path: str = "") -> Any:
     """The keys of a stage: those of config/ are there without the libraries that it needs."""
     module, _, name = stage.schema.rpartition(".")
-    return getattr(import_module(f"video_mae.{module or stage.module}"), name)
+    schema = getattr(import_module(f"video_mae.{module or stage.module}"), name)
+    return schema if isinstance(schema, type) else schema(path)

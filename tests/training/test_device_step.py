@@ -5,6 +5,8 @@ no stage lets a bad gradient in.
 import collections
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_mae import ModelConfig, ObjectiveConfig, VideoMAE, tube_mask
-from video_mae.config import EngineConfig, OptimConfig, RunConfig
-from video_mae.training import device_step
-from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.config import EngineConfig, OptimConfig, PretrainConfig, RunConfig
+from video_mae.data.loader import DevicePrefetcher
+from video_mae.training import device_step, pretrain
+from video_mae.training.deepspeed_config import deepspeed_config, zero_settings
 from video_mae.training.engine import Engine
+from video_mae.training.loop import Training
 
 # ViT-B's blocks and so its 218 parameters, of few numbers each.
 BASE = ModelConfig.preset(
@@ -363,6 +367,70 @@ def test_another_deepspeed_is_refused_before_anything_starts(
         )
     ):
         deepspeed_config(RunConfig(output="run"), 1)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_of_a_run_reads_the_report_of_the_one_before_and_nothing_else(
+    stage: int,
+    tiny: Callable[..., PretrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    synchronized: list[str],
+) -> None:
+    reads, operations, step_of = Reads(), Operations(), Training._step
+
+    def step(training: Any, batches: Any, number: int) -> int | None:
+        if number != 3:
+            return step_of(training, batches, number)
+        synchronized.clear()
+        with reads, operations:
+            return step_of(training, batches, number)
+
+    def elsewhere(work: Callable[..., Any]) -> Callable[..., Any]:
+        """In a thread of its own, where nothing is counted."""
+
+        def call(*inputs: Any) -> Any:
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(work, *inputs).result()
+
+        return call
+
+    monkeypatch.setattr(Training, "_step", step)
+    # Batches are made by a thread on a GPU, too. On a CPU the kernels read what they are given;
+    # that they do not on a GPU, tests/gpu/test_training.py sees.
+    monkeypatch.setattr(DevicePrefetcher, "__next__", elsewhere(DevicePrefetcher.__next__))
+    monkeypatch.setattr(Engine, "__call__", elsewhere(Engine.__call__))
+    config = tiny(
+        "optim.steps=5",
+        "optim.accumulation=2",
+        "optim.clip_grad=1",
+        "objective.contrastive_weight=0.1",
+        "journal.log_interval=100",
+        "engine.precision=bf16",
+        "engine.on_spike=skip",
+        f"engine.zero_stage={stage}",
+    )
+    assert pretrain.run(pretrain.prepare(config)) == 0
+    assert sum(operations.sent.values()) > 100
+    assert (operations.waits, synchronized) == ({}, [])
+    assert reads.reads == {"tolist": 1}
+    line = "ZeRO 2 reduces gradients with each of the 2 micro-batches of a step"
+    assert (line in (Path(config.output) / "log.txt").read_text()) == (stage == 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "num", "bucket", "overlaps"),
+    [
+        (0, 330_000_000, 50_000_000, False),
+        (1, 94_211_000, 50_000_000, False),
+        (2, 330_000_000, 50_000_000, True),
+        (3, 1000, 1000, True),
+    ],
+)
+def test_buckets_and_overlap_follow_the_size_of_a_model(
+    stage: int, num: int, bucket: int, overlaps: bool
+) -> None:
+    settings = zero_settings(stage, num)
+    assert settings == {"reduce_bucket_size": bucket, "overlap_comm": overlaps}
 
 
 def test_a_report_comes_a_step_late_or_when_it_is_waited_for(tmp_path: Path) -> None:

@@ -398,3 +398,12 @@ def test_a_run_that_is_at_work_is_not_set_aside(make, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"run: process {parent} on .* is at work in it"):
         prepare(make(folder, "from_scratch=true"))
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_rank_that_does_not_see_the_folder_of_the_first_one_is_refused(
+    make: Callable[..., PretrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "save_config", lambda config, path: None)
+    with pytest.raises(StorageError, match=r"rank 0 on .* does not see what the first rank wrote"):
+        run(prepare(make(tmp_path / "run")))
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -158,7 +158,7 @@ def test_steps_win_over_epochs():
 
 
 def test_run_shorter_than_a_step_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.micro_batch") as error:
+    with pytest.raises(ValueError, match=r"^optim\.epochs: .*optim\.global_batch") as error:
         make_schedule(OptimConfig(epochs=1, warmup_epochs=0, micro_batch=32), 8, 1, 1)
     assert "\n" not in str(error.value)
 
@@ -197,7 +197,7 @@ def test_an_epoch_without_a_whole_step_is_refused_where_its_last_batch_is_droppe
     assert videos_of_epoch(config, 64, 2) == videos_of_epoch(config, 127, 2) == 64
     with pytest.raises(
         ValueError,
-        match=r"^optim\.drop_last_batch: 63 videos do not fill one step of 64; lower optim\.micro",
+        match=r"^optim\.drop_last_batch: 63 videos do not fill one step of 64; lower optim\.glob",
     ) as error:
         make_schedule(config, 63, 2, 1)
     assert "\n" not in str(error.value)

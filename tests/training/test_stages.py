@@ -251,7 +251,7 @@ def prepared_videos(stages: Any, step: int) -> int:
         ),
         (
             ["stages.a={micro_batch: 2}", "optim.drop_last_batch=true"],
-            "stages.a.micro_batch: 2 needs optim.steps, and optim.drop_last_batch = false",
+            "stages.a.micro_batch: 2 needs optim.steps, optim.drop_last_batch = false and no optim.global_batch",
         ),
         (
             ["stages.a={micro_batch: 2}", "optim.steps=null", "optim.epochs=50"],

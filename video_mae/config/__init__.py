@@ -12,12 +12,12 @@ from video_mae.config.model import (
     ClassifierConfig,
     ModelConfig,
 )
+from video_mae.config.optim import OptimConfig
 from video_mae.config.training import (
     EngineConfig,
     JournalConfig,
     MaskConfig,
     ObjectiveConfig,
-    OptimConfig,
     PretrainConfig,
     RunConfig,
     load_config,

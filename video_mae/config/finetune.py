@@ -6,8 +6,9 @@ from typing import Literal
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ClassifierConfig
+from video_mae.config.optim import OptimConfig
 from video_mae.config.schema import MOST_SIZE, Knobs, knob, require, section
-from video_mae.config.training import OptimConfig, RunConfig
+from video_mae.config.training import RunConfig
 
 
 class ValidationConfig(Knobs):
@@ -107,7 +108,7 @@ class FinetuneConfig(RunConfig):
 
     first_keys = (
         "output checkpoint lora.rank classifier.num_classes data.source validation.source "
-        "optim.micro_batch optim.accumulation optim.base_lr optim.epochs"
+        "optim.global_batch optim.micro_batch optim.base_lr optim.epochs"
     )
     output: str = knob(
         "runs/finetune", "the run folder; starting the same one again resumes it", filled=True

@@ -120,8 +120,10 @@ def parse(
     overrides: Sequence[str],
     schema: type[Schema],
 ) -> Schema:
-    """Defaults < a section's `preset` < the file < dotted overrides, checked key by key.
+    """Defaults < a section's `preset` < the file's `base` < the file < dotted overrides, checked
+    key by key.
 
+    base: another file, named from the folder of this one, which has none itself.
     A text is what follows the = of an override, character by character; any other value is YAML. In
     YAML, too, what stands where a text belongs is one: no, 007, 1e3.
     Raises: FileNotFoundError; ValueError with one line that names the file, the key, and the
@@ -129,11 +131,12 @@ def parse(
     """
     text, of_file, of_command = "", "", ""
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such configuration file")
-        text, of_file, of_command = read_text(Path(path)), f"{path}: ", "command line: "
+        text, of_file, of_command = _text_of(Path(path)), f"{path}: ", "command line: "
     with _naming(of_file):
-        values = written = _read_file(text)
+        values = _read_file(text)
+        if path is not None and "base" in values:
+            values = _over_base(values, Path(path), schema)
+    written = values
     with _naming(of_command):
         for override in overrides:
             values = _merge(values, _read_override(override, schema))
@@ -155,7 +158,7 @@ def _complaint(values: JsonObject, schema: Any) -> str:
 
 def read_keys(path: Path) -> JsonObject:
     """What a configuration file says, whatever it is for. Raises: ValueError naming the file."""
-    text = read_text(path)
+    text = _text_of(path)
     with _naming(f"{path}: "):
         return _typed(_read_file(text), Any, "")
 
@@ -302,7 +305,7 @@ def _section(values: Any, schema: Any, where: str, root: Any, make: Any) -> Any:
             # of another stage, which shares a base as pretrain and finetune do
             if not prefix and schema.__base__ is not Knobs:
                 for stage in schema.__base__.__subclasses__():
-                    if key in stage.__dataclass_fields__ and not stage.__subclasses__():
+                    if key in stage.__dataclass_fields__ and stage.first_keys:
                         hint = f" (it is one of `video-mae {stage.__name__[:-6].lower()}`)"
             raise ValueError(f"unknown key {prefix}{key}{hint}")
     made = {}
@@ -351,6 +354,25 @@ def _read_file(text: str) -> JsonObject:
     if not isinstance(values, dict):
         raise ValueError(f"the file must hold `key: value` lines, not {text.strip()[:60]!r}")
     return values
+
+
+def _text_of(file: Path) -> str:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such configuration file")
+    return read_text(file)
+
+
+def _over_base(values: JsonObject, file: Path, schema: Any) -> JsonObject:
+    """The keys of a file over those of the one that it names as its `base`. Raises:
+    FileNotFoundError; ValueError.
+    """
+    base = file.parent / _typed(values.pop("base"), str, "base")
+    with _naming(f"{base}: "):
+        below = _read_file(_text_of(base))
+        if "base" in below:
+            raise ValueError(f"base: is itself the base of {file}, and may not have another one")
+    parse(base, (), schema)  # what is wrong in it is told by its name
+    return _merge(below, values)
 
 
 def _read_override(override: str, schema: Any) -> JsonObject:

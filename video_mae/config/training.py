@@ -1,14 +1,15 @@
-"""What the training stages read: losses and masks, optimiser and engine, what a run writes, and
-`load_config`.
-"""
+"""What the training stages read: losses and masks, engine, what a run writes, and `load_config`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from video_mae.config.data import DataConfig, ListFormat
 from video_mae.config.model import ModelConfig
-from video_mae.config.schema import MOST_SIZE, Knobs, Schema, knob, parse, require, section
+from video_mae.config.optim import OptimConfig
+from video_mae.config.schema import Knobs, Schema, knob, parse, require, section
+from video_mae.config.world import World
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MaskKind = Literal["tube", "random", "random_kept", "frame"]
@@ -62,7 +63,9 @@ class ObjectiveConfig(Knobs):
     )
     learn_temperature: bool = knob(False, "train tau, kept between 0.01 and 1")
     negatives: Literal["clip", "batch"] = knob(
-        "clip", "which masked tubelets compete: of the same clip, or of the rank's micro-batch"
+        "clip",
+        "which masked tubelets compete: of the same clip, or of the rank's micro-batch, so that "
+        "the loss depends on how a step is cut",
     )
     contrastive_memory: Literal["fast", "least"] = knob(
         "fast",
@@ -123,80 +126,6 @@ class MaskConfig(Knobs):
         high=0.75,
         multiple_of=0.25,
     )
-
-
-class OptimConfig(Knobs):
-    """AdamW, and a learning rate per step. Lengths are in epochs (passes over the list) or, where
-    given, in steps.
-    """
-
-    micro_batch: int = knob(
-        32, "videos that a rank takes through forward and backward at once", low=1, high=MOST_SIZE
-    )
-    accumulation: int = knob(1, "micro-batches a step", low=1)
-    base_lr: float = knob(
-        1.5e-4,
-        "learning rate for a global batch of 256: lr = base_lr * global batch / 256",
-        low=0,
-        high=1e30,
-    )
-    min_lr: float = knob(1e-5, "where the schedule ends, scaled like base_lr", low=0, high=1e30)
-    schedule: Literal["cosine", "constant_cooldown"] = knob(
-        "cosine",
-        "after the warm-up: half a cosine down to min_lr; or base_lr until a cooldown of the shape "
-        "1 - sqrt, whose length and that of the run may be changed until it begins",
-    )
-    lr_counts_clips: bool = knob(
-        False, "count clips instead of videos in the global batch (times data.clips_per_video)"
-    )
-    epochs: float = knob(
-        800.0, "length of the run, ignored where steps is given", above=0, below=10**9
-    )
-    warmup_epochs: float = knob(40.0, "linear warm-up from 0, ignored where steps is given", low=0)
-    cooldown_epochs: float = knob(
-        0.0, "end of the run that cools down to min_lr, ignored where steps is given", low=0
-    )
-    steps: int | None = knob(None, "length of the run in optimizer steps", low=1, below=10**8)
-    warmup_steps: int = knob(0, "linear warm-up where steps is given", low=0)
-    cooldown_steps: int = knob(0, "cooldown where steps is given; 0: none yet", low=0)
-    drop_last_batch: bool = knob(
-        False,
-        "leave out, of each epoch, the videos after its last whole step (VideoMAE, MAE); else a "
-        "step may hold videos of two epochs",
-    )
-    weight_decay: float = knob(0.05, "of matrices; vectors, biases and tokens have none", low=0)
-    decay_tokens: bool = knob(
-        False, "weight decay also of class and mask tokens and learned positions (MAE, mae_st)"
-    )
-    betas: tuple[float, float] = knob((0.9, 0.95), "AdamW", low=0, below=1)
-    eps: float = knob(1e-8, "AdamW", above=0)
-    clip_grad: float = knob(0.0, "largest gradient norm; 0 does not clip", low=0)
-    ema: float = knob(
-        0.0,
-        "decay of a moving average of the weights, at step s min(ema, (1 + s) / (10 + s)), which "
-        "becomes RUN/model_ema: 0.9999, say; 0 keeps none",
-        low=0,
-        below=1,
-    )
-    layer_decay: float = knob(
-        1.0,
-        "factor of the learning rate from a layer of the encoder to the one below it; 1 is one "
-        "rate for all",
-        above=0,
-        high=1,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unit = "epochs" if self.steps is None else "steps"
-        for name, most in (("min_lr", "base_lr"), (f"warmup_{unit}", unit)):
-            value, limit = getattr(self, name), getattr(self, most)
-            require(value <= limit, name, value, f"is above optim.{most} = {limit}")
-        name, room = f"cooldown_{unit}", 0
-        if self.schedule == "constant_cooldown":
-            room = getattr(self, unit) - getattr(self, f"warmup_{unit}")
-        remedy = f"is above {room}, the room that optim.schedule = {self.schedule} has for it"
-        require(getattr(self, name) <= room, name, getattr(self, name), remedy)
 
 
 class EngineConfig(Knobs):
@@ -309,6 +238,10 @@ class RunConfig(Knobs):
         """Whether the run goes on from a checkpoint: its lists were read before."""
         return not self.from_scratch and any(Path(self.output, "checkpoints").glob(CHECKPOINTS))
 
+    def cut(self) -> Self:
+        """With the batches of the ranks that there are. Raises: ValueError."""
+        return replace(self, optim=self.optim.cut_for(World.from_environment().size))
+
 
 class PretrainJournalConfig(JournalConfig):
     """As for every stage, and pictures."""
@@ -370,8 +303,8 @@ class PretrainConfig(RunConfig):
     """The pretraining stage: `deepspeed --module video_mae pretrain CONFIG.yaml key=value ...`."""
 
     first_keys = (
-        "output checkpoint data.num_workers data.source mask.ratio optim.micro_batch "
-        "optim.accumulation optim.base_lr optim.epochs engine.precision"
+        "output checkpoint data.num_workers data.source mask.ratio "
+        "optim.global_batch optim.micro_batch optim.base_lr optim.epochs engine.precision"
     )
     output: str = knob(
         "runs/pretrain", "the run folder; starting the same one again resumes it", filled=True

@@ -7,6 +7,8 @@ import re
 from typing import NamedTuple
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM_NAMES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+"""How srun tells each of its tasks the first three."""
 
 
 class World(NamedTuple):
@@ -18,19 +20,25 @@ class World(NamedTuple):
 
     @classmethod
     def from_environment(cls) -> "World":
-        """What deepspeed or torchrun has set; alone without a launcher, whatever else a job script
-        has left.
+        """What deepspeed or torchrun has set, or srun, where the job names MASTER_ADDR; alone
+        without a launcher, whatever else a job script has left.
 
         Raises: ValueError with one line where a part is missing that several processes need, or one
         contradicts another.
         """
         found = [name for name in NAMES if os.environ.get(name)]
+        tasks = [os.environ.get(name, "") for name in SLURM_NAMES]
+        if found[:1] == ["MASTER_ADDR"] and all(tasks):
+            # by the names that torch and DeepSpeed read
+            os.environ.update(zip(NAMES, tasks, strict=False))
+            found = [*NAMES[:3], *found]
         world = cls(_number("RANK"), _number("WORLD_SIZE", 1), _number("LOCAL_RANK"))
         if "RANK" not in found and world.size == 1:
             if _number("SLURM_NTASKS", 1) > 1:
                 raise ValueError(
-                    "SLURM_NTASKS: is above 1, and each task would work as if it were alone; have "
-                    "srun start torchrun, one task a node, or unset SLURM_NTASKS for one process"
+                    "SLURM_NTASKS: is above 1, and each task would work as if it were alone; set "
+                    "MASTER_ADDR and MASTER_PORT in the job, have srun start torchrun, one task a "
+                    "node, or unset SLURM_NTASKS for one process"
                 )
             return cls()
         needed = NAMES if world.size > 1 else NAMES[:2]

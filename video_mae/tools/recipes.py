@@ -8,7 +8,6 @@ from textwrap import fill
 from video_mae.config.schema import Knobs
 
 FOLDER = Path(__file__).parents[1].joinpath("configs").resolve()
-TOLD = r"(?m)\A# .*|^# (?:Source|Data|Expected|Hardware): .*"
 
 
 class RecipesConfig(Knobs):
@@ -19,8 +18,18 @@ def start(config: RecipesConfig) -> int:
     """Lists the recipes, as the command line starts it."""
     for file in sorted(FOLDER.glob("*/*.yaml")):
         print(os.path.relpath(file))
-        # what a line of a header continues is indented
-        header = re.sub(r"\n# {2,}", " ", file.read_text())
-        for line in re.findall(TOLD, header):
-            print(fill(line[2:], 95, initial_indent="  ", subsequent_indent="      "))
+        items = header(file)
+        print(fill(items[""], 95, initial_indent="  ", subsequent_indent="      "))
+        for name in ("Source", "Data", "Expected", "Hardware", "Status"):
+            text = f"{name}: {items[name]}"
+            print(fill(text, 95, initial_indent="  ", subsequent_indent="      "))
     return 0
+
+
+def header(file: Path) -> dict[str, str]:
+    """What the header of a recipe says: its title, under "", and its items, each on one line."""
+    head = file.read_text().split("\n\n")[0]
+    # what a line continues is indented
+    lines = re.sub(r"\n# {2,}", " ", head)
+    # of what has no name, the title comes first
+    return dict(reversed(re.findall(r"(?m)^# (?:([A-Z]\w+): )?(.*)", lines)))

@@ -101,6 +101,19 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return made
 
 
+def zero_settings(stage: int, num_gradients: int) -> dict[str, Any]:
+    """What of DeepSpeed's zero_optimization follows from the size of a model, where engine.extra
+    says nothing else. docs/clusters.md has the reasons, and those for what is left as it is.
+    """
+    return {
+        # numbers that are reduced at once; there is a buffer of as many
+        "reduce_bucket_size": min(num_gradients, 50_000_000),
+        # Reduce during the backward pass. In ZeRO 1 and 2 DeepSpeed then waits for the device at
+        # its end, which takes less time than the reduction of so many numbers alone.
+        "overlap_comm": stage == 3 or (stage > 0 and num_gradients > 300_000_000),
+    }
+
+
 def _check_name(name: str, known: Iterable[str], where: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)

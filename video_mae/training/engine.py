@@ -17,7 +17,7 @@ from video_mae.config import RunConfig
 from video_mae.config.world import World
 from video_mae.files import FolderError, StorageError, one_line
 from video_mae.training import checkpoint, device_step, fragments
-from video_mae.training.deepspeed_config import deepspeed_config
+from video_mae.training.deepspeed_config import deepspeed_config, zero_settings
 from video_mae.training.environment import check_devices, prepare_environment
 from video_mae.training.fragments import Fragments
 from video_mae.training.heartbeat import progress
@@ -55,10 +55,9 @@ class Engine:
         world = World.from_environment()
         self.config, self.checkpoints = config, Path(config.output) / "checkpoints"
         self.dictionary = deepspeed_config(config, world.size)
-        # DeepSpeed would keep room for half a billion gradients, however many there are.
-        num_gradients = sum(parameter.numel() for parameter in model.parameters())
-        zero = self.dictionary["zero_optimization"]
-        zero.setdefault("reduce_bucket_size", min(num_gradients, 500_000_000))
+        num_gradients = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        for key, value in zero_settings(config.engine.zero_stage, num_gradients).items():
+            self.dictionary["zero_optimization"].setdefault(key, value)
         fused = config.engine.offload == "none"
         self.optimizer: Any = make_optimizer(model, config.optim, fused=fused)
         # DeepSpeed rounds them to the precision of the run, and no optimizer has a master of them.

@@ -41,6 +41,7 @@ def prepare(config: FinetuneConfig) -> "Finetuning":
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
+    config = config.cut()
     videos, classifier = read_training_videos(config)
     config = replace(config, classifier=classifier)
     validation = read_validation_videos(config) if config.validation.source else None
@@ -54,6 +55,18 @@ def run(training: "Finetuning") -> int:
     status, as `Training.run` says.
     """
     return training.run()
+
+
+def make_classifier(config: FinetuneConfig) -> VideoClassifier:
+    """The network of a configuration, with new weights; what stays as it is, is frozen."""
+    model = VideoClassifier(
+        config.model,
+        config.classifier,
+        impl=config.engine.kernels,
+        checkpointing=config.engine.activation_checkpointing,
+    )
+    choose_trained(model, config.freeze_blocks, config.lora)
+    return model
 
 
 class Finetuning(Training[FinetuneConfig]):
@@ -71,14 +84,7 @@ class Finetuning(Training[FinetuneConfig]):
         self.augments_in_workers = augment.changes_pixels and augment.where == "worker"
 
     def make_model(self) -> tuple[VideoClassifier, float]:
-        config = self.config
-        model = VideoClassifier(
-            config.model,
-            config.classifier,
-            impl=config.engine.kernels,
-            checkpointing=config.engine.activation_checkpointing,
-        )
-        choose_trained(model, config.freeze_blocks, config.lora)
+        config, model = self.config, make_classifier(self.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.introduction.append(f"{trained / 1e6:.3g} million parameters are trained")
         # Frozen blocks have no backward pass; frozen matrices with an update have half of it.

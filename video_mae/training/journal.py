@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from video_mae.config.machines import FACTS
 from video_mae.config.training import Precision
 from video_mae.files import (
     Register,
@@ -37,23 +38,6 @@ Advise = Callable[[float, Mapping[str, float], float], tuple[str, str] | None]
 that limits the run, and one line.
 """
 
-# Dense bf16/fp16 tensor-core FLOP/s by device name (a whole-word pattern; the first match counts).
-# Source: NVIDIA's data sheets, halved where a sheet quotes 2:4 sparsity; RTX 4090: fp16 with fp32
-# accumulation, Ada whitepaper. V100 has no bf16.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "V100": 125e12,
-    "L40S": 362e12,
-    "RTX 4090$": 165e12,
-    "A10": 125e12,
-}
-
 # How the console names and writes what every line of metrics has.
 FORMS = {
     "lr": ("lr", ".2e"),
@@ -73,7 +57,7 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
     """
     if precision == "fp32" or (precision == "bf16" and "V100" in device_name):
         return None
-    for name, flops in PEAK_FLOPS.items():
+    for name, flops in FACTS.peak_flops.items():
         if re.search(rf"\b{name}\b", device_name):
             return flops
     return None

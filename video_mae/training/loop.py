@@ -32,7 +32,14 @@ from video_mae.training.heartbeat import heartbeat
 from video_mae.training.journal import Journal
 from video_mae.training.moving_average import WeightAverage
 from video_mae.training.optim import make_schedule, videos_of_epoch
-from video_mae.training.run_folder import LISTS_FILE, Config, check_lists, check_rates, settled
+from video_mae.training.run_folder import (
+    LISTS_FILE,
+    Config,
+    check_lists,
+    check_rates,
+    check_shared,
+    settled,
+)
 from video_mae.training.run_page import RunPage, num_parameters
 from video_mae.training.saving import publish, roll_back, save_run, weights
 from video_mae.training.starting_weights import StartingWeights
@@ -65,9 +72,7 @@ class Training(ABC, Generic[Config]):
         weights: StartingWeights,
         validation: VideoList | None = None,
     ) -> None:
-        """Raises: ValueError or FileNotFoundError with one line that names the file or key and the
-        remedy.
-        """
+        """Raises: ValueError or FileNotFoundError, one line with the file or key and the remedy."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             describe(config.engine.kernels, torch.device(device))
@@ -92,6 +97,11 @@ class Training(ABC, Generic[Config]):
         self.schedule, line = make_schedule(optim, *counts)
         check_rates(self.folder, make_schedule(before, *counts)[0], self.schedule)
         self.introduction = [*notes, *changed, *weights.lines, *turns, line]
+        if config.engine.zero_stage == 2 and optim.accumulation > 1:
+            self.introduction.append(
+                f"ZeRO 2 reduces gradients with each of the {optim.accumulation} micro-batches of "
+                "a step; engine.zero_stage=1 does so once, and keeps them all until then"
+            )
         self.videos_per_step = optim.micro_batch * optim.accumulation * world_size
         self.videos_per_epoch = videos_of_epoch(optim, len(videos), world_size)
 
@@ -169,6 +179,7 @@ class Training(ABC, Generic[Config]):
         self.skipped, self.skipped_in_a_row = int(engine.skipped_steps), 0
         self.signal, self.is_save_due = 0, False
         engine.together(partial(self._open, first_step, macs_per_clip))
+        engine.together(partial(check_shared, self.folder))
         if first_step:  # the start that wrote the checkpoint may have been killed before its model
             publish(self, weights(self))
         with closing(self.journal):

@@ -96,7 +96,7 @@ def videos_of_epoch(config: OptimConfig, num_videos: int, world_size: int) -> in
     if num_videos < videos:
         raise ValueError(
             f"optim.drop_last_batch: {num_videos} videos do not fill one step of {videos}; lower "
-            "optim.micro_batch or optim.accumulation, or set optim.drop_last_batch=false"
+            "optim.global_batch (micro_batch, accumulation), or set optim.drop_last_batch=false"
         )
     return num_videos // videos * videos
 
@@ -118,7 +118,7 @@ def make_schedule(
     if total < 1:
         raise ValueError(
             f"optim.epochs: {config.epochs} epochs of {num_videos} videos are less than one step "
-            f"of {videos} videos; raise it, or lower optim.micro_batch or optim.accumulation"
+            f"of {videos} videos; raise it, or lower optim.global_batch (micro_batch, accumulation)"
         )
     peak_lr, final_lr = config.base_lr * batch / 256, config.min_lr * batch / 256
     if config.schedule == "cosine":

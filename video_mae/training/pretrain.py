@@ -49,7 +49,7 @@ def prepare(config: PretrainConfig) -> "Pretraining":
 
     Raises: ValueError or FileNotFoundError with one line that names the file or key and the remedy.
     """
-    return Pretraining(config)
+    return Pretraining(config.cut())
 
 
 def run(training: "Pretraining") -> int:
@@ -57,6 +57,16 @@ def run(training: "Pretraining") -> int:
     status, as `Training.run` says.
     """
     return training.run()
+
+
+def make_autoencoder(config: PretrainConfig) -> VideoMAE:
+    """The network of a configuration, with new weights."""
+    return VideoMAE(
+        config.model,
+        config.objective,
+        impl=config.engine.kernels,
+        checkpointing=config.engine.activation_checkpointing,
+    )
 
 
 class Pretraining(Training[PretrainConfig]):
@@ -97,14 +107,8 @@ class Pretraining(Training[PretrainConfig]):
             self.probe = FeatureProbe(self.config)
 
     def make_model(self) -> tuple[VideoMAE, float]:
-        config = self.config
-        model = VideoMAE(
-            config.model,
-            config.objective,
-            impl=config.engine.kernels,
-            checkpointing=config.engine.activation_checkpointing,
-        )
-        model.clips_config = ClipsConfig.of(config)
+        model = make_autoencoder(self.config)
+        model.clips_config = ClipsConfig.of(self.config)
         return model, self.base.macs
 
     def make_dataset(self) -> StagedClips:

@@ -4,6 +4,7 @@ they share, and which lists.
 
 import json
 import math
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from video_mae.config import OptimConfig, RunConfig, load_config
 from video_mae.config.schema import flatten
+from video_mae.config.world import World
 from video_mae.decoding import resolve_decoder
-from video_mae.files import check_folder, read_text
+from video_mae.files import StorageError, check_folder, read_text
 from video_mae.processes import require_free
 from video_mae.training.checkpoint import facts, newest, steps_done
 
@@ -40,6 +42,7 @@ FREE_KEYS = (
     "data.allow_changed_list",
     "engine.",
     "optim.accumulation",
+    "optim.global_batch",  # what it makes of these two and the ranks is compared
     "validation.batch",
     "classifier.class_names",  # the digest tells whether labels are others
     "probe.",  # it changes no weight, and no sample
@@ -224,6 +227,15 @@ def run_in(config: Config) -> Config | None:
             f"{error}: damaged, or of a run of another kind; put it back, choose another output, "
             "or begin anew with --from-scratch, which renames the folder"
         ) from None
+
+
+def check_shared(folder: Path) -> None:
+    """Raises: StorageError on a rank that does not see what the first one has written."""
+    if not (folder / "config.yaml").is_file():
+        raise StorageError(
+            f"{folder.absolute()}: rank {World.from_environment().rank} on {socket.gethostname()} "
+            "does not see what the first rank wrote there; name an output that all nodes share"
+        )
 
 
 def set_aside(config: Config) -> Config:

@@ -101,12 +101,12 @@ def _configured(config: PretrainConfig, stage: ClipStageConfig) -> PretrainConfi
     is_used = stage.stride is None or not data.sources
     require(is_used, "stride", stage.stride, "does not reach data.sources; leave it out")
     # With another number of videos a step, epochs are no number of steps.
-    is_counted = optim.steps is not None and not optim.drop_last_batch
+    is_counted = optim.steps is not None and not optim.drop_last_batch and not optim.global_batch
     require(
         is_counted or stage.micro_batch in (None, optim.micro_batch),
         "micro_batch",
         stage.micro_batch,
-        "needs optim.steps, and optim.drop_last_batch = false",
+        "needs optim.steps, optim.drop_last_batch = false and no optim.global_batch",
     )
     num_frames, predicted = stage.num_frames or model.num_frames, model.predicted_frames
     if predicted is not None:  # of a tubelet as many as ever: the decoder's head is the same

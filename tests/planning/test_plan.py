@@ -1,0 +1,225 @@
+"""What `video-mae plan` says, against what torch and the models themselves count."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from video_mae import VideoClassifier, VideoMAE
+from video_mae.cli import main
+from video_mae.config import FinetuneConfig, PretrainConfig, load_config
+from video_mae.config.plan import FinetunePlanConfig, PretrainPlanConfig, plan_schema
+from video_mae.model.masking import mask_counts, token_mask
+from video_mae.model.vit import encoder_macs, pretraining_macs
+from video_mae.planning.rehearsal import Rehearsal
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+RECIPES = sorted([*CONFIGS.glob("pretrain/*.yaml"), *CONFIGS.glob("finetune/*.yaml")])
+MODEL = {
+    "num_frames": 4,
+    "height": 32,
+    "width": 32,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 3,
+    "num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 2,
+    "decoder_num_heads": 2,
+}
+PRETRAIN = {"model": MODEL, "mask": {"ratio": 0.75}, "optim": {"steps": 10, "warmup_steps": 1}}
+FINETUNE = {"model": MODEL, "classifier": {"num_classes": 5}, "augment": {"mix_probability": 0}}
+
+
+@pytest.fixture
+def pretrain(tmp_path: Path) -> Path:
+    file = tmp_path / "pretrain.yaml"
+    file.write_text(yaml.safe_dump({**PRETRAIN, "output": str(tmp_path / "run")}))
+    return file
+
+
+@pytest.fixture
+def finetune(tmp_path: Path) -> Path:
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump({**FINETUNE, "output": str(tmp_path / "run")}))
+    return file
+
+
+def clip_of(config: PretrainConfig | FinetuneConfig, num_clips: int) -> torch.Tensor:
+    c = config.model
+    return torch.zeros(num_clips, c.num_frames, c.height, c.width, 3, dtype=torch.uint8)
+
+
+def counted(loss_of: Callable[..., torch.Tensor], *inputs: object) -> int:
+    """FLOPs by torch, of the reference path on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        loss_of(*inputs).backward()
+    return counter.get_total_flops()
+
+
+def test_parameters_and_flops_of_pretraining_are_exact(pretrain: Path):
+    config = load_config(pretrain)
+    c, grid = config.model, config.model.grid
+    with torch.device("meta"):
+        model = VideoMAE(c, impl="reference")
+        mask = token_mask(torch.arange(2), grid, "tube", 0.75)
+        flops = counted(lambda *inputs: model(*inputs).loss, clip_of(config, 2), mask) / 2
+    rehearsal = Rehearsal(config, "reference", False)
+    gflops = rehearsal.gflops()
+    assert gflops["Global"] * 1e9 == pytest.approx(flops, rel=1e-12)
+    assert gflops["encoder"] + gflops["decoder"] == pytest.approx(gflops["Global"], rel=1e-12)
+    shapes = [p.shape for p in rehearsal.model.parameters()]
+    assert shapes == [p.shape for p in VideoMAE(c).parameters()]
+    # What `mfu` counts, but pixels need no gradient, and the last block of the decoder computes
+    # those tokens alone that are predicted, once it has attended to all.
+    visible, masked = mask_counts(grid, "tube", 0.75)
+    width = c.decoder_embed_dim
+    pixels = 2 * visible * c.tubelet_values * c.embed_dim
+    left_out = 6 * visible * width**2 * (1 + 2 * c.decoder_mlp_ratio)
+    assert flops == 6 * pretraining_macs(c, visible, masked) - pixels - left_out
+    attention = 3 * 2 * 2 * (c.depth * visible**2 * c.embed_dim + 2 * c.num_tokens**2 * width)
+    assert gflops["attention"] * 1e9 == pytest.approx(attention, rel=1e-12)
+
+
+def test_parameters_and_flops_of_finetuning_are_exact(finetune: Path):
+    config = load_config(finetune, (), FinetuneConfig)
+    c = config.model
+    with torch.device("meta"):
+        model = VideoClassifier(c, 5, impl="reference")
+        flops = counted(lambda clip: model(clip).sum(), clip_of(config, 1))
+    gflops = Rehearsal(config, "reference", False).gflops()
+    assert gflops["Global"] * 1e9 == pytest.approx(flops, rel=1e-12)
+    pixels = 2 * c.num_tokens * c.tubelet_values * c.embed_dim
+    assert flops == 6 * (encoder_macs(c, c.num_tokens) + 5 * c.embed_dim) - pixels
+
+
+def test_a_teacher_costs_a_forward_pass_over_all_tokens(pretrain: Path):
+    features = ["objective.target=features", "objective.teacher=ema"]
+    config = load_config(pretrain, features)
+    gflops = Rehearsal(config, "reference", False).gflops()
+    forward = 2 * encoder_macs(config.model, config.model.num_tokens)
+    assert gflops["Encoder"] * 1e9 == pytest.approx(forward, rel=1e-12)
+    assert gflops["Global"] == pytest.approx(gflops["Encoder"] + gflops["VideoMAE"], rel=1e-12)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+def test_activations_are_those_that_a_cpu_keeps(pretrain: Path, again: bool):
+    config, num_clips, found = load_config(pretrain), 3, dict[int, int]()
+    model = VideoMAE(config.model, checkpointing=again).bfloat16()
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    mask = token_mask(torch.arange(num_clips), config.model.grid, "tube", 0.75)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(clip_of(config, num_clips), mask).loss
+    base, slope = Rehearsal(config, "auto", again).costs()
+    kept, peak, *_ = 1e9 * (base + num_clips * slope)
+    assert kept == pytest.approx(sum(found.values()), rel=0.1)
+    assert kept < peak
+    del loss
+
+
+def test_a_file_or_its_base_says_which_stage_it_is_for(
+    pretrain: Path, finetune: Path, tmp_path: Path
+):
+    assert plan_schema(str(pretrain)) is PretrainPlanConfig
+    assert plan_schema(str(finetune)) is FinetunePlanConfig
+    on_base = tmp_path / "other.yaml"
+    on_base.write_text("base: finetune.yaml\noutput: elsewhere\n")
+    assert plan_schema(str(on_base)) is FinetunePlanConfig
+    on_base.write_text("lora: {rank: 4}\n")  # classes are those of the data
+    assert plan_schema(str(on_base)) is FinetunePlanConfig
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_of:
+        main(arguments)
+    return int(exit_of.value.code or 0)
+
+
+def rows_of(text: str) -> dict[str, list[float]]:
+    """The rows of the first table of steps."""
+    lines = text.split("## A step on")[1].split("##")[0].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    return {name: [float(cell) for cell in more] for name, *more in cells}
+
+
+def test_a_plan_is_printed_and_written_with_a_plot(
+    pretrain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    page = tmp_path / "plan.md"
+    wanted = "optim.global_batch=96", "videos=960", f"page={page}"
+    assert status("plan", str(pretrain), "--gpus", "6", "--nodes", "2", *wanted) == 0
+    text = capsys.readouterr().out
+    assert page.read_text().startswith(text.rstrip())
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(text)
+    assert set(rows["GPUs"]) == {6}
+    assert set(rows["ZeRO stage"]) == {0, 1, 2, 3}
+    for micro_batch, accumulation in zip(rows["micro-batch"], rows["accumulation"], strict=True):
+        assert micro_batch * accumulation * 6 == 96
+    for i, total in enumerate(rows["ms a step"]):
+        times = [row[i] for name, row in rows.items() if name.startswith("ms: ")]
+        assert sum(times) == pytest.approx(total, rel=1e-2)
+        parts = [row[i] for name, row in rows.items() if name.startswith("GB: ")]
+        assert sum(parts) == pytest.approx(2 * rows["GB: all"][i], rel=1e-2)
+    assert "embed_dim: 64" in text  # the whole recipe, presets and all
+    assert "Not measured" in text
+
+
+def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
+    pretrain: Path, capsys: pytest.CaptureFixture[str]
+):
+    large = "model.height=448", "model.width=448", "model.depth=4", "model.embed_dim=1024"
+    wanted = *large, "optim.global_batch=4096", "gpu=a10"
+    assert status("plan", str(pretrain), *wanted) == 0
+    rows = rows_of(capsys.readouterr().out)
+    found = dict[tuple[float, float], float]()
+    for stage, again, size in zip(
+        rows["ZeRO stage"], rows["activation checkpointing"], rows["micro-batch"], strict=True
+    ):
+        found[stage, again] = size
+    assert found[1, 0] < found[1, 1] <= 512
+    assert max(rows["GB: all"]) < 24
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["gpus=7", "optim.global_batch=96"], "96 videos a step are no equal shares for 7 ranks"),
+        (["gpu=h900"], "gpu"),
+        (["optim.micro_bach=3"], "micro_batch"),
+        (["model.depth=1", "model.embed_dim=65536", "gpu=a10"], "no room"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_line(
+    pretrain: Path, capsys: pytest.CaptureFixture[str], mistake: list[str], said: str
+):
+    assert status("plan", str(pretrain), *mistake) == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_file_that_is_not_there_is_told_in_a_line(capsys: pytest.CaptureFixture[str]):
+    assert status("plan", "nowhere.yaml") == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_is_planned(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    # its blocks are alike
+    shallow = ["model.depth=2", "freeze_blocks=0"][: 1 + ("finetune" in recipe.parts)]
+    if "finetune" not in recipe.parts:
+        shallow.append("model.decoder_depth=1")
+    assert status("plan", str(recipe), *shallow, "optim.global_batch=512") == 0
+    assert rows_of(capsys.readouterr().out)["hours of the run"][0] > 0
