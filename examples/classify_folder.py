@@ -14,7 +14,9 @@ from video_mae import classify_video, load_pretrained
 from video_mae.config.data import SourceConfig
 from video_mae.data import read_annotations
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Prints the most probable class of each video."""
     model = load_pretrained(sys.argv[1])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for path in read_annotations(SourceConfig(source=sys.argv[2])).paths:
@@ -24,3 +26,7 @@ if __name__ == "__main__":
             print(f"{path}: {error}", file=sys.stderr)
             continue
         print(f"{probability:6.1%}  {name}  {path}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

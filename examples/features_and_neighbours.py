@@ -5,7 +5,6 @@ MODEL: what `load_pretrained` takes. VIDEOS: a list, a folder, or one video.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
@@ -16,8 +15,11 @@ from video_mae.data import read_annotations
 from video_mae.evaluation.features import FrozenEncoder, clips_of
 from video_mae.evaluation.predict import views_of
 
-if __name__ == "__main__":
-    name, source, num_neighbours = sys.argv[1], sys.argv[2], int((*sys.argv, 3)[3])
+
+def main() -> None:
+    """Prints each video with its nearest neighbours."""
+    name, source = sys.argv[1:3]
+    num_neighbours = int(sys.argv[3]) if len(sys.argv) > 3 else 3
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_pretrained(name)
     encoder, trained = FrozenEncoder(model, device), clips_of(model)
@@ -34,4 +36,8 @@ if __name__ == "__main__":
     for path, similar, places in zip(paths, *found, strict=True):
         print(path)
         for cosine, place in zip(similar.tolist(), places.tolist(), strict=True):
-            print(f"  {cosine:6.3f}  {Path(paths[place])}")
+            print(f"  {cosine:6.3f}  {paths[place]}")
+
+
+if __name__ == "__main__":
+    main()

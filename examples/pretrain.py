@@ -13,8 +13,11 @@ from video_mae.config import DataConfig, OptimConfig
 from video_mae.data import ClipDataset, StepSampler, make_loader, read_annotations
 from video_mae.training.optim import make_optimizer
 
-if __name__ == "__main__":
-    source, folder, steps = sys.argv[1], sys.argv[2], int((*sys.argv, 1000)[3])
+
+def main() -> None:
+    """Trains on videos and writes a model folder."""
+    source, folder = sys.argv[1:3]
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     size = {"num_frames": 8, "height": 48, "width": 48, "patch_size": 12}
@@ -39,3 +42,7 @@ if __name__ == "__main__":
             print(f"step {step}  loss {output.loss.item():.4f}", flush=True)
     save_model_folder(folder, model)
     print(f"model {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,9 @@ WANTED = (
 """What pages are made of, and what they link to."""
 ASKS = re.compile(r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//""")
 LINKS = re.compile(r"<link[^>]*>")
-OTHERS = re.compile(r"""rel=["']?(?:stylesheet|icon|preload|preconnect)[^>]*href=["']?(?:https?:)?//""")
+OTHERS = re.compile(
+    r"""rel=["']?(?:stylesheet|icon|preload|preconnect)[^>]*href=["']?(?:https?:)?//"""
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -40,7 +42,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The files of the theme and of plugins, and those of the repository."""
-    found = [file for file in files if not Path(file.abs_src_path or "/").is_relative_to(ROOT / "docs")]
+    found = [
+        file for file in files if not Path(file.abs_src_path or "/").is_relative_to(ROOT / "docs")
+    ]
     for pattern in WANTED:
         for path in sorted(ROOT.glob(pattern)):
             if path.is_file():
