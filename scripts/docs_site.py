@@ -12,6 +12,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+from video_mae.cli import STAGES, schema_of
+from video_mae.config.explain import describe
+
 ROOT = Path(__file__).resolve().parents[1]
 WANTED = (
     "README.md",
@@ -26,6 +29,7 @@ WANTED = (
     "benchmarks/results/**/*",
 )
 """What pages are made of, and what they link to."""
+KEYS = re.compile("<!-- keys of (\\w+) -->")
 ASKS = re.compile(r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?(?:https?:)?//""")
 LINKS = re.compile(r"<link[^>]*>")
 OTHERS = re.compile(
@@ -53,6 +57,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return Files(found)
 
 
+def on_page_markdown(markdown: str, page: Any, config: MkDocsConfig, files: Files) -> str:
+    """Puts what `video-mae STAGE --help all` prints where `<!-- keys of STAGE -->` stands."""
+
+    def keys(found: re.Match[str]) -> str:
+        return f"### {found[1]}\n\n```text\n{describe(schema_of(STAGES[found[1]]))}\n```"
+
+    return KEYS.sub(keys, markdown)
+
+
 def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:
     """Ends the build where a page would fetch something. Raises: PluginError."""
     asked = ASKS.findall(output) + [link for link in LINKS.findall(output) if OTHERS.search(link)]
@@ -63,6 +76,6 @@ def on_post_page(output: str, page: Any, config: MkDocsConfig) -> str:
 
 def formula(source: str, *_: Any, **__: Any) -> str:
     """A formula as MathML, which browsers draw by themselves."""
-    text = convert(source, display="block")
+    text = convert(source.replace(r"\_", "_"), display="block")
     fromstring(text)  # not half a formula
     return f'<div style="overflow-x: auto">{text}</div>'

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from video_mae.cli import ANSWERS, CONFIG, STAGES, _parse, schema_of
-from video_mae.config.schema import parse
+from video_mae.config.schema import knobs_of, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -76,8 +76,8 @@ def words_of(command: str) -> list[list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """Parses a command and resolves its configuration. Raises: ValueError for a mistake in it; a
-    file that is not one of the repository is taken for an empty one.
+    """Parses a command and resolves its configuration. Raises: ValueError for a mistake in it; with
+    a file that is not one of the repository, only keys are known.
     """
     is_help = bool({"--help", "-h"} & set(words)) or not words or words[0] in ANSWERS
     if is_help:
@@ -89,6 +89,11 @@ def check(words: list[str]) -> None:
         kind = MissingWordError if " is missing; " in str(error) else ValueError
         raise kind(str(error)) from None
     path = parts.pop(0) if CONFIG in STAGES[name].words else None
+    schema = schema_of(STAGES[name])
     if path and not path.startswith("configs/"):
-        path = None
-    parse(ROOT / path if path else None, overrides, schema_of(STAGES[name]))
+        for override in overrides:
+            key, is_given, _ = override.partition("=")
+            if not is_given or key not in knobs_of(schema):
+                raise ValueError(f"{override} is no key of {name}")
+        return
+    parse(ROOT / path if path else None, overrides, schema)
