@@ -1,10 +1,10 @@
-# make demo | test | quick | faults | bench | experiment | lint | install: each sets itself up on a machine with Python 3.11+, bash and make.
+# make demo | test | quick | faults | bench | experiment | lint | docs | install: each sets itself up on a machine with Python 3.11+, bash and make.
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test quick faults bench experiment lint install clean
+.PHONY: demo test quick faults bench experiment lint docs install clean
 
 demo: install
 	@bash scripts/demo.sh
@@ -35,6 +35,11 @@ lint: install
 	@$(BIN)/ruff check .
 	@$(BIN)/basedpyright --warnings
 
+# The documents as a site: open site/index.html. A warning is an error.
+docs: install
+	@$(BIN)/python -c 'import latex2mathml, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 install: $(INSTALLED)
 
 # Installs again only when what is to be installed has changed.
@@ -46,4 +51,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build ./*.egg-info
+	rm -rf .venv build site ./*.egg-info
