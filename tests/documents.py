@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from video_mae.cli import ANSWERS, CONFIG, STAGES, _parse, schema_of
+from video_mae.cli import ANSWERS, STAGES, _parse, schema_of
 from video_mae.config.schema import knobs_of, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>.+) -->\n)?^```(?P<language>.*)\n(?P<text>(?:.*\n)*?)^```$", re.M
 )
 INLINE = re.compile(r"(?<!`)`(video-mae [^`]+)`(?!`)")
-OURS = re.compile(r"(?:(?:^|[;&|(] *)video-mae|-m video_mae|--module video_mae)(?=[\s)]|$)")
+OURS = re.compile(r"(?:(?:^|[;&|(] *)video-mae|-m video_mae|--module video_mae|slurm/run\.sbatch)(?=[\s)]|$)")
 
 
 class MissingWordError(ValueError):
@@ -84,13 +84,13 @@ def check(words: list[str]) -> None:
         assert not words or words[0] in ANSWERS or words[0] in STAGES, words
         return
     try:
-        name, parts, overrides = _parse(words)
+        name, path, _, overrides = _parse(words)
     except ValueError as error:
         kind = MissingWordError if " is missing; " in str(error) else ValueError
         raise kind(str(error)) from None
-    path = parts.pop(0) if CONFIG in STAGES[name].words else None
-    schema = schema_of(STAGES[name])
-    if path and not path.startswith("configs/"):
+    is_ours = path is None or path.startswith("configs/")
+    schema = schema_of(STAGES[name], str(ROOT / path) if path and is_ours else "")
+    if not is_ours:
         for override in overrides:
             key, is_given, _ = override.partition("=")
             if not is_given or key not in knobs_of(schema):

@@ -45,8 +45,8 @@ ALL = [block for page in PAGES for block in blocks(page)]
 LANGUAGES = {"sh", "python", "yaml", "json", "text", "math"}
 # what else stands in blocks of a shell
 PROGRAMS = re.compile(
-    r"awk|cp|deepspeed|docker|eval|export|make|pip|python|rm|scripts/gpu_run.sh|srun|until"
-    r"|video-mae|\.venv/bin/python"
+    r"\w+=.*|awk|cp|deepspeed|docker|eval|export|make|pip|printf|python|rm|sbatch|scripts/gpu_run.sh|srun"
+    r"|torchrun|until|video-mae|\.venv/bin/python"
 )
 MODEL = ModelConfig(
     num_frames=4,

@@ -737,12 +737,12 @@ def test_the_objective_document_counts_tokens_as_the_masks_do() -> None:
 def test_the_recipe_for_own_videos_is_what_its_header_says() -> None:
     path = REPOSITORY / "configs" / "finetune" / "own_videos_base.yaml"
     config = load_config(path, schema=FinetuneConfig)
-    schedule, line = make_schedule(config.optim, 320, 1, config.data.clips_per_video)
+    schedule, line = make_schedule(config.cut().optim, 320, 1, config.data.clips_per_video)
     assert schedule.peak_lr == pytest.approx(1.25e-4)
     assert (schedule.warmup_steps, schedule.total_steps) == (60, 600)
     assert "global batch 16 / 256" in line
     text = header(path)
-    assert re.search(r"^Batch: 16 videos a step; peak rate .* = 1.25e-4", text, re.MULTILINE)
+    assert re.search(r"^Batch: 16 videos a step, .*; peak rate .* = 1.25e-4", text, re.MULTILINE)
     for offer in re.findall(r"`([\w.]+=[^`.]+)`", text):
         load_config(path, offer.split(), FinetuneConfig)
     assert command(path)[:4] == ["video-mae", "finetune", str(path.relative_to(REPOSITORY)), *command(path)[3:4]]
