@@ -26,7 +26,9 @@ BLOCK = re.compile(
     r"^(?:<!-- needs: (?P<needs>.+) -->\n)?^```(?P<language>.*)\n(?P<text>(?:.*\n)*?)^```$", re.M
 )
 INLINE = re.compile(r"(?<!`)`(video-mae [^`]+)`(?!`)")
-OURS = re.compile(r"(?:(?:^|[;&|(] *)video-mae|-m video_mae|--module video_mae|slurm/run\.sbatch)(?=[\s)]|$)")
+OURS = re.compile(
+    r"(?:(?:^|[;&|(] *)video-mae|-m video_mae|--module video_mae|slurm/run\.sbatch)(?=[\s)]|$)"
+)
 
 
 class MissingWordError(ValueError):
