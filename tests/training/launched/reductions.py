@@ -63,7 +63,7 @@ def count_all(name: str) -> None:
     setattr(dist, name, count)
 
 
-def trained(folder: Path, stage: int, accumulation: int, zero: dict[str, Any]) -> Engine:
+def trained(folder: Path, stage: Any, accumulation: int, zero: dict[str, Any]) -> Engine:
     """An engine after two steps, the last of which is counted."""
     torch.manual_seed(0)
     config = RunConfig(
