@@ -474,4 +474,9 @@ def test_the_recipe_for_own_videos_is_what_its_header_says() -> None:
     assert re.search(r"^Batch: 16 videos a step; peak rate .* = 1.25e-4", text, re.MULTILINE)
     for offer in re.findall(r"`([\w.]+=[^`.]+)`", text):
         load_config(path, offer.split(), FinetuneConfig)
-    assert command(path)[:4] == ["video-mae", "finetune", str(path.relative_to(REPOSITORY)), *command(path)[3:4]]
+    assert command(path)[:4] == [
+        "video-mae",
+        "finetune",
+        str(path.relative_to(REPOSITORY)),
+        *command(path)[3:4],
+    ]
