@@ -78,4 +78,4 @@ def formula(source: str, *_: Any, **__: Any) -> str:
     """A formula as MathML, which browsers draw by themselves."""
     text = convert(source.replace(r"\_", "_"), display="block")
     fromstring(text)  # not half a formula
-    return f'<div style="overflow-x: auto">{text}</div>'
+    return f'<div style="overflow: auto hidden; padding: 0.5em 0">{text}</div>'

@@ -35,7 +35,7 @@ MODEL = [f"model.{name}={value}" for name, value in {**SIZE, **DECODER}.items()]
 TRAINING = ["data.num_workers=0", "engine.precision=fp32", "journal.log_interval=1"]
 SMALLER = {
     "split": [],
-    "doctor": ["num_workers=0"],
+    "doctor": ["num_workers=1"],
     "pretrain": [*MODEL, *TRAINING, "optim.steps=4", "optim.warmup_steps=1", "data.stride=1"],
     "finetune": [*MODEL, *TRAINING, "optim.steps=12", "optim.accumulation=1", "optim.base_lr=0.1"],
     "evaluate": ["num_workers=0", "num_clips=1", "num_crops=1"],
