@@ -99,6 +99,7 @@ def test_what_needs_no_torch_does_not_load_it(demo_folder: Path, tmp_path: Path)
         ["predict", "--help"],
         ["pretrain", "--help", "all"],
         ["finetune", str(config), "optim.stepz=3"],
+        ["plan", str(config), "optim.stepz=3"],
         ["pretrain", str(config), "optim.base_lr=7", "mask.ratio=0.5", "seed=3"],
     ]
     result = subprocess.run(

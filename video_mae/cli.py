@@ -124,8 +124,8 @@ STAGES = {
         ("SOURCE", "DESTINATION"),
     ),
     "plan": Stage(
-        "what a run computes, keeps, sends, reads and takes on some GPUs, in seconds and without "
-        "them; the keys of a file for finetune are those of finetune",
+        "what a run computes, keeps, sends, reads and takes on some GPUs, without them; the keys "
+        "of a file for finetune are those of finetune",
         "planning.plan",
         "config.plan.plan_schema",
         (CONFIG,),

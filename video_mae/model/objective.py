@@ -113,7 +113,8 @@ def predicted_clip(clip_BTHWC: torch.Tensor, config: ModelConfig) -> torch.Tenso
         return clip_BTHWC
     num_frames = clip_BTHWC.shape[1]
     num_predicted = num_frames // config.tubelet_size * config.predicted_tubelet[0]
-    frames = torch.linspace(0, num_frames - 1, num_predicted, device="cpu").long().tolist()
+    # as torch.linspace(0, num_frames - 1, num_predicted).long() has them, without a tensor
+    frames = [i * (num_frames - 1) // max(1, num_predicted - 1) for i in range(num_predicted)]
     return torch.stack([clip_BTHWC[:, frame] for frame in frames], dim=1)
 
 
