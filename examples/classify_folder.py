@@ -21,7 +21,7 @@ def main() -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     for path in read_annotations(SourceConfig(source=sys.argv[2])).paths:
         try:
-            name, probability = classify_video(model, path, top=1)[0]
+            name, probability = classify_video(model, str(path), top=1)[0]
         except ValueError as error:  # a video that cannot be decoded
             print(f"{path}: {error}", file=sys.stderr)
             continue
