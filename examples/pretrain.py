@@ -20,24 +20,16 @@ def main() -> None:
     steps = int(sys.argv[3]) if len(sys.argv) > 3 else 1000
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    # ModelConfig.preset("base") is ViT-B; a small one learns on a CPU, too
     config = ModelConfig(
-        num_frames=8,
-        height=48,
-        width=48,
-        patch_size=12,
-        embed_dim=96,
-        depth=4,
-        num_heads=3,
-        decoder_embed_dim=64,
-        decoder_depth=2,
-        decoder_num_heads=2,
+        num_frames=8, height=48, width=48, patch_size=12, embed_dim=96, depth=4, num_heads=3
     )
     model = VideoMAE(config).to(device)
     optimizer = make_optimizer(model, OptimConfig(base_lr=1e-3), fused=True)
 
     data = DataConfig(source=source, stride=2, num_workers=2)
     videos = read_annotations(data)
-    clips = ClipDataset(videos, data, num_frames=8, height=48, width=48, seed=0)
+    clips = ClipDataset(videos, data, config.num_frames, config.height, config.width, seed=0)
     # micro-batches of 8 videos for the steps 0 to steps - 1, of rank 0 of 1
     sampler = StepSampler(len(videos), 8, 1, 0, 1, 0, 0, steps)
     for step, batch in enumerate(make_loader(clips, sampler, data)):

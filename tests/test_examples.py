@@ -37,7 +37,7 @@ def run(
 def test_a_model_is_pretrained_and_tells_videos_apart(
     run: Run, demo_folder: Path, tmp_path: Path
 ) -> None:
-    lines = run("pretrain", demo_folder / "train.txt", tmp_path / "model", 21)
+    lines = run("pretrain", demo_folder / "train.txt", tmp_path / "model", 11)
     losses = [float(line.rpartition(" ")[2]) for line in lines[:-1]]
     assert losses[-1] < losses[0]
     assert load_pretrained(tmp_path / "model").config.num_frames == 8

@@ -120,8 +120,10 @@ def test_nothing_but_the_page_is_needed(run: Callable[[list[str]], str]) -> None
     dry, tuned = (text for words, text in said.items() if words.startswith("finetune"))
     assert "dry run: nothing was written" in dry
     assert "starts from MCG-NJU/videomae-base" in dry + tuned
-    tuned_model = load_pretrained("runs/own_videos", VideoClassifier)
-    assert tuned_model.classifier_config.class_names == ("dark", "light")
+    assert load_pretrained("runs/own_videos", VideoClassifier).classifier_config.class_names == (
+        "dark",
+        "light",
+    )
     report = Path("runs/own_videos/report.html").read_text()
     assert "video-mae predict" in report
     assert "confusion" in report.lower()
