@@ -88,7 +88,7 @@ def test_the_line_tells_of_a_cooldown_in_steps_also_where_it_is_given_in_epochs(
     assert line.endswith(
         "2 warm-up steps of 25, then constant, the last 6 a cooldown (1 - sqrt) to 0.001"
     )
-    endless, line = make_schedule(OptimConfig(steps=9, schedule="constant_cooldown"), 20, 1, 1)
+    endless, line = make_schedule(OptimConfig(steps=9, schedule="constant_cooldown"), 32, 1, 1)
     assert endless.cooldown_steps == 0
     assert line.endswith("0 warm-up steps of 9, then constant, without a cooldown")
     cosine, line = make_schedule(OptimConfig(steps=25, warmup_steps=2), 20, 1, 1)

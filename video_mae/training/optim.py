@@ -136,7 +136,7 @@ def make_schedule(
     if videos > num_videos:
         line += (
             f"; a step takes {videos} videos, and there are {num_videos}, so that some come more "
-            "than once in it: lower optim.micro_batch"
+            "than once in it: lower optim.global_batch (micro_batch, accumulation)"
         )
     if config.drop_last_batch:
         line += (

@@ -45,7 +45,7 @@ NOTHING_KEPT = {
     "stage3_max_live_parameters": 0,
 }
 # hpZ comes last: it makes a group of the process that stays
-CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     **{f"stage{stage}_{num}": (stage, num, {}) for stage in range(4) for num in (1, 3)},
     **{f"buckets{stage}": (stage, 3, SMALL_BUCKETS) for stage in (1, 2, 3)},
     **{f"overlap{stage}": (stage, 3, {**SMALL_BUCKETS, "overlap_comm": True}) for stage in (1, 2)},
