@@ -461,7 +461,7 @@ def test_an_override_with_nothing_behind_it_is_the_empty_text(tiny_finetune: Tin
     ],
 )
 def test_a_wrong_value_is_named(tiny_finetune: Tiny, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=r"tiny\.yaml: ") as error:
+    with pytest.raises(ValueError, match="command line: ") as error:
         tiny_finetune(override)
     assert message in str(error.value)
 

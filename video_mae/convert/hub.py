@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from video_mae.files import one_line
+from video_mae.files import is_regular, one_line
 
 NAME = re.compile(r"(?:hf:(?://)?)?(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 """hf://OWNER/NAME@REVISION; hf: alone is an earlier spelling."""
@@ -25,7 +25,7 @@ def located(name: str | Path, key: str = "") -> Path:
     key: begins an error. Raises: FileNotFoundError with one line.
     """
     path = Path(re.sub("^hf:(?!//)", "", str(name)))
-    if path.exists():
+    if is_regular(path) or path.is_dir():
         return path
     found = NAME.fullmatch(str(name))
     if found is None:

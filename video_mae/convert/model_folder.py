@@ -18,7 +18,7 @@ from video_mae.config import ClassifierConfig, ClipsConfig, ModelConfig, Objecti
 from video_mae.config.schema import from_dict, to_dict
 from video_mae.convert.facts import Facts, Options, Tensors
 from video_mae.convert.hub import located
-from video_mae.files import json_text, one_line, read_small, write_whole
+from video_mae.files import is_regular, json_text, one_line, read_small, write_whole
 from video_mae.model.lora import merged
 from video_mae.model.vit import VideoClassifier, VideoMAE
 
@@ -83,6 +83,8 @@ def allow_readers(file: Path) -> None:
 
 def read_safetensors(file: Path) -> Tensors:
     """All tensors of a file. Raises: FileNotFoundError or ValueError naming the file."""
+    if file.exists() and not is_regular(file):  # a pipe would be waited for
+        raise ValueError(f"{file}: is no regular file")
     try:
         return load_file(file)
     except FileNotFoundError:
