@@ -230,7 +230,7 @@ def test_the_page_names_what_is_dropped(
             (answer, *_), classes = made[0], classify_video(load_pretrained(model), video)
             named, film = answer(video)
             assert named == dict(classes)
-            with av.open(film, "r") as container:  # it is there while the page is
+            with av.open(str(film)) as container:  # it is there while the page is
                 answers.append(len(list(container.decode(video=0))))
 
     gradio = SimpleNamespace(

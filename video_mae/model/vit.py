@@ -264,7 +264,9 @@ class VideoClassifier(nn.Module):
         if isinstance(classifier, int):
             classifier = ClassifierConfig(num_classes=classifier)
         if classifier.num_classes is None:
-            raise ValueError("classifier.num_classes: null is for a training, whose data has them")
+            raise ValueError(
+                "classifier.num_classes: null is for a training, whose data has them; give a number"
+            )
         self.config, self.classifier_config = config, classifier
         is_first = classifier.pooling == "first"
         self.encoder = Encoder(config, impl=impl, checkpointing=checkpointing, final_norm=is_first)
