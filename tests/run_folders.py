@@ -12,7 +12,8 @@ from PIL import Image
 from video_mae.config import FinetuneConfig, PretrainConfig
 from video_mae.config.schema import parse, save_config
 from video_mae.evaluation.scores import Scores, write_class_table
-from video_mae.files import json_line, write_metrics
+from video_mae.files import json_line
+from video_mae.results import write_metrics
 from video_mae.training.picture import PictureFrames, animate_reconstruction
 
 START = 1_796_000_000.0

@@ -29,7 +29,7 @@ LEVELS = (
     ("decoding", "kernels"),
     ("report",),
     ("config",),
-    ("processes",),
+    ("processes", "results"),
     ("files", "extras", "progress_bar"),
 )
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -16,7 +16,8 @@ from video_mae.config import DataConfig, FinetuneConfig, PretrainConfig
 from video_mae.config.data import SourceConfig, WeightedSourceConfig
 from video_mae.config.schema import to_dict
 from video_mae.data import read_annotations, read_sources
-from video_mae.files import check_results, read_jsonl, write_metrics
+from video_mae.files import read_jsonl
+from video_mae.results import check_results, write_metrics
 from video_mae.tools.pack import PackConfig
 from video_mae.tools.pack import start as pack
 from video_mae.training.finetune import prepare as prepare_finetuning

@@ -26,21 +26,13 @@ from video_mae.data.workers import plan_workers
 from video_mae.evaluation.predict import merge_views, names_of, view_logits, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import CONFIDENCE, Scores, write_class_table
-from video_mae.files import (
-    LIST_DIGEST,
-    check_results,
-    choose_folder,
-    draw_or_tell,
-    json_text,
-    say,
-    write_metrics,
-    write_text,
-)
+from video_mae.files import draw_or_tell, json_text, say, write_text
 from video_mae.kernels.dispatch import describe
 from video_mae.model.vit import VideoClassifier
 from video_mae.report.answers import worst_mistakes
 from video_mae.report.page import write_report
 from video_mae.report.record import versions
+from video_mae.results import LIST_DIGEST, check_results, choose_folder, write_metrics
 from video_mae.training.picture import GAP, in_colors, middles
 from video_mae.training.run_page import device_name
 

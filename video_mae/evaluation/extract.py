@@ -28,16 +28,9 @@ from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
 from video_mae.evaluation.features import FrozenEncoder, clips_of
 from video_mae.evaluation.ranks import Ranks, check_start
-from video_mae.files import (
-    check_made_with,
-    json_text,
-    one_line,
-    say,
-    write_json,
-    write_text,
-    write_whole,
-)
+from video_mae.files import json_text, one_line, say, write_json, write_text, write_whole
 from video_mae.processes import hold_folder
+from video_mae.results import check_made_with
 
 DONE, NOTHING = 0, 3
 SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"

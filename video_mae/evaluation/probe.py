@@ -34,17 +34,11 @@ from video_mae.evaluation.heads import AttentiveHead, HeadGrid, LinearHead, Sett
 from video_mae.evaluation.predict import merge_views, views_of
 from video_mae.evaluation.ranks import Ranks, check_start
 from video_mae.evaluation.scores import Scores
-from video_mae.files import (
-    LIST_DIGEST,
-    UNFINISHED,
-    check_results,
-    choose_folder,
-    write_metrics,
-    write_text,
-)
+from video_mae.files import UNFINISHED, write_text
 from video_mae.model.vit import VideoClassifier, VideoMAE
 from video_mae.processes import remove_unfinished
 from video_mae.progress_bar import ProgressBar
+from video_mae.results import LIST_DIGEST, check_results, choose_folder, write_metrics
 from video_mae.training.feature_quality import neighbour_scores
 
 DONE, NO_FIGURES = 0, 3

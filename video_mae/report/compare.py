@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from video_mae.config.schema import Knobs, knob, require
-from video_mae.files import METRICS_FILE, say, write_whole
+from video_mae.files import say, write_whole
 from video_mae.report.page import write_page
+from video_mae.results import METRICS_FILE
 
 
 class CompareConfig(Knobs):

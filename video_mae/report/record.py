@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from video_mae.config import FinetuneConfig, PretrainConfig
 from video_mae.config.schema import knobs_of, read_keys
-from video_mae.files import METRICS_FILE, JsonObject, as_read_back, read_jsonl
+from video_mae.files import JsonObject, as_read_back, read_jsonl
+from video_mae.results import METRICS_FILE
 
 Lines = list[JsonObject]
 

@@ -33,8 +33,9 @@ from torch.nn.functional import grid_sample, interpolate
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.decoding.transcode import write_video
 from video_mae.extras import require_package
-from video_mae.files import check_made_with, say, write_json, write_whole
+from video_mae.files import say, write_json, write_whole
 from video_mae.progress_bar import ProgressBar
+from video_mae.results import check_made_with
 from video_mae.tools import people
 
 ACTIONS = (

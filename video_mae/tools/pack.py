@@ -24,17 +24,10 @@ from video_mae.data.shards import FORMAT, MANIFEST, REFUSED, ROWS, SETTINGS
 from video_mae.data.videos import read_lines
 from video_mae.decoding import Member, Place, VideoDecodeError, decoders, transcode
 from video_mae.decoding.isolation import KilledError, decoder_process, in_order
-from video_mae.files import (
-    LIST_DIGEST,
-    check_made_with,
-    is_regular,
-    say,
-    storing,
-    write_json,
-    write_text,
-)
+from video_mae.files import is_regular, say, storing, write_json, write_text
 from video_mae.processes import hold_folder, on_signals
 from video_mae.progress_bar import ProgressBar
+from video_mae.results import LIST_DIGEST, check_made_with
 from video_mae.tools.shard_writer import ShardWriter
 
 DONE, NOTHING = 0, 3

@@ -14,7 +14,8 @@ from video_mae.convert.model_folder import (
     load_pretrained,
     save_model_folder,
 )
-from video_mae.files import METRICS_FILE, JsonObject, read_jsonl, say, write_text
+from video_mae.files import JsonObject, read_jsonl, say, write_text
+from video_mae.results import METRICS_FILE
 
 THEIRS = "transformers"
 """The folder of a repository that transformers opens; ours is the repository itself."""
