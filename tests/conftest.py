@@ -25,6 +25,10 @@ import yaml
 if TYPE_CHECKING:
     from video_mae.config import FinetuneConfig, PretrainConfig
 
+# Who starts the tests in the background has these ignored, which commands inherit and respect.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 LONG = (
     "test_launcher",
     "test_injected_faults",

@@ -153,6 +153,8 @@ def test_a_signal_to_any_process_ends_all_with_a_checkpoint(
     run = start(f"{DEEPSPEED} TRAIN")
     run.train()
     assert len(run.processes) >= 6  # with a worker of each rank
+    if (number, target) == (signal.SIGKILL, "rank0"):
+        time.sleep(3)  # a sign of its life, after the others have begun
     before = run.num_steps
     run.find(target).send_signal(number)
     if (number, target) == (signal.SIGKILL, "rank0"):  # with it a part of the state is lost
