@@ -529,10 +529,16 @@ def test_a_destination_is_not_overwritten_unless_asked(tmp_path):
     with pytest.raises(ValueError, match=r"there: exists; .*overwrite=true"):
         convert(path, tmp_path / "there", ConvertConfig(**FACTS))
     assert [child.name for child in (tmp_path / "there").iterdir()] == ["mine"]
+    (tmp_path / "there" / "mine").rename(tmp_path / "there" / "config.json")
     convert(path, tmp_path / "there", ConvertConfig(**FACTS, overwrite=True))
     assert load_pretrained(tmp_path / "there", VideoMAE).config.num_heads == 3
     with pytest.raises(ValueError, match="holds the source"):
         convert(path, tmp_path, ConvertConfig(**FACTS, overwrite=True))
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"a video")
+    with pytest.raises(ValueError, match="videos: is a folder of something else than a model"):
+        convert(path, tmp_path / "videos", ConvertConfig(**FACTS, overwrite=True))
+    assert (tmp_path / "videos" / "a.mp4").read_bytes() == b"a video"
 
 
 def test_loading_warns_of_what_was_assumed_and_refuses_another_kind(tmp_path, caplog):

@@ -116,6 +116,8 @@ class Planner:
 def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
     """Prints the plan. Raises: ValueError for what cannot be planned."""
     config.optim.cut_for(config.gpus)
+    is_even = config.gpus % (config.nodes or 1) == 0
+    require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
     planner, num_gpus, crops = Planner(config), config.gpus, config.data.clips_per_video
     here, named = planner.steps(num_gpus), planner.model.named_parameters
     require(here != [], "gpus", num_gpus, "have no room for one clip")

@@ -62,7 +62,7 @@ def start(source: str, destination: str, config: ConvertConfig) -> int:
     """The stage as the command line starts it."""
     for line in convert(source, destination, config):
         say(line)
-    say(f"{config.format:9}{destination}")
+    say(f"{config.format:14} {destination}")
     return 0
 
 
@@ -77,6 +77,8 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
         raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
     if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: holds the source; name another destination")
+    if destination.is_dir() and not (destination / "config.json").exists():
+        raise ValueError(f"{destination}: is a folder of something else than a model; name another")
     model, lines, more = _read(source, config)
     if config.format == "model":
         save_model_folder(destination, model, more=more)

@@ -116,7 +116,9 @@ def _figures(source: Path) -> JsonObject:
     found, file = {}, source.parent / METRICS_FILE
     entries = read_jsonl(file.with_suffix(".jsonl"))
     if source.name == "best":
-        entries = sorted(entries, key=lambda entry: entry.get("val_top1") or 0)[-1:]
+        # as best/ is chosen: of those with one accuracy the one with less loss
+        entries.sort(key=lambda one: (one.get("val_top1") or 0, -(one.get("val_loss") or 0)))
+        entries = entries[-1:]
     # the folder may have been moved since
     if file.is_file() and read_json(file)["settings"]["model"].endswith(source.name):
         entries.append(read_json(file))
