@@ -118,7 +118,7 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
     config.optim.cut_for(config.gpus)
     is_even = config.gpus % (config.nodes or 1) == 0
     require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
-    planner, num_gpus, crops = Planner(config), config.gpus, config.data.clips_per_video
+    planner, num_gpus = Planner(config), config.gpus
     here, named = planner.steps(num_gpus), planner.model.named_parameters
     require(here != [], "gpus", num_gpus, "have no room for one clip")
     best = [steps[0] for steps in map(planner.steps, FACTS.scale) if steps]
@@ -137,14 +137,7 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
         *_table(here),
         f"\n## Loading for {rate * 1e3:.4g} clips/s\n\n| data | cores | cores a GPU | TB stored "
         f"| GB/s read | share with {FACTS.cores} cores a GPU |\n|---|---|---|---|---|---|",
-        *(
-            f"| {name} | {rate * (of['decode'] / crops + of['crop']):.4g} "
-            f"| {rate * (of['decode'] / crops + of['crop']) / num_gpus:.3g} "
-            f"| {FACTS.video_bytes * of['stored'] * planner.videos / 1e12:.3g} "
-            f"| {FACTS.video_bytes * of['read'] * rate / crops / 1e6:.3g} "
-            f"| {min(1, FACTS.cores * num_gpus / rate / (of['decode'] / crops + of['crop'])):.0%} |"
-            for name, of in FACTS.forms.items()
-        ),
+        *_loading(planner, rate),
         "\n## The fastest step of each number of GPUs\n",
         f"At {end['GPUs']} GPUs a GPU does {end['clips/s a GPU'] / most:.0%} of what it does at "
         f"best; first in the way: {max(FACTS.losses, key=end.__getitem__)}. The most of these "
@@ -166,6 +159,22 @@ def start(config: PretrainPlanConfig | FinetunePlanConfig) -> int:
         write_text(page, f"{text}\n\n![scaling]({plot.name})\n")
         draw_or_tell(plot, lambda path: _draw(path, best))
     return 0
+
+
+def _loading(planner: Planner, rate: float) -> list[str]:
+    """A row of each form that videos have on disks. rate: clips a millisecond."""
+    num_gpus, crops = planner.config.gpus, planner.config.data.clips_per_video
+    rows = []
+    for name, form in FACTS.forms.items():
+        cores = rate * (form["decode"] / crops + form["crop"])  # those are milliseconds of one
+        stored = FACTS.video_bytes * form["stored"] * planner.videos / 1e12
+        read = FACTS.video_bytes * form["read"] * rate / crops / 1e6
+        share = min(1, FACTS.cores * num_gpus / cores)
+        rows.append(
+            f"| {name} | {cores:.4g} | {cores / num_gpus:.3g} | {stored:.3g} | {read:.3g} "
+            f"| {share:.0%} |"
+        )
+    return rows
 
 
 def _table(steps: list[Figures]) -> list[str]:

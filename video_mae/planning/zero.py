@@ -28,9 +28,10 @@ def zero_costs(
     # the backward pass, as what comes between, there and back, is not too much.
     small = sum(n for n in numels if n <= most) / 1e9
     reused = min(num - small, settings["stage3_max_reuse_distance"] / 2e9)
-    once, each = [num * (stage < 2), num * (stage > 0), 0], [num * (stage == 2), 0, 0]
+    nothing = [0, 0, 0]
+    once = ([num, 0, 0], [num, num, 0], [0, num, 0], [0, small, 0])[stage]
+    each = (nothing, nothing, [num, 0, 0], [0, 2 * (num - small) - reused, num])[stage]
     if stage == 3:
-        once, each = [0, small, 0], [0, 2 * (num - small) - reused, num]
         weights = weights / num_gpus + small + reused
     # one that is reduced, and one that is filled meanwhile
     buckets = (0, 1 + settings["overlap_comm"], 1 + settings["overlap_comm"], 1)[stage]
