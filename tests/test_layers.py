@@ -176,3 +176,10 @@ def test_a_class_has_a_name_of_its_own():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 assert node.name not in homes, f"{node.name}: {homes[node.name]} and {name}"
                 homes[node.name] = name
+
+
+def test_a_file_of_tests_stays_in_one_process(request, worker_id):
+    """Its fixtures take minutes, and who trains comes last: pytest -n 2 --dist loadgroup must mean it."""
+    if worker_id == "master":
+        pytest.skip("one process runs all tests")
+    assert request.node.nodeid.endswith("@tests/test_layers")

@@ -1,7 +1,8 @@
 """A run of two ranks to whose processes, disk and checkpoints things are done at random moments,
 and which the simplest loop starts again: it ends in the bits of a run that nobody disturbed.
 
-VIDEO_MAE_FAULTS=200 does more of them, VIDEO_MAE_SEED=1 others, at other moments.
+`make test` does a few of them, `make faults` many; VIDEO_MAE_FAULTS=200 still more, VIDEO_MAE_SEED=1
+others, at other moments.
 """
 
 import json
@@ -26,9 +27,8 @@ from checkpoint_files import saved_state
 from video_mae.files import read_jsonl
 from video_mae.training.checkpoint import fault, folders, step_name
 
-NUM_FAULTS = int(os.environ.get("VIDEO_MAE_FAULTS", "18"))
+FEW, MANY = 4, int(os.environ.get("VIDEO_MAE_FAULTS", "18"))
 SEED = int(os.environ.get("VIDEO_MAE_SEED", "0"))
-STEPS = 20 * NUM_FAULTS + 80
 PATIENCE = 600.0
 """Seconds: of a machine that has other things to do."""
 MARK = "VIDEO_MAE_TEST_LOOP"
@@ -60,11 +60,7 @@ rm go
 exec $(cat command)
 """
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.launcher,
-    pytest.mark.timeout(2 * PATIENCE + 120 * NUM_FAULTS),
-]
+pytestmark = [pytest.mark.launcher, pytest.mark.timeout(2 * PATIENCE + 120 * MANY)]
 
 
 @dataclass
@@ -204,7 +200,6 @@ def begin(
     always = [
         f"data.source={lists / 'list.txt'}",
         "data.max_bad_share=0.2",
-        f"optim.steps={STEPS}",
         "optim.micro_batch=2",
         "optim.ema=0.9",
         "journal.checkpoint_interval=4",
@@ -231,22 +226,42 @@ def begin(
         loop.shell.wait()
 
 
-def world(ranks: int = 2, accumulation: int = 1, *more: str) -> list[str]:
-    return [str(ranks), f"optim.accumulation={accumulation}", *more]
+def world(steps: int, ranks: int = 2, accumulation: int = 1, *more: str) -> list[str]:
+    return [str(ranks), f"optim.steps={steps}", f"optim.accumulation={accumulation}", *more]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    begin: Callable[..., Loop], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, float]:
-    """The run, and how many seconds a start takes until there is a line of metrics."""
+@dataclass
+class Trial:
+    """What is to happen to a run, and the same run when nothing does."""
+
+    num_faults: int
+    undisturbed: Path
+    start_seconds: float
+    """Until a start has a line of metrics."""
+
+    @property
+    def steps(self) -> int:
+        return steps(self.num_faults)
+
+
+def steps(num_faults: int) -> int:
+    """Of a run that is not done before so many faults are."""
+    return 20 * num_faults + 80
+
+
+@pytest.fixture(scope="module", params=[FEW, pytest.param(MANY, marks=pytest.mark.faults)])
+def trial(
+    request: pytest.FixtureRequest,
+    begin: Callable[..., Loop],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trial:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    loop = begin(run, lambda loop: world())
+    loop = begin(run, lambda loop: world(steps(request.param)))
     loop.wait(lambda: loop.step)
     start_seconds = time.monotonic() - loop.begin
     loop.wait(lambda: False, 2 * PATIENCE)
     assert loop.statuses == [0], loop.text(0)
-    return run, start_seconds
+    return Trial(request.param, run, start_seconds)
 
 
 @pytest.fixture
@@ -338,15 +353,15 @@ def check_causes(loop: Loop) -> None:
 
 @pytest.mark.parametrize("seed", [SEED])
 def test_a_run_that_is_killed_stopped_starved_and_damaged_ends_in_the_same_bits(
-    begin: Callable[..., Loop], undisturbed: tuple[Path, float], disk: Path, seed: int
+    begin: Callable[..., Loop], trial: Trial, disk: Path, seed: int
 ) -> None:
-    whole, start_seconds = undisturbed
     run, rng, rng_of_starts = disk / "run", random.Random(seed), random.Random(seed + 1)
 
     def between(loop: Loop) -> list[str]:
         if len(loop.starts) % 3 == 2:
             truncate_newest(loop, rng_of_starts)
         return world(
+            trial.steps,
             *WORLDS[len(loop.starts) % 3 == 1],
             f"data.num_workers={rng_of_starts.choice([1, 2])}",
             f"engine.zero_stage={rng_of_starts.choice(STAGES)}",
@@ -354,36 +369,39 @@ def test_a_run_that_is_killed_stopped_starved_and_damaged_ends_in_the_same_bits(
         )
 
     loop, num_done = begin(run, between), 0
-    loop.note(f"seed {seed}, a start takes {start_seconds:.1f} s")
+    loop.note(f"seed {seed}, a start takes {trial.start_seconds:.1f} s")
     kinds = [kind for kind in KINDS if kind[0] != "fill" or os.path.ismount(disk)]
-    rounds = [rng.sample(kinds, len(kinds)) for _ in range(NUM_FAULTS // len(kinds) + 1)]
+    rounds = [rng.sample(kinds, len(kinds)) for _ in range(trial.num_faults // len(kinds) + 1)]
     # the first start has two ranks, of which one can miss the other
-    faults = [("hang", "rank"), *chain(*rounds)][:NUM_FAULTS]
+    faults = [("hang", "rank"), *chain(*rounds)][: trial.num_faults]
     for kind, role in faults:
-        wait_for_a_moment(loop, start_seconds, rng)
+        wait_for_a_moment(loop, trial.start_seconds, rng)
         num_done += do(loop, kind, role, disk, rng)
     loop.wait(lambda: False, 2 * PATIENCE)
     report = "\n".join([*loop.events, loop.text(-1)[-3000:]])
     assert loop.statuses[-1] == 0, report
-    assert num_done > 0.8 * NUM_FAULTS, report
+    assert num_done > 0.7 * trial.num_faults, report
     check_causes(loop)
 
     deadline = time.monotonic() + PATIENCE
     while loop.everyone():
         assert time.monotonic() < deadline, f"{loop.everyone()}\n{report}"
         time.sleep(0.5)
-    check_same(run, whole, report)
+    check_same(run, trial, report)
     # a start of a run that is done makes what the last one left behind good, and nothing else
-    again = begin(run, lambda loop: world())
+    again = begin(run, lambda loop: world(trial.steps))
     again.wait(lambda: False)
     assert again.statuses == [0], again.text(0)
-    check_same(run, whole, report)
-    ours, theirs = ({path.relative_to(one) for path in one.rglob(".*")} for one in (run, whole))
+    check_same(run, trial, report)
+    ours, theirs = (
+        {path.relative_to(one) for path in one.rglob(".*")} for one in (run, trial.undisturbed)
+    )
     assert ours == theirs
 
 
-def check_same(run: Path, whole: Path, report: str) -> None:
-    ours, theirs = (saved_state(one / "checkpoints" / step_name(STEPS)) for one in (run, whole))
+def check_same(run: Path, trial: Trial, report: str) -> None:
+    whole, steps = trial.undisturbed, trial.steps
+    ours, theirs = (saved_state(one / "checkpoints" / step_name(steps)) for one in (run, whole))
     assert ours.keys() == theirs.keys()
     others = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not others, report
@@ -391,7 +409,7 @@ def check_same(run: Path, whole: Path, report: str) -> None:
         ours, theirs = (one / name / "model.safetensors" for one in (run, whole))
         assert ours.read_bytes() == theirs.read_bytes(), report
     lines, expected = metrics(run), metrics(whole)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1)), report
+    assert [line["step"] for line in lines] == list(range(1, steps + 1)), report
     for line, of_whole in zip(lines, expected, strict=True):
         for key in ("epoch", "lr", "skipped_steps"):
             assert line[key] == of_whole[key], report
