@@ -3,6 +3,8 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# Two processes share the tests in the order that tests/conftest.py gives them.
+SHARED := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test quick faults bench experiment lint docs install clean
 
@@ -10,14 +12,14 @@ demo: install
 	@bash scripts/demo.sh
 
 test: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not faults"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(SHARED) -m "not faults"
 
 quick: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not faults"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(SHARED) -m "not slow and not faults"
 
 # Real runs of two processes that are killed, starved and lied to: half an hour on two quiet cores.
 faults: install
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup -m faults
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(SHARED) -m faults
 
 # Kernels, training step and loader on this machine; make bench OUTPUT=benchmarks/results adds to the committed results.
 OUTPUT ?= runs/bench

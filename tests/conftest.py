@@ -283,13 +283,18 @@ def on_ranks() -> Callable[..., None]:
 
 
 @pytest.fixture(autouse=True)
-def own_signals() -> Iterator[None]:
-    """Gives the handlers back that a stage has set which ran in this process."""
+def own_process() -> Iterator[None]:
+    """Gives the handlers of signals and the environment back that a stage has changed which ran in
+    this process: what the next test starts is not to take itself for a rank.
+    """
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    environment = dict(os.environ)
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

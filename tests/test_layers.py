@@ -179,7 +179,7 @@ def test_a_class_has_a_name_of_its_own():
 
 
 def test_a_file_of_tests_stays_in_one_process(request, worker_id):
-    """Its fixtures take minutes, and who trains comes last: pytest -n 2 --dist loadgroup must mean it."""
+    """Its fixtures take minutes, and who trains comes last: and pytest-xdist has to mean its groups."""
     if worker_id == "master":
         pytest.skip("one process runs all tests")
     assert request.node.nodeid.endswith("@tests/test_layers")
