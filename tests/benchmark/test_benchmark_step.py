@@ -424,12 +424,12 @@ def test_peak_memory_is_that_of_the_worst_moment():
 
     def call() -> None:
         kept.append(torch.ones(8_000_000))
-        first = torch.ones(16_000_000)
+        first = torch.ones(32_000_000)
         del first
-        torch.ones(4_000_000)
+        torch.ones(16_000_000)
 
-    _, growth = peak_growth(call, CPU)
-    assert 92e6 < growth < 110e6
+    _, growth = peak_growth(call, CPU)  # 160 MB; 96 in the end, 224 in all
+    assert 156e6 < growth < 190e6
 
 
 def test_the_gate_is_closed_for_other_weights():

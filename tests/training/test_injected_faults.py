@@ -27,7 +27,7 @@ from checkpoint_files import saved_state
 from video_mae.files import read_jsonl
 from video_mae.training.checkpoint import fault, folders, step_name
 
-FEW, MANY = 4, int(os.environ.get("VIDEO_MAE_FAULTS", "18"))
+FEW, MANY = 3, int(os.environ.get("VIDEO_MAE_FAULTS", "68"))
 SEED = int(os.environ.get("VIDEO_MAE_SEED", "0"))
 PATIENCE = 600.0
 """Seconds: of a machine that has other things to do."""

@@ -52,6 +52,8 @@ STAGED = [
     "stages.many={from_step: 2, num_frames: 2, micro_batch: 5}",
 ]
 GLOBAL_BATCH = 8
+MODES = [(0.0, 1), (0.5, 4)]
+"""(mask.decoder_mask_ratio, optim.accumulation) of the curves."""
 # Nothing is drawn for a rank or a batch, everything for a video: the curve is that of one process.
 FINETUNE_CURVE = [
     "optim.steps=20",
@@ -127,13 +129,12 @@ def batch(accumulation: int, ranks: int) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(demo_folder: Path, tiny_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All pretraining runs of two ranks in one launch, their single-process twins in another."""
-    modes = [(dual, accumulation) for dual in (0.0, 0.5) for accumulation in (1, 4)]
     single = [
         {
             "name": f"single_{dual}_{accumulation}",
             "overrides": [*CURVE, *batch(accumulation, 1), f"mask.decoder_mask_ratio={dual}"],
         }
-        for dual, accumulation in modes
+        for dual, accumulation in MODES
     ]
     double = [
         {
@@ -146,7 +147,7 @@ def finished(demo_folder: Path, tiny_file: Path, tmp_path_factory: pytest.TempPa
             ],
         }
         for stage in range(4)
-        for dual, accumulation in modes
+        for dual, accumulation in MODES
     ]
     double += [
         {
@@ -305,8 +306,7 @@ def launch_runs(
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("dual", [0.0, 0.5])
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("dual", "accumulation"), MODES)
 def test_two_ranks_follow_the_curve_of_one_process(
     finished: Path, stage: int, dual: float, accumulation: int
 ) -> None:
@@ -514,7 +514,7 @@ def test_the_kernels_in_the_interpreter_follow_the_reference_under_zero(
     tiny_file: Path, tmp_path: Path
 ) -> None:
     common = [
-        "optim.steps=5",
+        "optim.steps=3",
         "optim.micro_batch=2",
         "optim.accumulation=2",
         "objective.contrastive_weight=0.1",
