@@ -198,9 +198,9 @@ def start(config: PlanConfig) -> int:
         *_table(best),
         f"\n## Assumptions\n\n- {config.gpu}: {planner.peak:.4g} dense TFLOP/s, "
         f"{planner.gpu.memory:g} GB, {planner.gpu.bandwidth:g} TB/s, {planner.gpu.link:g} TB/s to "
-        f"others of its machine ({planner.gpu.source}). {config.network}: from a machine to others "
-        f"{of_node:g} TB/s, and {of_gpu:g} with each of its GPUs; of {planner.gpus_a_node} GPUs "
-        f"{of_node + of_gpu * planner.gpus_a_node:g}.",
+        f"others of its machine ({planner.gpu.source}). {config.network}: "
+        f"{of_node + of_gpu * planner.gpus_a_node:g} TB/s from a machine of {planner.gpus_a_node} "
+        "GPUs to others.",
         *(
             f"- {source.key}: {source.num_files} {source.kind}, {one_line(source.origin)}."
             for source in planner.sources

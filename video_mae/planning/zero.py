@@ -37,8 +37,8 @@ def zero_costs(
     reused = min(backward, settings["stage3_max_reuse_distance"] / 2e9)
     if stage == 3:
         weights = weights / num_gpus + small + reused
-    # float32 has no masters where DeepSpeed updates the weights, or their parts, themselves
-    masters = 8 if width == 4 and stage in (0, 3) else 12
+    # ZeRO 1 to 3 copy float32 as well; without, DeepSpeed has the optimizer update the weights
+    masters = 12 if width == 2 or stage else 8
     # one that is reduced, and one that is filled meanwhile
     buckets = (0, 1 + settings["overlap_comm"], 1 + settings["overlap_comm"], 1)[stage]
     memory = [
