@@ -62,8 +62,11 @@ def measured(path: str, stage: int, precision: str, num_frozen: int) -> dict[str
     import deepspeed.comm as comm
 
     keys = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-    if num_frozen:  # nothing stays gathered for the backward pass, so that it shows what that gathers
-        keys.append("engine.extra.zero_optimization.stage3_max_reuse_distance=0")
+    if (
+        num_frozen
+    ):  # nothing stays gathered for the backward pass, so that it shows what that gathers
+        zero = "engine.extra.zero_optimization.stage3"
+        keys += [f"{zero}_max_reuse_distance=0", f"{zero}_prefetch_bucket_size=0"]
     config = load_config(path, [*keys, f"optim.accumulation={ACCUMULATION}"])
     model, batch = config.model, config.optim.micro_batch
     clip_BTHWC = torch.randint(
