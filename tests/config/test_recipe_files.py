@@ -108,8 +108,9 @@ def test_a_recipe_states_what_differs_from_its_base_and_the_run_folder_all(tmp_p
         (
             {"recipe": "base: other.yaml\n"},
             FileNotFoundError,
-            r"other.yaml: no such configuration file",
+            r"recipe.yaml: base: .*other.yaml: no such configuration file",
         ),
+        ({"recipe": "base: null\n"}, ValueError, r"recipe.yaml: base: null is not a text"),
         (
             {"recipe": "base: base.yaml\n", "base": "base: third.yaml\n"},
             ValueError,

@@ -527,7 +527,13 @@ LOADING: dict[str, Any] = {"data": DataConfig(), "workers": Workers(4, 1, 16, 2)
             ("pack",),
         ),
         (Costs(1, 4, 3, 2, 60), {}, "copying", ("fewer bytes",), ("pack", "cores")),
-        (Costs(1, 4, 3, 2, 0.1), {}, "handing over", ("prefetch_batches=4",), ("pack", "cores")),
+        (
+            Costs(1, 4, 3, 2, 0.1),
+            {},
+            "handing over",
+            ("prefetch_batches=4", "where no optim.global_batch derives it"),
+            ("pack", "cores"),
+        ),
         (
             Costs(1, 41, 8, 2, 0.1),
             {"workers": Workers(0, 1, 16, 2)},

@@ -1,8 +1,11 @@
 """What `video-mae plan` says, against what torch and the models themselves count."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,10 +15,14 @@ from video_mae import VideoClassifier, VideoMAE
 from video_mae.cli import main
 from video_mae.config import FinetuneConfig, PretrainConfig, load_config
 from video_mae.config.machines import FACTS
+from video_mae.config.optim import OptimConfig
 from video_mae.config.plan import FinetunePlanConfig, PretrainPlanConfig, plan_schema
 from video_mae.model.masking import mask_counts, token_mask
 from video_mae.model.vit import encoder_macs, pretraining_macs
+from video_mae.planning.loading import loading_rows, planned_sources
+from video_mae.planning.plan import Planner
 from video_mae.planning.rehearsal import Rehearsal
+from video_mae.planning.zero import zero_costs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted([*CONFIGS.glob("pretrain/*.yaml"), *CONFIGS.glob("finetune/*.yaml")])
@@ -140,6 +147,170 @@ def test_a_file_or_its_base_says_which_stage_it_is_for(
     assert plan_schema(str(on_base)) is FinetunePlanConfig
 
 
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    file = tmp_path_factory.mktemp("planner") / "pretrain.yaml"
+    file.write_text(yaml.safe_dump(PRETRAIN))
+    return Planner(load_config(file, (), PretrainPlanConfig))
+
+
+@pytest.mark.parametrize(
+    ("network", "num_gpus", "gpus_a_node", "rate"),
+    [
+        ("ndr400", 16, 8, 0.4),
+        ("ndr400", 16, 2, 0.1),  # an adapter for each GPU
+        ("hdr200", 12, 8, 0.15),  # two machines of six
+        ("ethernet100", 16, 8, 0.0125),
+        ("ethernet100", 16, 2, 0.0125),  # one for all
+        ("ndr400", 8, 8, 0),  # nothing leaves the machine
+    ],
+)
+def test_a_network_has_what_its_name_says_a_machine_or_a_gpu(
+    planner: Planner,
+    monkeypatch: pytest.MonkeyPatch,
+    network: str,
+    num_gpus: int,
+    gpus_a_node: int,
+    rate: float,
+):
+    config = replace(planner.config, network=network)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(planner, "config", config)
+    monkeypatch.setattr(planner, "gpus_a_node", gpus_a_node)
+    sent, link, between = planner.traffic(np.array([1.0, 0.5, 0.25]), num_gpus)
+    assert sent == pytest.approx((2 + 0.5 + 0.25) * (num_gpus - 1) / num_gpus)
+    assert link == pytest.approx(sent / 0.8 / 0.45)
+    assert between == (pytest.approx(sent / 0.8 / rate) if rate else 0)
+    monkeypatch.setattr(planner, "gpus_a_node", 1)
+    assert planner.traffic(np.array([1.0, 0.0, 0.0]), 2)[1] == 0
+
+
+def test_a_step_without_a_global_batch_may_be_of_any_size(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+):
+    optim = OptimConfig(micro_batch=65_536, accumulation=1000)
+    monkeypatch.setattr(planner, "config", replace(planner.config, optim=optim))
+    step = planner.step(4096, 1, 0)
+    assert step is not None
+    assert step["micro-batch"] * step["accumulation"] == 65_536_000
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(planner.gpu, "memory", 0.5)
+    room = 0.92 * 0.5
+    for again in (0, 1):
+        step = planner.step(8, 2, again)
+        assert step is not None
+        of_zero, *_ = zero_costs(
+            planner.weights,
+            2,
+            2,
+            8,
+            FACTS.deepspeed | {"overlap_comm": 0, "reduce_bucket_size": 1e9},
+        )
+        most = int(step["largest micro-batch that fits"])
+        assert sum(planner.memory(of_zero, again, most)) <= room
+        assert sum(planner.memory(of_zero, again, most + 1)) > room
+
+
+def test_what_an_average_of_the_weights_and_fp32_reductions_take(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+):
+    plain = planner.step(8, 1, 0)
+    optim = replace(planner.config.optim, ema=0.999)
+    extra = {"communication_data_type": "fp32"}
+    engine = replace(planner.config.engine, extra=extra)
+    monkeypatch.setattr(planner, "config", replace(planner.config, optim=optim, engine=engine))
+    more = planner.step(8, 1, 0)
+    assert plain is not None
+    assert more is not None
+    for name, times in (
+        ("GB: master weights and moments", 16 / 12),
+        ("GB all-reduced", 2),
+        ("GB: buckets of gradients", 2),
+        ("GB gathered", 1),
+    ):
+        assert more[name] == pytest.approx(times * plain[name])
+
+
+def test_zero_3_partitions_and_gathers_weights_that_are_not_trained():
+    sizes = [(400_000, False), (1000, False), (300_000, True), (200_000, False), (2000, True)]
+    weights = [torch.empty(size, device="meta").requires_grad_(on) for size, on in sizes]
+    settings = FACTS.deepspeed | {"overlap_comm": True, "reduce_bucket_size": 1e9}
+    settings["stage3_max_reuse_distance"] = 200_000
+    memory, once, each = zero_costs(weights, 2, 3, 4, settings)
+    # all of them in four parts, the small ones, and what is kept from the forward pass
+    assert memory[0] * 1e9 == pytest.approx(2 * (903_000 / 4 + 3000 + 100_000))
+    assert memory[1] * 1e9 == pytest.approx(2 * 302_000 / 4)
+    assert memory[2] * 1e9 == pytest.approx(12 * 302_000 / 4)
+    assert once * 1e9 == pytest.approx([0, 2 * 3000, 0])
+    # the backward pass ends at the first that is trained
+    gathered = 900_000 + 500_000 - 100_000
+    assert each * 1e9 == pytest.approx([0, 2 * gathered, 2 * 302_000])
+    masters = [zero_costs(weights, 4, stage, 1, settings)[0][2] for stage in range(4)]
+    assert np.array(masters) * 1e9 == pytest.approx(302_000 * np.array([8, 12, 12, 12]))
+
+
+@pytest.mark.parametrize(
+    ("names", "keys", "num_files", "kind", "origin"),
+    [
+        (["a.mp4", "b.mp4", "c.avi"], {}, 3, "videos", "as .* has"),
+        (["a.jpg", "b.png"], {}, 2, "pictures", "as .* has"),
+        (["a.npy"], {}, 1, "arrays", "as .* has"),
+        ([], {"source": "data/ssv2/train.txt"}, 168_913, "videos", "ASSUMED .* as ssv2 is"),
+        (
+            [],
+            {"source": "t.csv", "root": "/Hybrid/imagenet"},
+            1_281_167,
+            "pictures",
+            "ASSUMED .*imag",
+        ),
+        ([], {"source": "data/own/train.txt"}, 100_000, "videos", "ASSUMED"),
+        ([], {"value_range": [0, 9]}, 100_000, "arrays", "ASSUMED"),
+    ],
+)
+def test_a_list_that_is_here_is_counted_and_any_other_assumed_once(
+    tmp_path: Path,
+    names: list[str],
+    keys: dict[str, object],
+    num_files: int,
+    kind: str,
+    origin: str,
+):
+    if names:
+        own = tmp_path / "kinetics400_some.txt"
+        own.write_text("".join(f"{name} 0\n" for name in names))
+        keys = {"source": str(own), "root": "/not/on/this/machine"}
+    file = tmp_path / "pretrain.yaml"
+    file.write_text(yaml.safe_dump({**PRETRAIN, "data": keys}))
+    config = load_config(file, (), PretrainPlanConfig)
+    (source,) = planned_sources(config)
+    assert (source.key, source.num_files, source.kind) == ("data", num_files, kind)
+    assert re.match(origin, source.origin)
+    rows = loading_rows(config, [source], 1.0)
+    assert [("not known" in row) for row in rows] == [kind == "arrays"] * len(rows)
+    assert len(rows) == {"videos": 3, "pictures": 1, "arrays": 1}[kind]
+    (source,) = planned_sources(replace(config, videos=77))
+    assert (source.num_files, source.origin) == (77, "by the key videos")
+
+
+def test_a_mixture_loads_each_source_in_its_share(tmp_path: Path):
+    file = tmp_path / "pretrain.yaml"
+    sources = {"a": {"source": "imagenet", "weight": 3}, "b": {"source": "ssv2", "weight": 1}}
+    file.write_text(yaml.safe_dump({**PRETRAIN, "data": {"sources": sources}}))
+    config = load_config(file, (), PretrainPlanConfig)
+    pictures, video, *_ = loading_rows(config, planned_sources(config), 4.0)
+    megapixels = 4 * 32 * 32 / 1e6
+    cells = pictures.strip("| ").split(" | ")
+    assert cells[0] == "data.sources.a: plain files"
+    assert float(cells[1]) == pytest.approx(3 * (1.0 + 3.6 * megapixels), rel=1e-3)
+    assert float(cells[3]) == pytest.approx(0.1 * 1_281_167 / 1e6, rel=0.01)
+    assert float(cells[4]) == pytest.approx(3 * 0.1)
+    cells = video.strip("| ").split(" | ")
+    assert float(cells[1]) == pytest.approx(3.2 * 4 + 3.6 * megapixels, rel=1e-3)
+
+
 def status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_of:
         main(arguments)
@@ -162,7 +333,15 @@ def test_a_plan_is_printed_and_written_with_a_plot(
     text = capsys.readouterr().out
     assert page.read_text().startswith(text.rstrip())
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "ndr400: 0.15 TB/s from a machine of 3 GPUs to others." in text
+    assert "- data: 960 videos, by the key videos." in text
     rows = rows_of(text)
+    for between, sent in zip(
+        *(rows[name] for name in ("ms of that between machines alone", "GB sent by a GPU")),
+        strict=True,
+    ):
+        assert between == pytest.approx(sent / 0.8 / 0.15, rel=1e-2)
+    assert " 6 |" in text.split("## The fastest")[1].split("| ZeRO")[0]  # beside those of a scale
     assert set(rows["GPUs"]) == {6}
     assert set(rows["ZeRO stage"]) == {0, 1, 2, 3}
     for micro_batch, accumulation in zip(rows["micro-batch"], rows["accumulation"], strict=True):
@@ -210,9 +389,25 @@ def test_what_cannot_be_planned_is_told_in_a_line(
     assert len(errors.splitlines()) == 1
 
 
-def test_a_file_that_is_not_there_is_told_in_a_line(capsys: pytest.CaptureFixture[str]):
+def test_a_file_that_is_not_there_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert status("plan", "nowhere.yaml") == 2
     assert "nowhere.yaml" in capsys.readouterr().err
+    file = tmp_path / "run.yaml"
+    for base, said in (("gone.yaml", "gone.yaml: no such"), ("null", "null is not a text")):
+        file.write_text(f"base: {base}\n")
+        assert status("plan", str(file)) == 2
+        error = capsys.readouterr().err
+        assert f"{file}: base: " in error
+        assert said in error
+
+
+def test_a_clip_that_has_no_other_to_be_mixed_with_is_no_step(finetune: Path):
+    keys = "optim.global_batch=8", "augment.mix_probability=1"
+    planner = Planner(load_config(finetune, keys, FinetunePlanConfig))
+    assert planner.step(8, 1, 0) is None
+    assert planner.step(4, 1, 0) is not None
 
 
 @pytest.mark.slow

@@ -61,9 +61,11 @@ def test_memory_and_traffic_are_those_of_two_ranks(tmp_path: Path):
     base, slope = Rehearsal(config, "auto", False).costs()
     kept = 1e9 * (base + config.optim.micro_batch * slope)[0]
     weights = list(VideoMAE(config.model).parameters())
+    small = sum(w.numel() for w in weights if w.numel() <= 100_000)
+    large = sum(w.numel() for w in weights) - small
     for stage in range(4):
         measured = found[str(stage)]
-        settings = FACTS.deepspeed | zero_settings(stage, sum(w.numel() for w in weights))
+        settings = FACTS.deepspeed | zero_settings(stage, small + large)
         memory, once, each = zero_costs(weights, 2, stage, RANKS, settings)
         of_weights, gradients, masters, buckets = 1e9 * memory
         all_reduced, gathered, scattered = 1e9 * (once + ACCUMULATION * each)
@@ -74,11 +76,33 @@ def test_memory_and_traffic_are_those_of_two_ranks(tmp_path: Path):
             assert measured["backward ends"] == pytest.approx(in_backward, rel=0.1)
         else:  # what is gathered goes on the way; all else is there to stay
             assert measured["backward begins"] == pytest.approx(in_backward + kept, rel=0.1)
-            small = sum(w.numel() for w in weights if w.numel() <= 100_000)
-            between = in_backward - 2 * (sum(w.numel() for w in weights) - small)
+            between = in_backward - 2 * large
         assert measured["between steps"] == pytest.approx(between, rel=0.1)
         sent = measured["sent"]
         assert sent.get("all_reduce", 0) == pytest.approx(all_reduced, rel=0.01)
         # logged are the parts that are gathered, and the whole tensors that are scattered
         assert RANKS * sent.get("all_gather_into_tensor", 0) == pytest.approx(gathered, rel=0.01)
         assert sent.get("reduce_scatter_tensor", 0) == pytest.approx(scattered, rel=0.01)
+    for stage in (0, 1, 3):
+        settings = FACTS.deepspeed | zero_settings(stage, small + large)
+        of_weights, gradients, masters, buckets = (
+            1e9 * zero_costs(weights, 4, stage, RANKS, settings)[0]
+        )
+        between = of_weights + masters
+        if stage == 3:
+            between += gradients + buckets - 4 * large
+        assert found[f"{stage} fp32"]["between steps"] == pytest.approx(between, rel=0.1)
+    model = VideoMAE(config.model)
+    for part in (model.encoder.patch_embed, *list(model.encoder.blocks)[:2]):
+        part.requires_grad_(False)
+    weights = list(model.parameters())
+    num = sum(w.numel() for w in weights if w.requires_grad)
+    settings = FACTS.deepspeed | zero_settings(3, num) | {"stage3_max_reuse_distance": 0}
+    memory, once, each = zero_costs(weights, 2, 3, RANKS, settings)
+    _, gathered, scattered = 1e9 * (once + ACCUMULATION * each)
+    sent = found["3 frozen"]["sent"]
+    assert RANKS * sent["all_gather_into_tensor"] == pytest.approx(gathered, rel=0.01)
+    assert sent["reduce_scatter_tensor"] == pytest.approx(scattered, rel=0.01)
+    on_the_host = 4 * sum(w.numel() for w in weights if not w.requires_grad)  # the engine's copy
+    between = 1e9 * memory.sum() + on_the_host
+    assert found["3 frozen"]["between steps"] == pytest.approx(between, rel=0.1)

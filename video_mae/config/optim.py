@@ -107,5 +107,10 @@ class OptimConfig(Knobs):
                 f"{num_ranks} ranks; {near} or {near + num_ranks} are, or start "
                 f"{' or '.join(map(str, counts))} ranks"
             )
-        size = max(n for n in range(1, min(self.micro_batch, share) + 1) if share % n == 0)
+        size = largest_divisor(share, self.micro_batch)
         return replace(self, micro_batch=size, accumulation=share // size)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest number up to `most` that divides another one."""
+    return max(n for n in range(1, min(most, number) + 1) if number % n == 0)

@@ -270,8 +270,8 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
     if kind in (int, float) and isinstance(value, int | str | kind) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             return kind(value)
-    said = _typed(value, Any, where)
-    raise ValueError(f"{where}: {said!r:.100} is not {_in_words(hint)}")
+    said = "null" if value is None else repr(_typed(value, Any, where))
+    raise ValueError(f"{where}: {said:.100} is not {_in_words(hint)}")
 
 
 def _in_words(hint: Any) -> str:
@@ -367,6 +367,8 @@ def _over_base(values: JsonObject, file: Path, schema: Any) -> JsonObject:
     FileNotFoundError; ValueError.
     """
     base = file.parent / _typed(values.pop("base"), str, "base")
+    if not base.is_file():
+        raise FileNotFoundError(f"{file}: base: {base}: no such configuration file")
     with _naming(f"{base}: "):
         below = _read_file(_text_of(base))
         if "base" in below:

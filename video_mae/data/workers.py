@@ -145,7 +145,12 @@ def advise(
     pack = "`video-mae pack --form frames`" if packed else "`video-mae pack`"
     disk = "" if packed else ", or `video-mae pack` (few files, read in order)"
     table = (
-        ("handing over", True, "a smaller optim.micro_batch with more optim.accumulation"),
+        (
+            "handing over",
+            True,
+            "a smaller optim.micro_batch (with more optim.accumulation, where no "
+            "optim.global_batch derives it)",
+        ),
         ("handing over", True, f"data.prefetch_batches={2 * data.prefetch_batches}"),
         ("no workers", True, f"data.num_workers={min(needed, share)} to work beside it"),
         (by_worker, most > workers.num, f"data.num_workers={most}"),

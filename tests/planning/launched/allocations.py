@@ -1,6 +1,6 @@
 """What two ranks allocate and send in a step, in each ZeRO stage, in one process group.
 
-Arguments: a YAML file of a run, and the JSON file that rank 0 writes: for each stage the bytes of
+Arguments: a YAML file of a run, and the JSON file that rank 0 writes: for each of CASES the bytes of
 all tensors where the last backward pass of a step begins, where it ends, and between steps, beyond
 what there was before the engine; the bytes that a forward pass keeps for its backward pass; and
 what DeepSpeed's log of communication counted in the step, by operation.
@@ -23,6 +23,12 @@ from video_mae.training.engine import Engine, leave
 ACCUMULATION = 2
 # steps before the one that is measured: only then ZeRO 3 knows the order of its parameters
 WARM = 2
+CASES = {
+    **{str(stage): (stage, "bf16", 0) for stage in range(4)},
+    **{f"{stage} fp32": (stage, "fp32", 0) for stage in (0, 1, 3)},
+    "3 frozen": (3, "bf16", 2),
+}
+"""Name: ZeRO stage, precision, how many blocks of the encoder are not trained."""
 
 
 def tensor_bytes() -> int:
@@ -52,10 +58,16 @@ class Kept:
         return tensor
 
 
-def measured(path: str, stage: int) -> dict[str, Any]:
+def measured(path: str, stage: int, precision: str, num_frozen: int) -> dict[str, Any]:
     import deepspeed.comm as comm
 
-    config = load_config(path, [f"engine.zero_stage={stage}", f"optim.accumulation={ACCUMULATION}"])
+    keys = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    if (
+        num_frozen
+    ):  # nothing stays gathered for the backward pass, so that it shows what that gathers
+        zero = "engine.extra.zero_optimization.stage3"
+        keys += [f"{zero}_max_reuse_distance=0", f"{zero}_prefetch_bucket_size=0"]
+    config = load_config(path, [*keys, f"optim.accumulation={ACCUMULATION}"])
     model, batch = config.model, config.optim.micro_batch
     clip_BTHWC = torch.randint(
         0, 256, (batch, model.num_frames, model.height, model.width, 3), dtype=torch.uint8
@@ -65,6 +77,9 @@ def measured(path: str, stage: int) -> dict[str, Any]:
     network = VideoMAE(
         model, config.objective, checkpointing=config.engine.activation_checkpointing
     )
+    if num_frozen:
+        for part in (network.encoder.patch_embed, *list(network.encoder.blocks)[:num_frozen]):
+            part.requires_grad_(False)
     engine = Engine(network, config)
     found: dict[str, Any] = {}
     is_last = False
@@ -75,7 +90,8 @@ def measured(path: str, stage: int) -> dict[str, Any]:
                 found[name] = tensor_bytes() - before
 
         def follow(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            output.register_hook(look)
+            if output.requires_grad:
+                output.register_hook(look)
 
         module.register_forward_hook(follow)
 
@@ -107,8 +123,8 @@ def measured(path: str, stage: int) -> dict[str, Any]:
 def main() -> None:
     path, file = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     found = {}
-    for stage in range(4):
-        found[stage] = measured(path, stage)
+    for name, case in CASES.items():
+        found[name] = measured(path, *case)
         if torch.distributed.get_rank() == 0:
             Path(file).write_text(json.dumps(found))
     leave()
