@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import reference
 from .dispatch import choose
-from .launch import floats, in_units, launch, register
+from .launch import floats, in_units, launch, register, runs
 from .reference import EPSILON, Normalize, Tubelet
 from .scaling import scale_tokens
 from .tubelets import check_clip, check_dtypes, cut_of, dense_rows, locate
@@ -248,6 +248,8 @@ def _token_errors(
         else torch.empty(predicted.shape, dtype=dtype, device=predicted.device)
         for dtype in (target_dtype, residual_dtype)
     )
+    if not runs(predicted):  # torch.compile would take minutes over the symbolic sizes below
+        return error_BM, target_BMP, residual_BMP
     # what a thread reads at once: 16 bytes of a uint8 clip, or else of the prediction alone
     run = 16 if cut.row_values % 16 == 0 else 8
     groups = triton.next_power_of_2(triton.cdiv(cut.num_values, run))
