@@ -271,7 +271,9 @@ def _typed(value: Any, hint: Any, where: str, root: Any = None, make: Any = None
         with suppress(ValueError, OverflowError):
             return kind(value)
     said = _typed(value, Any, where)
-    raise ValueError(f"{where}: {said!r:.100} is not {_in_words(hint)}")
+    raise ValueError(
+        f"{where}: {'null' if said is None else repr(said):.100} is not {_in_words(hint)}"
+    )
 
 
 def _in_words(hint: Any) -> str:
