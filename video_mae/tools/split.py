@@ -18,7 +18,7 @@ class SplitConfig(Knobs):
 
     shares: tuple[float, float, float] = knob(
         (0.8, 0.1, 0.1),
-        "of the videos, in the lists to train, validate and test on; as [8, 1, 1] is",
+        "ratios of the videos in the lists to train, validate and test on; [8, 1, 1] is the same",
         low=0,
     )
     group: str = knob(
