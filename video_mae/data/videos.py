@@ -29,8 +29,8 @@ from video_mae.files import one_line, read_text
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 CLASS_FILE = "classes.txt"
-FEATURES_FILE = "extract.json"
-"""Says how the features of a folder were made; such a folder is no class."""
+FEATURES = "extract.json"
+"""The file of a folder of features, of an earlier prediction as well: such a folder is no class."""
 NO_LINES = "the list is empty, write lines `PATH LABEL` into it"
 TOLD = 8  # endings and classes that a note names
 
@@ -73,15 +73,14 @@ def read_annotations(
     A list file has lines as `read_list` reads them, or as data.list_format says; relative paths
     start at data.root or at the folder of the list. A folder has a folder per class, sorted by
     name, searched to any depth; files beside those have no label; all are videos, or none is. What
-    is hidden (.NAME) is passed over, and folders of features.
-    A file that a folder would give is itself the only one. The notes of the result tell what a
-    folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
-    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links as
-    well, wherever that is: data sets are made of links; through `..` out of the folder of the list
-    only where data.root is given. Devices, pipes, sockets, files of
-    the kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may
-    be named twice. resumed: for a run that has read it before, to which a file that is gone since
-    is a bad one, as if it had gone while it ran.
+    is hidden (.NAME) is passed over, and folders of features. A file that a folder would give is
+    itself the only one. The notes of the result tell what a folder holds besides. `what` is what
+    the user calls data.source. A packed folder, or the URL of one, gives Members: see
+    `read_packed`. Every path must lead to a regular file, through links as well, wherever that is:
+    data sets are made of links; through `..` out of the folder of the list only where data.root is
+    given. Devices, pipes, sockets, files of the kernel (/proc, /sys), folders, URLs, links in
+    circles or to nothing are refused. A video may be named twice. resumed: for a run that has
+    read it before, to which a file that is gone since is a bad one, as if it had gone while it ran.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     if is_packed(data.source):
@@ -171,10 +170,7 @@ def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...], tuple[s
     classes = [
         entry.name
         for entry in entries
-        # features may be those of an earlier prediction
-        if entry.is_dir()
-        and entry.name[0] != "."
-        and not (source / entry.name / FEATURES_FILE).exists()
+        if entry.is_dir() and entry.name[0] != "." and not (source / entry.name / FEATURES).exists()
     ]
     found = [
         Line(0, path, label) for label, name in enumerate(classes) for path in _files(source / name)

@@ -22,7 +22,7 @@ from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, allow_readers, load_pretrained
-from video_mae.data.videos import FEATURES_FILE, read_annotations
+from video_mae.data.videos import FEATURES, read_annotations
 from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
@@ -105,7 +105,7 @@ class Extraction:
             "span": self.windows.span,
             "weights": _fingerprint(model),
         }
-        check_made_with(folder / FEATURES_FILE, self.settings, earlier={"sampling": "dense"})
+        check_made_with(folder / FEATURES, self.settings, earlier={"sampling": "dense"})
         if sampling != trained.sampling or (sampling == "dense" and stride != trained.stride):
             self.notes.append(
                 f"frames: {sampling}, stride {stride}, as given here; without it "
@@ -119,7 +119,7 @@ class Extraction:
         with Ranks() as ranks, hold_folder(self.folder, ranks.rank) as told:
             if ranks.is_main:
                 self.notes += told
-                write_json(self.folder / FEATURES_FILE, self.settings)
+                write_json(self.folder / FEATURES, self.settings)
             ranks.gather([])  # the folder is there
             bad = dict(ranks.gather(list(self._extract(ranks).items())))
             return self.conclude(bad) if ranks.is_main else DONE

@@ -15,7 +15,7 @@ from video_mae.convert.model_folder import (
     save_model_folder,
 )
 from video_mae.files import JsonObject, read_jsonl, say, write_text
-from video_mae.model.vit import VideoClassifier
+from video_mae.model.vit import VideoMAE
 from video_mae.results import METRICS_FILE
 
 THEIRS = "transformers"
@@ -58,9 +58,7 @@ def start(model: str, repository: str, config: PushConfig) -> int:
             theirs = f"{name}.from_pretrained({repository!r}, subfolder={THEIRS!r})"
         except ValueError as error:
             theirs = f"It has no such model ({error})."
-        tag = (
-            "video-classification" if isinstance(loaded, VideoClassifier) else "feature-extraction"
-        )
+        tag = "feature-extraction" if isinstance(loaded, VideoMAE) else "video-classification"
         card = f"""---
 library_name: video-mae
 pipeline_tag: {tag}
