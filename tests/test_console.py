@@ -129,7 +129,7 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["pretain"], "there is no stage pretain, did you mean pretrain?"),
-        (["--foo"], "there is no stage --foo"),
+        (["--foo"], "there is no stage --foo: `video-mae` lists them"),
         (["pretrain"], "CONFIG.yaml is missing"),
         (["predict", "model"], "FOLDER_OR_FILES... is missing"),
         (["pretrain", "x.yaml", "--optim.steps=5"], "a key has no dashes: optim.steps=5"),
@@ -179,6 +179,7 @@ def test_help_shows_ten_keys_and_all_of_them_where_it_is_asked(
         ("", ["mask.kind=tub"], "mask.kind: 'tub' is not one of tube, random, random_kept, frame"),
         ("", ["data.flip=maybe"], "data.flip: 'maybe' is not true or false"),
         ("", ["mask.ratio=much"], "mask.ratio: 'much' is not a number"),
+        ("", ["mask.ratio=null"], "mask.ratio: null is not a number"),
         ("", ["optim.betas=[0.9]"], "optim.betas: [0.9] is not a list like [1, 2]"),
         ("classifier: {num_classes: 3}", [], "unknown key classifier (it is one of `video-mae fi"),
         ("", ["freeze_blocks=3"], "unknown key freeze_blocks (it is one of `video-mae finetune`)"),

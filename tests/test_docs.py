@@ -113,10 +113,11 @@ def test_every_page_is_in_the_navigation_of_the_site():
         assert (ROOT / name).is_file(), name
 
 
-def test_what_the_site_is_made_with_is_pinned():
+@pytest.mark.parametrize("extra", ["docs", "serve"])
+def test_what_an_extra_brings_is_pinned(extra: str):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = (ROOT / "constraints.txt").read_text().lower()
-    for requirement in project["optional-dependencies"]["docs"]:
+    for requirement in project["optional-dependencies"][extra]:
         name = re.split(r"[\[>]", requirement)[0]
         assert re.search(rf"^{name}==", pinned, re.M), name
 

@@ -273,8 +273,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[s
         print(ANSWERS[name]())
         sys.exit()
     if name not in STAGES:
-        near = " or ".join(get_close_matches(name, STAGES)) or "another"
-        raise ValueError(f"there is no stage {name}, did you mean {near}? `video-mae` lists them")
+        near = " or ".join(get_close_matches(name, STAGES))
+        hint = f", did you mean {near}?" if near else ":"
+        raise ValueError(f"there is no stage {name}{hint} `video-mae` lists them")
     wanted, path, plain, flagged = STAGES[name].words, None, [], []
     takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
     left = iter(given)

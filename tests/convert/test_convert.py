@@ -539,6 +539,9 @@ def test_a_destination_is_not_overwritten_unless_asked(tmp_path):
     with pytest.raises(ValueError, match="videos: is a folder of something else than a model"):
         convert(path, tmp_path / "videos", ConvertConfig(**FACTS, overwrite=True))
     assert (tmp_path / "videos" / "a.mp4").read_bytes() == b"a video"
+    (tmp_path / "empty").mkdir()
+    convert(path, tmp_path / "empty", ConvertConfig(**FACTS, overwrite=True))
+    assert load_pretrained(tmp_path / "empty", VideoMAE).config.num_heads == 3
 
 
 def test_loading_warns_of_what_was_assumed_and_refuses_another_kind(tmp_path, caplog):

@@ -29,6 +29,7 @@ from video_mae import (
 )
 from video_mae.cli import main
 from video_mae.convert.export import export_hugging_face
+from video_mae.convert.hub import asking_hub
 from video_mae.files import write_json
 from video_mae.training.starting_weights import starting_weights
 from video_mae.training.teacher import EncoderTeacher, TransformersTeacher, load_teacher
@@ -172,6 +173,8 @@ def test_what_is_not_there_is_said_in_one_line(
         assert error.count("\n") == 1
         assert ("HF_TOKEN" in error) == ("hub" in said)
     assert "Revision Not Found" in error
+    with pytest.raises(FileNotFoundError, match=r"^x \((word ){39}\.\.\.\); "), asking_hub("x"):
+        raise OSError("word\n" * 100)  # cut at a word
 
 
 def test_a_cache_does_without_the_hub(
@@ -266,7 +269,9 @@ def test_a_pushed_model_comes_back_with_a_card(
     files = hub.repositories["me/new"]["main"]
     card = files["README.md"].decode()
     _, header, text = card.split("---\n", 2)
-    assert yaml.safe_load(header)["license"] == "cc-by-nc-4.0"
+    told = yaml.safe_load(header)
+    assert told["license"] == "cc-by-nc-4.0"
+    assert told["pipeline_tag"] == "video-classification"
     for said in ("Kinetics-400, ours", "step: 2", "val_top1: 0.75", "top1: 0.625", "videos: 8"):
         assert said in text
     assert "lr:" not in text
@@ -288,6 +293,14 @@ def test_a_pushed_model_comes_back_with_a_card(
     assert "top1: 0.625" not in text
     assert "step: 4" in text
     assert "It has no such model (format: Hugging Face's VideoMAE has no model.positions" in text
+
+    save_model_folder(tmp_path / "run" / "other_model", VideoMAE(MODEL))
+    metrics["settings"]["model"] = "/elsewhere/run/model"
+    write_json(tmp_path / "run" / "metrics.json", {**metrics, "top1": 0.625})
+    assert status("push", tmp_path / "run" / "other_model", "me/mae") == 0
+    card = hub.repositories["me/mae"]["main"]["README.md"].decode()
+    assert "pipeline_tag: feature-extraction\n" in card
+    assert "top1: 0.625" not in card
 
 
 def test_a_push_goes_to_a_branch_or_a_folder_or_says_why_not(
@@ -319,7 +332,15 @@ def test_a_push_goes_to_a_branch_or_a_folder_or_says_why_not(
         torch.testing.assert_close(theirs(pixels).logits, ours, rtol=1e-4, atol=1e-5)
     monkeypatch.setenv("HF_TOKEN", "reader")
     capsys.readouterr()  # transformers shows its progress
-    for words in (("me/there",), ("me/new",), ("me/there", "revision=none"), ("nowhere at all",)):
+    for name, said in (
+        ("nowhere at all", "OWNER/NAME: nowhere at all does not say whose it is to be"),
+        ("me/not there", "Repo id must use alphanumeric chars"),
+        ("a/b/c", "Repo id must be in the form"),
+    ):
+        assert status("push", model, name, f"output={tmp_path / 'none'}") == 2
+        assert capsys.readouterr().err.startswith(f"video-mae push: {said}")
+    assert not (tmp_path / "none").exists()
+    for words in (("me/there",), ("me/new",), ("me/there", "revision=none")):
         assert status("push", model, *words) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"video-mae push: {words[0]}: was not sent (")

@@ -316,8 +316,11 @@ def test_a_folder_per_class_gives_labels_in_sorted_order(tmp_path):
     ]
     assert read_annotations(config).class_names == ("ant", "zebra")
     (tmp_path / "stray.mp4").write_bytes(b"x")
-    with pytest.raises(ValueError, match="in no class folder"):
-        read_annotations(config)
+    paths = read_annotations(config)
+    assert paths[3] == (str(tmp_path / "stray.mp4"), {"label": -1})
+    assert "what is in no class folder has no label" in paths.notes[-1]
+    with pytest.raises(ValueError, match=r"stray.mp4 has no label in .* a class folder"):
+        videos.read_labeled("data.source", str(tmp_path))
 
 
 def test_a_folder_without_videos_is_refused(tmp_path):

@@ -110,11 +110,15 @@ def test_what_is_left_out_is_counted_and_an_empty_class_named(tmp_path: Path) ->
         "swim/deep/a.wmv",
         "swim/README",
         "walk/.keep",
+        "swim/.trash/old.wmv",
+        "walk/._a.mp4",
+        "predicted.parts/extract.json",
+        "predicted.parts/a.npz",
         "a.txt",
     )
     assert names(source) == ["a.mp4", "a.wmv"]
     assert notes(source) == [
-        "files that are left out by their endings: 2 .jpg, 2 without an ending, 1 .swf, 1 .txt",
+        "files that are left out by their endings: 2 .jpg, 1 .swf, 1 without an ending, 1 .txt",
         "2 of 4 classes have no videos, and keep their labels: run, walk",
     ]
     many = touch(

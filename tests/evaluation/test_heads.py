@@ -34,7 +34,7 @@ def _one_thread(quiet_process: None) -> None:
 
 
 def test_the_batch_norm_is_the_definition_without_parameters():
-    grid = HeadGrid(lambda: LinearHead(3, 2), 3, SETTINGS)
+    grid = HeadGrid(lambda: LinearHead(3, 2), SETTINGS)
     assert list(grid.prepare.parameters()) == []
     batches = [
         torch.randn(7, 3) * torch.tensor([1.0, 20.0, 0.1]) + torch.tensor([0.0, 5.0, -9.0])
@@ -78,7 +78,7 @@ def test_the_attentive_head_is_a_cross_attention_block():
     for parameter in head.parameters():
         parameter.data.normal_(std=0.5)
     tokens_BND = torch.randn(2, 7, 12) * 3 + 1
-    logits = head(head.prepare(12)(tokens_BND))
+    logits = head(head.prepare(tokens_BND))
     expected = reference_attention(head, tokens_BND)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     weight_BK = torch.randn(2, 5)
@@ -102,13 +102,13 @@ def test_each_head_of_a_grid_ends_as_it_would_alone(kind: str) -> None:
         torch.manual_seed(1)
         return LinearHead(6, 3) if kind == "linear" else AttentiveHead(6, 3, num_heads=2)
 
-    grid, steps = HeadGrid(make, 6, SETTINGS), 12
+    grid, steps = HeadGrid(make, SETTINGS), 12
     for step in range(steps):
         grid.step(x[step : step + 8], label_B[step : step + 8], step / steps)
     together = grid.logits(x)
     for place, setting in enumerate(SETTINGS):
         head = make()
-        prepare = head.prepare(6)
+        prepare = head.prepare
         optimizer = torch.optim.AdamW(
             head.parameters(), setting.lr, weight_decay=setting.weight_decay
         )
@@ -127,7 +127,7 @@ def test_a_linear_head_finds_a_planted_direction():
     x_BD, label_B = torch.randn(200, 8), torch.randint(2, (200,))
     # small beside the noise: the batch norm sees to that
     x_BD[:, 3] = 0.01 * (2.0 * label_B - 1) + 0.001 * torch.randn(200)
-    grid = train(HeadGrid(lambda: LinearHead(8, 2), 8, SETTINGS), x_BD[:100], label_B[:100])
+    grid = train(HeadGrid(lambda: LinearHead(8, 2), SETTINGS), x_BD[:100], label_B[:100])
     assert max(accuracy(grid, x_BD[100:], label_B[100:])) == 1.0
 
 
@@ -144,13 +144,11 @@ def test_an_attentive_head_finds_what_the_mean_of_the_tokens_does_not_hold():
 
     (train_x, train_label), (x, label) = clips(128), clips(128)
     attentive = train(
-        HeadGrid(lambda: AttentiveHead(8, 2, num_heads=2), 8, SETTINGS),
+        HeadGrid(lambda: AttentiveHead(8, 2, num_heads=2), SETTINGS),
         train_x,
         train_label,
         steps=120,
     )
-    linear = train(
-        HeadGrid(lambda: LinearHead(8, 2), 8, SETTINGS), train_x.mean(dim=1), train_label
-    )
+    linear = train(HeadGrid(lambda: LinearHead(8, 2), SETTINGS), train_x.mean(dim=1), train_label)
     assert max(accuracy(attentive, x, label)) > 0.95
     assert max(accuracy(linear, x.mean(dim=1), label)) < 0.7

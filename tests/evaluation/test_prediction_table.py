@@ -116,7 +116,37 @@ def test_rows_are_windows_with_their_times_and_classes(
         assert best == sorted(best, reverse=True)
     (bad,) = (row for row in found if row["error"])
     assert Path(bad["path"]).name == "bad.mp4"
-    assert (bad["start_seconds"], bad["class_1"]) == ("", None)
+    # a row of all columns, of which two are filled
+    assert set(bad.values()) == {bad["path"], bad["error"], ""}
+
+
+def test_a_folder_is_taken_whole_and_goes_on_beside_its_own_table(
+    model: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, table = tmp_path / "mine", tmp_path / "mine" / "x.csv"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".trash").mkdir()
+    shutil.copy(videos / "a" / "short.mp4", folder / "deep" / "er" / "below.mp4")
+    shutil.copy(videos / "a" / "long.mp4", folder / "top.mp4")
+    for hidden in ("._top.mp4", "deep/._below.mp4", ".trash/old.mp4"):
+        (folder / hidden).write_bytes(b"nothing")
+
+    def work() -> tuple[list[str], dict[str, int]]:
+        assert status("predict", model, folder, f"output={table}", "num_workers=0") == 0
+        assert "have no videos" not in capsys.readouterr().out
+        made = {path.name[:3]: path.stat().st_mtime_ns for path in folder.glob("x.csv.parts/*.npz")}
+        return [Path(row["path"]).name for row in rows(table)], made
+
+    names, first = work()
+    assert names == ["below.mp4"] + ["top.mp4"] * 4
+    text = table.read_bytes()
+    assert work() == (names, first)
+    assert table.read_bytes() == text
+    # another video of that name is done again, and nothing else
+    shutil.copy(videos / "b" / "other.mp4", folder / "top.mp4")
+    names, second = work()
+    assert names == ["below.mp4"] + ["top.mp4"] * 3
+    assert [second[name] == first[name] for name in ("bel", "top")] == [True, False]
 
 
 def test_files_and_folders_may_be_named_one_by_one_and_keys_stand_anywhere(

@@ -104,9 +104,11 @@ def test_mistakes_are_one_line_and_write_nothing(
 ) -> None:
     (tmp_path / "list.txt").write_text(f"{tmp_path / 'none.mp4'} 0\n")
     for words, said in (
-        ((classes, "group=(g"), "group: (g is not found in "),
+        ((classes, "group=(g"), "group: (g is wrong as a pattern: missing )"),
         ((classes, "group=person"), "group: person is not found in "),
         ((classes, "shares=[1, 2]"), "shares: "),
+        ((classes, "shares=[0, 0, 0]"), "shares: [0.0, 0.0, 0.0] must not all be 0"),
+        ((classes, "shares=[2, -1, 0]"), "shares: (2.0, -1.0, 0.0) must be at least 0"),
         ((tmp_path / "list.txt",), "list.txt:1: "),
         ((tmp_path / "none",), "no such list file or folder"),
     ):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 from video_mae.files import is_regular, one_line
 
@@ -51,5 +52,5 @@ def asking_hub(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of a library, and of those below it
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(str(error), 200, break_on_hyphens=False, placeholder=" ...")
         raise FileNotFoundError(one_line(f"{what} ({reason}); {REMEDY}")) from None

@@ -29,6 +29,8 @@ from video_mae.files import one_line, read_text
 
 EXTENSIONS = (*VIDEO_EXTENSIONS, *READERS)
 CLASS_FILE = "classes.txt"
+FEATURES = "extract.json"
+"""The file of a folder of features, of an earlier prediction as well: such a folder is no class."""
 NO_LINES = "the list is empty, write lines `PATH LABEL` into it"
 TOLD = 8  # endings and classes that a note names
 
@@ -70,15 +72,15 @@ def read_annotations(
 
     A list file has lines as `read_list` reads them, or as data.list_format says; relative paths
     start at data.root or at the folder of the list. A folder has a folder per class, sorted by
-    name, searched to any depth, or files without labels; all are videos, or none is.
-    A file that a folder would give is itself the only one. The notes of the result tell what a
-    folder holds besides. `what` is what the user calls data.source. A packed folder, or the URL of
-    one, gives Members: see `read_packed`. Every path must lead to a regular file, through links as
-    well, wherever that is: data sets are made of links; through `..` out of the folder of the list
-    only where data.root is given. Devices, pipes, sockets, files of
-    the kernel (/proc, /sys), folders, URLs, links in circles or to nothing are refused. A video may
-    be named twice. resumed: for a run that has read it before, to which a file that is gone since
-    is a bad one, as if it had gone while it ran.
+    name, searched to any depth; files beside those have no label; all are videos, or none is. What
+    is hidden (.NAME) is passed over, and folders of features. A file that a folder would give is
+    itself the only one. The notes of the result tell what a folder holds besides. `what` is what
+    the user calls data.source. A packed folder, or the URL of one, gives Members: see
+    `read_packed`. Every path must lead to a regular file, through links as well, wherever that is:
+    data sets are made of links; through `..` out of the folder of the list only where data.root is
+    given. Devices, pipes, sockets, files of the kernel (/proc, /sys), folders, URLs, links in
+    circles or to nothing are refused. A video may be named twice. resumed: for a run that has
+    read it before, to which a file that is gone since is a bad one, as if it had gone while it ran.
     Raises: FileNotFoundError or ValueError with one line, `LIST:LINE: what, remedy`.
     """
     if is_packed(data.source):
@@ -165,11 +167,16 @@ def read_lines(data: SourceConfig) -> tuple[list[Line], tuple[str, ...], tuple[s
 
 def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...], tuple[str, ...]]:
     entries = sorted(os.scandir(source), key=lambda entry: entry.name)
-    classes = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    classes = [
+        entry.name
+        for entry in entries
+        if entry.is_dir() and entry.name[0] != "." and not (source / entry.name / FEATURES).exists()
+    ]
     found = [
         Line(0, path, label) for label, name in enumerate(classes) for path in _files(source / name)
     ]
     found += [Line(0, entry.path) for entry in entries if not entry.is_dir()]
+    found = [line for line in found if "/." not in line.path.removeprefix(str(source))]
     endings = Counter(_ending(line.path) for line in found)
     wanted = _wanted(source, set(endings))
     videos = [line for line in found if _ending(line.path) in wanted]
@@ -183,12 +190,9 @@ def _read_folder(source: Path) -> tuple[Iterator[Line], tuple[str, ...], tuple[s
             f"{source}: no videos in its folders, put files ({' '.join(EXTENSIONS)}) into a folder "
             "per class, or into it" + (f"; there are {left}" if left else "")
         )
-    if classes and videos[-1].label == -1:
-        raise ValueError(
-            f"{videos[-1].path}: is in no class folder, move it into one of {source}, or write a "
-            "list file"
-        )
     notes = [f"{source}: files that are left out by their endings: {left}"] if left else []
+    if classes and videos[-1].label == -1:
+        notes.append(f"{source}: what is in no class folder has no label: {videos[-1].path}")
     filled = {line.label for line in videos}
     empty = [name for label, name in enumerate(classes) if label not in filled]
     if empty:
@@ -303,7 +307,7 @@ def read_labeled(
     if wrong_M.any():
         path, info = videos[int(wrong_M.argmax())]
         label = info["label"]
-        reason = f"no label in {source}, write lines `PATH LABEL`"
+        reason = f"no label in {source}, write lines `PATH LABEL`, or put it into a class folder"
         if label < -1:
             reason = f"the label {label}, number the classes from 0"
         elif label >= 0:

@@ -123,19 +123,20 @@ class Evaluation:
             f"device {ranks.device}, {config.precision}; {self.workers.describe()}",
             self.workers.told,
         )
-        nothing_K = np.full(len(self.names), np.nan)
         outcomes: list[Outcome] = []
-        ahead = 2 * config.batch_size
-        loader = load_views(self.videos.paths, mine, views, self.workers.num, ahead)
+        loader = load_views(
+            self.videos.paths, mine, views, self.workers.num, ahead=2 * config.batch_size
+        )
         with ranks.progress(len(mine)) as progress:
             for video, viewed, failure in loader:
-                outcome = Outcome(video, nothing_K, failure.reason if failure else "", [])
-                if not failure:
-                    logits_VK = view_logits(model, viewed, config.precision)
-                    own = logits_VK.argmax(dim=1).tolist()
-                    outcome = Outcome(video, merge_views(logits_VK).numpy(), "", own)
-                outcomes.append(outcome)
                 progress.update()
+                if failure:
+                    scores_K = np.full(len(self.names), np.nan)
+                    outcomes.append(Outcome(video, scores_K, failure.reason, []))
+                    continue
+                logits_VK = view_logits(model, viewed, config.precision)
+                own = logits_VK.argmax(dim=1).tolist()
+                outcomes.append(Outcome(video, merge_views(logits_VK).numpy(), "", own))
         return outcomes
 
     def _conclude(self, outcomes: list[Outcome]) -> int:

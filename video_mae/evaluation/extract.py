@@ -22,7 +22,7 @@ from video_mae.config.data import SourceConfig
 from video_mae.config.evaluation import ExtractConfig
 from video_mae.config.schema import flatten, require
 from video_mae.convert.model_folder import Model, allow_readers, load_pretrained
-from video_mae.data.videos import read_annotations
+from video_mae.data.videos import FEATURES, read_annotations
 from video_mae.data.views import Times, VideoStream, Windows
 from video_mae.data.workers import plan_workers
 from video_mae.decoding import Place, Reading
@@ -33,7 +33,7 @@ from video_mae.processes import hold_folder
 from video_mae.results import check_made_with
 
 DONE, NOTHING = 0, 3
-SETTINGS_FILE, INDEX_FILE = "extract.json", "index.jsonl"
+INDEX_FILE = "index.jsonl"
 FREE_KEYS = (
     "batch_size",
     "num_workers",
@@ -68,15 +68,10 @@ class Extraction:
         c, data = model.config, config.data
         quarters = [max(c.depth * part // 4 - 1, 0) for part in range(1, 5)]
         self.layers = config.layers or tuple(dict.fromkeys(quarters))
-        for layer in self.layers:
-            require(
-                0 <= layer < c.depth,
-                "layers",
-                list(self.layers),
-                f"must be blocks of the encoder, 0 to {c.depth - 1}",
-            )
-        is_unlike = len(set(self.layers)) == len(self.layers)
-        require(is_unlike, "layers", list(self.layers), "must differ")
+        told, different = list(self.layers), set(self.layers)
+        remedy = f"must be blocks of the encoder, 0 to {c.depth - 1}"
+        require(different.issubset(range(c.depth)), "layers", told, remedy)
+        require(len(different) == len(told), "layers", told, "must differ")
         self.workers = plan_workers(config.num_workers, data.decoder_threads)
         trained = clips_of(model)
         sampling = config.sampling or ("dense" if config.hop else trained.sampling)
@@ -106,11 +101,11 @@ class Extraction:
             "sampling": sampling,
             "data.stride": stride,
             "hop": self.windows.hop,
-            "layers": list(self.layers),
+            "layers": told,
             "span": self.windows.span,
             "weights": _fingerprint(model),
         }
-        check_made_with(folder / SETTINGS_FILE, self.settings, earlier={"sampling": "dense"})
+        check_made_with(folder / FEATURES, self.settings, earlier={"sampling": "dense"})
         if sampling != trained.sampling or (sampling == "dense" and stride != trained.stride):
             self.notes.append(
                 f"frames: {sampling}, stride {stride}, as given here; without it "
@@ -124,7 +119,7 @@ class Extraction:
         with Ranks() as ranks, hold_folder(self.folder, ranks.rank) as told:
             if ranks.is_main:
                 self.notes += told
-                write_json(self.folder / SETTINGS_FILE, self.settings)
+                write_json(self.folder / FEATURES, self.settings)
             ranks.gather([])  # the folder is there
             bad = dict(ranks.gather(list(self._extract(ranks).items())))
             return self.conclude(bad) if ranks.is_main else DONE
@@ -134,7 +129,11 @@ class Extraction:
         config = self.config
         layers = self.layers if config.level == "pyramid" else ()
         encoder = FrozenEncoder(self.model, ranks.device, config.precision, layers)
-        mine = [video for video in ranks.share(len(self.paths)) if not self.files[video].exists()]
+        mine = [
+            video
+            for video in ranks.share(len(self.paths))
+            if _seconds(self.files[video]) <= _seconds(_full(self.paths[video]))
+        ]
         ranks.say(
             *self.notes,
             f"{len(self.paths)} videos, {ranks.size} ranks, {len(mine)} left for the first; a clip "
@@ -142,8 +141,7 @@ class Extraction:
             f"{ranks.device}, {config.precision}; {self.workers.describe()}",
             self.workers.told,
         )
-        bad: dict[int, str] = {}
-        files: dict[int, FeatureFile] = {}
+        bad, files = dict[int, str](), dict[int, FeatureFile]()
         read = partial(self.windows.pieces, batch_size=config.batch_size)
         stream = VideoStream(self.paths, mine, read)
         with ranks.progress(len(mine)) as progress:
@@ -265,6 +263,11 @@ def file_name(path: Place, kind: str) -> str:
 def _full(path: Place) -> str:
     """The same for a video wherever the program runs."""
     return str(path) if "://" in str(path) else os.path.abspath(str(path))
+
+
+def _seconds(file: Path | str) -> float:
+    """When a file was written; 0 where it is not there, or is a member of a shard."""
+    return os.path.getmtime(file) if os.path.exists(file) else 0
 
 
 def _fingerprint(model: Model) -> str:

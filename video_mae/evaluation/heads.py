@@ -26,22 +26,16 @@ class LinearHead(nn.Module):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
+        # What comes before the head, the same for every head of a grid: in training with the
+        # batch's statistics, else with their mean so far. The mean of all and not a moving one:
+        # that would still remember its start, variance 1, after the few steps of a small list.
+        self.prepare = nn.BatchNorm1d(width, affine=False, eps=NORM_EPS, momentum=None)
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    @staticmethod
-    def prepare(width: int) -> nn.Module:
-        """What comes before the head, the same for every head: in training with the batch's
-        statistics, else with their mean so far.
-
-        The mean of all and not a moving one: that would still remember its start, variance 1, after
-        the few steps of a small list.
-        """
-        return nn.BatchNorm1d(width, affine=False, eps=NORM_EPS, momentum=None)
-
     def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K]."""
+        """Logits [B, K] of what is prepared."""
         return self.head(x_BD)
 
 
@@ -58,6 +52,8 @@ class AttentiveHead(nn.Module):
     def __init__(self, width: int, num_classes: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
+        # what comes before the head: the part of the tokens' norm that has no parameters
+        self.prepare = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.query_D = nn.Parameter(torch.empty(width))
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.q, self.v, self.proj = (nn.Linear(width, width) for _ in range(3))
@@ -66,22 +62,14 @@ class AttentiveHead(nn.Module):
         hidden = MLP_RATIO * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.head = nn.Linear(width, num_classes)
-        nn.init.trunc_normal_(self.query_D, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    @staticmethod
-    def prepare(width: int) -> nn.Module:
-        """What comes before the head, the same for every head: the parameter-free part of the norm
-        of the tokens.
-        """
-        return nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
-        """Logits [B, K]."""
+        """Logits [B, K] of what is prepared."""
         H, scale, shift = self.num_heads, self.norm1.weight, self.norm1.bias
         q_Hd = rearrange(self.q(self.query_D), "(H d) -> H d", H=H)
         # `shift` would move all scores of the query alike
@@ -111,15 +99,12 @@ class HeadGrid(nn.Module):
     """
 
     def __init__(
-        self,
-        make: Callable[[], LinearHead | AttentiveHead],
-        width: int,
-        settings: Sequence[Setting],
+        self, make: Callable[[], LinearHead | AttentiveHead], settings: Sequence[Setting]
     ) -> None:
         super().__init__()
         first = make()
         self.settings = tuple(settings)
-        self.prepare = first.prepare(width)
+        self.prepare = first.prepare
         self.heads = nn.ModuleList(deepcopy(first) for _ in settings)
         self.optimizer = torch.optim.AdamW(
             {"params": list(head.parameters()), **setting._asdict()}
@@ -143,9 +128,9 @@ class HeadGrid(nn.Module):
         for group, setting in zip(self.optimizer.param_groups, self.settings, strict=True):
             group["lr"] = setting.lr * 0.5 * (1 + math.cos(math.pi * progress))
         logits_GBK = self(x)
-        label_GB = label_B.expand(len(self.settings), -1)
+        num_heads = len(self.settings)
         # the sum of the heads' means
-        loss = F.cross_entropy(logits_GBK.flatten(0, 1), label_GB.flatten()) * len(self.settings)
+        loss = F.cross_entropy(logits_GBK.flatten(0, 1), label_B.repeat(num_heads)) * num_heads
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

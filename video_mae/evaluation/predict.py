@@ -20,7 +20,7 @@ from video_mae.config.schema import require
 from video_mae.config.training import Precision
 from video_mae.convert.model_folder import Model, choose_frames, load_pretrained
 from video_mae.data.views import VideoViews, Views
-from video_mae.decoding import Reading, VideoDecodeError
+from video_mae.decoding import Reading
 from video_mae.evaluation.extract import Extraction
 from video_mae.evaluation.features import autocast
 from video_mae.evaluation.ranks import check_start
@@ -87,7 +87,7 @@ class PredictionTable(Extraction):
         for video, path in enumerate(self.paths):
             name = cell(str(path))
             if video in bad:
-                rows.append([name, "", "", one_line(bad[video])])
+                rows.append([name, "", "", one_line(bad[video])] + [""] * (len(rows[0]) - 4))
                 continue
             found = np.load(self.files[video])
             scores_CK = self.head(torch.from_numpy(found["features"])).softmax(dim=-1)
@@ -116,12 +116,9 @@ def classify_video(
             f"model: a {type(model).__name__} has no classes, give a VideoClassifier (video-mae "
             "finetune makes one)"
         )
-    try:
-        views = views_of(model.config, model.classifier_config, num_clips, num_crops)
-        viewed = views.read(str(video))
-    except VideoDecodeError as error:
-        raise ValueError(str(error)) from None
-    scores_K, names = merge_views(view_logits(model, viewed)), names_of(model.classifier_config)
+    views = views_of(model.config, model.classifier_config, num_clips, num_crops)
+    logits_VK = view_logits(model, views.read(str(video)))
+    scores_K, names = merge_views(logits_VK), names_of(model.classifier_config)
     first = scores_K.argsort(descending=True, stable=True)[:top].tolist()
     return [(names[k], float(scores_K[k])) for k in first]
 

@@ -134,7 +134,7 @@ class Probing:
         config, folder, ranks = self.config, self.folder, Ranks()
         for videos in self.lists.values():
             ranks.say(*videos.notes)
-        ranks.say("; ".join(filter(None, (self.workers.describe(), self.workers.told))))
+        ranks.say(self.workers.describe(), self.workers.told)
         encoder = FrozenEncoder(self.model, ranks.device, config.precision)
         folder.mkdir(parents=True, exist_ok=True)
         ranks.say(*remove_unfinished(folder))
@@ -181,11 +181,10 @@ class Probing:
                 else np.zeros(size, np.float16)
             )
         seen_M, failures = torch.zeros(len(videos), dtype=torch.bool), []
-        together, everything = config.encode_batch, range(len(videos))
-        loader = load_views(
-            videos.paths, everything, self.views, self.workers.num, ahead=2 * together
+        num_workers, together = self.workers.num, config.encode_batch
+        found = iter(
+            load_views(videos.paths, range(len(videos)), self.views, num_workers, 2 * together)
         )
-        found = iter(loader)
         with ProgressBar(len(videos), desc=name) as progress:
             while batch := list(islice(found, together)):
                 progress.update(len(batch))
@@ -208,15 +207,15 @@ class Probing:
         """
         config, width = self.config, encoder.config.embed_dim
         settings = [Setting(lr, decay) for lr, decay in product(config.lrs, config.weight_decays)]
-        makers: dict[str, Callable[[], LinearHead | AttentiveHead]] = {
-            "linear": partial(LinearHead, width, self.num_classes),
-            "attentive": partial(AttentiveHead, width, self.num_classes, self.num_heads),
-        }
-        grids: dict[str, HeadGrid] = {}
-        for kind, make in makers.items():
+        makers = (
+            ("linear", partial(LinearHead, width, self.num_classes)),
+            ("attentive", partial(AttentiveHead, width, self.num_classes, self.num_heads)),
+        )
+        grids = dict[str, HeadGrid]()
+        for kind, make in makers:
             if kind in config.kinds:
                 torch.manual_seed(config.seed)
-                grids[kind] = HeadGrid(make, width, settings).to(encoder.device)
+                grids[kind] = HeadGrid(make, settings).to(encoder.device)
         if not grids:
             return grids
         num = len(self.lists["train"])

@@ -72,15 +72,14 @@ class Scores:
         right = int((place_M == 0).sum())
         of_class = np.bincount(self.label_M)
         right_of_class = np.bincount(self.label_M, place_M == 0)
+        seen = of_class > 0
         return {
             "videos": len(place_M),
             "top1": right / len(place_M),
             "top1_interval": list(wilson_interval(right, len(place_M))),
             "top5": int((place_M < min(5, self.score_MK.shape[1])).sum()) / len(place_M),
-            "mean_class_accuracy": float(
-                (right_of_class[of_class > 0] / of_class[of_class > 0]).mean()
-            ),
-            "classes_with_videos": int((of_class > 0).sum()),
+            "mean_class_accuracy": float((right_of_class[seen] / of_class[seen]).mean()),
+            "classes_with_videos": int(seen.sum()),
         }
 
 
@@ -126,8 +125,7 @@ def write_class_table(path: Path, scores: Scores, names: Sequence[str]) -> None:
             if times:
                 taken = cell(names[worst])
             missing = (mine & ~seen).sum()
-            row = (label, cell(name), mine.sum(), missing, top1, top5, taken, times)
-            table.writerow(row)
+            table.writerow((label, cell(name), mine.sum(), missing, top1, top5, taken, times))
 
 
 def cell(name: str) -> str:

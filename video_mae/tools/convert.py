@@ -77,7 +77,8 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
         raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
     if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: holds the source; name another destination")
-    if destination.is_dir() and not (destination / "config.json").exists():
+    found = [path.name for path in destination.glob("*")]
+    if found and "config.json" not in found:
         raise ValueError(f"{destination}: is a folder of something else than a model; name another")
     model, lines, more = _read(source, config)
     if config.format == "model":

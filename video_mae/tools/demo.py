@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
+from torchvision.transforms.functional import to_tensor
 
 from video_mae.config.schema import Knobs, knob, require, to_dict
 from video_mae.decoding.transcode import write_video
@@ -170,15 +171,15 @@ def _render_split(folder: Path, split: str, num_clips: int, config: DemoConfig) 
             lines += f"{path} {label}\n"
         return lines
 
-    turns = range(num_clips // len(actions))
+    text = ""
     # the encoder and torch release the interpreter lock
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        lines = threads.map(render, turns)
-        text = ""
-        with ProgressBar(num_clips, desc=split) as progress:
-            for of_turn in lines:
-                text += of_turn
-                progress.update(len(actions))
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        ProgressBar(num_clips, desc=split) as progress,
+    ):
+        for lines in threads.map(render, range(num_clips // len(actions))):
+            text += lines
+            progress.update(len(actions))
     (folder / f"{split}.txt").write_text(text)
 
 
@@ -196,10 +197,7 @@ def load_photograph(name: str, shorter_side: int) -> Tensor:
         )
     # Pillow, as torchvision's PNG decoder fails in a process that has loaded decord (whose own zlib
     # it meets)
-    photograph_CIJ = (
-        torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
-    )
-    return resize_photograph(photograph_CIJ, shorter_side)
+    return resize_photograph(to_tensor(Image.open(path).convert("RGB")), shorter_side)
 
 
 def resize_photograph(photograph_CIJ: Tensor, shorter_side: int) -> Tensor:

@@ -139,7 +139,7 @@ class Doctor:
         """A video is good once; with two labels it is not good at all. Compared are paths, as they
         are written, or contents.
         """
-        same: defaultdict[str, list[Examined]] = defaultdict(list)
+        same = defaultdict[str, list[Examined]](list)
         for line in self.lines:
             key = str(line.path) if by_path else line.sha256
             if key and not line.is_bad:

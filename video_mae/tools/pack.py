@@ -74,8 +74,7 @@ def start(source: str, folder: str, config: PackConfig) -> int:
         for line in told:
             say(line)
         check_made_with(target / SETTINGS, settings)  # by now it is ours
-        if not (target / SETTINGS).is_file():
-            write_json(target / SETTINGS, settings)
+        write_json(target / SETTINGS, settings)
         with closing(ShardWriter(target, config.form, config.shard_mb * 10**6)) as writer:
             stop = _Stop()
             on_signals(stop.note)
@@ -152,8 +151,7 @@ def _pack_all(items: Sequence[Item], writer: ShardWriter, config: PackConfig, st
 
 
 def _num_bytes(outcome: PackedRow | None) -> int:
-    media = outcome[1] if outcome else None
-    return 0 if media is None else media.nbytes
+    return outcome[1].nbytes if outcome and outcome[1] is not None else 0
 
 
 def _pack_one(
@@ -225,5 +223,5 @@ def _digest(items: Sequence[Item], names: Sequence[str]) -> str:
     """Of all that the list says; where it lies does not matter."""
     digest = hashlib.sha256(json.dumps(names).encode())
     for item in items:
-        digest.update(json.dumps([item.name, item.label, item.mistake]).encode())
+        digest.update(json.dumps(item[1:]).encode())
     return digest.hexdigest()

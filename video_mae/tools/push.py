@@ -15,6 +15,7 @@ from video_mae.convert.model_folder import (
     save_model_folder,
 )
 from video_mae.files import JsonObject, read_jsonl, say, write_text
+from video_mae.model.vit import VideoMAE
 from video_mae.results import METRICS_FILE
 
 THEIRS = "transformers"
@@ -39,6 +40,12 @@ def start(model: str, repository: str, config: PushConfig) -> int:
     """The stage as the command line starts it. Raises: FileNotFoundError, also where the hub
     refuses; ValueError.
     """
+    # who does not push does not wait for it
+    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub.utils import validate_repo_id
+
+    require("/" in repository, "OWNER/NAME", repository, "does not say whose it is to be")
+    validate_repo_id(repository)
     source = find_model_folder(model)
     loaded = load_pretrained(source)
     with TemporaryDirectory() as work:
@@ -51,9 +58,10 @@ def start(model: str, repository: str, config: PushConfig) -> int:
             theirs = f"{name}.from_pretrained({repository!r}, subfolder={THEIRS!r})"
         except ValueError as error:
             theirs = f"It has no such model ({error})."
+        tag = "feature-extraction" if isinstance(loaded, VideoMAE) else "video-classification"
         card = f"""---
 library_name: video-mae
-pipeline_tag: video-classification
+pipeline_tag: {tag}
 {to_yaml({"license": config.licence})}---
 
 # {repository}
@@ -95,9 +103,6 @@ With transformers, whose form of it lies in the folder `{THEIRS}`:
             say(f"written {folder}, nothing was sent")
             return 0
         with asking_hub(f"{repository}: was not sent"):
-            # who does not push does not wait for it
-            from huggingface_hub import create_repo, upload_folder
-
             create_repo(repository, private=config.private, exist_ok=True)
             commit = upload_folder(
                 repo_id=repository,
@@ -120,7 +125,7 @@ def _figures(source: Path) -> JsonObject:
         entries.sort(key=lambda one: (one.get("val_top1") or 0, -(one.get("val_loss") or 0)))
         entries = entries[-1:]
     # the folder may have been moved since
-    if file.is_file() and read_json(file)["settings"]["model"].endswith(source.name):
+    if file.is_file() and Path(read_json(file)["settings"]["model"]).name == source.name:
         entries.append(read_json(file))
     for entry in entries:
         found |= {key: entry[key] for key in entry if TOLD.match(key)}

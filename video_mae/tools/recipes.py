@@ -19,9 +19,10 @@ def start(config: RecipesConfig) -> int:
     for file in sorted(FOLDER.glob("*/*.yaml")):
         print(os.path.relpath(file))
         items = header(file)
-        print(fill(items[""], 95, initial_indent="  ", subsequent_indent="      "))
+        texts = [items[""]]
         for name in ("Source", "Data", "Expected", "Hardware", "Status"):
-            text = f"{name}: {items[name]}"
+            texts.append(f"{name}: {items[name]}")
+        for text in texts:
             print(fill(text, 95, initial_indent="  ", subsequent_indent="      "))
     return 0
 

@@ -17,7 +17,9 @@ class SplitConfig(Knobs):
     """`video-mae split LIST_OR_FOLDER key=value ...`."""
 
     shares: tuple[float, float, float] = knob(
-        (0.8, 0.1, 0.1), "of the videos, in the lists to train, validate and test on", low=0
+        (0.8, 0.1, 0.1),
+        "ratios of the videos in the lists to train, validate and test on; [8, 1, 1] is the same",
+        low=0,
     )
     group: str = knob(
         ".*",
@@ -37,18 +39,22 @@ def start(source: str, config: SplitConfig) -> int:
     equal), then by label, then in an order that is drawn, and each goes where most is missing.
     Raises: ValueError or FileNotFoundError with one line; then nothing is written.
     """
+    require(any(config.shares), "shares", list(config.shares), "must not all be 0")
     videos = read_annotations(SourceConfig(source=source), "LIST_OR_FOLDER")
+    for note in videos.notes:
+        say(note)
     path, texts = Path(source), videos.paths
     folder = Path(config.output or f"{path.absolute()}_split")
     require(not folder.exists(), "output", folder, "exists; choose another, or remove it")
     if path.is_file():
-        texts = [text for text in read_text(path).split("\n") if text.strip()]
-        texts = texts[-len(videos) :]  # without a header
+        texts = re.findall(r".*\S.*", read_text(path))[-len(videos) :]  # without a header
     groups = defaultdict[str, list[int]](list)
     for video, text in enumerate(texts):
         try:
             groups[re.findall(config.group, text)[0]].append(video)  # pyright: ignore
-        except (re.error, IndexError, TypeError):  # the last: of a packed folder
+        except re.error as error:
+            raise ValueError(f"group: {config.group} is wrong as a pattern: {error}") from None
+        except (IndexError, TypeError):  # the last: of a packed folder
             raise ValueError(f"group: {config.group} is not found in {text!s:.100}") from None
     parts, rng, num_seen = ([], [], []), random.Random(config.seed), 0
     order = sorted(
