@@ -5,10 +5,13 @@ What is changed is named here: sizes, steps and precision, so that it takes seco
 """
 
 import csv
+import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import documents
@@ -145,3 +148,37 @@ def test_nothing_but_the_page_is_needed(run: Callable[[list[str]], str]) -> None
     for block in documents.blocks(PAGE):
         if block.language == "python":
             exec(block.text, {})
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_what_it_names(tmp_path: Path) -> None:
+    """The script of `make demo`, in a folder of its own: all its commands, on few short videos."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/demo.sh", "scripts/demo_figures.py", "configs"):
+        (tmp_path / name).symlink_to(documents.ROOT / name)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    num_actions = 15 if find_spec("pybullet") else 8
+    result = subprocess.run(
+        ["bash", "scripts/demo.sh"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "MASTER_PORT": port,
+            # the script takes the third video of an action
+            "DEMO_DATA": f"num_frames=16 train_clips={2 * num_actions} "
+            f"validation_clips={3 * num_actions}",
+            "DEMO_TRAINING": "optim.steps=2 optim.warmup_steps=1",
+        },
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"top-1 on videos of unseen photographs, {num_actions} actions" in result.stdout
+    assert re.search(r"^fine-tuned +\d", result.stdout, re.MULTILINE)
+    named = re.findall(r"^  (runs/.*)", result.stdout, re.MULTILINE)
+    assert len(named) == 6
+    assert all((tmp_path / path).exists() for path in named)
+    assert list((tmp_path / "runs/demo/unseen").glob("*.mp4"))

@@ -251,6 +251,8 @@ def _end_with_reader() -> None:
     with the status of SIGPIPE, which is ignored, as it would come of any other pipe as well.
     """
     try:
+        if isinstance(sys.exception(), BrokenPipeError):
+            print()  # may be of another pipe, and what this one has refused need not be kept
         sys.stdout.flush()
     except BrokenPipeError:
         os._exit(128 + signal.SIGPIPE)
@@ -273,8 +275,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[s
     """
     # the deepspeed launcher puts it first
     given = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    if " ".join(given[:2]) in STAGES:
-        given[:2] = [" ".join(given[:2])]
+    two_words = " ".join(given[:2])
+    if two_words in STAGES:
+        given[:2] = [two_words]
     name = given.pop(0) if given else "--help"
     if name in ANSWERS:
         print(ANSWERS[name]())
@@ -322,8 +325,10 @@ def _help(name: str, part: str) -> str:
     usage = f"{name} {stage.words} {stage.flags}"
     if CONFIG not in stage.words:
         usage += " --config FILE"
-    keys = describe(schema_of(stage), part)
-    return f"video-mae {' '.join(usage.split())} key=value ...\n\n{stage.meaning}\n\n{keys}"
+    return (
+        f"video-mae {' '.join(usage.split())} key=value ...\n\n{stage.meaning}\n\n"
+        f"{describe(schema_of(stage), part)}"
+    )
 
 
 def _completion() -> str:

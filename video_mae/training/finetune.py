@@ -125,9 +125,7 @@ class Finetuning(Training[FinetuneConfig]):
         return values
 
     def after(self, done: int) -> None:
-        if self.validation is None:
-            return
-        if self.is_measured(done, self.config.validation.interval):
+        if self.validation is not None and self.is_measured(done, self.config.validation.interval):
             with self.journal.aside():
                 scores = self._validate(self.validation)
                 if self.average:
