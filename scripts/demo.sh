@@ -27,7 +27,7 @@ else
     devices=(--num_accelerators "$ranks")
     export DS_ACCELERATOR=cpu
 fi
-launch() { deepspeed --log_level warning --master_port "${MASTER_PORT:-29500}" "${devices[@]}" --module video_mae "$@"; }
+launch() { deepspeed --log_level warning "${devices[@]}" --module video_mae "$@"; }
 share() { echo $(($1 > ranks ? $1 / ranks : 1)); } # of a global batch, whatever the number of processes
 train() { launch "$1" "configs/$1/demo.yaml" "optim.micro_batch=$(share "$2")" "${@:3}" "${more_training[@]}"; }
 
