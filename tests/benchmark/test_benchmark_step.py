@@ -3,7 +3,6 @@ up, and what is missing says so.
 """
 
 import math
-import re
 import statistics
 import sys
 import time
@@ -392,7 +391,7 @@ def test_calls_take_turns_back_and_forth(capsys, monkeypatch):
     samples = Clock(CPU).in_turn(calls, 3)
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"  # warm-up, then rounds
     assert [len(times) for times in samples.values()] == [3, 3, 3]
-    assert re.search(r"8/9 \[\d\d:\d\d<\d\d:\d\d", capsys.readouterr().err)
+    assert "0/9 [" in capsys.readouterr().err  # and so on ten times a second
 
 
 def test_a_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians():
