@@ -14,10 +14,12 @@ from shapes import SHAPES, ShapeClipsConfig, render_clips
 from torch import Tensor
 
 from video_mae import ModelConfig
+from video_mae.config.tools import ACTIONS
 from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
-from video_mae.tools.people import ACTIONS, PeopleScene
+from video_mae.tools.people import PeopleScene
 
 NUM_FRAMES = 8
+PEOPLE = tuple(ACTIONS["people"].split())
 PEOPLE_SIDE, PEOPLE_FPS = 52, 8.0
 # of the training photographs: all choices are made by scores on these
 TUNING_PHOTOGRAPHS = ("coffee.png", "grass.png")
@@ -57,8 +59,8 @@ def render_people(
     for index in range(num_clips):
         random = np.random.default_rng([seed, stream, index])
         scene = PeopleScene(random, split, pictures, size, PEOPLE_FPS)
-        clips_NTHWC[index] = torch.from_numpy(scene.render(ACTIONS[index % len(ACTIONS)]))
-    return clips_NTHWC, torch.arange(num_clips) % len(ACTIONS)
+        clips_NTHWC[index] = torch.from_numpy(scene.render(PEOPLE[index % len(PEOPLE)]))
+    return clips_NTHWC, torch.arange(num_clips) % len(PEOPLE)
 
 
 def mirror(clips_BTHWC: Tensor, random: np.random.Generator) -> Tensor:
@@ -127,7 +129,7 @@ def _model(side: int, patch_size: int, mean: float) -> ModelConfig:
 
 
 SUBJECTS = {
-    "people": Subject(ACTIONS, PEOPLE_SIDE, _model(48, 12, 0.2), render_people, mirror),
+    "people": Subject(PEOPLE, PEOPLE_SIDE, _model(48, 12, 0.2), render_people, mirror),
     "shapes": Subject(SHAPES, ShapeClipsConfig().side, _model(32, 8, 0.5), render_shapes, recolour),
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains a small model on the embedded data set with 2 processes on a CPU, or on every GPU, with its features probed while it trains;
 # then fine-tunes it and tests it, with the same from random weights beside it.
+# More keys, of all that is rendered and of all trainings: DEMO_DATA="train_clips=480" DEMO_TRAINING="optim.steps=700" make demo
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -14,7 +15,9 @@ if ! python -c 'import pybullet' 2>/dev/null >/dev/null; then
     changes=(classifier.num_classes=8 data.flip=false) # left and right are labels of the cut-outs
     echo "pybullet is not installed here (pip has it for Python 3.11): moving cut-outs in place of people in action"
 fi
-video-mae demo data/demo subject=$subject height=48 width=48
+read -ra more_data <<<"${DEMO_DATA-}"
+read -ra more_training <<<"${DEMO_TRAINING-}"
+video-mae demo data/demo subject=$subject height=48 width=48 "${more_data[@]}"
 echo "$subject rendered after $SECONDS s"
 ranks=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [[ $ranks -gt 0 ]]; then
@@ -26,7 +29,7 @@ else
 fi
 launch() { deepspeed --log_level warning "${devices[@]}" --module video_mae "$@"; }
 share() { echo $(($1 > ranks ? $1 / ranks : 1)); } # of a global batch, whatever the number of processes
-train() { launch "$1" "configs/$1/demo.yaml" "optim.micro_batch=$(share "$2")" "${@:3}"; }
+train() { launch "$1" "configs/$1/demo.yaml" "optim.micro_batch=$(share "$2")" "${@:3}" "${more_training[@]}"; }
 
 train pretrain 16
 unseen=$(find "data/demo/val/$unseen_action" -name '*.mp4' | sort | sed -n 3p)

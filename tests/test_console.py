@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,8 +97,7 @@ def test_what_needs_no_torch_does_not_load_it(demo_folder: Path, tmp_path: Path)
         [],
         ["--version"],
         ["recipes"],
-        ["predict", "--help"],
-        ["pretrain", "--help", "all"],
+        *([*name.split(), "--help", "all"] for name in STAGES),
         ["finetune", str(config), "optim.stepz=3"],
         ["plan", str(config), "optim.stepz=3"],
         ["pretrain", str(config), "optim.base_lr=7", "mask.ratio=0.5", "seed=3"],
@@ -311,6 +311,20 @@ def test_a_step_of_more_videos_than_there_are_is_told() -> None:
     assert "there are" not in make_schedule(OptimConfig(micro_batch=21, steps=5), 21, 1, 1)[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "unbuffered"), [("--version", "1"), ("pretrain --help all", ""), ("recipes", "1")]
+)
+def test_who_has_read_enough_hears_no_more(words: str, unbuffered: str) -> None:
+    """As `video-mae ... | head -1`, once head has gone."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "video_mae", *words.split()]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=env)
+    os.close(writes)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_where_nobody_watches_progress_is_lines_that_tell_when_it_ends() -> None:
     def lines(seconds: float) -> list[str]:
         command = [sys.executable, "-c", FOUR_OF_TEN.format(seconds=seconds)]
@@ -343,24 +357,36 @@ def test_a_terminal_shows_a_bar_also_where_it_does_not_know_its_size(columns: in
     assert b"4/10 [" in shown
 
 
-def test_a_shell_completes_stages_and_keys(tmp_path: Path) -> None:
+def test_a_shell_completes_stages_keys_and_files(tmp_path: Path) -> None:
     (tmp_path / "video-mae").write_text(f'#!/bin/sh\nexec {sys.executable} -m video_mae "$@"\n')
     (tmp_path / "video-mae").chmod(0o755)
-    ask = (
-        'eval "$(video-mae --completion)"; compopt() { :; }\n'
-        "COMP_WORDS=(video-mae pre); COMP_CWORD=1; _video_mae; echo ${COMPREPLY[@]}\n"
-        "COMP_WORDS=(video-mae pretrain optim.st); COMP_CWORD=2; _video_mae; echo ${COMPREPLY[@]}\n"
-        "complete -p video-mae"
-    )
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "-c", ask],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": path},
-    )
-    stages, keys, how = result.stdout.splitlines()
-    assert stages == "predict pretrain" or stages == "pretrain predict"
-    assert keys == "optim.steps="
-    assert "-F _video_mae" in how
+    (tmp_path / "a video.mp4").touch()
+
+    def found(*words: str) -> set[str]:
+        """What is offered for the last word."""
+        ask = (
+            'eval "$(video-mae --completion)"; compopt() { :; }; COMP_WORDS=("$@")\n'
+            "COMP_CWORD=$(($# - 1)); _video_mae; printf '%s\\n' \"${COMPREPLY[@]}\"\n"
+            "complete -p video-mae >&2"
+        )
+        result = subprocess.run(
+            ["bash", "-c", ask, "bash", "video-mae", *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        )
+        assert "-F _video_mae" in result.stderr
+        return set(result.stdout.splitlines())
+
+    assert found("pre") == {"predict", "pretrain"}
+    assert found("ben") == {"bench"}
+    benchmarks = {name.split()[1] for name in STAGES if name.startswith("bench ")}
+    assert benchmarks | {"ops="} <= found("bench", "")
+    assert found("bench", "step", "pre") == {"presets=", "precision="}
+    assert found("pretrain", "optim.st") == {"optim.steps="}
+    # files beside keys; alone they are left to the shell, as where a value begins
+    assert {"all_scores=", "a video.mp4"} <= found("evaluate", "a") | found("evaluate", "")
+    assert found("predict", "a v") == {""}
+    assert found("pretrain", "data.source", "=", "data") == {""}

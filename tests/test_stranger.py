@@ -5,16 +5,19 @@ What is changed is named here: sizes, steps and precision, so that it takes seco
 """
 
 import csv
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import documents
 import numpy as np
 import pytest
 import torch
+from deepspeed.launcher.runner import parse_args
 
 from video_mae import ModelConfig, VideoClassifier, VideoMAE, load_pretrained, save_model_folder
 from video_mae.cli import main
@@ -43,6 +46,12 @@ SMALLER = {
     "convert": [],
 }
 """What is appended to the commands of a stage."""
+LAUNCHER = """#!/bin/sh
+echo "$*" >> launches.txt
+while [ "$1" != --module ]; do shift; done
+shift
+exec python -m "$@"
+"""
 
 
 @pytest.fixture
@@ -145,3 +154,48 @@ def test_nothing_but_the_page_is_needed(run: Callable[[list[str]], str]) -> None
     for block in documents.blocks(PAGE):
         if block.language == "python":
             exec(block.text, {})
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_what_it_names(tmp_path: Path) -> None:
+    """The script of `make demo`, in a folder of its own: all its commands, on few short videos.
+
+    Five starts of a launcher and two processes each would take longer than all else: what stands in
+    for it writes down what it is told, which the real one has to understand, and starts a process.
+    """
+    for name in ("scripts/demo.sh", "scripts/demo_figures.py", "configs"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(documents.ROOT / name)
+    launcher = tmp_path / "bin" / "deepspeed"
+    launcher.parent.mkdir()
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    num_actions = 15 if find_spec("pybullet") else 8
+    result = subprocess.run(
+        ["bash", "scripts/demo.sh"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PATH": f"{launcher.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            # the script takes the third video of an action
+            "DEMO_DATA": f"num_frames=16 train_clips={2 * num_actions} "
+            f"validation_clips={3 * num_actions}",
+            "DEMO_TRAINING": "optim.steps=2 optim.warmup_steps=1",
+        },
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"top-1 on videos of unseen photographs, {num_actions} actions" in result.stdout
+    assert re.search(r"^fine-tuned +\d", result.stdout, re.MULTILINE)
+    named = re.findall(r"^  (runs/.*)", result.stdout, re.MULTILINE)
+    assert len(named) == 6
+    assert all((tmp_path / path).exists() for path in named)
+    assert list((tmp_path / "runs/demo/unseen").glob("*.mp4"))
+
+    launches = [line.split() for line in (tmp_path / "launches.txt").read_text().splitlines()]
+    told = [parse_args(words) for words in launches]
+    assert all(one.module and one.user_script == "video_mae" for one in told)
+    stages = [one.user_args[0] for one in told]
+    assert stages == ["pretrain", "finetune", "finetune", "evaluate", "evaluate"]
+    assert {one.num_gpus for one in told} == {torch.cuda.device_count() or 2}

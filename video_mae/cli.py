@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import time
@@ -24,13 +25,12 @@ CONFIG = "CONFIG.yaml"
 class Stage(NamedTuple):
     """A row of the command line.
 
-    `module`, imported only when it is asked for, has the dataclass `schema` of all keys (or the
-    module that is named before it, which needs no library that takes seconds; or it is a function
-    of a file that chooses one), and a
-    function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
+    `schema` is the dataclass of all keys (or a function of a file that chooses one), in a module
+    that needs no library that takes seconds to load. `module`, imported only when it is to work,
+    has a function `start(*words, config) -> int | Callable[[], int]`. It raises ValueError or
     FileNotFoundError for a user's mistake, and returns the exit status, or what still has to run
-    and returns it. The word CONFIG.yaml is not passed on: the keys are read from that file; a stage
-    without the word has --config FILE for it. A flag
+    and returns it. `words` and `flags` are as the help has them. The word CONFIG.yaml is not passed
+    on: the keys are read from that file; a stage without the word has --config FILE for it. A flag
     is another way to write a key: --some-key for some_key=true, --some-key VALUE for
     some_key=VALUE. A name may be two words. A last word with dots is a list.
     """
@@ -38,159 +38,152 @@ class Stage(NamedTuple):
     meaning: str
     module: str
     schema: str
-    words: tuple[str, ...]
-    flags: tuple[str, ...] = ()
+    words: str = ""
+    flags: str = ""
 
 
 BENCH_KERNELS = Stage(
     "measure each kernel against everything else that computes it; or compile all of them without "
     "a GPU",
     "benchmark.kernels",
-    "KernelBenchConfig",
-    (),
-    ("--baseline FILE", "--compile-check"),
+    "config.bench.KernelBenchConfig",
+    "",
+    "--baseline FILE --compile-check",
 )
 STAGES = {
     "pretrain": Stage(
         "pretrain a model; under `deepspeed --module video_mae pretrain ...` on many devices",
         "training.pretrain",
         "config.PretrainConfig",
-        (CONFIG,),
-        ("--from-scratch", "--dry-run"),
+        CONFIG,
+        "--from-scratch --dry-run",
     ),
     "finetune": Stage(
         "train a pretrained model to name actions; under the launcher as well",
         "training.finetune",
         "config.FinetuneConfig",
-        (CONFIG,),
-        ("--from-scratch", "--dry-run"),
+        CONFIG,
+        "--from-scratch --dry-run",
     ),
     "reconstruct": Stage(
         "draw what a pretrained model makes of the hidden parts of videos, as PNG and MP4",
         "tools.reconstruct",
-        "ReconstructConfig",
-        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
+        "config.clips.ReconstructConfig",
+        "MODEL_OR_RUN_FOLDER VIDEO...",
     ),
     "look": Stage(
         "draw the features of a model as colours, and what it attends to in videos, likewise",
         "evaluation.look",
-        "LookConfig",
-        ("MODEL_OR_RUN_FOLDER", "VIDEO..."),
+        "config.clips.LookConfig",
+        "MODEL_OR_RUN_FOLDER VIDEO...",
     ),
     "evaluate": Stage(
         "test a classifier on a list of videos: accuracies, predictions, confusions; also under "
         "the launcher",
         "evaluation.evaluate",
         "config.evaluation.EvaluateConfig",
-        ("MODEL_OR_RUN_FOLDER", "LIST"),
+        "MODEL_OR_RUN_FOLDER LIST",
     ),
     "predict": Stage(
         "name the action in a video; or along all videos of a folder, into a table; goes on where "
         "it was stopped",
         "evaluation.predict",
         "config.evaluation.PredictConfig",
-        ("MODEL_OR_RUN_FOLDER", "FOLDER_OR_FILES..."),
+        "MODEL_OR_RUN_FOLDER FOLDER_OR_FILES...",
     ),
     "probe": Stage(
         "measure what a frozen encoder knows: linear, attentive and nearest-neighbour probes",
         "evaluation.probe",
         "config.evaluation.ProbeConfig",
-        ("MODEL_OR_RUN_FOLDER",),
+        "MODEL_OR_RUN_FOLDER",
     ),
     "extract": Stage(
         "write the features of clips along videos of any length, with their times; also under the "
         "launcher",
         "evaluation.extract",
         "config.evaluation.ExtractConfig",
-        ("MODEL_OR_RUN_FOLDER", "LIST_OR_VIDEO", "FOLDER"),
+        "MODEL_OR_RUN_FOLDER LIST_OR_VIDEO FOLDER",
     ),
     "compare": Stage(
         "lay runs side by side on one page: figures, curves, the settings that differ",
         "report.compare",
-        "CompareConfig",
-        ("RUN...",),
+        "report.compare.CompareConfig",
+        "RUN...",
     ),
     "doctor": Stage(
         "check every line and every video of a list, and write a clean one; exit status 0: all is "
         "good, 1: something is bad, 2: a mistake in the command",
         "tools.doctor",
-        "DoctorConfig",
-        ("LIST",),
+        "config.tools.DoctorConfig",
+        "LIST",
     ),
     "convert": Stage(
         "a model of another project as one of ours, or ours as theirs",
         "tools.convert",
-        "ConvertConfig",
-        ("SOURCE", "DESTINATION"),
+        "convert.facts.ConvertConfig",
+        "SOURCE DESTINATION",
     ),
     "plan": Stage(
         "what a run computes, keeps, sends, reads and takes on some GPUs, without them; the keys "
         "of a file for finetune are those of finetune",
         "planning.plan",
         "config.plan.plan_schema",
-        (CONFIG,),
-        ("--gpus N", "--gpu NAME", "--nodes M"),
+        CONFIG,
+        "--gpus N --gpu NAME --nodes M",
     ),
     "bench": BENCH_KERNELS,
     "bench kernels": BENCH_KERNELS,
     "bench step": Stage(
         "measure whole training steps, and where their time goes; Hugging Face's step beside ours",
         "benchmark.step",
-        "StepBenchConfig",
-        (),
-        ("--baseline FILE",),
+        "config.bench.StepBenchConfig",
+        "",
+        "--baseline FILE",
     ),
     "bench data": Stage(
         "measure the loader beside pytorchvideo's and the official pipeline",
         "benchmark.data",
-        "DataBenchConfig",
-        (),
-        ("--baseline FILE",),
+        "config.bench.DataBenchConfig",
+        "",
+        "--baseline FILE",
     ),
     "pack": Stage(
         "turn the videos of a list into shards that training reads several times faster; goes on "
         "where it was stopped",
         "tools.pack",
         "config.pack.PackConfig",
-        ("LIST", "FOLDER"),
-        (
-            "--form FORM",
-            "--short-side PIXELS",
-            "--fps FPS",
-            "--frame-step FRAMES",
-            "--gop FRAMES",
-            "--crf CRF",
-            "--shard-mb MB",
-            "--root FOLDER",
-            "--num-workers N",
-        ),
+        "LIST FOLDER",
+        "--form FORM --short-side PIXELS --fps FPS --frame-step FRAMES --gop FRAMES --crf CRF "
+        "--shard-mb MB --root FOLDER --num-workers N",
     ),
     "split": Stage(
         "divide a list or a folder of classes into lists to train, validate and test on",
         "tools.split",
-        "SplitConfig",
-        ("LIST_OR_FOLDER",),
+        "config.tools.SplitConfig",
+        "LIST_OR_FOLDER",
     ),
     "push": Stage(
         "send a model with its card to the Hugging Face hub",
         "tools.push",
-        "PushConfig",
-        ("MODEL_OR_RUN_FOLDER", "OWNER/NAME"),
+        "config.tools.PushConfig",
+        "MODEL_OR_RUN_FOLDER OWNER/NAME",
     ),
     "serve": Stage(
         "open a page on this machine where a video is dropped and named",
         "tools.serve",
-        "ServeConfig",
-        ("MODEL_OR_RUN_FOLDER",),
+        "config.tools.NoKeys",
+        "MODEL_OR_RUN_FOLDER",
     ),
     "demo": Stage(
-        "render the embedded demo data set into a folder", "tools.demo", "DemoConfig", ("FOLDER",)
+        "render the embedded demo data set into a folder",
+        "tools.demo",
+        "config.tools.DemoConfig",
+        "FOLDER",
     ),
     "recipes": Stage(
         "list the recipes that came along: their source, data, published figure and hardware",
         "tools.recipes",
-        "RecipesConfig",
-        (),
+        "config.tools.NoKeys",
     ),
 }
 PURPOSES = {
@@ -218,15 +211,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     if arguments is None:
         _prepare_process()
+        arguments = sys.argv[1:]
     if isinstance(sys.stdout, io.TextIOWrapper):
         # names of files and classes that it cannot say, as sys.stderr does
         sys.stdout.reconfigure(errors="backslashreplace")
     who, left = "video-mae", None
     try:
-        name, path, words, overrides = _parse(sys.argv[1:] if arguments is None else arguments)
-        who += f" {name}"
-        left = _start(name, path, words, overrides)
-        status = left if isinstance(left, int) else left()
+        try:
+            name, path, words, overrides = _parse(arguments)
+            who += f" {name}"
+            left = _start(name, path, words, overrides)
+            status = left if isinstance(left, int) else left()
+        finally:
+            _end_with_reader()
     except (ValueError, OSError) as error:
         if left is not None and not isinstance(error, StorageError | FolderError):
             raise
@@ -249,6 +246,18 @@ def _prepare_process() -> None:
     end_with_launchers()
 
 
+def _end_with_reader() -> None:
+    """Ends in silence where whoever reads what is printed has gone, as `head` has at its last line:
+    with the status of SIGPIPE, which is ignored, as it would come of any other pipe as well.
+    """
+    try:
+        if isinstance(sys.exception(), BrokenPipeError):
+            print()  # may be of another pipe, and what this one has refused need not be kept
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(128 + signal.SIGPIPE)
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
     """Ends as a kill does, which every stage that writes is made for: an exception would be lost in
     a library that takes it for one of its own, or come out of it as a page of others.
@@ -266,8 +275,9 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[s
     """
     # the deepspeed launcher puts it first
     given = [argument for argument in arguments if not argument.startswith("--local_rank")]
-    if " ".join(given[:2]) in STAGES:
-        given[:2] = [" ".join(given[:2])]
+    two_words = " ".join(given[:2])
+    if two_words in STAGES:
+        given[:2] = [two_words]
     name = given.pop(0) if given else "--help"
     if name in ANSWERS:
         print(ANSWERS[name]())
@@ -276,8 +286,8 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[s
         near = " or ".join(get_close_matches(name, STAGES))
         hint = f", did you mean {near}?" if near else ":"
         raise ValueError(f"there is no stage {name}{hint} `video-mae` lists them")
-    wanted, path, plain, flagged = STAGES[name].words, None, [], []
-    takes_value = {flag.split()[0]: " " in flag for flag in STAGES[name].flags}
+    wanted, path, plain, flagged = STAGES[name].words.split(), None, [], []
+    takes_value = dict(re.findall(r"(--\S+)( [A-Z]+)?", STAGES[name].flags))
     left = iter(given)
     for argument in left:
         flag, _, value = argument.partition("=")
@@ -313,11 +323,13 @@ def _help(name: str, part: str) -> str:
     from video_mae.config.explain import describe
 
     stage = STAGES[name]
-    usage = " ".join(stage.words + stage.flags)
+    usage = f"{name} {stage.words} {stage.flags}"
     if CONFIG not in stage.words:
         usage += " --config FILE"
-    head = f"video-mae {name} {usage} key=value ...\n\n{stage.meaning}"
-    return f"{head}\n\n{describe(schema_of(stage), part)}"
+    return (
+        f"video-mae {' '.join(usage.split())} key=value ...\n\n{stage.meaning}\n\n"
+        f"{describe(schema_of(stage), part)}"
+    )
 
 
 def _completion() -> str:
@@ -365,7 +377,7 @@ def _start(
 
 
 def schema_of(stage: Stage, path: str = "") -> Any:
-    """The keys of a stage: those of config/ are there without the libraries that it needs."""
+    """The keys of a stage."""
     module, _, name = stage.schema.rpartition(".")
-    schema = getattr(import_module(f"video_mae.{module or stage.module}"), name)
+    schema = getattr(import_module(f"video_mae.{module}"), name)
     return schema if isinstance(schema, type) else schema(path)

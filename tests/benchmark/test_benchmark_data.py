@@ -269,6 +269,8 @@ def test_a_source_may_be_named_and_without_one_videos_are_rendered(
     assert not rendered[0].exists()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         list(measure(DataBenchConfig(source=str(tmp_path / "nowhere"))))
+    with pytest.raises(ValueError, match=r"^rows: none is no row; there are: ours; "):
+        list(measure(DataBenchConfig(rows=("none",))))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,6 @@ def test_a_source_may_be_named_and_without_one_videos_are_rendered(
         ("num_frames", 0),
         ("output", ""),
         ("appetite", 0),
-        ("rows", ("none",)),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(key, value):

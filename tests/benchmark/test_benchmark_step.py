@@ -384,12 +384,14 @@ def test_marks_change_no_gradient():
 # ---------------------------------------------------------------- fair times
 
 
-def test_calls_take_turns_back_and_forth():
+def test_calls_take_turns_back_and_forth(capsys, monkeypatch):
+    monkeypatch.setattr("video_mae.progress_bar.LINE_SECONDS", 0.0)
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
     samples = Clock(CPU).in_turn(calls, 3)
     assert "".join(order) == "abc" + "abc" + "cba" + "abc"  # warm-up, then rounds
     assert [len(times) for times in samples.values()] == [3, 3, 3]
+    assert "0/9 [" in capsys.readouterr().err  # and so on ten times a second
 
 
 def test_a_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians():

@@ -194,12 +194,36 @@ def test_settings_that_nothing_reads_are_not_shown_as_if_they_were(tmp_path: Pat
     assert "validation.batch" in idle
     assert "optim.warmup_steps" in kept
     assert not changed & idle
+    # what a run finds out for itself nobody has changed
+    found = replace(tuned.data, decoder="pyav")
+    changed, *_ = keys(replace(tuned, data=found, classifier=replace(classifier, num_classes=7)))
+    assert changed == {"classifier.sampling"}
+    assert "data.decoder pyav" in words(write_report(tmp_path).read_text())
     pretraining = PretrainConfig()
     objective = replace(pretraining.objective, contrastive_weight=0.5)
     changed, kept, idle = keys(replace(pretraining, objective=objective))
     assert changed == {"objective.contrastive_weight"}
     assert {"data.stride", "objective.temperature", "optim.epochs"} <= kept
     assert {"optim.warmup_steps", "objective.teacher", "probe.num_videos"} <= idle
+
+
+def test_the_best_validation_is_that_of_the_best_model(tmp_path: Path):
+    """Of those with one accuracy the one with less loss; what is no number is none of them."""
+    folder = run_folders.fine_tuning(tmp_path / "tuned")
+    lines = read_jsonl(folder / "metrics.jsonl")
+    for step, top1, loss in (
+        (900, None, None),
+        (870, 0.9, None),
+        (840, 0.9, 0.4),
+        (810, 0.9, 0.3),
+        (780, 0.9, 0.3),
+        (750, 0.9, 0.5),
+    ):
+        for line in lines:
+            if line["step"] == step and "val_top1" in line:
+                line |= {"val_top1": top1, "val_loss": loss}
+    run_folders.write_lines(folder, lines)
+    assert "best, after step 780" in words(write_report(folder).read_text())
 
 
 def test_the_pace_of_the_last_lines_is_that_of_the_rest(tmp_path: Path):
@@ -331,7 +355,9 @@ def compare(*arguments: str) -> int:
 def test_runs_are_laid_side_by_side(pretrained: Path, tested: Path, tmp_path: Path):
     other = run_folders.pretraining(tmp_path / "demo", finished=False, steps=280)
     config = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(config.replace("ratio: 0.75", "ratio: 0.9"))
+    (other / "config.yaml").write_text(
+        config.replace("ratio: 0.75", "ratio: 0.9").replace("decoder: auto", "decoder: decord")
+    )
     output = tmp_path / "pages" / "all.html"
     folders = str(pretrained), str(tested), str(other)
     assert compare(*folders, f"output={output}") == 0
@@ -342,6 +368,8 @@ def test_runs_are_laid_side_by_side(pretrained: Path, tested: Path, tmp_path: Pa
     differing = {key: re.findall(r"<td>(.*?)</td>", cells) for key, cells in rows}
     assert differing["mask.ratio"] == ["0.75", "", "0.9"]
     assert differing["optim.micro_batch"] == ["16", "8", "16"]
+    assert differing["data.decoder"] == ["auto", "auto", "decord"]
+    assert differing["classifier.num_classes"] == ["", "8", ""]
     assert "seed" not in differing
     assert "optim.epochs" in differing  # of the one that reads it
     assert differing["optim.epochs"] == ["", "30.0", ""]

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from video_mae.config.tools import ACTIONS as ACTIONS_OF
 from video_mae.tools.demo import PHOTOGRAPHS, DemoConfig, load_photograph, make_demo_data
-from video_mae.tools.people import ACTIONS, HINGES, LINKS, YAWS, PeopleScene, Studio
+from video_mae.tools.people import HINGES, LINKS, YAWS, PeopleScene, Studio
 
 pytest.importorskip("pybullet")
+ACTIONS = tuple(ACTIONS_OF["people"].split())
 SIZE = (8, 32, 48)
 
 

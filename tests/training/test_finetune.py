@@ -1,7 +1,9 @@
 """Fine-tuning runs in this process: what they start from, learn, leave and refuse."""
 
+import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +245,64 @@ def test_the_best_model_is_kept_beside_the_last(
     assert not torch.equal(best["head.weight"], last["head.weight"])
     assert [saved_memory(saved[step])["best"]["step"] for step in saved] == [1, 2, 2, 2]
     assert lines(config, "val_loss")[3]["val_top1"] is None
+
+
+def test_a_run_ends_where_validations_have_not_improved_for_so_long(
+    tiny_finetune: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4 is as good as the best, and no better; a lower loss makes step 8 the best."""
+    top1 = [0.25, 0.75, 0.5, 0.75, 0.5, 0.5, 0.5, 0.75]
+    losses, asked = [3.0, 2.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0], list[int]()
+
+    def validate(self: finetune.Finetuning, videos: object) -> dict[str, float]:
+        step = len(lines(config))
+        asked.append(step)
+        scores = {"val_loss": losses[step - 1], "val_top1": top1[step - 1]}
+        return {**scores, "val_top5": 1.0, "val_videos": 8}
+
+    def rest(patience: int) -> list[int]:
+        """The steps after which a start validates."""
+        asked.clear()
+        assert (
+            run(prepare(replace(config, validation=replace(config.validation, patience=patience))))
+            == DONE
+        )
+        return list(asked)
+
+    monkeypatch.setattr(finetune.Finetuning, "_validate", validate)
+    config = tiny_finetune(
+        "optim.steps=8", "validation.interval=1", "journal.checkpoint_interval=1"
+    )
+    folder = Path(config.output)
+    said = "stopped early at step 4: best was step 2"
+    assert rest(2) == [1, 2, 3, 4]
+    assert json.loads((folder / "run.json").read_text())["ended"] == said
+    assert said in (folder / "report.html").read_text()
+    assert log(config).splitlines()[-1].endswith(said)
+    assert saved_memory(folder / "checkpoints" / "step_00000004")["best"]["step"] == 2
+    # it stays so; one that was stopped in between counts on; one with more patience goes on
+    assert rest(2) == []
+    assert f"already finished, {said}" in log(config)
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    assert rest(2) == [4]
+    assert rest(6) == [5, 6, 7, 8]
+    assert json.loads((folder / "run.json").read_text())["ended"] == "all of its 8 steps are done"
+    with pytest.raises(ValueError, match=r"validation\.source: \(empty\), name a list"):
+        prepare(tiny_finetune("validation.source=", "validation.patience=2"))
+
+
+@pytest.mark.parametrize("videos_per_step", [4, 7, 32, 70])
+def test_validations_are_counted_as_they_are_done(
+    tiny_finetune: Tiny, videos_per_step: int
+) -> None:
+    """A step may take more videos than there are in an epoch, 24 here."""
+    config = tiny_finetune(
+        "validation.interval=0", f"optim.micro_batch={videos_per_step}", "optim.steps=40"
+    )
+    training = prepare(config)
+    done = [training.is_measured(step, 0) for step in range(1, 40)]
+    counts = [training.num_measures(step, 0) for step in range(40)]
+    assert [after - before for before, after in itertools.pairwise(counts)] == done
 
 
 def test_augmenting_on_the_device_draws_what_the_workers_draw(

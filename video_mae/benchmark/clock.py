@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from video_mae.benchmark.record import Percentiles, percentiles
+from video_mae.progress_bar import ProgressBar
 
 Call = Callable[[], Any]
 Name = TypeVar("Name")
@@ -201,12 +202,15 @@ class Stopwatch:
 
 def turns(names: Iterable[Name], num_rounds: int) -> Iterator[Name]:
     """Every name once a round; every other round goes backwards, so none always follows the same
-    other.
+    other. A bar shows how many are done.
     """
     order = list(names)
-    for _ in range(num_rounds):
-        yield from order
-        order.reverse()
+    with ProgressBar(num_rounds * len(order), "turn") as bar:
+        for _ in range(num_rounds):
+            for name in order:
+                yield name
+                bar.update()
+            order.reverse()
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:

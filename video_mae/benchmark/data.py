@@ -39,9 +39,10 @@ from video_mae.benchmark.record import (
     make_table,
     percentiles,
 )
-from video_mae.benchmark.report import BenchConfig, publish
+from video_mae.benchmark.report import publish
+from video_mae.config.bench import DataBenchConfig
 from video_mae.config.data import SourceConfig
-from video_mae.config.schema import knob, require
+from video_mae.config.schema import require
 from video_mae.data import read_annotations
 from video_mae.files import one_line
 from video_mae.tools.demo import DemoConfig, make_demo_data
@@ -90,35 +91,6 @@ COLUMNS = {
 }
 
 
-class DataBenchConfig(BenchConfig):
-    """`video-mae bench data key=value ...`."""
-
-    source: str = knob(
-        "",
-        "a list file with lines `PATH LABEL`, or a folder with a folder per class; empty: 8 videos "
-        "of 340 x 256 pixels, rendered into a temporary folder",
-    )
-    num_frames: int = knob(16, "frames of a clip", low=1)
-    stride: int = knob(4, "video frames from one frame of a clip to the next", low=1)
-    side: int = knob(224, "height and width of a clip in pixels", low=1)
-    batch: int = knob(
-        8, "clips that are collated into one tensor, several crops of a video among them", low=1
-    )
-    rounds: int = knob(9, "passes over the files, a clip of each", low=2)
-    rows: tuple[str, ...] = knob((), "only these rows, by their names; empty: all")
-    appetite: float = knob(
-        1600.0,
-        "clips a second that a device takes; ViT-B with 90 % masking on an H100 at 35 % of its "
-        "peak: 1600",
-        above=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.rows:
-            require(name in ALL, "rows", name, "is no row; there are: " + "; ".join(ALL))
-
-
 def start(config: DataBenchConfig) -> int:
     """The stage as the command line starts it. Raises: ValueError or FileNotFoundError for a source
     that is none.
@@ -127,7 +99,12 @@ def start(config: DataBenchConfig) -> int:
 
 
 def measure(config: DataBenchConfig) -> Iterator[Results]:
-    """Packs the videos both ways, and measures all pipelines in turn: one run."""
+    """Packs the videos both ways, and measures all pipelines in turn: one run.
+
+    Raises: ValueError for a row that there is not, and as `read_annotations`.
+    """
+    for name in config.rows:
+        require(name in ALL, "rows", name, "is no row; there are: " + "; ".join(ALL))
     with tempfile.TemporaryDirectory() as workshop:
         source = config.source
         if not source:

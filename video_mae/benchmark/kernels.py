@@ -7,12 +7,12 @@ On a CPU the shapes are small and ours are the references, labelled so.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from video_mae.benchmark.attention_operation import AttentionOperation
-from video_mae.benchmark.clock import Clock
+from video_mae.benchmark.clock import Clock, turns
 from video_mae.benchmark.kernel_measurement import matches, measure_operation
 from video_mae.benchmark.kernel_operations import (
     MODES,
@@ -31,12 +31,11 @@ from video_mae.benchmark.record import (
     environment,
     make_table,
 )
-from video_mae.benchmark.report import BenchConfig, publish, words
-from video_mae.config.schema import knob, require
+from video_mae.benchmark.report import publish
+from video_mae.config.bench import OPS, KernelBenchConfig, words
 from video_mae.kernels import compile_check
 from video_mae.kernels.preset_shapes import SHAPES, attention_shapes
 
-OPS = ("gather", "embed", "reconstruction", "contrastive", "joint", "attention")
 BATCH = 32
 LENGTHS_ON_GPU = (64, 128, 196, 256, 320, 392, 512, 640, 1024, 1280)
 # of attention, where `auto` should change over; by default they are left out
@@ -55,34 +54,6 @@ NOTES = (
     "right: no value further off than twice what PyTorch's own arithmetic of that precision is, "
     "and the error as a whole small.",
 )
-
-
-class KernelBenchConfig(BenchConfig):
-    """`video-mae bench key=value ...`."""
-
-    ops: str = knob("", f"comma-separated, of {', '.join(OPS)}; empty: all")
-    shapes: str = knob(
-        "",
-        "comma-separated words: only shapes with one of them in their name; `length` sweeps the "
-        "tokens of attention; empty: all but these",
-    )
-    providers: str = knob(
-        "", "comma-separated words: only providers with one of them in their name; empty: all"
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = knob(
-        "auto", "of the values; auto: bfloat16 on a GPU, float32 on a CPU"
-    )
-    quick: bool = knob(False, "the first shape of each operation, fewer samples")
-    compile_check: bool = knob(
-        False,
-        "compile every kernel for sm_90 and sm_80 instead of measuring, without a GPU: registers, "
-        "spills, shared memory, tensor cores (also --compile-check)",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for op in words(self.ops):
-            require(op in OPS, "ops", op, f"is not one of {', '.join(OPS)}")
 
 
 def start(config: KernelBenchConfig) -> int:
@@ -167,7 +138,7 @@ def measure(config: KernelBenchConfig) -> Iterator[Results]:
         "dtype": dtype_name(dtype),
         "ceilings": ceilings._asdict(),
     }
-    for operation in chosen:
+    for operation in turns(chosen, 1):
         # else the shapes of one function would be too many for the compiler, and it would quietly
         # run it eagerly
         torch.compiler.reset()

@@ -164,8 +164,7 @@ def read(path: Path) -> list[Results]:
     return found
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A titled table of texts, for the terminal and for Markdown; notes stand below it."""
 
     title: str

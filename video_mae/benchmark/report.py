@@ -6,28 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from video_mae.benchmark.record import Results, Table, append, read, results_file, slower_table
-from video_mae.config.schema import Knobs, knob
+from video_mae.config.bench import BenchConfig
 from video_mae.extras import require_package
 
 Tables = Callable[[Results], list[Table]]
-
-
-class BenchConfig(Knobs):
-    """The keys that every benchmark has."""
-
-    output: str = knob(
-        "runs/bench",
-        "a folder: DEVICE/BENCHMARK.jsonl in it is appended to, its page and plots are made anew",
-        filled=True,
-    )
-    baseline: str = knob(
-        "", "an older file of records: prints what became slower since (also --baseline FILE)"
-    )
-
-
-def words(value: str) -> list[str]:
-    """The words of a comma-separated key."""
-    return [word.strip() for word in value.split(",") if word.strip()]
 
 
 def publish(
@@ -47,7 +29,7 @@ def publish(
         if not whole.header:
             file = results_file(config.output, part.header, name)
             whole = Results(part.header, [])
-            print(about(part), *notes, sep="\n")
+            print("", about(part), *notes, sep="\n")
         whole.records.extend(part.records)
         append(file, part)
         print(*(f"\n{table.text()}" for table in tables(part)), sep="\n", flush=True)

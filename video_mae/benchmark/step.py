@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ from video_mae.benchmark.record import (
     percentiles,
     reason_of,
 )
-from video_mae.benchmark.report import BenchConfig, publish, words
+from video_mae.benchmark.report import publish
 from video_mae.benchmark.step_models import EngineTrainer, Step, Trainer
-from video_mae.config import PRESETS, ModelConfig
-from video_mae.config.schema import knob, require
+from video_mae.config import ModelConfig
+from video_mae.config.bench import StepBenchConfig, words
 from video_mae.kernels.dispatch import describe
 from video_mae.model.masking import TokenMask, token_mask
 from video_mae.model.vit import VideoMAE, pretraining_macs
@@ -79,35 +79,6 @@ NOTES = (
     "backward pass; a mark takes the time of the clock on a CPU, and of an event in the stream on "
     "a GPU. attention is softmax(q k^T) v alone, its projections are in rest.",
 )
-
-
-class StepBenchConfig(BenchConfig):
-    """`video-mae bench step key=value ...`."""
-
-    presets: str = knob(
-        "auto",
-        "comma-separated, of small, base, large, huge, giant; auto: small on a CPU, small to huge "
-        "on a GPU",
-    )
-    compiled: str = knob(
-        "auto",
-        "presets that are also compiled, which takes minutes; auto: small and base on a GPU, none "
-        "on a CPU; empty: none",
-    )
-    batch: int = knob(0, "clips of a step; 0: 8 on a CPU, 32 on a GPU", low=0)
-    side: int = knob(
-        0, "height and width of a clip in pixels; 0: 112 on a CPU, 224 on a GPU", low=0
-    )
-    rounds: int = knob(9, "samples of every step", low=2)
-    precision: Literal["auto", "fp32", "bf16"] = knob("auto", "auto: bf16 on a GPU, fp32 on a CPU")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(words(self.presets) != [], "presets", "(empty)", "must name at least one")
-        for key in ("presets", "compiled"):
-            for name in words(getattr(self, key)):
-                remedy = f"is not one of {', '.join(PRESETS)}"
-                require(name in (*PRESETS, "auto"), key, name, remedy)
 
 
 def start(config: StepBenchConfig) -> int:

@@ -1,10 +1,15 @@
-"""How the clips of a training were made: what a model folder keeps, and how a command is told
-otherwise.
+"""How the clips of a training were made: what a model folder keeps, how a command is told
+otherwise, and what the commands read that draw clips.
 """
 
+from typing import Literal
+
+from video_mae.config.data import GivenReadConfig
 from video_mae.config.evaluation import ClipSampling
 from video_mae.config.schema import Knobs, knob, section
 from video_mae.config.training import MaskConfig, MaskKind, PretrainConfig
+
+Statistics = Literal["visible", "truth"]
 
 
 class ClipsConfig(Knobs):
@@ -32,3 +37,37 @@ class GivenMaskConfig(MaskConfig):
     ratio: float | None = knob(  # pyright: ignore[reportIncompatibleVariableOverride]
         None, "as mask.ratio of the training, likewise", above=0, below=1
     )
+
+
+class PictureConfig(Knobs):
+    """What the stages have that draw videos."""
+
+    output: str
+    num_clips: int = knob(1, "clips, spread over the video; 1 is the middle", low=1, high=100)
+    stride: int | None = knob(None, "as data.stride, which it wins over", low=1)
+    data: GivenReadConfig = section(GivenReadConfig, "how the files are read")
+
+
+class LookConfig(PictureConfig):
+    """`video-mae look MODEL_OR_RUN_FOLDER VIDEO... key=value ...`."""
+
+    output: str = knob("looks", "folder for a NAME.png and a NAME.mp4 of each video", filled=True)
+
+
+class ReconstructConfig(PictureConfig):
+    """`video-mae reconstruct MODEL_OR_RUN_FOLDER VIDEO... key=value ...`."""
+
+    first_keys = (
+        "output num_clips stride mask.kind mask.ratio mask.decoder_mask_ratio seed statistics "
+        "data.decoder data.root"
+    )
+    output: str = knob(
+        "reconstructions", "folder for a NAME.png and a NAME.mp4 of each video", filled=True
+    )
+    seed: int = knob(0, "of the masks", low=0)
+    statistics: Statistics = knob(
+        "visible",
+        "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
+        "hidden ones, which a model does not have",
+    )
+    mask: GivenMaskConfig = section(GivenMaskConfig, "masking")

@@ -29,6 +29,12 @@ class ValidationConfig(Knobs):
         "always validates",
         low=0,
     )
+    patience: int | None = knob(
+        None,
+        "validations without a better one (more top-1, or as much and less loss) after which the "
+        "training ends; null: it goes on to its last step",
+        low=1,
+    )
     batch: int = knob(16, "clips that a rank takes at once", low=1, high=MOST_SIZE)
 
 

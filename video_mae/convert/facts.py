@@ -1,12 +1,13 @@
 """What a user may say of another project's model, and what is usual where nobody says it."""
 
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from video_mae.config.schema import Knobs, knob, require
 
-Tensors = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Tensors = dict[str, "torch.Tensor"]
 Options = dict[str, Any]
 """What a file says beside its tensors, by its own keys."""
 USUAL_FRAMES, USUAL_SIDE, USUAL_STRIDE = 16, 224, 4
@@ -67,3 +68,19 @@ class Facts(Knobs):
             self.std,
             f"must have as many values as mean = {self.mean}",
         )
+
+
+class ConvertConfig(Facts):
+    """`video-mae convert SOURCE DESTINATION key=value ...`."""
+
+    format: Literal["model", "official", "hugging_face", "torch_export", "onnx"] = knob(
+        "model",
+        "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
+        "for transformers, a program of torch.export (.pt2) or of ONNX (both of classifiers)",
+    )
+    overwrite: bool = knob(False, "replace what is at DESTINATION")
+    trust: bool = knob(
+        False,
+        "read the pickles of a checkpoint that DeepSpeed wrote (earlier versions), which can "
+        "execute code: only for runs of your own",
+    )

@@ -16,8 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from video_mae.config import ClassifierConfig
-from video_mae.config.data import GivenReadConfig
-from video_mae.config.schema import Knobs, knob, section
+from video_mae.config.clips import LookConfig, PictureConfig
 from video_mae.convert.model_folder import Model, load_pretrained
 from video_mae.decoding.transcode import write_video
 from video_mae.evaluation.extract import file_name
@@ -33,21 +32,6 @@ from video_mae.training.picture import (
     draw_reconstruction,
     in_colors,
 )
-
-
-class PictureConfig(Knobs):
-    """What the stages have that draw videos."""
-
-    output: str
-    num_clips: int = knob(1, "clips, spread over the video; 1 is the middle", low=1, high=100)
-    stride: int | None = knob(None, "as data.stride, which it wins over", low=1)
-    data: GivenReadConfig = section(GivenReadConfig, "how the files are read")
-
-
-class LookConfig(PictureConfig):
-    """`video-mae look MODEL_OR_RUN_FOLDER VIDEO... key=value ...`."""
-
-    output: str = knob("looks", "folder for a NAME.png and a NAME.mp4 of each video", filled=True)
 
 
 def start(model_folder: str, videos: Sequence[str], config: LookConfig) -> int:

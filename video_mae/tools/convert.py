@@ -4,17 +4,17 @@ another's.
 
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from video_mae.config import ClipsConfig, FinetuneConfig, JournalConfig, load_config
-from video_mae.config.schema import knob, read_keys
+from video_mae.config.schema import read_keys
 from video_mae.convert.export import (
     export_hugging_face,
     export_official,
     export_onnx,
     export_program,
 )
-from video_mae.convert.facts import Facts
+from video_mae.convert.facts import ConvertConfig, Facts
 from video_mae.convert.foreign_files import read_json
 from video_mae.convert.hub import located
 from video_mae.convert.importing import import_model
@@ -40,22 +40,6 @@ EXPORTS = {
     "torch_export": export_program,
     "onnx": export_onnx,
 }
-
-
-class ConvertConfig(Facts):
-    """`video-mae convert SOURCE DESTINATION key=value ...`."""
-
-    format: Literal["model", "official", "hugging_face", "torch_export", "onnx"] = knob(
-        "model",
-        "what to write: a model folder of this project, a file for the code of VideoMAE, a folder "
-        "for transformers, a program of torch.export (.pt2) or of ONNX (both of classifiers)",
-    )
-    overwrite: bool = knob(False, "replace what is at DESTINATION")
-    trust: bool = knob(
-        False,
-        "read the pickles of a checkpoint that DeepSpeed wrote (earlier versions), which can "
-        "execute code: only for runs of your own",
-    )
 
 
 def start(source: str, destination: str, config: ConvertConfig) -> int:

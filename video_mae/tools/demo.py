@@ -22,7 +22,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from torchvision.transforms.functional import to_tensor
 
-from video_mae.config.schema import Knobs, knob, require, to_dict
+from video_mae.config.schema import to_dict
+from video_mae.config.tools import DemoConfig
 from video_mae.decoding.transcode import write_video
 from video_mae.extras import require_package
 from video_mae.files import say, write_json, write_whole
@@ -39,16 +39,6 @@ from video_mae.progress_bar import ProgressBar
 from video_mae.results import check_made_with
 from video_mae.tools import people
 
-ACTIONS = (
-    "left",
-    "right",
-    "up",
-    "down",
-    "roll_clockwise",
-    "roll_counterclockwise",
-    "orbit_clockwise",
-    "orbit_counterclockwise",
-)
 PHOTOGRAPHS = {
     "train": (
         "astronaut.png",
@@ -70,40 +60,6 @@ ORBIT_RADIUS = 0.25  # in frame sides
 PERIOD_FRAMES = (32.0, 64.0)
 PHOTOGRAPH_SIDES = (1.2, 1.8)  # the photograph's shorter side over the frame's
 EASY_CUTOUT_FLOOR = 0.35  # the darkest cut-out over the brightest background
-
-
-class DemoConfig(Knobs):
-    """What `make_demo_data` renders."""
-
-    seed: int = knob(0, "of the poses, speeds and photographs drawn", low=0, below=2**63)
-    subject: Literal["people", "cutouts"] = knob(
-        "cutouts",
-        "what moves: people in 15 actions (needs pybullet), or cut-outs of photographs in 8",
-    )
-    train_clips: int = knob(960, "training videos, of all actions the same number", low=8)
-    validation_clips: int = knob(240, "validation videos, of other photographs, likewise", low=8)
-    num_frames: int = knob(32, "frames of a video", low=2)
-    height: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
-    width: int = knob(64, "pixels (4:2:0 video)", low=32, high=8192, multiple_of=2)
-    fps: int = knob(16, "frames a second", low=1)
-    difficulty: Literal["easy", "medium", "hard"] = knob(
-        "easy",
-        "of cut-outs: a bright cut-out of a photograph over another, dimmed and "
-        "still; the same, both as bright as they are; or the whole picture",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        num = len(self.actions)
-        for name in ("train_clips", "validation_clips"):
-            clips = getattr(self, name)
-            remedy = f"must be a multiple of the {num} actions of subject = {self.subject}"
-            require(clips % num == 0, name, clips, remedy)
-
-    @property
-    def actions(self) -> tuple[str, ...]:
-        """The classes, by their labels."""
-        return people.ACTIONS if self.subject == "people" else ACTIONS
 
 
 def start(folder: str, config: DemoConfig) -> int:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from video_mae.config.data import ReadConfig, SourceConfig
-from video_mae.config.schema import Knobs, knob, section
+from video_mae.config.data import SourceConfig
+from video_mae.config.tools import DoctorConfig
 from video_mae.data.paths import file_mistake
 from video_mae.data.videos import read_lines
 from video_mae.decoding import (
@@ -54,30 +54,6 @@ TRAITS = {
     **dict.fromkeys((NO_STAMPS, DECODING_ORDER, LATE_START, ALL_KEYS), "no_order"),
     MIRRORED: "mirrored",
 }
-
-
-class DoctorConfig(Knobs):
-    """`video-mae doctor LIST key=value ...`: exit status 0 where all is good, 1 where something is
-    bad, 2 for a mistake in the command.
-    """
-
-    check: Literal["quick", "full"] = knob(
-        "quick",
-        "quick: the first, the middle and the last frame are decoded, each by a jump; full: "
-        "also all of them in order, and counted",
-    )
-    num_frames: int = knob(
-        16, "frames of a clip, data.stride apart: what is shorter is told", low=1
-    )
-    num_workers: int | None = knob(
-        None, "processes that decode; null: as many as there are cores", low=1
-    )
-    worst: int = knob(10, "how many bad files the console names; videos.jsonl has all", low=0)
-    output: str = knob(
-        "",
-        "folder for videos.jsonl, summary.json and clean.txt; empty: LIST_doctor beside the list",
-    )
-    data: ReadConfig = section(ReadConfig, "how the files are read; their list is LIST")
 
 
 def start(source: str, config: DoctorConfig) -> Callable[[], int]:

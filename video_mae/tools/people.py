@@ -23,25 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from video_mae.config.tools import ACTIONS
 from video_mae.extras import require_package
 
-ACTIONS = (
-    "backflip",
-    "cartwheel",
-    "crawl",
-    "dance_a",
-    "dance_b",
-    "getup_facedown",
-    "getup_faceup",
-    "jump",
-    "kick",
-    "punch",
-    "roll",
-    "run",
-    "spin",
-    "spinkick",
-    "walk",
-)
 # Links of the humanoid in the order in which a pose has their joints: chest, neck, right hip, knee,
 # ankle, shoulder, elbow, and those at the left. Hinges have an angle, the others a quaternion.
 LINKS = (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)
@@ -84,7 +68,7 @@ class Studio:
             )
         self.bullet = bullet
         self.motions: dict[str, Motion] = {}
-        for action in ACTIONS:
+        for action in ACTIONS["people"].split():
             facts = json.loads((data / f"data/motions/humanoid3d_{action}.txt").read_text())
             frames = np.array(facts["Frames"])
             # a frame says how long it lasts, then its pose

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from video_mae.config.schema import Knobs, knob, require, to_dict
+from video_mae.config.schema import require, to_dict
+from video_mae.config.tools import PushConfig
 from video_mae.config.yaml_text import to_yaml
 from video_mae.convert.export import export_hugging_face
 from video_mae.convert.foreign_files import read_json
@@ -22,18 +23,6 @@ THEIRS = "transformers"
 """The folder of a repository that transformers opens; ours is the repository itself."""
 TOLD = re.compile("step|epoch|loss|reconstruction|val_|probe_|top|mean_class|videos")
 """How the names of figures begin that say something of a model."""
-
-
-class PushConfig(Knobs):
-    """`video-mae push MODEL_OR_RUN_FOLDER OWNER/NAME key=value ...`."""
-
-    data: str = knob("", "for the card: what the model was trained on")
-    licence: str = knob(
-        "unknown", "for the card: of the weights, as the hub spells it (mit, other)"
-    )
-    private: bool = knob(False, "a new repository can be seen by its owner alone")
-    revision: str = knob("main", "the branch of the repository to send to")
-    output: str = knob("", "a folder to write all of it into, instead of sending it")
 
 
 def start(model: str, repository: str, config: PushConfig) -> int:
@@ -122,8 +111,8 @@ def _figures(source: Path) -> JsonObject:
     entries = read_jsonl(file.with_suffix(".jsonl"))
     if source.name == "best":
         # as best/ is chosen: of those with one accuracy the one with less loss
-        entries.sort(key=lambda one: (one.get("val_top1") or 0, -(one.get("val_loss") or 0)))
-        entries = entries[-1:]
+        entries.sort(key=lambda one: (-(one.get("val_top1") or 0), one.get("val_loss") or 0))
+        entries = entries[:1]
     # the folder may have been moved since
     if file.is_file() and Path(read_json(file)["settings"]["model"]).name == source.name:
         entries.append(read_json(file))

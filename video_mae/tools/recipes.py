@@ -5,16 +5,12 @@ import re
 from pathlib import Path
 from textwrap import fill
 
-from video_mae.config.schema import Knobs
+from video_mae.config.tools import NoKeys
 
 FOLDER = Path(__file__).parents[1].joinpath("configs").resolve()
 
 
-class RecipesConfig(Knobs):
-    """`video-mae recipes`, which has no keys."""
-
-
-def start(config: RecipesConfig) -> int:
+def start(config: NoKeys) -> int:
     """Lists the recipes, as the command line starts it."""
     for file in sorted(FOLDER.glob("*/*.yaml")):
         print(os.path.relpath(file))

@@ -6,35 +6,15 @@ from collections.abc import Sequence
 
 import torch
 
-from video_mae.config.clips import GivenMaskConfig
-from video_mae.config.schema import knob, section
+from video_mae.config.clips import ReconstructConfig
 from video_mae.convert.model_folder import load_pretrained
 from video_mae.data.sampling import sample_seed
 from video_mae.evaluation.features import clips_of
-from video_mae.evaluation.look import PictureConfig, draw_videos
+from video_mae.evaluation.look import draw_videos
 from video_mae.model.masking import token_mask
 from video_mae.model.objective import pixel_scale, predicted_clip
 from video_mae.model.vit import VideoMAE
-from video_mae.training.picture import PictureFrames, Statistics, reconstruction_frames
-
-
-class ReconstructConfig(PictureConfig):
-    """`video-mae reconstruct MODEL_OR_RUN_FOLDER VIDEO... key=value ...`."""
-
-    first_keys = (
-        "output num_clips stride mask.kind mask.ratio mask.decoder_mask_ratio seed statistics "
-        "data.decoder data.root"
-    )
-    output: str = knob(
-        "reconstructions", "folder for a NAME.png and a NAME.mp4 of each video", filled=True
-    )
-    seed: int = knob(0, "of the masks", low=0)
-    statistics: Statistics = knob(
-        "visible",
-        "whose mean and deviation undo the normalisation: of the visible tubelets, or of the true "
-        "hidden ones, which a model does not have",
-    )
-    mask: GivenMaskConfig = section(GivenMaskConfig, "masking")
+from video_mae.training.picture import PictureFrames, reconstruction_frames
 
 
 def start(model_folder: str, videos: Sequence[str], config: ReconstructConfig) -> int:

@@ -4,20 +4,17 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from video_mae.config.schema import Knobs
+from video_mae.config.clips import LookConfig
+from video_mae.config.tools import NoKeys
 from video_mae.convert.model_folder import load_pretrained
 from video_mae.evaluation.extract import file_name
-from video_mae.evaluation.look import LookConfig, draw_videos, look
+from video_mae.evaluation.look import draw_videos, look
 from video_mae.evaluation.predict import classify_video
 from video_mae.extras import require_package
 from video_mae.model.vit import VideoClassifier
 
 
-class ServeConfig(Knobs):
-    """`video-mae serve MODEL_OR_RUN_FOLDER`."""
-
-
-def start(model: str, config: ServeConfig) -> int:
+def start(model: str, config: NoKeys) -> int:
     """Shows the page until Ctrl-C; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where."""
     require_package("gradio")
     import gradio  # pyright: ignore[reportMissingImports]

@@ -7,28 +7,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from video_mae.config.data import SourceConfig
-from video_mae.config.schema import Knobs, knob, require
+from video_mae.config.schema import require
+from video_mae.config.tools import SplitConfig
 from video_mae.data.lists import format_line
 from video_mae.data.videos import CLASS_FILE, class_file, read_annotations
 from video_mae.files import read_text, say, write_text
-
-
-class SplitConfig(Knobs):
-    """`video-mae split LIST_OR_FOLDER key=value ...`."""
-
-    shares: tuple[float, float, float] = knob(
-        (0.8, 0.1, 0.1),
-        "ratios of the videos in the lists to train, validate and test on; [8, 1, 1] is the same",
-        low=0,
-    )
-    group: str = knob(
-        ".*",
-        "regular expression for what must not be in two of the lists, a person or a recording: the "
-        r"part in brackets of each line of the list, or path of the folder. _g(\d+)_ is that of "
-        "UCF101, ,([^,]*)$ the last column of a CSV file",
-    )
-    seed: int = knob(0, "another one is another split", low=0)
-    output: str = knob("", "a new folder for the lists; empty: LIST_OR_FOLDER_split")
 
 
 def start(source: str, config: SplitConfig) -> int:

@@ -26,7 +26,7 @@ from video_mae.model.lora import choose_trained
 from video_mae.model.vit import VideoClassifier, encoder_macs
 from video_mae.training.loop import Training
 from video_mae.training.saving import publish
-from video_mae.training.starting_weights import StartingWeights, starting_weights
+from video_mae.training.starting_weights import starting_weights
 
 
 def start(config: FinetuneConfig) -> int | Callable[[], int]:
@@ -44,7 +44,8 @@ def prepare(config: FinetuneConfig) -> "Finetuning":
     config = config.cut()
     videos, classifier = read_training_videos(config)
     config = replace(config, classifier=classifier)
-    validation = read_validation_videos(config) if config.validation.source else None
+    wants_validation = config.validation.source or config.validation.patience
+    validation = read_validation_videos(config) if wants_validation else None
     config, weights = starting_weights(config)
     sources = Sources([("data", config.data, videos)])
     return Finetuning(config, sources, weights, validation)
@@ -72,17 +73,6 @@ def make_classifier(config: FinetuneConfig) -> VideoClassifier:
 class Finetuning(Training[FinetuneConfig]):
     """A fine-tuning run: augmented clips, soft targets, validation."""
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        videos: Sources,
-        weights: StartingWeights,
-        validation: VideoList | None,
-    ) -> None:
-        super().__init__(config, videos, weights, validation)
-        augment = config.augment
-        self.augments_in_workers = augment.changes_pixels and augment.where == "worker"
-
     def make_model(self) -> tuple[VideoClassifier, float]:
         config, model = self.config, make_classifier(self.config)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -94,6 +84,10 @@ class Finetuning(Training[FinetuneConfig]):
 
     def make_dataset(self) -> ClipDataset:
         return labelled_clips(self.videos, self.config)
+
+    def augments_in_workers(self) -> bool:
+        augment = self.config.augment
+        return augment.changes_pixels and augment.where == "worker"
 
     def introduce(self) -> str:
         classifier = self.config.classifier
@@ -131,9 +125,7 @@ class Finetuning(Training[FinetuneConfig]):
         return values
 
     def after(self, done: int) -> None:
-        if self.validation is None:
-            return
-        if self.is_measured(done, self.config.validation.interval):
+        if self.validation is not None and self.is_measured(done, self.config.validation.interval):
             with self.journal.aside():
                 scores = self._validate(self.validation)
                 if self.average:
@@ -142,6 +134,15 @@ class Finetuning(Training[FinetuneConfig]):
                     for name in ("val_loss", "val_top1", "val_top5"):
                         scores[name.replace("val_", "val_ema_")] = averages[name]
                 self._keep_best(done, scores)
+
+    def reason_to_end(self, done: int) -> str:
+        """Also because validation.patience has run out."""
+        reason, config = super().reason_to_end(done), self.config.validation
+        best = self.memory.get("best", {"step": 0})["step"]
+        waited = self.num_measures(done, config.interval) - self.num_measures(best, config.interval)
+        if config.patience and not reason and waited >= config.patience:
+            reason = f"stopped early at step {done}: best was step {best}"
+        return reason
 
     def _validate(self, videos: VideoList) -> dict[str, float]:
         """Scores of the model as it is over all validation videos, the same on every rank."""

@@ -1,6 +1,4 @@
-"""The loop of training: what a run checks before it starts, and then step after step, with the
-lines, the checkpoints and the reasons to stop that all stages share.
-"""
+"""The loop of training that all stages share: checks, steps, lines, checkpoints, reasons to end."""
 
 import os
 from abc import ABC, abstractmethod
@@ -55,9 +53,6 @@ class Training(ABC, Generic[Config]):
     config: as it holds for the whole run, data.decoder names a decoder. memory: what a stage
     remembers; it is saved with each checkpoint and given back when the run goes on.
     """
-
-    augments_in_workers = False
-    """Whether workers do more to the pixels of a clip than to crop it."""
 
     model: Model
     engine: Engine
@@ -117,20 +112,20 @@ class Training(ABC, Generic[Config]):
         """The keys of the samples of each micro-batch: (epoch, index)."""
         return sampler
 
+    def augments_in_workers(self) -> bool:
+        """Whether workers do more to the pixels of a clip than to crop it."""
+        return False
+
     @abstractmethod
     def introduce(self) -> str:
-        """One line about model and data for the log."""
+        """A line about model and data."""
 
     @abstractmethod
     def losses(self, batch: Batch, step: int, micro: int) -> Mapping[str, torch.Tensor]:
-        """`loss`, which is minimised, and what else is measured on micro-batch `micro` of a step;
-        the batch is on the device.
-        """
+        """`loss`, which is minimised, and more of micro-batch `micro`; it is on the device."""
 
     def begin(self) -> None:
-        """Once, when the engine has the weights that a new run starts from, and before those of a
-        checkpoint.
-        """
+        """Once: the engine has the weights that a new run starts from, not yet a checkpoint's."""
         decay = self.config.optim.ema
         self.average = WeightAverage(self.engine, decay) if decay > 0 else None
 
@@ -147,9 +142,7 @@ class Training(ABC, Generic[Config]):
         return dry_run(self) if self.config.dry_run else self.command
 
     def command(self) -> int:
-        """`run` alone in its folder, by ranks that watch one another and leave together. Raises:
-        FolderError, StorageError.
-        """
+        """`run` alone in its folder; ranks leave together. Raises: FolderError, StorageError."""
         rank, stall_seconds = World.from_environment().rank, self.config.engine.stall_seconds
         with hold_folder(self.folder, rank) as told, heartbeat(self.folder, stall_seconds):
             self.introduction += told
@@ -168,11 +161,10 @@ class Training(ABC, Generic[Config]):
         status: 0 done; 3 stopped because too many videos or steps were bad; 75 gone back to the
         last checkpoint for such a step; 128 + number stopped by a signal, with a checkpoint.
         """
-        config, total_steps = self.config, self.schedule.total_steps
-        torch.manual_seed(config.seed)
+        torch.manual_seed(self.config.seed)
         self.model, macs_per_clip = self.make_model()
         self.model.load_state_dict(self.weights.tensors, strict=False)
-        self.engine = engine = Engine(self.model, config)
+        self.engine = engine = Engine(self.model, self.config)
         engine.statuses.listen()
         self.begin()
         first_step, self.memory = engine.resume(self.tensors())
@@ -184,12 +176,14 @@ class Training(ABC, Generic[Config]):
             publish(self, weights(self))
         with closing(self.journal):
             with closing(engine.writer), closing(self._batches(first_step)) as batches:
-                for step in range(first_step, total_steps):
-                    exit_status = self._step(batches, step)
+                done = first_step
+                while not self.reason_to_end(done):
+                    exit_status = self._step(batches, done)
                     if exit_status is not None:
                         return exit_status
+                    done += 1
             if engine.rank == 0:
-                self.page.finish()
+                self.page.finish(self.reason_to_end(done))
         return DONE
 
     def _open(self, first_step: int, macs_per_clip: float) -> None:
@@ -241,10 +235,11 @@ class Training(ABC, Generic[Config]):
             journal.say(f"stopped at step {done}: {reason}")
             return os.EX_TEMPFAIL if roll_back(self, done) else STOPPED_BY_POLICY
 
+        self.after(done)
+        is_last = self.reason_to_end(done) != ""
         ending = is_last or self.signal != 0
         if ending or is_logged:
             journal.tell_fallbacks(ending)
-        self.after(done)
         if is_logged and not ending and engine.rank == 0:
             self.page.update()
         is_saved = is_saved or ending
@@ -314,6 +309,10 @@ class Training(ABC, Generic[Config]):
             f"data.max_bad_share = {most}; they are named in {self.journal.quarantine.file}"
         )
 
+    def reason_to_end(self, done: int) -> str:
+        """Why a run is finished after `done` steps, the same on every rank; "" where it goes on."""
+        return f"all of its {done} steps are done" if done == self.schedule.total_steps else ""
+
     def _batches(self, first_step: int) -> DevicePrefetcher:
         """Introduces the run, and starts what loads its batches."""
         config, engine, journal = self.config, self.engine, self.journal
@@ -329,7 +328,7 @@ class Training(ABC, Generic[Config]):
             workers=workers,
             world_size=engine.world_size,
             packed=packed,
-            augments_in_workers=self.augments_in_workers,
+            augments_in_workers=self.augments_in_workers(),
         )
         sampler = StepSampler(
             len(self.videos),
@@ -360,8 +359,8 @@ class Training(ABC, Generic[Config]):
             )
         millions = num_parameters(self.model) / 1e6
         state = f"resumed after step {first_step}" if first_step else "begins with the first step"
-        if first_step == self.schedule.total_steps:
-            state = f"already finished, all of its {first_step} steps are done"
+        if reason := self.reason_to_end(first_step):
+            state = f"already finished, {reason}"
         say(f"run folder {self.folder}: {state}")
         say(f"{len(self.videos)} videos, {millions:.1f} million parameters, {self.introduce()}")
         for line in self.introduction:
@@ -373,15 +372,14 @@ class Training(ABC, Generic[Config]):
         say(f"videos are read by {decoder}; {loading}")
 
     def is_measured(self, done: int, interval: int) -> bool:
-        """Whether the model is measured after step `done`: every `interval` steps (0: with every
-        epoch that ends), and after the last one.
-        """
-        if interval == 0:
-            before, now = self.videos_before(done - 1), self.videos_before(done)
-            is_now = now // self.videos_per_epoch > before // self.videos_per_epoch
-        else:
-            is_now = is_due(done, interval)
+        """Whether the model is measured after step `done`; after the last one it always is."""
+        is_now = self.num_measures(done, interval) > self.num_measures(done - 1, interval)
         return is_now or done == self.schedule.total_steps
+
+    def num_measures(self, done: int, interval: int) -> int:
+        """How often one that is measured every `interval` steps was; 0: with every epoch's end."""
+        epochs = self.videos_before(done) // self.videos_per_epoch
+        return done // interval if interval else min(done, epochs)
 
     def videos_before(self, step: int) -> int:
         """How many videos the steps before one take."""

@@ -10,18 +10,18 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
+from video_mae.config.clips import Statistics
 from video_mae.files import one_line, write_whole
 from video_mae.kernels.reference import EPSILON, Normalize
 
 Tubelet = tuple[int, int, int]
-Statistics = Literal["visible", "truth"]
 # (mean, std) of the channels, where a model predicts pixels normalised by them
 PixelScale = tuple[tuple[float, ...], tuple[float, ...]]
 

@@ -44,6 +44,7 @@ FREE_KEYS = (
     "optim.accumulation",
     "optim.global_batch",  # what it makes of these two and the ranks is compared
     "validation.batch",
+    "validation.patience",
     "classifier.class_names",  # the digest tells whether labels are others
     "probe.",  # it changes no weight, and no sample
 )

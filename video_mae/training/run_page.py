@@ -49,16 +49,17 @@ class RunPage:
         end = time.monotonic()
         self._due = end + max(INTERVAL_SECONDS, (end - begin) / MOST_SHARE)
 
-    def finish(self) -> None:
-        """Writes the last page, and tells what a run that is done leaves: only then has run.json
-        `finished`. Raises: StorageError.
+    def finish(self, reason: str) -> None:
+        """Writes the last page, and tells what a run leaves and why it is done: only then has
+        run.json `finished`, and the reason as `ended`. Raises: StorageError.
         """
-        self.facts["finished"] = time.time()
+        self.facts |= {"finished": time.time(), "ended": reason}
         write_json(self.folder / FACTS_FILE, self.facts)
         write_report(self.folder, self.journal.say)
         for name in ("model", "model_ema", "reconstructions", "best", "report.html"):
             if (self.folder / name).exists():
                 self.journal.say(f"{name:17}{self.folder / name}")
+        self.journal.say(reason)
 
 
 def num_parameters(model: torch.nn.Module) -> int:
