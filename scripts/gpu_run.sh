@@ -5,8 +5,8 @@
 #
 # Results are written as they come: FOLDER/NAME.log of each part, FOLDER/parts.tsv with how it ended, FOLDER/results/DEVICE/*.jsonl of the
 # benchmarks, which belong into benchmarks/results. Started again with the same FOLDER it goes on: what is done is not done again.
-# PYTHON names the interpreter; without it that of .venv is taken, or python3. The kernels need torch, triton, einops, numpy, PyYAML and
-# pytest (quicker with pytest-xdist), the training step also torchvision, tqdm, matplotlib, pillow and safetensors; its rows `engine` need
+# PYTHON names the interpreter; without it that of .venv is taken, or python3. The kernels need torch, triton, einops, numpy, PyYAML,
+# tqdm and pytest (quicker with pytest-xdist), the training step also torchvision, matplotlib, pillow and safetensors; its rows `engine` need
 # deepspeed, `Hugging Face` transformers.
 # Without a GPU it is a rehearsal: small shapes, and the GPU's tests are skipped.
 # Exit status: 0 all is done, 1 a part failed, lacked a package or found no time, 2 it could not begin.

@@ -287,7 +287,7 @@ def own_process() -> Iterator[None]:
     """Gives the handlers of signals and the environment back that a stage has changed which ran in
     this process: what the next test starts is not to take itself for a rank.
     """
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in numbers}
     environment = dict(os.environ)
     yield

@@ -350,13 +350,12 @@ LACKING = (
     "safetensors",
     "torchcodec",
     "torchvision",
-    "tqdm",
     "transformers",
 )
 
 
 def test_the_module_runs_alone(tmp_path: Path) -> None:
-    """With torch, triton, einops, NumPy and PyYAML."""
+    """With torch, triton, einops, NumPy, PyYAML and tqdm."""
     blocks = "".join(f"sys.modules[{name!r}] = None\n" for name in LACKING)
     (tmp_path / "sitecustomize.py").write_text(f"import sys\n{blocks}")
     command = [

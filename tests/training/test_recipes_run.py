@@ -131,7 +131,7 @@ def test_two_steps_of_a_recipe(
     config: Any = load_config(path, changes, schema)
     # what is written at the end is the same for all
     monkeypatch.setattr("video_mae.training.loop.save_run", lambda training, done: True)
-    monkeypatch.setattr(RunPage, "finish", lambda page: None)
+    monkeypatch.setattr(RunPage, "finish", lambda page, reason: None)
     monkeypatch.setattr(Pretraining, "_draw", lambda training, picture: None)
     training = stage.prepare(config)
     assert (training.config.optim.micro_batch, training.config.optim.accumulation) == (2, 2)
