@@ -207,7 +207,8 @@ def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0)
             if building.is_file():
                 # a rename may outlive a power cut that the bytes of the file do not
                 fsync(building)
-            if path.is_dir():  # a file is replaced by the rename itself
+            # a rename by itself puts files alone in the place of files
+            if path.is_dir() or (building.is_dir() and path.exists()):
                 os.replace(path, Path(work) / "old")
             os.replace(building, path)
 

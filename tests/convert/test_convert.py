@@ -536,9 +536,14 @@ def test_a_destination_is_not_overwritten_unless_asked(tmp_path):
         convert(path, tmp_path, ConvertConfig(**FACTS, overwrite=True))
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"a video")
-    with pytest.raises(ValueError, match="videos: is a folder of something else than a model"):
-        convert(path, tmp_path / "videos", ConvertConfig(**FACTS, overwrite=True))
-    assert (tmp_path / "videos" / "a.mp4").read_bytes() == b"a video"
+    for _ in range(2):  # also beside a config.json
+        with pytest.raises(ValueError, match=r"videos: holds more than a model \(a\.mp4\)"):
+            convert(path, tmp_path / "videos", ConvertConfig(**FACTS, overwrite=True))
+        assert (tmp_path / "videos" / "a.mp4").read_bytes() == b"a video"
+        (tmp_path / "videos" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    convert(path, tmp_path / "file", ConvertConfig(**FACTS, overwrite=True))
+    assert load_pretrained(tmp_path / "file", VideoMAE).config.num_heads == 3
     (tmp_path / "empty").mkdir()
     convert(path, tmp_path / "empty", ConvertConfig(**FACTS, overwrite=True))
     assert load_pretrained(tmp_path / "empty", VideoMAE).config.num_heads == 3

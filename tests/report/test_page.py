@@ -188,10 +188,11 @@ def test_settings_that_nothing_reads_are_not_shown_as_if_they_were(tmp_path: Pat
     tuned = FinetuneConfig()
     optim = replace(tuned.optim, steps=500, epochs=3.0)
     classifier = replace(tuned.classifier, stride=2, sampling="uniform")
-    changed, kept, idle = keys(replace(tuned, optim=optim, classifier=classifier))
+    model = replace(tuned.model, decoder_depth=2)
+    changed, kept, idle = keys(replace(tuned, optim=optim, classifier=classifier, model=model))
     assert changed == {"optim.steps", "classifier.sampling"}
     assert {"data.stride", "classifier.stride", "optim.epochs", "lora.alpha"} <= idle
-    assert "validation.batch" in idle
+    assert {"validation.batch", "model.decoder_depth"} <= idle
     assert "optim.warmup_steps" in kept
     assert not changed & idle
     # what a run finds out for itself nobody has changed
@@ -224,6 +225,9 @@ def test_the_best_validation_is_that_of_the_best_model(tmp_path: Path):
                 line |= {"val_top1": top1, "val_loss": loss}
     run_folders.write_lines(folder, lines)
     assert "best, after step 780" in words(write_report(folder).read_text())
+    # one that ended before its first line about training
+    run_folders.write_lines(folder, [line for line in lines if "val_top1" in line])
+    assert "Curves" in words(write_report(folder).read_text())
 
 
 def test_the_pace_of_the_last_lines_is_that_of_the_rest(tmp_path: Path):

@@ -31,6 +31,7 @@ from video_mae.data.workers import Costs
 from video_mae.decoding import resolve_decoder
 from video_mae.model.vit import encoder_macs
 from video_mae.training import finetune
+from video_mae.training.dry_run import dry_run
 from video_mae.training.finetune import prepare, run
 from video_mae.training.loop import DONE, STOPPED_BY_POLICY
 
@@ -248,7 +249,7 @@ def test_the_best_model_is_kept_beside_the_last(
 
 
 def test_a_run_ends_where_validations_have_not_improved_for_so_long(
-    tiny_finetune: Tiny, monkeypatch: pytest.MonkeyPatch
+    tiny_finetune: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Step 4 is as good as the best, and no better; a lower loss makes step 8 the best."""
     top1 = [0.25, 0.75, 0.5, 0.75, 0.5, 0.5, 0.5, 0.75]
@@ -283,6 +284,9 @@ def test_a_run_ends_where_validations_have_not_improved_for_so_long(
     # it stays so; one that was stopped in between counts on; one with more patience goes on
     assert rest(2) == []
     assert f"already finished, {said}" in log(config)
+    patient = replace(config.validation, patience=2)
+    assert dry_run(prepare(replace(config, validation=patient, dry_run=True))) == DONE
+    assert f"already finished, {said}; a checkpoint" in capsys.readouterr().out
     shutil.rmtree(folder / "checkpoints" / "step_00000004")
     assert rest(2) == [4]
     assert rest(6) == [5, 6, 7, 8]

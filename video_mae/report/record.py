@@ -143,7 +143,7 @@ def list_settings(run: RunRecord) -> tuple[list[RunSetting], list[RunSetting], l
     if run.settings.get("optim.steps") is not None:
         unread.append("optim.epochs optim.warmup_epochs optim.cooldown_epochs")
     if run.stage == "finetune":
-        unread.append("data.stride data.reach_end")
+        unread.append("data.stride data.reach_end model.decoder_")
     beginnings = tuple(" ".join(unread).split())
     changed, kept, idle = [], [], []
     for key, value in run.settings.items():

@@ -34,6 +34,7 @@ from video_mae.training.engine import Engine
 from video_mae.training.fragments import read, whole
 
 REPORT = "import.json"
+MODEL_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", REPORT}
 EXPORTS = {
     "official": export_official,
     "hugging_face": export_hugging_face,
@@ -61,9 +62,9 @@ def convert(source: str | Path, destination: str | Path, config: ConvertConfig) 
         raise ValueError(f"{destination}: exists; name another destination, or say overwrite=true")
     if destination.exists() and source.resolve().is_relative_to(destination.resolve()):
         raise ValueError(f"{destination}: holds the source; name another destination")
-    found = [path.name for path in destination.glob("*")]
-    if found and "config.json" not in found:
-        raise ValueError(f"{destination}: is a folder of something else than a model; name another")
+    others = {path.name for path in destination.glob("*")} - MODEL_FILES
+    if others:
+        raise ValueError(f"{destination}: holds more than a model ({min(others)}); name another")
     model, lines, more = _read(source, config)
     if config.format == "model":
         save_model_folder(destination, model, more=more)
