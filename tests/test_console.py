@@ -134,6 +134,7 @@ def test_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["predict", "model"], "FOLDER_OR_FILES... is missing"),
         (["pretrain", "x.yaml", "--optim.steps=5"], "a key has no dashes: optim.steps=5"),
         (["demo", "folder", "seed"], "`seed` is not of the form key=value"),
+        (["pretrain", "--help", "optm"], "--help: optm is no key and no section; there are: all, "),
     ],
 )
 def test_a_mistake_in_a_command_is_one_line(
@@ -161,6 +162,9 @@ def test_help_shows_ten_keys_and_all_of_them_where_it_is_asked(
     assert set(schema_of(STAGES[name]).first_keys.split()) <= set(first) <= set(everything)
     if any(key.startswith("data.") for key in everything):
         assert keys("data") == [key for key in everything if key.startswith("data.")]
+    if everything:
+        assert keys(first[-1]) == first[-1:]
+        assert status(*name.split(), f"--help={first[0]}") == 0
 
 
 @pytest.mark.parametrize(

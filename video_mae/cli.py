@@ -292,7 +292,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, str | None, list[Any], list[s
     for argument in left:
         flag, _, value = argument.partition("=")
         if flag in ("-h", "--help"):
-            print(_help(name, next(left, "")))
+            print(_help(name, value or next(left, "")))
             sys.exit()
         elif flag in takes_value:
             value = value or (next(left, "") if takes_value[flag] else "true")

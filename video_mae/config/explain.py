@@ -4,15 +4,17 @@ import json
 from dataclasses import is_dataclass
 from typing import Literal, get_args, get_origin
 
-from video_mae.config.schema import Knobs, knobs_of, told_range, walk_keys
+from video_mae.config.schema import Knobs, knobs_of, require, told_range, walk_keys
 
 
 def describe(schema: type[Knobs], part: str = "all") -> str:
     """Keys with their defaults, choices or ranges, and meanings, as `--help` prints them: of all,
-    of a section, or, where `part` is empty, of the ten that matter first.
+    of a section, of one key, or, where `part` is empty, of the ten that matter first. Raises:
+    ValueError.
     """
     keys = list(knobs_of(schema))
-    told = [key for key in keys if part == "all" or key.startswith(f"{part}.")]
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in keys)
+    told = [key for key in keys if part in ("all", key) or key.startswith(f"{part}.")]
     if not part:
         told = schema.first_keys.split() or keys[:10]
     lines = list[str]()
@@ -28,5 +30,7 @@ def describe(schema: type[Knobs], part: str = "all") -> str:
         if limits := told_range(f):
             line += f" ({limits})"
         lines += [line, f"      {f.metadata['meaning']}"]
-    lines.append(f"\n{len(told)} of {len(keys)} keys; --help all, or a section: --help data")
+    more = ", ".join(["all", *filter(None, sections)])
+    require(told != [] or not keys, "--help", part, f"is no key and no section; there are: {more}")
+    lines.append(f"\n{len(told)} of {len(keys)} keys; --help with: {more}")
     return "\n".join(lines)
