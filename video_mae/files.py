@@ -193,7 +193,7 @@ def fsync(path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
     """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
-    place, instead of an earlier one.
+    place, instead of an earlier one of its kind.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
     Raises: StorageError.
@@ -207,8 +207,10 @@ def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0)
             if building.is_file():
                 # a rename may outlive a power cut that the bytes of the file do not
                 fsync(building)
-            if path.is_dir():  # a file is replaced by the rename itself
+            if path.is_dir() and building.is_dir():
                 os.replace(path, Path(work) / "old")
+            elif path.exists() and not path.is_file():  # which the rename itself replaces
+                raise StorageError(f"{path}: is no file, and stays as it is; name another")
             os.replace(building, path)
 
 

@@ -378,6 +378,12 @@ def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
         (["gpu=h900"], "gpu"),
         (["optim.micro_bach=3"], "micro_batch"),
         (["model.depth=1", "model.embed_dim=65536", "gpu=a10"], "no room"),
+        (["page=plan.png"], "page: plan.png must end with .md"),
+        (
+            ["engine.extra.zero_optimization.overlap_comm=null"],
+            "overlap_comm: None is not a number",
+        ),
+        (["engine.extra.zero_optimization.reduce_bucket_size=auto"], "size: auto is not a number"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_a_line(

@@ -58,6 +58,9 @@ class Planner:
         told = deepspeed_config(replace(config, engine=engine), num_gpus)
         derived = zero_settings(stage, self.num_trained)
         settings = {**FACTS.deepspeed, **derived, **told, **told["zero_optimization"]}
+        for name in FACTS.deepspeed | derived:
+            key, value = f"engine.extra.zero_optimization.{name}", settings[name]
+            require(isinstance(value, int | float), key, value, "is not a number")
         of_zero, once, each = zero_costs(self.weights, self.width, stage, num_gpus, settings)
         updated = self.num_trained / 1e9 / (num_gpus if stage else 1)
         of_zero[2] += 4 * updated * (optim.ema > 0)
@@ -167,6 +170,10 @@ class Planner:
 def start(config: PlanConfig) -> int:
     """Prints the plan. Raises: ValueError for what cannot be planned."""
     config.optim.cut_for(config.gpus)
+    # no configuration or picture, which it would replace
+    require(
+        not config.page or config.page.endswith(".md"), "page", config.page, "must end with .md"
+    )
     is_even = config.gpus % (config.nodes or 1) == 0
     require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
     planner, num_gpus = Planner(config), config.gpus
