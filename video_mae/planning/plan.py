@@ -23,6 +23,7 @@ from video_mae.planning.rehearsal import Rehearsal
 from video_mae.planning.zero import zero_costs
 from video_mae.training.deepspeed_config import deepspeed_config, zero_settings
 from video_mae.training.journal import peak_flops
+from video_mae.training.optim import videos_of_epoch
 
 Figures = dict[str, float]
 """Of a step, by FACTS.figures."""
@@ -49,7 +50,7 @@ class Planner:
 
     def step(self, num_gpus: int, stage: int, again: int) -> Figures | None:
         """With the largest micro-batch; again: 1 with activation checkpointing. None where no video
-        fits, or those of a step are no equal shares, or too small ones to be mixed.
+        fits, or those of a step are no equal shares, too small ones to be mixed, or more than all.
         """
         config, optim = self.config, self.config.optim
         videos = optim.global_batch or optim.micro_batch * optim.accumulation * num_gpus
@@ -71,9 +72,11 @@ class Planner:
             return None
         micro_batch = largest_divisor(share, most)
         cut = replace(optim, micro_batch=micro_batch, accumulation=share // micro_batch)
+        num_files = sum(source.num_files for source in self.sources)
         try:
             replace(config, optim=cut)
-        except ValueError:  # a clip that has no other to be mixed with
+            epoch = 0 if optim.steps else videos_of_epoch(cut, num_files, num_gpus)
+        except ValueError:  # a clip that has no other to be mixed with, or no whole step
             return None
         parts = self.memory(of_zero, again, micro_batch)
         volumes = once + cut.accumulation * each
@@ -82,8 +85,7 @@ class Planner:
         total = sum(times)
         num_clips = share * config.data.clips_per_video
         rate = 1e3 * num_clips / total
-        num_files = sum(source.num_files for source in self.sources)
-        hours = (optim.steps or optim.epochs * num_files / videos) * total / 3.6e6
+        hours = (optim.steps or optim.epochs * epoch / videos) * total / 3.6e6
         figures = [
             num_gpus,
             stage,
@@ -157,7 +159,7 @@ class Planner:
             # with the backward pass, which does not wait for what ZeRO 1 and 2 gather after it
             reduced, gathered, _ = volumes
             share = 1 if stage == 3 else 2 * reduced / (2 * reduced + gathered)
-            sending -= min(share * sending, (products + others) * 2 / 3)
+            sending -= min(share * sending, (products + others + host) * 2 / 3)
             host += FACTS.wait * (0, 1, accumulation, 0)[stage]
         return [products, others, host, update, sending]
 
@@ -178,7 +180,8 @@ def start(config: PlanConfig) -> int:
     require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
     planner, num_gpus = Planner(config), config.gpus
     here, named = planner.steps(num_gpus), planner.model.named_parameters
-    require(here != [], "gpus", num_gpus, "have no room for one clip, or for one to mix it with")
+    remedy = "have no room for a clip and one to mix it with, or no step of videos"
+    require(here != [], "gpus", num_gpus, remedy)
     scale = sorted({*FACTS.scale, num_gpus})
     best = [steps[0] for steps in map(planner.steps, scale) if steps]
     rate, most = here[0]["clips/s"] / 1e3, max(step["clips/s a GPU"] for step in best)
