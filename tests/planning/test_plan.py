@@ -208,13 +208,12 @@ def test_what_is_sent_hides_behind_a_pass_that_waits_for_the_host(
 
 def test_an_epoch_ends_with_its_last_whole_step(planner: Planner, monkeypatch: pytest.MonkeyPatch):
     optim = OptimConfig(global_batch=64, epochs=10, warmup_epochs=0, drop_last_batch=True)
-    config = replace(planner.config, videos=100, optim=optim)
-    monkeypatch.setattr(planner, "config", config)
-    monkeypatch.setattr(planner, "sources", planned_sources(config))
+    monkeypatch.setattr(planner, "config", replace(planner.config, optim=optim))
+    monkeypatch.setattr(planner, "num_files", 100)
     step = planner.step(8, 1, 0)
     assert step is not None
     assert step["hours of the run"] == pytest.approx(10 * step["ms a step"] / 3.6e6)
-    monkeypatch.setattr(planner, "sources", planned_sources(replace(config, videos=63)))
+    monkeypatch.setattr(planner, "num_files", 63)
     assert planner.step(8, 1, 0) is None
 
 
@@ -402,6 +401,7 @@ def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
         (["gpu=h900"], "gpu"),
         (["optim.micro_bach=3"], "micro_batch"),
         (["model.depth=1", "model.embed_dim=65536", "gpu=a10"], "no room"),
+        (["videos=31", "optim.drop_last_batch=true"], "31 videos do not fill one step of 256"),
         (["page=plan.png"], "page: plan.png must end with .md"),
         (
             ["engine.extra.zero_optimization.overlap_comm=null"],

@@ -37,6 +37,7 @@ class Planner:
         flops = peak_flops(config.gpu.upper(), config.engine.precision)
         self.peak = flops / 1e12 if flops else self.gpu.fp32
         self.sources = planned_sources(config)
+        self.num_files = sum(source.num_files for source in self.sources)
         exact = Rehearsal(config, "reference", False)
         self.gflops, self.model = exact.gflops(), exact.model
         self.weights = list(self.model.parameters())
@@ -72,10 +73,9 @@ class Planner:
             return None
         micro_batch = largest_divisor(share, most)
         cut = replace(optim, micro_batch=micro_batch, accumulation=share // micro_batch)
-        num_files = sum(source.num_files for source in self.sources)
         try:
             replace(config, optim=cut)
-            epoch = 0 if optim.steps else videos_of_epoch(cut, num_files, num_gpus)
+            epoch = videos_of_epoch(cut, self.num_files, num_gpus)
         except ValueError:  # a clip that has no other to be mixed with, or no whole step
             return None
         parts = self.memory(of_zero, again, micro_batch)
@@ -171,7 +171,7 @@ class Planner:
 
 def start(config: PlanConfig) -> int:
     """Prints the plan. Raises: ValueError for what cannot be planned."""
-    config.optim.cut_for(config.gpus)
+    cut = config.optim.cut_for(config.gpus)
     # no configuration or picture, which it would replace
     require(
         not config.page or config.page.endswith(".md"), "page", config.page, "must end with .md"
@@ -179,9 +179,9 @@ def start(config: PlanConfig) -> int:
     is_even = config.gpus % (config.nodes or 1) == 0
     require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
     planner, num_gpus = Planner(config), config.gpus
+    videos_of_epoch(cut, planner.num_files, num_gpus)
     here, named = planner.steps(num_gpus), planner.model.named_parameters
-    remedy = "have no room for a clip and one to mix it with, or no step of videos"
-    require(here != [], "gpus", num_gpus, remedy)
+    require(here != [], "gpus", num_gpus, "have no room for one clip, or for one to mix it with")
     scale = sorted({*FACTS.scale, num_gpus})
     best = [steps[0] for steps in map(planner.steps, scale) if steps]
     rate, most = here[0]["clips/s"] / 1e3, max(step["clips/s a GPU"] for step in best)
