@@ -1,5 +1,6 @@
 """What the disk refuses is one line, whichever library writes."""
 
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,3 +50,16 @@ def test_a_folder_that_cannot_be_copied_is_one_line_and_leaves_nothing(
     with pytest.raises(StorageError, match=r"to: cannot be written .*File too large"):
         write_whole(tmp_path / "to", lambda new: shutil.copytree(tmp_path / "from", new))
     assert [one.name for one in tmp_path.iterdir()] == ["from"]
+
+
+def test_a_file_takes_the_place_of_no_folder_and_no_device(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(StorageError, match=f"{name}: is no file, and stays as it is"):
+            write_whole(tmp_path / name, Path.touch)
+    assert (tmp_path / "folder" / "kept").exists()
+    assert (tmp_path / "pipe").is_fifo()
+    write_whole(tmp_path / "folder", Path.mkdir)
+    assert sorted(one.name for one in tmp_path.rglob("*")) == ["folder", "pipe"]

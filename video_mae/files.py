@@ -193,7 +193,7 @@ def fsync(path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
     """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
-    place, instead of an earlier one.
+    place, instead of an earlier one of its kind.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
     Raises: StorageError.
@@ -207,8 +207,10 @@ def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0)
             if building.is_file():
                 # a rename may outlive a power cut that the bytes of the file do not
                 fsync(building)
-            # a rename by itself puts files alone in the place of files
-            if path.is_dir() or (building.is_dir() and path.exists()):
+            is_other = path.exists() and not path.is_file()
+            if is_other and not (path.is_dir() and building.is_dir()):
+                raise StorageError(f"{path}: is no file, and stays as it is; name another")
+            if building.is_dir() and path.exists():  # a rename replaces files by files alone
                 os.replace(path, Path(work) / "old")
             os.replace(building, path)
 

@@ -194,6 +194,29 @@ def test_a_step_without_a_global_batch_may_be_of_any_size(
     assert step["micro-batch"] * step["accumulation"] == 65_536_000
 
 
+def test_what_is_sent_hides_behind_a_pass_that_waits_for_the_host(
+    planner: Planner, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(planner, "config", replace(planner.config, network="ethernet100"))
+    kept, again = planner.step(64, 3, 0), planner.step(64, 3, 1)
+    assert kept is not None
+    assert again is not None
+    assert kept["ms: waiting for the host"] > kept["ms of that between machines alone"] > 0
+    assert kept["ms: communication not hidden"] == 0
+    assert kept["ms a step"] < again["ms a step"]
+
+
+def test_an_epoch_ends_with_its_last_whole_step(planner: Planner, monkeypatch: pytest.MonkeyPatch):
+    optim = OptimConfig(global_batch=64, epochs=10, warmup_epochs=0, drop_last_batch=True)
+    monkeypatch.setattr(planner, "config", replace(planner.config, optim=optim))
+    monkeypatch.setattr(planner, "num_files", 100)
+    step = planner.step(8, 1, 0)
+    assert step is not None
+    assert step["hours of the run"] == pytest.approx(10 * step["ms a step"] / 3.6e6)
+    monkeypatch.setattr(planner, "num_files", 63)
+    assert planner.step(8, 1, 0) is None
+
+
 def test_the_largest_micro_batch_is_the_last_that_fits(
     planner: Planner, monkeypatch: pytest.MonkeyPatch
 ):
@@ -378,6 +401,13 @@ def test_a_small_gpu_takes_more_accumulation_and_checkpointing_less(
         (["gpu=h900"], "gpu"),
         (["optim.micro_bach=3"], "micro_batch"),
         (["model.depth=1", "model.embed_dim=65536", "gpu=a10"], "no room"),
+        (["videos=31", "optim.drop_last_batch=true"], "31 videos do not fill one step of 256"),
+        (["page=plan.png"], "page: plan.png must end with .md"),
+        (
+            ["engine.extra.zero_optimization.overlap_comm=null"],
+            "overlap_comm: None is not a number",
+        ),
+        (["engine.extra.zero_optimization.reduce_bucket_size=auto"], "size: auto is not a number"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_a_line(

@@ -23,6 +23,7 @@ from video_mae.planning.rehearsal import Rehearsal
 from video_mae.planning.zero import zero_costs
 from video_mae.training.deepspeed_config import deepspeed_config, zero_settings
 from video_mae.training.journal import peak_flops
+from video_mae.training.optim import videos_of_epoch
 
 Figures = dict[str, float]
 """Of a step, by FACTS.figures."""
@@ -36,6 +37,7 @@ class Planner:
         flops = peak_flops(config.gpu.upper(), config.engine.precision)
         self.peak = flops / 1e12 if flops else self.gpu.fp32
         self.sources = planned_sources(config)
+        self.num_files = sum(source.num_files for source in self.sources)
         exact = Rehearsal(config, "reference", False)
         self.gflops, self.model = exact.gflops(), exact.model
         self.weights = list(self.model.parameters())
@@ -49,7 +51,7 @@ class Planner:
 
     def step(self, num_gpus: int, stage: int, again: int) -> Figures | None:
         """With the largest micro-batch; again: 1 with activation checkpointing. None where no video
-        fits, or those of a step are no equal shares, or too small ones to be mixed.
+        fits, or those of a step are no equal shares, too small ones to be mixed, or more than all.
         """
         config, optim = self.config, self.config.optim
         videos = optim.global_batch or optim.micro_batch * optim.accumulation * num_gpus
@@ -58,6 +60,9 @@ class Planner:
         told = deepspeed_config(replace(config, engine=engine), num_gpus)
         derived = zero_settings(stage, self.num_trained)
         settings = {**FACTS.deepspeed, **derived, **told, **told["zero_optimization"]}
+        for name in FACTS.deepspeed | derived:
+            key, value = f"engine.extra.zero_optimization.{name}", settings[name]
+            require(isinstance(value, int | float), key, value, "is not a number")
         of_zero, once, each = zero_costs(self.weights, self.width, stage, num_gpus, settings)
         updated = self.num_trained / 1e9 / (num_gpus if stage else 1)
         of_zero[2] += 4 * updated * (optim.ema > 0)
@@ -70,7 +75,8 @@ class Planner:
         cut = replace(optim, micro_batch=micro_batch, accumulation=share // micro_batch)
         try:
             replace(config, optim=cut)
-        except ValueError:  # a clip that has no other to be mixed with
+            epoch = videos_of_epoch(cut, self.num_files, num_gpus)
+        except ValueError:  # a clip that has no other to be mixed with, or no whole step
             return None
         parts = self.memory(of_zero, again, micro_batch)
         volumes = once + cut.accumulation * each
@@ -79,8 +85,7 @@ class Planner:
         total = sum(times)
         num_clips = share * config.data.clips_per_video
         rate = 1e3 * num_clips / total
-        num_files = sum(source.num_files for source in self.sources)
-        hours = (optim.steps or optim.epochs * num_files / videos) * total / 3.6e6
+        hours = (optim.steps or optim.epochs * epoch / videos) * total / 3.6e6
         figures = [
             num_gpus,
             stage,
@@ -154,7 +159,7 @@ class Planner:
             # with the backward pass, which does not wait for what ZeRO 1 and 2 gather after it
             reduced, gathered, _ = volumes
             share = 1 if stage == 3 else 2 * reduced / (2 * reduced + gathered)
-            sending -= min(share * sending, (products + others) * 2 / 3)
+            sending -= min(share * sending, (products + others + host) * 2 / 3)
             host += FACTS.wait * (0, 1, accumulation, 0)[stage]
         return [products, others, host, update, sending]
 
@@ -166,10 +171,15 @@ class Planner:
 
 def start(config: PlanConfig) -> int:
     """Prints the plan. Raises: ValueError for what cannot be planned."""
-    config.optim.cut_for(config.gpus)
+    cut = config.optim.cut_for(config.gpus)
+    # no configuration or picture, which it would replace
+    require(
+        not config.page or config.page.endswith(".md"), "page", config.page, "must end with .md"
+    )
     is_even = config.gpus % (config.nodes or 1) == 0
     require(is_even, "nodes", config.nodes, f"must have equal shares of gpus = {config.gpus}")
     planner, num_gpus = Planner(config), config.gpus
+    videos_of_epoch(cut, planner.num_files, num_gpus)
     here, named = planner.steps(num_gpus), planner.model.named_parameters
     require(here != [], "gpus", num_gpus, "have no room for one clip, or for one to mix it with")
     scale = sorted({*FACTS.scale, num_gpus})
