@@ -193,7 +193,7 @@ def fsync(path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object], num_bytes: int = 0) -> None:
     """Lets `write` make a file or folder of num_bytes (0: unknown) aside, then puts it in its
-    place, instead of an earlier one of its kind.
+    place, instead of an earlier file; a folder also takes the place of a folder.
 
     Where `write` raises, what was there before is left as it is, and nothing else.
     Raises: StorageError.

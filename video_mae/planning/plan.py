@@ -116,19 +116,21 @@ class Planner:
         clip = c.num_tokens * c.tubelet_values * (1 + config.data.sixteen_bit) / 1e9
         return [*of_zero, self.teacher, kept, peak - kept, FACTS.batches * num_clips * clip]
 
+    def share_of_node(self, num_gpus: int) -> float:
+        """GPUs of a machine: several machines have equal shares."""
+        return num_gpus / math.ceil(num_gpus / self.gpus_a_node)
+
     def traffic(self, volumes: np.ndarray, num_gpus: int) -> tuple[float, float, float]:
         """What a GPU sends: GB; milliseconds of them within a machine, and between machines.
 
-        volumes: GB that are all-reduced, gathered, reduced and scattered. Where there are several
-        machines they have equal shares of the GPUs.
+        volumes: GB that are all-reduced, gathered, reduced and scattered.
         """
         reduced, gathered, scattered = volumes
         sent = (2 * reduced + gathered + scattered) * (1 - 1 / num_gpus)
-        num_nodes = math.ceil(num_gpus / self.gpus_a_node)
-        in_node = num_gpus / num_nodes
+        in_node = self.share_of_node(num_gpus)
         link = sent / FACTS.links / self.gpu.link * (in_node > 1)
         of_node, of_gpu = FACTS.networks[self.config.network]
-        network = sent / FACTS.links / (of_node + of_gpu * in_node) * (num_nodes > 1)
+        network = sent / FACTS.links / (of_node + of_gpu * in_node) * (num_gpus > in_node)
         return sent, link, network
 
     def times(
@@ -186,7 +188,7 @@ def start(config: PlanConfig) -> int:
     best = [steps[0] for steps in map(planner.steps, scale) if steps]
     rate, most = here[0]["clips/s"] / 1e3, max(step["clips/s a GPU"] for step in best)
     end = next((step for step in best if step["clips/s a GPU"] < FACTS.pays * most), best[-1])
-    of_node, of_gpu = FACTS.networks[config.network]
+    (of_node, of_gpu), in_node = FACTS.networks[config.network], planner.share_of_node(num_gpus)
     lines = [
         f"# Plan: {one_line(Path(config.output).name)} on {num_gpus} x {config.gpu}\n",
         "| part | million parameters | GFLOP of a clip, forward and backward |\n|---|---|---|",
@@ -209,8 +211,7 @@ def start(config: PlanConfig) -> int:
         f"\n## Assumptions\n\n- {config.gpu}: {planner.peak:.4g} dense TFLOP/s, "
         f"{planner.gpu.memory:g} GB, {planner.gpu.bandwidth:g} TB/s, {planner.gpu.link:g} TB/s to "
         f"others of its machine ({planner.gpu.source}). {config.network}: "
-        f"{of_node + of_gpu * planner.gpus_a_node:g} TB/s from a machine of {planner.gpus_a_node} "
-        "GPUs to others.",
+        f"{of_node + of_gpu * in_node:g} TB/s from a machine of {in_node:g} GPUs to others.",
         *(
             f"- {source.key}: {source.num_files} {source.kind}, {one_line(source.origin)}."
             for source in planner.sources
