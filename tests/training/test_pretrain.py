@@ -430,6 +430,10 @@ def test_a_run_folder_belongs_to_one_run(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"mine: is not empty and not a run folder"):
         prepare(tiny(f"output={tmp_path / 'mine'}"))
+    # a rank that hangs before there is a configuration leaves this
+    (tmp_path / "hung" / ".heartbeats").mkdir(parents=True)
+    (tmp_path / "hung" / "log.txt").write_text("stalled: rank 0\n")
+    prepare(tiny(f"output={tmp_path / 'hung'}"))
 
 
 def test_a_finished_run_stays_as_it_is(tiny: Tiny) -> None:

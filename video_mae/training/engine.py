@@ -212,6 +212,15 @@ class Engine:
         """The float32 weights that this rank updates, whatever their layout."""
         return device_step.master_weights(self.deepspeed)
 
+    def is_finite(self) -> bool:
+        """Whether all weights that are trained are, on this rank."""
+        masters = self.masters()
+        # in ZeRO 3 DeepSpeed fills up the share of a rank with whatever the memory held
+        return all(
+            bool(masters[index].view(-1)[place].isfinite().all())
+            for _, _, index, place in device_step.layout(self.deepspeed)
+        )
+
     @torch.no_grad()
     def exchange(self, others: Iterable[torch.Tensor]) -> None:
         """Exchanges the weights for `others`, laid out as `masters`; every rank must call it."""

@@ -204,13 +204,11 @@ def run_in(config: Config) -> Config | None:
     """
     folder = Path(config.output)
     check_folder(folder)
-    # a dry run leaves one that is to be begun anew where it is; what is hidden is only left from
-    # a start that came to nothing
-    if (
-        config.from_scratch
-        or not folder.exists()
-        or all(path.name[0] == "." for path in folder.iterdir())
-    ):
+    # a dry run leaves one that is to be begun anew where it is
+    if config.from_scratch or not folder.exists():
+        return None
+    # a start that came to nothing leaves what is hidden, and may have logged why
+    if all(path.name[0] == "." or path.name == "log.txt" for path in folder.iterdir()):
         return None
     file = folder / "config.yaml"
     if not file.is_file():

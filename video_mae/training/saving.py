@@ -119,8 +119,7 @@ def save_run(run: "Training[Any]", done: int) -> bool:
     engine = run.engine
     # a lone one at the end is not the beginning of more
     is_bad = run.skipped_in_a_row > bool(run.reason_to_end(done))
-    is_finite = all(bool(one.isfinite().all()) for one in engine.masters())
-    if is_bad or not all(engine.gather(is_finite)):
+    if is_bad or not all(engine.gather(engine.is_finite())):
         why = "it was skipped" if is_bad else "weights are not finite"
         run.journal.say(f"step {done}: not saved, {why}; the last checkpoint is from before that")
         return False

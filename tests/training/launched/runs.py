@@ -5,14 +5,16 @@ Arguments: a YAML file of [{name, stage, config, overrides, crash_after, poison}
 folder of the runs. With `crash_after` a run is done, then everything after that step is forgotten
 as if the machine had failed, and the run is started again. With `poison` the loss of the last rank
 is not finite in step 2, and in step 4 one number of what that rank updates weights by; these change
-no weight.
+no weight. What fills up the share of a rank in ZeRO 3 is never finite: DeepSpeed leaves there what
+the memory held.
 """
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,11 +24,29 @@ from video_mae.config.world import World
 from video_mae.training import device_step, finetune, pretrain
 from video_mae.training.checkpoint import step_name
 from video_mae.training.engine import Engine, leave
+from video_mae.training.loop import Training
 
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
 
 
+def spoil_filling(begin: Callable[[Training[Any]], None]) -> Callable[[Training[Any]], None]:
+    """A stage's `begin`, after which only what belongs to a weight is finite."""
+
+    def changed(self: Training[Any]) -> None:
+        if self.config.engine.zero_stage == 3:
+            masters = self.engine.masters()
+            of_weights = [torch.zeros(len(master), dtype=torch.bool) for master in masters]
+            for _, _, index, place in device_step.layout(self.engine.deepspeed):
+                of_weights[index][place] = True
+            for master, is_of_weight in zip(masters, of_weights, strict=True):
+                master.detach()[~is_of_weight] = float("nan")
+        begin(self)
+
+    return changed
+
+
 def main() -> None:
+    Training.begin = spoil_filling(Training.begin)
     runs, folder = (
         Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank")
     )
