@@ -11,7 +11,7 @@ the memory held.
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from video_mae.training.loop import Training
 STAGES = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}
 
 
-def spoil_filling(begin: Callable[[Training[Any]], None]) -> Callable[[Training[Any]], None]:
-    """A stage's `begin`, after which only what belongs to a weight is finite."""
+def spoil_filling() -> None:
+    """From now on, where a run begins only what belongs to a weight is finite."""
+    healthy_begin = Training.begin
 
-    def changed(self: Training[Any]) -> None:
+    def begin(self: Training[Any]) -> None:
         if self.config.engine.zero_stage == 3:
             masters = self.engine.masters()
             of_weights = [torch.zeros(len(master), dtype=torch.bool) for master in masters]
@@ -40,13 +41,13 @@ def spoil_filling(begin: Callable[[Training[Any]], None]) -> Callable[[Training[
                 of_weights[index][place] = True
             for master, is_of_weight in zip(masters, of_weights, strict=True):
                 master.detach()[~is_of_weight] = float("nan")
-        begin(self)
+        healthy_begin(self)
 
-    return changed
+    Training.begin = begin
 
 
 def main() -> None:
-    Training.begin = spoil_filling(Training.begin)
+    spoil_filling()
     runs, folder = (
         Path(argument) for argument in sys.argv[1:] if not argument.startswith("--local_rank")
     )
