@@ -19,7 +19,7 @@ from video_mae.tools.demo import PHOTOGRAPH_SIDES, PHOTOGRAPHS, load_photograph
 from video_mae.tools.people import PeopleScene
 
 NUM_FRAMES = 8
-PEOPLE = tuple(ACTIONS["people"].split())
+PEOPLE = ACTIONS["people"]
 PEOPLE_SIDE, PEOPLE_FPS = 52, 8.0
 # of the training photographs: all choices are made by scores on these
 TUNING_PHOTOGRAPHS = ("coffee.png", "grass.png")

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source: the design, kept by a test."""
 
 import ast
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,8 +179,8 @@ def test_a_class_has_a_name_of_its_own():
                 homes[node.name] = name
 
 
-def test_a_file_of_tests_stays_in_one_process(request, worker_id):
+def test_a_file_of_tests_stays_in_one_process(request):
     """Its fixtures take minutes, and who trains comes last: and pytest-xdist has to mean its groups."""
-    if worker_id == "master":
+    if "PYTEST_XDIST_WORKER" not in os.environ:
         pytest.skip("one process runs all tests")
     assert request.node.nodeid.endswith("@tests/test_layers")

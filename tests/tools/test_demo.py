@@ -15,7 +15,7 @@ from torch import Tensor
 from video_mae.config.tools import ACTIONS as ACTIONS_OF
 from video_mae.tools.demo import PHOTOGRAPHS, DemoConfig, make_demo_data
 
-ACTIONS = tuple(ACTIONS_OF["cutouts"].split())
+ACTIONS = ACTIONS_OF["cutouts"]
 CONFIG = DemoConfig(train_clips=320, validation_clips=160, num_frames=24, height=48, width=64)
 TINY = DemoConfig(train_clips=8, validation_clips=8, num_frames=4, height=32, width=34)
 

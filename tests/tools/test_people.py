@@ -17,7 +17,7 @@ from video_mae.tools.demo import PHOTOGRAPHS, DemoConfig, load_photograph, make_
 from video_mae.tools.people import HINGES, LINKS, YAWS, PeopleScene, Studio
 
 pytest.importorskip("pybullet")
-ACTIONS = tuple(ACTIONS_OF["people"].split())
+ACTIONS = ACTIONS_OF["people"]
 SIZE = (8, 32, 48)
 
 

@@ -6,10 +6,33 @@ from video_mae.config.data import ReadConfig
 from video_mae.config.schema import Knobs, knob, require, section
 
 ACTIONS = {
-    "people": "backflip cartwheel crawl dance_a dance_b getup_facedown getup_faceup jump kick "
-    "punch roll run spin spinkick walk",
-    "cutouts": "left right up down roll_clockwise roll_counterclockwise orbit_clockwise "
-    "orbit_counterclockwise",
+    "people": (
+        "backflip",
+        "cartwheel",
+        "crawl",
+        "dance_a",
+        "dance_b",
+        "getup_facedown",
+        "getup_faceup",
+        "jump",
+        "kick",
+        "punch",
+        "roll",
+        "run",
+        "spin",
+        "spinkick",
+        "walk",
+    ),
+    "cutouts": (
+        "left",
+        "right",
+        "up",
+        "down",
+        "roll_clockwise",
+        "roll_counterclockwise",
+        "orbit_clockwise",
+        "orbit_counterclockwise",
+    ),
 }
 """What is done in the videos of the demo, by who moves."""
 
@@ -45,7 +68,7 @@ class DemoConfig(Knobs):
     @property
     def actions(self) -> tuple[str, ...]:
         """The classes, by their labels."""
-        return tuple(ACTIONS[self.subject].split())
+        return ACTIONS[self.subject]
 
 
 class DoctorConfig(Knobs):

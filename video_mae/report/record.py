@@ -23,8 +23,13 @@ FACTS_FILE = "run.json"
 """Of a training run: when it started and finished, its length, its device and versions."""
 PACKAGES = ("video-mae", "torch", "deepspeed", "triton", "av")
 TOLD_ELSEWHERE = (
-    "output from_scratch classifier.class_names classifier.num_classes data.decoder "
-    "model.position_grid model.target_width"
+    "output",
+    "from_scratch",
+    "classifier.class_names",
+    "classifier.num_classes",
+    "data.decoder",
+    "model.position_grid",
+    "model.target_width",
 )
 """Keys that are no settings to look at, or that a run writes down as it has found them out."""
 RECENT_LINES = 20  # of metrics.jsonl, whose pace is that of the rest
@@ -147,7 +152,7 @@ def list_settings(run: RunRecord) -> tuple[list[RunSetting], list[RunSetting], l
     beginnings = tuple(" ".join(unread).split())
     changed, kept, idle = [], [], []
     for key, value in run.settings.items():
-        if key in TOLD_ELSEWHERE.split():
+        if key in TOLD_ELSEWHERE:
             continue
         default, meaning = known.get(key, (None, ""))
         setting = RunSetting(key, value, as_read_back(default), meaning)

@@ -68,7 +68,7 @@ class Studio:
             )
         self.bullet = bullet
         self.motions: dict[str, Motion] = {}
-        for action in ACTIONS["people"].split():
+        for action in ACTIONS["people"]:
             facts = json.loads((data / f"data/motions/humanoid3d_{action}.txt").read_text())
             frames = np.array(facts["Frames"])
             # a frame says how long it lasts, then its pose
